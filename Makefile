@@ -1,0 +1,30 @@
+# Every target works on a fresh clone: `make demo`, `make test`. Two cores and no GPU are enough.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: venv demo test check bench clean
+
+venv: $(VENV)/.installed
+
+# A stamp file: the environment is made once and reused until the pins or the dependencies change.
+$(VENV)/.installed: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/demo/run.py --out .demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/check
+
+bench: venv
+	for bench in tools/bench/[a-z]*.py; do $(BIN)/python $$bench --quick --json || exit 1; done
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,104 @@
+"""Every error kdpipe raises for a person to read.
+
+    KdpipeError                      exit code
+      CheckFailed                        1   a verification said no
+        GateError      E-GATE            1   the teacher's rows are not what the plan asked for
+        LayoutError    E-LAYOUT          1   a file's header or size contradicts the plan
+        CorruptError   E-CORRUPT         1   bytes do not match their checksum
+      IncompleteError  E-INCOMPLETE      2   a cache or run is not finished yet
+      DriftError       E-DRIFT           3   a second answer differs from the first
+      InputError                         4   usage or bad input
+        DataError      E-DATA            4   a data file or a sample in it
+        ConfigError    E-CONFIG          4   a run file, an option, a key
+        TeacherError   E-TEACHER         4   a teacher folder, or rows that are not finite
+        StudentError   E-STUDENT         4   a student folder
+        CacheError     E-CACHE           4   a cache that belongs to something else
+        SpaceError     E-SPACE           4   no room on the disk
+      TemporaryError   E-TEMPORARY      75   preempted, peer gone: run it again
+
+A message is one line: where, what was expected, what came, what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class KdpipeError(Exception):
+    """An error for a person: `code: where: message`, one line, with the exit code of its class."""
+
+    code = "E-KDPIPE"
+    exit_code = 1
+
+    def __init__(self, message: str, *, where: object = None) -> None:
+        self.where = None if where is None else str(where)
+        super().__init__(" ".join(message.split()))
+
+    def __str__(self) -> str:
+        place = f" {self.where}:" if self.where else ":"
+        return f"{self.code}{place} {self.args[0]}"
+
+
+class CheckFailed(KdpipeError):  # noqa: N818 - it reads as what happened
+    code = "E-CHECK"
+
+
+class GateError(CheckFailed):
+    code = "E-GATE"
+
+
+class LayoutError(CheckFailed):
+    code = "E-LAYOUT"
+
+
+class CorruptError(CheckFailed):
+    code = "E-CORRUPT"
+
+
+class IncompleteError(KdpipeError):
+    code = "E-INCOMPLETE"
+    exit_code = 2
+
+
+class DriftError(KdpipeError):
+    code = "E-DRIFT"
+    exit_code = 3
+
+
+class InputError(KdpipeError):
+    code = "E-INPUT"
+    exit_code = 4
+
+
+class DataError(InputError):
+    code = "E-DATA"
+
+
+class ConfigError(InputError):
+    code = "E-CONFIG"
+
+
+class TeacherError(InputError):
+    code = "E-TEACHER"
+
+
+class StudentError(InputError):
+    code = "E-STUDENT"
+
+
+class CacheError(InputError):
+    code = "E-CACHE"
+
+
+class SpaceError(InputError):
+    code = "E-SPACE"
+
+
+class TemporaryError(KdpipeError):
+    code = "E-TEMPORARY"
+    exit_code = 75
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'X'?" for the known word nearest to `word`, or "" where none is near."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{found[0]}'?" if found else ""
