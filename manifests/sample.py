@@ -1,0 +1,61 @@
+"""Samples: token ids and which of them are targets, made once by `prepare` and never again.
+
+Invariant: the row stored for position t is the head input whose next token t+1 is supervised. Only `row_positions`
+knows this shift; everybody else calls it.
+"""
+
+# Shapes: n tokens of one sample, R stored rows of it.
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+ID_BYTES = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sample:
+    """One tokenised sample.
+
+    content_id: digest of the text it came from (`content_id`), the same under every tokenizer
+    source, line: the data file as the user named it, and the line (or the 1-based record) in it
+    token_ids: int32 [n]
+    supervised: bool [n], True where the token is a target
+    truncated: whether tokens beyond the longest allowed length were cut off
+    """
+
+    content_id: bytes
+    source: str
+    line: int
+    token_ids: np.ndarray
+    supervised: np.ndarray
+    truncated: bool = False
+
+
+def content_id(content: object) -> bytes:
+    """16 bytes of sha256 over the canonical JSON of a sample's text (messages, prompt, completion)."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:ID_BYTES]
+
+
+def row_positions(supervised: np.ndarray, *, every: bool = False) -> np.ndarray:
+    """Positions t [R] (int64) whose hidden state is kept: those with supervised[t+1], or all that have a next token.
+
+    supervised  [0 0 1 1 0 1]
+    positions      1 2   4        (the row at 1 predicts token 2)
+    """
+    if every:
+        return np.arange(max(len(supervised) - 1, 0), dtype=np.int64)
+    return np.flatnonzero(np.asarray(supervised)[1:]).astype(np.int64)
+
+
+def is_heldout(content_ids: np.ndarray, fraction: float) -> np.ndarray:
+    """Which samples are held out: bool [N], a pure function of each sample's content.
+
+    content_ids: uint8 [N, 16]. A sample is held out when its id, read as a number in [0, 1), is below `fraction`; so
+    copies of a text fall on the same side, and a larger fraction holds out a superset of a smaller one.
+    """
+    number = np.ascontiguousarray(content_ids[:, :8]).view(">u8").reshape(-1)
+    return number.astype(np.float64) / 2.0**64 < fraction

@@ -1,0 +1,150 @@
+"""Specs: what a run file may say, one model a stage; every key has its unit, a misspelt one is an error.
+
+Invariant: a spec that validated holds only known keys with values in range. `load` names the file, the key and the
+nearest known key in its error.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdpipe.manifests.errors import ConfigError, nearest
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class Spec(BaseModel):
+    """Base of every spec: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSpec(Spec):
+    """[data]: how data files become samples."""
+
+    max_length: Count = 4096
+    """Longest sample in tokens, prompt and answer together."""
+    overlong: Literal["truncate", "drop"] = "truncate"
+    """What happens to a longer sample: its tail is cut off, or it is left out; both are counted."""
+    supervise: Literal["assistant", "last", "completion", "all"] = "assistant"
+    """Which tokens are targets: every assistant turn, the last one, the completion (the last one too), or every token."""
+    heldout_fraction: Fraction = 0.05
+    """Share of the samples kept out of training for evaluation, chosen by each sample's content."""
+
+
+class LossSpec(Spec):
+    """[loss]: what a student minimises: (1 - kd_weight) * CE + kd_weight * KD."""
+
+    divergence: str = "forward_kl"
+    """Name of the divergence between teacher and student."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Both models' logits are divided by it."""
+    kd_weight: Fraction = 1.0
+    """Weight of the divergence; the rest goes to cross entropy. 0 trains on cross entropy alone."""
+    scale_t2: bool = False
+    """Multiply the divergence by temperature squared (Hinton et al. 2015)."""
+    chunk_tokens: Count | None = None
+    """Tokens whose logits exist at a time; chosen from the sizes when not given."""
+    options: dict[str, float] = {}
+    """Options of the divergence, such as beta of jsd."""
+
+
+class TrainSpec(Spec):
+    """[train]: how a student is optimised."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 1e-4
+    """Peak learning rate of AdamW."""
+    epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    """Passes over the training samples; may be a fraction."""
+    max_steps: Count | None = None
+    """Optimizer steps at most; the schedule ends there."""
+    batch_tokens: Count = 16384
+    """Tokens an optimizer step takes, over all ranks and accumulation together."""
+    grad_accum: Count = 1
+    """Micro-batches a rank splits its share of a step into: less memory, same result."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps over which the learning rate rises from zero."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    min_lr_ratio: Fraction = 0.0
+    """Where it ends, as a share of lr."""
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Gradients are clipped to this global norm; 0 leaves them alone."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
+    seed: int = 0
+    """Fixes the order of the samples and any dropout."""
+    dtype: Dtype = "bfloat16"
+    """Of the forward and backward pass; weights, moments and reductions are float32 in every case."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
+    eval_tokens: Count = 16384
+    """Tokens of held-out samples used by an evaluation during training; the last one takes all."""
+    grad_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, a third more time."""
+
+
+class RunSpec(Spec):
+    """A whole run file."""
+
+    data: DataSpec = DataSpec()
+    loss: LossSpec = LossSpec()
+    train: TrainSpec = TrainSpec()
+
+
+def load(path: Path | None, overrides: tuple[str, ...] = ()) -> RunSpec:
+    """The run file at `path` (TOML; None for all defaults) with `a.b=value` overrides applied in order.
+
+    Raises ConfigError naming the file or override, the key and the nearest known key.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError("there is no such run file", where=path) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError, PermissionError) as err:
+            raise ConfigError(f"not a TOML file: {err}", where=path) from None
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return RunSpec.model_validate(tree)
+    except ValidationError as err:
+        raise ConfigError(_explain(err), where=path or "--set") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Put `a.b=value` into the tree; the value is read as TOML, and as a string where it is none."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise ConfigError(f"'{override}' is not of the form table.key=value", where="--set")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, leaf = (part.strip() for part in key.split("."))
+    for table in tables:
+        tree = tree.setdefault(table, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"'{key}': '{table}' is a value, not a table", where="--set")
+    tree[leaf] = value
+
+
+def _explain(err: ValidationError) -> str:
+    """The first of pydantic's findings as one line, with the nearest key for one that is unknown."""
+    first = err.errors()[0]
+    *tables, leaf = [str(part) for part in first["loc"]]
+    key = ".".join([*tables, leaf])
+    if first["type"] == "extra_forbidden":
+        model: Any = RunSpec
+        for table in tables:
+            model = model.model_fields[table].annotation
+        known = sorted(model.model_fields)
+        return f"unknown key '{key}'{nearest(leaf, known)} (known here: {', '.join(known)})"
+    return f"'{key}' = {first['input']!r}: {first['msg']}"
