@@ -31,7 +31,7 @@ class DataSpec(Spec):
     overlong: Literal["truncate", "drop"] = "truncate"
     """What happens to a longer sample: its tail is cut off, or it is left out; both are counted."""
     supervise: Literal["assistant", "last", "completion", "all"] = "assistant"
-    """Which tokens are targets: every assistant turn, the last one, the completion (the last one too), or every token."""
+    """Which tokens are targets: every assistant turn, the last one, the completion, or every token."""
     heldout_fraction: Fraction = 0.05
     """Share of the samples kept out of training for evaluation, chosen by each sample's content."""
 
