@@ -1,0 +1,76 @@
+"""Files that are either whole or absent: written beside their place, flushed, linked in without replacing anything.
+
+Invariant: a file under its final name is complete and on the disk, and is never replaced or changed afterwards.
+Cost: one fsync for the file and one for its folder. A crash can only leave nameless work in a `tmp` folder.
+"""
+
+import errno
+import json
+import os
+import uuid
+from pathlib import Path
+
+from kdpipe.manifests.errors import KdpipeError, SpaceError
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def canonical(value: object) -> bytes:
+    """JSON with sorted keys, two-space indent and a final newline: the same value always gives the same bytes."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def scratch_name(folder: Path, name: str) -> Path:
+    """A name nobody else uses, in `folder`, for work that will be published as `name`."""
+    return folder / f"{name}.{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+
+def publish(scratch: Path, final: Path) -> bool:
+    """Give a finished, flushed file its final name; False if that name is taken (nothing is replaced).
+
+    The scratch name is gone afterwards in both cases.
+    """
+    try:
+        os.link(scratch, final)
+        fresh = True
+    except FileExistsError:
+        fresh = False
+    scratch.unlink()
+    fsync_folder(final.parent)
+    return fresh
+
+
+def write_once(final: Path, data: bytes, *, scratch_folder: Path) -> bool:
+    """Write a small file durably under a name that must not exist yet; False if it does, with the file left alone."""
+    scratch = scratch_name(scratch_folder, final.name)
+    try:
+        with open(scratch, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return publish(scratch, final)
+    except OSError as err:
+        scratch.unlink(missing_ok=True)
+        raise disk_error(err, final) from err
+
+
+def disk_error(err: OSError, where: Path) -> KdpipeError:
+    """The error to raise for a failed system call on a file of ours."""
+    if err.errno in NO_ROOM:
+        return SpaceError(
+            f"{os.strerror(err.errno or 0).lower()}; free some room and run the same command again", where=where
+        )
+    failed = KdpipeError(
+        f"{os.strerror(err.errno or 0).lower()} ({errno.errorcode.get(err.errno or 0, err.errno)})", where=where
+    )
+    failed.code = "E-IO"
+    return failed

@@ -1,0 +1,256 @@
+"""PLAN.json and samples.arrow: everything that is decided before the teacher starts.
+
+Invariant: both are written once and never changed; shard bounds and teacher batches are pure functions of the samples
+and the settings in them. PLAN.json holds no time, host, pid or path. Cost: memory of one shard's ids while planning.
+Format: FORMAT.md sections 1 and 2.
+"""
+
+# Shapes: N samples of a shard, n tokens of one sample, R rows of one sample.
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdpipe.manifests.durable import canonical
+from kdpipe.manifests.errors import CacheError, LayoutError
+from kdpipe.manifests.sample import ID_BYTES, Sample, row_positions
+from kdpipe.manifests.specs import Dtype
+from kdpipe.manifests.teacher import HeadRecord
+
+PLAN_FILE = "PLAN.json"
+SAMPLES_FILE = "samples.arrow"
+SHARD_TOKENS = 65536
+"""Tokens a shard holds at most, and so the teacher's work that a kill can lose."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("content_id", pa.binary(ID_BYTES), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("supervised", pa.list_(pa.bool_()), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("batch", pa.int32(), nullable=False),
+        pa.field("first_row", pa.int64(), nullable=False),
+        pa.field("num_rows", pa.int32(), nullable=False),
+        pa.field("num_supervised", pa.int32(), nullable=False),
+    ]
+)
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Fingerprint(Record):
+    """What a cache was made of, each part a digest or a short setting; equal fingerprints mean equal rows."""
+
+    teacher: str
+    """sha256 of the teacher's config and its weight files' names, sizes and xxh3-128."""
+    tokenizer: str
+    """sha256 of the tokenizer's definition."""
+    template: str
+    """sha256 of the chat template."""
+    data: str
+    """sha256 over every sample's id, token ids and mask, in order."""
+
+    def overall(self) -> str:
+        return hashlib.sha256(canonical(self.model_dump())).hexdigest()
+
+
+class EngineRecord(Record):
+    """How the teacher was run."""
+
+    name: str
+    version: str
+    determinism: Literal["bitwise", "tolerance"]
+    device: str
+    batch_tokens: Count
+    """Tokens of a padded teacher batch; 0 runs every sample alone."""
+
+
+class Settings(Record):
+    """The choices that decide which rows exist."""
+
+    max_length: int
+    overlong: str
+    supervise: str
+    rows: Literal["supervised", "all"]
+    codec: Literal["raw"]
+    dtype: Dtype
+    seed: int
+    """Fixes which rows the gate probes."""
+
+
+class ShardPlan(Record):
+    """Bounds of one shard: a run of samples."""
+
+    first_sample: Count
+    num_samples: Count
+    num_tokens: Count
+    num_rows: Count
+
+
+class Plan(Record):
+    """PLAN.json"""
+
+    format_version: Literal[1] = 1
+    fingerprint: Fingerprint
+    settings: Settings
+    engine: EngineRecord
+    head: HeadRecord
+    num_samples: Count
+    num_tokens: Count
+    num_rows: Count
+    heldout_fraction: float
+    counts: dict[str, int]
+    """What prepare did: samples read, kept, truncated, dropped and why."""
+    samples_digest: str
+    """sha256 of samples.arrow."""
+    vocabulary_digest: str
+    """sha256 of the tokenizer's id-to-token table: what a student's tokenizer must agree with."""
+    shards: tuple[ShardPlan, ...]
+
+    def to_bytes(self) -> bytes:
+        return canonical(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """sha256 of PLAN.json; every shard and commit record carries it."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of a cache folder. Raises CacheError if there is none, LayoutError if it is not one we can read."""
+    path = folder / PLAN_FILE
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheError("no cache here: PLAN.json is missing; make one with: kdpipe extract", where=folder) from None
+    try:
+        plan = Plan.model_validate_json(data)
+    except ValidationError as err:
+        first = err.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise LayoutError(f"'{place}': {first['msg']}; made by another version of kdpipe?", where=path) from None
+    if plan.to_bytes() != data:
+        raise LayoutError("PLAN.json was edited after it was written", where=path)
+    return plan
+
+
+def cut_batches(num_tokens: Sequence[int], batch_tokens: int) -> np.ndarray:
+    """The teacher batch of every sample of a shard, int32 [N]: samples of similar length together.
+
+    Sorted by length, then cut so that count times longest stays within batch_tokens; 0 puts every sample alone, in
+    order, so that nothing is padded and a row is a function of its own sample.
+    """
+    if batch_tokens == 0:
+        return np.arange(len(num_tokens), dtype=np.int32)
+    batches = np.zeros(len(num_tokens), dtype=np.int32)
+    batch, count = 0, 0
+    for index in np.argsort(np.asarray(num_tokens), kind="stable"):
+        # Ascending lengths: the newest sample is the longest of its batch.
+        if count and (count + 1) * num_tokens[index] > batch_tokens:
+            batch, count = batch + 1, 0
+        batches[index] = batch
+        count += 1
+    return batches
+
+
+class SamplesWriter:
+    """Writes samples.arrow as samples arrive, one record batch a shard, and keeps the shards' bounds.
+
+    writer = SamplesWriter(path, batch_tokens=0, every_row=False)
+    for sample in samples: writer.add(sample)
+    shards = writer.close()
+    """
+
+    def __init__(self, path: Path, *, batch_tokens: int, every_row: bool, shard_tokens: int = SHARD_TOKENS) -> None:
+        self._batch_tokens, self._every_row, self._shard_tokens = batch_tokens, every_row, shard_tokens
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, SCHEMA)
+        self._waiting: list[Sample] = []
+        self._waiting_tokens = 0
+        self._data = hashlib.sha256()
+        self.shards: list[ShardPlan] = []
+
+    def add(self, sample: Sample) -> None:
+        if self._waiting and self._waiting_tokens + len(sample.token_ids) > self._shard_tokens:
+            self._flush()
+        self._waiting.append(sample)
+        self._waiting_tokens += len(sample.token_ids)
+        self._data.update(sample.content_id)
+        self._data.update(np.asarray(sample.token_ids, "<i4").tobytes())
+        self._data.update(np.packbits(sample.supervised).tobytes())
+
+    def close(self) -> tuple[ShardPlan, ...]:
+        """Finish the file; the bounds of its shards."""
+        if self._waiting:
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+        return tuple(self.shards)
+
+    def data_digest(self) -> str:
+        """sha256 over every sample's id, token ids and mask so far."""
+        return self._data.hexdigest()
+
+    def _flush(self) -> None:
+        samples = self._waiting
+        lengths = [len(sample.token_ids) for sample in samples]
+        rows = [len(row_positions(sample.supervised, every=self._every_row)) for sample in samples]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        columns = {
+            "content_id": pa.array([sample.content_id for sample in samples], pa.binary(ID_BYTES)),
+            "source": pa.array([sample.source for sample in samples], pa.string()),
+            "line": pa.array([sample.line for sample in samples], pa.int64()),
+            "token_ids": pa.ListArray.from_arrays(offsets, np.concatenate([sample.token_ids for sample in samples])),
+            "supervised": pa.ListArray.from_arrays(offsets, np.concatenate([sample.supervised for sample in samples])),
+            "num_tokens": pa.array(lengths, pa.int32()),
+            "shard": pa.array([len(self.shards)] * len(samples), pa.int32()),
+            "batch": pa.array(cut_batches(lengths, self._batch_tokens)),
+            "first_row": pa.array(np.cumsum([0, *rows[:-1]]), pa.int64()),
+            "num_rows": pa.array(rows, pa.int32()),
+            "num_supervised": pa.array([len(row_positions(sample.supervised)) for sample in samples], pa.int32()),
+        }
+        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        first = self.shards[-1].first_sample + self.shards[-1].num_samples if self.shards else 0
+        self.shards.append(
+            ShardPlan(first_sample=first, num_samples=len(samples), num_tokens=sum(lengths), num_rows=sum(rows))
+        )
+        self._waiting, self._waiting_tokens = [], 0
+
+
+class Samples:
+    """samples.arrow, mapped: one record batch a shard; columns as numpy arrays without reading the token ids."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.path = folder / SAMPLES_FILE
+        try:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+        except (OSError, pa.ArrowInvalid) as err:
+            raise LayoutError(f"not readable as Arrow: {err}", where=self.path) from None
+        if self._reader.num_record_batches != len(plan.shards) or self._reader.schema != SCHEMA:
+            raise LayoutError(
+                f"{self._reader.num_record_batches} record batches, PLAN.json says {len(plan.shards)} shards",
+                where=self.path,
+            )
+
+    def shard(self, index: int) -> pa.RecordBatch:
+        """The samples of one shard, zero-copy."""
+        return self._reader.get_batch(index)
+
+    def column(self, name: str) -> np.ndarray:
+        """A fixed-width column of all samples as one array: content_id as uint8 [N, 16], the others as they are."""
+        parts = [self._reader.get_batch(index).column(name) for index in range(self._reader.num_record_batches)]
+        if name == "content_id":
+            raw = [np.frombuffer(part.buffers()[1], np.uint8)[: len(part) * ID_BYTES] for part in parts]
+            return np.concatenate(raw).reshape(-1, ID_BYTES)
+        return np.concatenate([part.to_numpy() for part in parts])

@@ -1,0 +1,285 @@
+"""Shards: hidden states on disk, one safetensors file each.
+
+Invariant: a shard under its final name is complete, and its commit record holds the digest of its body. The header is
+a pure function of the plan and that digest, so a reader knows every byte of it beforehand.
+Cost: row width x rows on disk; reading copies nothing and checks each 1 MiB block once, on first touch.
+Format: FORMAT.md section 3.
+"""
+
+# Shapes: N samples of the shard, R rows, E teacher width, n tokens of all its samples together.
+
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import crc32c
+import numpy as np
+import pyarrow as pa
+import xxhash
+from pydantic import ValidationError
+
+from kdpipe.manifests.durable import canonical, disk_error, publish, scratch_name, write_once
+from kdpipe.manifests.errors import CorruptError, DriftError, IncompleteError, LayoutError
+from kdpipe.manifests.plan import Plan, Record
+from kdpipe.manifests.sample import ID_BYTES
+from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out
+
+BLOCK = 1 << 20
+NO_DIGEST = "0" * 32
+
+
+class Commit(Record):
+    """commits/NNNNNN.json: written last, it makes the shard count."""
+
+    shard: int
+    plan: str
+    """sha256 of PLAN.json."""
+    num_bytes: int
+    """Size of the shard file."""
+    digest: str
+    """xxh3-128 of everything behind the header."""
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / "shards" / f"{index:06d}.safetensors"
+
+
+def commit_path(folder: Path, index: int) -> Path:
+    return folder / "commits" / f"{index:06d}.json"
+
+
+def shard_layout(plan: Plan, plan_digest: str, index: int, digest: str) -> Layout:
+    """The layout of a shard: known before the teacher runs, save for the digest's 32 characters."""
+    shard = plan.shards[index]
+    width = plan.head.hidden_size
+    row_bytes = width * {"float32": 4}.get(plan.settings.dtype, 2)
+    tables = (shard.num_samples + 1) * 16 + shard.num_tokens * 5 + shard.num_samples * ID_BYTES
+    num_blocks = -(-(shard.num_rows * row_bytes + tables) // BLOCK)
+    return lay_out(
+        [
+            ("hidden", TAGS[plan.settings.dtype], (shard.num_rows, width)),
+            ("row_offsets", "I64", (shard.num_samples + 1,)),
+            ("token_offsets", "I64", (shard.num_samples + 1,)),
+            ("token_ids", "I32", (shard.num_tokens,)),
+            ("supervised", "U8", (shard.num_tokens,)),
+            ("sample_ids", "U8", (shard.num_samples, ID_BYTES)),
+            ("crc32c", "U32", (num_blocks,)),
+        ],
+        {"format": "kdpipe-shard", "version": "1", "plan": plan_digest, "shard": str(index), "xxh3_128": digest},
+    )
+
+
+def blocks(layout: Layout) -> Iterator[tuple[int, int]]:
+    """(begin, end) of every checksummed block: 1 MiB steps from the first tensor to the checksum table."""
+    end = layout.tensors["crc32c"].begin
+    for begin in range(layout.body, end, BLOCK):
+        yield begin, min(begin + BLOCK, end)
+
+
+class ShardWriter:
+    """A shard being filled: rows land in any order straight in the mapped file, then `commit` seals it.
+
+    The file is allocated in full before anything is mapped, because a store into a mapped file on a full disk kills
+    the process. Leaving the `with` block without `commit` removes what was written.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, plan_digest: str, index: int, samples: pa.RecordBatch) -> None:
+        self._folder, self._plan, self._plan_digest, self._index = folder, plan, plan_digest, index
+        self.layout = shard_layout(plan, plan_digest, index, NO_DIGEST)
+        self.path = scratch_name(folder / "tmp", shard_path(folder, index).name)
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            os.posix_fallocate(self._file, 0, self.layout.num_bytes)
+        except OSError as err:
+            self.path.unlink(missing_ok=True)
+            raise disk_error(err, shard_path(folder, index)) from err
+        self._map = mmap.mmap(self._file, self.layout.num_bytes)
+        self._bytes = np.frombuffer(self._map, np.uint8)
+        self.hidden = self.layout.tensors["hidden"].view(self._bytes)
+        self._write_tables(samples)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._file)
+
+    def rows(self, first: int, count: int) -> tuple[np.ndarray, int]:
+        """The place of `count` rows from `first` on: the [count, E] view and its byte offset in `path`."""
+        view = self.hidden[first : first + count]
+        return view, self.layout.tensors["hidden"].begin + first * self.hidden.strides[0]
+
+    def commit(self) -> Commit:
+        """Checksum, digest, flush, link into place, commit record; the record of the shard now in place.
+
+        Raises DriftError if this shard is committed already with other bytes: the first copy stays.
+        """
+        table = self.layout.tensors["crc32c"].view(self._bytes)
+        table[:] = [crc32c.crc32c(self._bytes[begin:end]) for begin, end in blocks(self.layout)]
+        digest = xxhash.xxh3_128_hexdigest(self._bytes[self.layout.body :].data)
+        sealed = shard_layout(self._plan, self._plan_digest, self._index, digest)
+        self._bytes[: sealed.body] = np.frombuffer(sealed.header, np.uint8)
+        record = Commit(shard=self._index, plan=self._plan_digest, num_bytes=sealed.num_bytes, digest=digest)
+        final = shard_path(self._folder, self._index)
+        try:
+            self._map.flush()
+            os.fsync(self._file)
+            fresh = publish(self.path, final)
+        except OSError as err:
+            raise disk_error(err, final) from err
+        if not fresh:
+            self._agree(record, final)
+        data = canonical(record.model_dump())
+        if not write_once(commit_path(self._folder, self._index), data, scratch_folder=self._folder / "tmp"):
+            first = read_commit(self._folder, self._plan_digest, self._index)
+            if first != record:
+                raise DriftError(f"committed with digest {first.digest}, this run gave {digest}", where=final)
+        return record
+
+    def _agree(self, record: Commit, final: Path) -> None:
+        """The shard in place must be the one we made: linked by a twin, or by a run killed before its commit."""
+        with open(final, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as there:
+            same = there[:] == self._map[:] if len(there) == len(self._map) else False
+        if not same:
+            raise DriftError(
+                f"a shard with other bytes is in place, this run gave digest {record.digest}; the first one stays. "
+                "Was the teacher, its engine or the machine changed?",
+                where=final,
+            )
+
+    def _write_tables(self, samples: pa.RecordBatch) -> None:
+        tensors = self.layout.tensors
+        columns = {
+            "row_offsets": np.concatenate([[0], np.cumsum(samples.column("num_rows").to_numpy())]),
+            "token_offsets": np.concatenate([[0], np.cumsum(samples.column("num_tokens").to_numpy())]),
+            "token_ids": samples.column("token_ids").values.to_numpy(),
+            "supervised": samples.column("supervised").values.to_numpy(zero_copy_only=False),
+            "sample_ids": np.frombuffer(samples.column("content_id").buffers()[1], np.uint8),
+        }
+        for name, values in columns.items():
+            view = tensors[name].view(self._bytes)
+            view[...] = values[: view.size].reshape(view.shape)
+
+
+def read_commit(folder: Path, plan_digest: str, index: int) -> Commit:
+    """The commit record of a shard. Raises IncompleteError where there is none, LayoutError where it is not ours."""
+    path = commit_path(folder, index)
+    try:
+        record = Commit.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise IncompleteError("not extracted yet; run the same kdpipe extract again", where=path) from None
+    except ValidationError as err:
+        raise LayoutError(f"not a commit record: {err.errors()[0]['msg']}", where=path) from None
+    if record.shard != index or record.plan != plan_digest:
+        raise LayoutError(
+            f"it is for shard {record.shard} of plan {record.plan[:12]}, expected shard {index} of {plan_digest[:12]}",
+            where=path,
+        )
+    return record
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ShardSample:
+    """One sample as a shard holds it: views, no copies. rows [R, E], token_ids int32 [n], supervised bool [n]."""
+
+    token_ids: np.ndarray
+    supervised: np.ndarray
+    rows: np.ndarray
+    content_id: bytes
+
+
+class Shard:
+    """A committed shard, mapped read-only for as long as the object lives."""
+
+    def __init__(self, folder: Path, plan: Plan, plan_digest: str, index: int) -> None:
+        self.path = shard_path(folder, index)
+        commit = read_commit(folder, plan_digest, index)
+        self.layout = shard_layout(plan, plan_digest, index, commit.digest)
+        self.digest = commit.digest
+        try:
+            # A private mapping: nothing can write through it, and torch takes its arrays without complaint.
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != self.layout.num_bytes:
+                    raise LayoutError(f"{size} bytes, the plan says {self.layout.num_bytes}", where=self.path)
+                self._map = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        except FileNotFoundError:
+            raise CorruptError("committed, but the file is gone", where=self.path) from None
+        self._bytes = np.frombuffer(self._map, np.uint8)
+        header = bytes(self._bytes[: self.layout.body])
+        if header != self.layout.header:
+            at = next(i for i, (a, b) in enumerate(zip(header, self.layout.header, strict=True)) if a != b)
+            raise CorruptError(
+                f"header differs from what the plan and the commit record say at byte {at}", where=self.path
+            )
+        tensors = self.layout.tensors
+        self.hidden = tensors["hidden"].view(self._bytes)
+        self._crc = tensors["crc32c"].view(self._bytes)
+        self._good = np.zeros(len(self._crc), dtype=bool)
+        self.check(tensors["row_offsets"].begin, tensors["crc32c"].begin)
+        self.row_offsets = tensors["row_offsets"].view(self._bytes)
+        self.token_offsets = tensors["token_offsets"].view(self._bytes)
+        self.token_ids = tensors["token_ids"].view(self._bytes)
+        self.supervised = tensors["supervised"].view(self._bytes).view(bool)
+        self.sample_ids = tensors["sample_ids"].view(self._bytes)
+
+    def sample(self, index: int) -> ShardSample:
+        """The sample at `index` within this shard; its rows' blocks are checked the first time they are touched."""
+        row, next_row = self.row_offsets[index], self.row_offsets[index + 1]
+        token, next_token = self.token_offsets[index], self.token_offsets[index + 1]
+        begin, stride = self.layout.tensors["hidden"].begin, self.hidden.strides[0]
+        self.check(int(begin + row * stride), int(begin + next_row * stride))
+        return ShardSample(
+            token_ids=self.token_ids[token:next_token],
+            supervised=self.supervised[token:next_token],
+            rows=self.hidden[row:next_row],
+            content_id=self.sample_ids[index].tobytes(),
+        )
+
+    def prefetch(self, index: int) -> None:
+        """Ask the kernel to read a sample's rows ahead."""
+        begin, stride = self.layout.tensors["hidden"].begin, self.hidden.strides[0]
+        start = int(begin + self.row_offsets[index] * stride) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = int(begin + self.row_offsets[index + 1] * stride)
+        if end > start:
+            self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
+
+    def check(self, begin: int, end: int) -> None:
+        """Verify the blocks that hold bytes begin..end, those not verified before. Raises CorruptError."""
+        if end <= begin:
+            return
+        body, stop = self.layout.body, self.layout.tensors["crc32c"].begin
+        first, last = (begin - body) // BLOCK, (end - 1 - body) // BLOCK
+        if self._good[first : last + 1].all():
+            return
+        for block in range(first, last + 1):
+            if not self._good[block]:
+                start = body + block * BLOCK
+                found = crc32c.crc32c(self._bytes[start : min(start + BLOCK, stop)])
+                if found != self._crc[block]:
+                    raise CorruptError(
+                        f"bytes {start}-{min(start + BLOCK, stop) - 1} do not match their checksum "
+                        f"(crc32c {found:08x}, recorded {int(self._crc[block]):08x})",
+                        where=self.path,
+                    )
+                self._good[block] = True
+
+    def verify(self, samples: pa.RecordBatch) -> None:
+        """Every block, the digest, and the tables against samples.arrow. Raises CorruptError."""
+        self._good[:] = False
+        self.check(self.layout.body, self.layout.tensors["crc32c"].begin)
+        digest = xxhash.xxh3_128_hexdigest(self._bytes[self.layout.body :].data)
+        if digest != self.digest:
+            raise CorruptError(f"digest {digest}, the commit record says {self.digest}", where=self.path)
+        ids = np.frombuffer(samples.column("content_id").buffers()[1], np.uint8)[: self.sample_ids.size]
+        agree = (
+            np.array_equal(self.token_ids, samples.column("token_ids").values.to_numpy())
+            and np.array_equal(self.supervised, samples.column("supervised").values.to_numpy(zero_copy_only=False))
+            and np.array_equal(np.diff(self.row_offsets), samples.column("num_rows").to_numpy())
+            and np.array_equal(self.sample_ids.reshape(-1), ids)
+        )
+        if not agree:
+            raise CorruptError("its ids, masks or row counts are not those of samples.arrow", where=self.path)

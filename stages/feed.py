@@ -1,0 +1,259 @@
+"""Feed: which samples a step takes, on which rank, and how they are packed; a cache's rows into reused buffers.
+
+    indices -> order(seed, epoch) -> steps(batch_tokens) -> deal(ranks x accumulation) -> pack -> PackedBatch
+
+Everything before `pack` is a pure function of lengths, seed and world size, so there is no state to save: step s of a
+run is the same samples whatever was done before it, and the same on any number of ranks.
+Cost: one copy of the rows, from the mapping into the batch buffer (memcpy speed).
+"""
+
+# Shapes: L tokens of a batch, S samples in it, R supervised rows, E teacher width.
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdpipe.manifests.cache import Cache, SampleView
+from kdpipe.manifests.errors import CacheError, ConfigError
+from kdpipe.manifests.sample import row_positions
+
+NO_LABEL = -100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedBatch:
+    """Samples ready for a forward pass: laid end to end in one row, or padded to one length each in a row of its own.
+
+    input_ids, position_ids: int64 [1, L], or [S, L] padded; positions restart at every sample
+    seq_lens: int32 [S], tokens of each sample
+    attention_mask: bool [S, L] where padded, None where packed
+    rows: int64 [R], places in the flattened [S*L] whose next token is supervised
+    labels: int64 [R], that next token
+    teacher_rows: [R, E] in the cache's dtype; valid until the feed makes its next batch
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    seq_lens: torch.Tensor
+    attention_mask: torch.Tensor | None
+    rows: torch.Tensor
+    labels: torch.Tensor
+    teacher_rows: torch.Tensor
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The batch on another device; itself where it is there already."""
+        moved = {
+            name: value.to(device) if isinstance(value := getattr(self, name), torch.Tensor) else value
+            for name in self.__dataclass_fields__
+        }
+        return PackedBatch(**moved)
+
+
+def shuffle(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: sample indices sorted by a hash of (seed, epoch, index).
+
+    A hash, not a random generator: the order cannot change with numpy's version, and a sample's rank does not depend
+    on how many others there are.
+    """
+    # splitmix64 (Steele, Lea, Flood 2014), applied to the three numbers one after the other.
+    key = _splitmix(np.array(seed & (2**64 - 1), dtype=np.uint64))
+    key = _splitmix(key ^ np.uint64(epoch))
+    return indices[np.argsort(_splitmix(key ^ indices.astype(np.uint64)), kind="stable")]
+
+
+def _splitmix(value: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        mixed = value + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
+def num_steps(num_tokens: np.ndarray, batch_tokens: int) -> int:
+    """Steps of an epoch: as few as keep the mean step within batch_tokens, and no more than there are samples."""
+    return min(max(-(-int(num_tokens.sum()) // batch_tokens), 1), len(num_tokens))
+
+
+def cut_steps(order: np.ndarray, num_tokens: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """An epoch's order cut into steps of nearly equal tokens, instead of full ones and a remainder.
+
+    num_tokens: of every sample in `order`. A sample belongs to the step in which its middle token falls, except that
+    no step is left empty:
+
+    tokens 4 4 4 4, batch_tokens 7 -> 3 steps of 5.33 -> [4] [4 4] [4]
+    """
+    steps = num_steps(num_tokens, batch_tokens)
+    middles = np.cumsum(num_tokens) * 2 - num_tokens
+    step_of = middles * steps // (2 * int(num_tokens.sum()))
+    bounds = np.searchsorted(step_of, np.arange(1, steps))
+    for step in range(1, steps):
+        previous = bounds[step - 2] if step > 1 else 0
+        bounds[step - 1] = min(max(bounds[step - 1], previous + 1), len(order) - (steps - step))
+    return np.split(order, bounds)
+
+
+def deal(samples: np.ndarray, num_tokens: np.ndarray, num_bins: int) -> list[np.ndarray]:
+    """One step's samples dealt into bins of nearly equal tokens: longest first, each to the lightest bin.
+
+    num_tokens: of every sample in `samples`. Fewer samples than bins leave some bins empty.
+    """
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    load = [0] * num_bins
+    for place in np.argsort(-num_tokens, kind="stable"):
+        lightest = load.index(min(load))
+        bins[lightest].append(int(samples[place]))
+        load[lightest] += int(num_tokens[place])
+    return [np.array(members, dtype=np.int64) for members in bins]
+
+
+class Rows:
+    """Samples of one or more caches of the same teacher, under one running index."""
+
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        for cache in caches:
+            cache.require_complete()
+            for field in ("teacher", "tokenizer"):
+                ours, first = (getattr(one.plan.fingerprint, field) for one in (cache, caches[0]))
+                if ours != first:
+                    raise CacheError(
+                        f"its {field} is {ours[:12]}, that of {caches[0].path} is {first[:12]}; "
+                        "caches trained on together must come from one teacher",
+                        where=cache.path,
+                    )
+        self.caches = tuple(caches)
+        self._first = np.cumsum([0, *(len(cache) for cache in caches)])
+        self.num_tokens = np.concatenate([cache.num_tokens() for cache in caches]).astype(np.int64)
+        self.num_supervised = np.concatenate([cache.num_supervised() for cache in caches]).astype(np.int64)
+        self.hidden_size = caches[0].plan.head.hidden_size
+        self.dtype: torch.dtype = getattr(torch, caches[0].plan.settings.dtype)
+
+    def __getitem__(self, index: int) -> SampleView:
+        which, within = self._locate(index)
+        return self.caches[which][within]
+
+    def prefetch(self, index: int) -> None:
+        which, within = self._locate(index)
+        self.caches[which].prefetch(within)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        which = int(np.searchsorted(self._first, index, side="right")) - 1
+        return which, int(index - self._first[which])
+
+    def split(self, heldout_fraction: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """(training, held-out) sample indices, the caches' own fraction where none is given."""
+        heldout = np.concatenate([cache.heldout(heldout_fraction) for cache in self.caches])
+        return np.flatnonzero(~heldout), np.flatnonzero(heldout)
+
+
+class Packer:
+    """Packs samples into batches, in one row buffer that grows to the largest batch and is used again."""
+
+    def __init__(self, rows: Rows, *, padded: bool = False, pin: bool = False) -> None:
+        self._rows, self._padded, self._pin = rows, padded, pin
+        self._buffer = torch.empty(0, rows.hidden_size, dtype=rows.dtype)
+
+    def pack(self, members: Sequence[int] | np.ndarray) -> PackedBatch:
+        """The samples as one batch, in this order, without padding unless the packer was made for it."""
+        views = [self._rows[int(member)] for member in members]
+        lengths = np.array([len(view.token_ids) for view in views], dtype=np.int64)
+        positions = [row_positions(view.supervised) for view in views]
+        stride = int(lengths.max()) if self._padded else 0
+        starts = np.arange(len(views)) * stride if self._padded else np.cumsum(lengths) - lengths
+        shape = (len(views), stride) if self._padded else (1, int(lengths.sum()))
+        flat_ids = np.zeros(shape, dtype=np.int64).reshape(-1)
+        flat_positions = np.zeros_like(flat_ids)
+        for view, start, length in zip(views, starts, lengths, strict=True):
+            flat_ids[start : start + length] = view.token_ids
+            flat_positions[start : start + length] = np.arange(length)
+        return PackedBatch(
+            input_ids=torch.from_numpy(flat_ids.reshape(shape)),
+            position_ids=torch.from_numpy(flat_positions.reshape(shape)),
+            seq_lens=torch.from_numpy(lengths.astype(np.int32)),
+            attention_mask=torch.from_numpy(np.arange(stride) < lengths[:, None]) if self._padded else None,
+            rows=torch.from_numpy(np.concatenate([at + start for at, start in zip(positions, starts, strict=True)])),
+            labels=torch.from_numpy(
+                np.concatenate([view.token_ids[at + 1] for view, at in zip(views, positions, strict=True)]).astype(
+                    np.int64
+                )
+            ),
+            teacher_rows=self._gather(views),
+        )
+
+    def empty(self) -> PackedBatch:
+        """The shortest thing a model can run with nothing to learn from: keeps a rank without samples in step."""
+        return PackedBatch(
+            input_ids=torch.zeros(1, 1, dtype=torch.int64),
+            position_ids=torch.zeros(1, 1, dtype=torch.int64),
+            seq_lens=torch.ones(1, dtype=torch.int32),
+            attention_mask=torch.ones(1, 1, dtype=torch.bool) if self._padded else None,
+            rows=torch.zeros(0, dtype=torch.int64),
+            labels=torch.zeros(0, dtype=torch.int64),
+            teacher_rows=self._buffer[:0],
+        )
+
+    def _gather(self, views: Sequence[SampleView]) -> torch.Tensor:
+        total = sum(len(view.rows) for view in views)
+        if total > len(self._buffer):
+            # pin_memory is what lets a GPU copy run while the next batch is packed.
+            self._buffer = torch.empty(total, self._rows.hidden_size, dtype=self._rows.dtype, pin_memory=self._pin)
+        # numpy sees bfloat16 as 16-bit integers: the copy moves bits and knows no dtype.
+        into = self._buffer.view(torch.uint8).numpy()
+        at = 0
+        for view in views:
+            into[at : at + len(view.rows)] = view.rows.view(np.uint8)
+            at += len(view.rows)
+        return self._buffer[:total]
+
+
+class Feed:
+    """The batches of a training run: `feed.step(s)` yields this rank's micro-batches of step s.
+
+    Raises ConfigError where there are fewer training samples than ranks.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        members: np.ndarray,
+        *,
+        seed: int,
+        batch_tokens: int,
+        grad_accum: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        padded: bool = False,
+        pin: bool = False,
+    ) -> None:
+        if len(members) < world_size:
+            raise ConfigError(
+                f"{world_size} ranks for {len(members)} training samples; use at most --nproc {max(len(members), 1)}",
+                where="--nproc",
+            )
+        self._rows, self._members, self._seed, self._batch_tokens = rows, members, seed, batch_tokens
+        self._grad_accum, self._rank, self._world_size = grad_accum, rank, world_size
+        self._packer = Packer(rows, padded=padded, pin=pin)
+        self.steps_per_epoch = num_steps(rows.num_tokens[members], batch_tokens)
+        self._epoch, self._cuts = -1, [members]
+
+    def num_supervised(self, step: int) -> int:
+        """Supervised tokens of a step over all ranks: what its loss is divided by, once."""
+        return int(self._rows.num_supervised[self.members(step)].sum())
+
+    def members(self, step: int) -> np.ndarray:
+        """Samples of a step, those of all ranks."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            order = shuffle(self._members, self._seed, epoch)
+            self._epoch, self._cuts = epoch, cut_steps(order, self._rows.num_tokens[order], self._batch_tokens)
+        return self._cuts[within]
+
+    def step(self, step: int) -> Iterator[PackedBatch]:
+        """This rank's micro-batches of a step, exactly grad_accum of them; each is valid until the next is taken."""
+        members = self.members(step)
+        bins = deal(members, self._rows.num_tokens[members], self._world_size * self._grad_accum)
+        for member in np.concatenate(bins[self._rank :: self._world_size]):
+            self._rows.prefetch(int(member))
+        for micro in bins[self._rank :: self._world_size]:
+            yield self._packer.pack(micro) if len(micro) else self._packer.empty()
