@@ -185,13 +185,11 @@ class Cache:
 
         Raises CorruptError or LayoutError at the first damage, IncompleteError at the end if shards are missing.
         """
-        digest = hashlib.sha256()
         with open(self.path / SAMPLES_FILE, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        if digest.hexdigest() != self.plan.samples_digest:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != self.plan.samples_digest:
             raise CorruptError(
-                f"sha256 {digest.hexdigest()}, {PLAN_FILE} says {self.plan.samples_digest}",
+                f"sha256 {digest}, {PLAN_FILE} says {self.plan.samples_digest}",
                 where=self.path / SAMPLES_FILE,
             )
         self.head()

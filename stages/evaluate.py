@@ -1,0 +1,104 @@
+"""Evaluate: a student against the teacher on held-out rows of a cache, with no teacher in memory.
+
+All figures are means per supervised token, in nats, at temperature 1 over the real vocabulary; sums are taken over all
+ranks and divided once.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.run import read_run
+from kdpipe.stages.feed import PackedBatch, Packer, Rows, cut_steps, deal
+from kdpipe.stages.loss import TokenMetrics
+from kdpipe.stages.student import (
+    Student,
+    TeacherHead,
+    check_student,
+    checkpoint_dtype,
+    load_student,
+    load_teacher_head,
+    pick_device,
+)
+
+
+def batches(
+    rows: Rows, packer: Packer, members: np.ndarray, batch_tokens: int, *, rank: int = 0, world_size: int = 1
+) -> Iterator[PackedBatch]:
+    """This rank's share of the samples, the same number of batches on every rank."""
+    for cut in cut_steps(members, rows.num_tokens[members], batch_tokens * world_size):
+        mine = deal(cut, rows.num_tokens[cut], world_size)[rank]
+        yield packer.pack(mine) if len(mine) else packer.empty()
+
+
+def measure(
+    student: Student, teacher: TeacherHead, feed: Iterator[PackedBatch], device: torch.device, progress: Progress
+) -> dict[str, float]:
+    """The metrics over all batches of all ranks. Collective where a process group is up."""
+    student.eval()
+    total = torch.zeros(len(fields(TokenMetrics)), dtype=torch.float64, device=device)
+    for batch in feed:
+        sums = student.measure(batch.to(device), teacher)
+        total += torch.stack([getattr(sums, field.name) for field in fields(TokenMetrics)])
+        progress.advance(int(batch.seq_lens.sum()))
+    student.train()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return summary(dict(zip((field.name for field in fields(TokenMetrics)), total.tolist(), strict=True)))
+
+
+def summary(sums: dict[str, float]) -> dict[str, float]:
+    """Means per supervised token from sums."""
+    count = max(sums["num_tokens"], 1.0)
+    ce = sums["ce"] / count
+    return {
+        "heldout_kl": sums["forward_kl"] / count,
+        "heldout_reverse_kl": sums["reverse_kl"] / count,
+        "top1_agreement": sums["top1_agree"] / count,
+        "heldout_ce": ce,
+        "perplexity": math.exp(min(ce, 700.0)),
+        "teacher_ce": sums["teacher_ce"] / count,
+        "num_tokens": int(sums["num_tokens"]),
+    }
+
+
+def evaluate_student(
+    student: Path,
+    cache: Path,
+    *,
+    heldout_fraction: float | None,
+    device: str,
+    dtype: str,
+    batch_tokens: int,
+    progress: Progress,
+) -> dict[str, float]:
+    """Metrics of the student in a folder on the held-out rows of a cache.
+
+    heldout_fraction: None takes the one the student was trained with, else the cache's.
+    device, dtype: "auto" picks a GPU if there is one, and the dtype the student is stored in.
+    Raises StudentError, CacheError, IncompleteError, CorruptError; ConfigError where no sample is held out.
+    """
+    rows = Rows([Cache.open(cache)])
+    check_student(student, rows.caches[0])
+    if heldout_fraction is None and (record := read_run(student)) is not None:
+        heldout_fraction = record.inputs.heldout_fraction
+    _, members = rows.split(heldout_fraction)
+    if not len(members):
+        raise ConfigError("no sample of this cache is held out; give a larger --heldout-fraction", where=cache)
+    place = pick_device(device)
+    precision = checkpoint_dtype(student) if dtype == "auto" else getattr(torch, dtype)
+    model = Student(load_student(student, precision, place))
+    teacher = load_teacher_head(rows.caches[0], place)
+    packer = Packer(rows, padded=model.padded, pin=place.type == "cuda")
+    progress.begin("eval", total=int(rows.num_tokens[members].sum()), unit="tokens")
+    metrics = measure(model, teacher, batches(rows, packer, members, batch_tokens), place, progress)
+    progress.end()
+    return metrics

@@ -1,0 +1,10 @@
+"""Extract: one pass of the teacher over the data, its rows committed shard by shard.
+
+planning  data -> PLAN, samples.arrow, head, tokenizer, staged beside the cache and put in place at once
+shards    plan -> engine -> gate -> commit, for the shards that are not there yet
+"""
+
+from kdpipe.stages.extract.planning import ExtractSpec, Forecast, forecast
+from kdpipe.stages.extract.shards import extract
+
+__all__ = ["ExtractSpec", "Forecast", "extract", "forecast"]

@@ -1,0 +1,323 @@
+"""Planning an extraction: everything that can be decided, checked or refused before the teacher runs.
+
+Invariant: a cache folder appears under its name with its plan, samples, head and tokenizer all in it, or not at all.
+An existing one is left as it is, and must have been made from the same things.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher, real_vocab_size
+from kdpipe.stages.teacher.head import Head, head_record, read_head
+from kdpipe.stages.teacher.rows import as_array
+from transformers import PreTrainedTokenizerBase
+
+from kdpipe.manifests.cache import Cache, write_head
+from kdpipe.manifests.durable import canonical, fsync_folder
+from kdpipe.manifests.errors import CacheError, ConfigError, SpaceError
+from kdpipe.manifests.plan import (
+    PLAN_FILE,
+    SAMPLES_FILE,
+    SHARD_TOKENS,
+    EngineRecord,
+    Fingerprint,
+    Plan,
+    SamplesWriter,
+    Settings,
+    ShardPlan,
+)
+from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.provenance import digest_json, digest_model
+from kdpipe.manifests.sample import Incident, Sample, is_heldout, row_positions
+from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
+from kdpipe.manifests.specs import DataSpec
+from kdpipe.stages.causal_lm import load_tokenizer, vocabulary_digest
+from kdpipe.stages.prepare import prepare
+from kdpipe.stages.teacher import engine_version, pick_engine
+
+FOLDERS = ("shards", "commits", "tmp", "runs", "teacher")
+CUDA_BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractSpec:
+    """What to extract.
+
+    teacher: folder that from_pretrained loads
+    data: data files and folders
+    engine: "auto", or a name in kdpipe.stages.teacher.ENGINES
+    dtype: of the teacher's pass and the rows; "auto" takes the checkpoint's
+    rows: "supervised" keeps rows whose next token is a target, "all" keeps every row that has a next token
+    seed: fixes which rows the gate probes
+    batch_tokens: tokens of a padded teacher batch; 0 runs every sample alone; None: 0 on a CPU, 16384 on a GPU
+    """
+
+    teacher: Path
+    data: tuple[Path, ...]
+    data_spec: DataSpec = DataSpec()
+    engine: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    rows: Literal["supervised", "all"] = "supervised"
+    codec: Literal["raw"] = "raw"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_tokens: int | None = None
+
+    def resolved_device(self) -> Literal["cpu", "cuda"]:
+        """cpu or cuda. Raises ConfigError where cuda is asked for and there is none."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("there is no GPU that torch can see; leave it out or say cpu", where="--device")
+        return "cuda" if self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What an extraction will make, known from data, tokenizer and config alone."""
+
+    num_samples: int
+    num_tokens: int
+    num_rows: int
+    num_heldout: int
+    num_shards: int
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    counts: dict[str, int]
+    bytes_per_codec: dict[str, int]
+    head_bytes: int
+    teacher_params: int
+
+
+def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
+    """Read the data as extract would and say what comes of it. Writes nothing, loads no weights."""
+    info = describe_teacher(spec.teacher, spec.dtype)
+    tokenizer = load_tokenizer(spec.teacher)
+    incidents: Counter[str] = Counter()
+    num_samples = num_tokens = num_rows = num_heldout = 0
+    for sample in _samples(spec, tokenizer, lambda incident: incidents.update([incident.kind]), progress):
+        num_samples += 1
+        num_tokens += len(sample.token_ids)
+        num_rows += len(row_positions(sample.supervised, every=spec.rows == "all"))
+        content_id = np.frombuffer(sample.content_id, np.uint8)[None]
+        num_heldout += int(is_heldout(content_id, spec.data_spec.heldout_fraction)[0])
+    width = np.dtype(np.float32).itemsize if info.dtype == "float32" else 2
+    # Ids and mask lie in samples.arrow and in the shard, 5 bytes a token each.
+    overhead = num_tokens * 10
+    return Forecast(
+        num_samples=num_samples,
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        num_heldout=num_heldout,
+        num_shards=-(-num_tokens // SHARD_TOKENS),
+        hidden_size=info.hidden_size,
+        vocab_size=real_vocab_size(spec.teacher, tokenizer, info.head_rows),
+        dtype=info.dtype,
+        counts=_counts(num_samples, incidents),
+        bytes_per_codec={"raw": num_rows * info.hidden_size * width + overhead},
+        head_bytes=info.head_rows * info.hidden_size * width,
+        teacher_params=info.num_params,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Staged:
+    """A plan ready to be put in place, or found in place already.
+
+    folder: where it lies now: beside the cache, or the cache itself where that exists
+    """
+
+    plan: Plan
+    head: Head
+    folder: Path
+    cache: Path
+
+    def publish(self) -> Cache:
+        """Put the staged folder in place, unless a cache of the same plan is there; the cache, open."""
+        if self.folder != self.cache:
+            try:
+                os.rename(self.folder, self.cache)
+                fsync_folder(self.cache.parent)
+            except OSError:
+                # Another writer of the same plan was quicker, or the name is taken by something else.
+                require_same(self.plan, self.cache)
+        return Cache.open(self.cache)
+
+
+@contextmanager
+def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Staged]:
+    """Plan the extraction; what was staged and not published is gone when the block ends.
+
+    Raises the errors of teacher, tokenizer and data; CacheError for a folder that is another cache or none; SpaceError.
+    """
+    info = describe_teacher(spec.teacher, spec.dtype)
+    tokenizer = load_tokenizer(spec.teacher)
+    if cache.exists() and not (cache / PLAN_FILE).exists() and (not cache.is_dir() or any(cache.iterdir())):
+        raise CacheError("it exists and is not a cache; choose another name or remove it", where=cache)
+    folder = cache.absolute().parent / f".{cache.name}.{os.getpid()}.plan"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as err:
+        raise CacheError(f"cannot be created: {err.strerror}", where=cache) from None
+    try:
+        plan = _write_plan(spec, info, tokenizer, folder, progress)
+        head = read_head(spec.teacher, info, plan.head.vocab_size)
+        if (cache / PLAN_FILE).exists():
+            require_same(plan, cache)
+            require_room(plan, cache, cache)
+            yield Staged(plan=plan, head=head, folder=cache, cache=cache)
+            return
+        require_room(plan, folder, cache)
+        bias = None if head.bias is None else as_array(head.bias)
+        write_head(folder / "teacher", as_array(head.weight), bias, dtype=info.dtype, scratch_folder=folder / "tmp")
+        yield Staged(plan=plan, head=head, folder=folder, cache=cache)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_same(plan: Plan, cache: Path) -> None:
+    """The cache there must have been planned from the same things. Raises CacheError naming the field and both values."""
+    existing = Cache.open(cache).plan
+    for group in ("fingerprint", "settings", "engine", "head"):
+        ours, theirs = getattr(plan, group).model_dump(), getattr(existing, group).model_dump()
+        for field, value in ours.items():
+            if theirs[field] != value:
+                raise CacheError(
+                    f"this cache was made with {group}.{field} = {theirs[field]!r}, this command asks for {value!r}; "
+                    "choose another --cache or repeat the first command",
+                    where=cache,
+                )
+    if plan.heldout_fraction != existing.heldout_fraction:
+        raise CacheError(
+            f"this cache was made with heldout_fraction = {existing.heldout_fraction}, this command asks for "
+            f"{plan.heldout_fraction}; training and evaluation can choose their own",
+            where=cache,
+        )
+    if plan.digest() != existing.digest():
+        raise CacheError("its PLAN.json differs from what this version of kdpipe plans", where=cache)
+
+
+def require_room(plan: Plan, folder: Path, cache: Path) -> None:
+    """Room for the shards that are missing, and for the head where it is not written yet. Raises SpaceError."""
+    missing = [number for number in range(len(plan.shards)) if not commit_path(folder, number).exists()]
+    needed = sum(shard_layout(plan, NO_DIGEST, number, NO_DIGEST).num_bytes for number in missing)
+    if folder != cache:
+        needed += plan.head.head_rows * plan.head.hidden_size * (4 if plan.head.dtype == "float32" else 2)
+    place = os.statvfs(folder)
+    free = place.f_bavail * place.f_frsize
+    if needed > free:
+        raise SpaceError(
+            f"the forecast is {needed:,} bytes, {free:,} are free; choose another disk, or fewer or shorter samples",
+            where=cache,
+        )
+
+
+def _write_plan(
+    spec: ExtractSpec, info: TeacherInfo, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress
+) -> Plan:
+    """Write samples.arrow, PLAN.json, tokenizer, head.json and the incidents into a fresh folder; the plan."""
+    for name in FOLDERS:
+        (folder / name).mkdir()
+    device = spec.resolved_device()
+    batch_tokens = spec.batch_tokens
+    if batch_tokens is None:
+        batch_tokens = CUDA_BATCH_TOKENS if device == "cuda" else 0
+    engine = pick_engine(spec.engine)
+    writer = SamplesWriter(folder / SAMPLES_FILE, batch_tokens=batch_tokens, every_row=spec.rows == "all")
+    incidents: Counter[str] = Counter()
+    with open(folder / "runs" / "prepare.jsonl", "x", encoding="utf-8") as log:
+
+        def record(incident: Incident) -> None:
+            incidents[incident.kind] += 1
+            fields = {
+                "source": incident.source,
+                "line": incident.line,
+                "kind": incident.kind,
+                "detail": incident.detail,
+            }
+            log.write(json.dumps(fields) + "\n")
+
+        for sample in _samples(spec, tokenizer, record, progress):
+            writer.add(sample)
+    shards = writer.close()
+    num_samples = sum(shard.num_samples for shard in shards)
+    counts = _counts(num_samples, incidents)
+    for kind, count in sorted(incidents.items()):
+        progress.note(
+            f"{count} of {counts['read']} samples {kind.replace('_', ' ')}: see runs/prepare.jsonl in the cache"
+        )
+    with open(folder / SAMPLES_FILE, "rb") as file:
+        samples_digest = hashlib.file_digest(file, "sha256").hexdigest()
+    head = head_record(info, real_vocab_size(spec.teacher, tokenizer, info.head_rows))
+    plan = Plan(
+        fingerprint=_fingerprint(spec.teacher, tokenizer, writer.data_digest()),
+        settings=Settings(
+            max_length=spec.data_spec.max_length,
+            overlong=spec.data_spec.overlong,
+            supervise=spec.data_spec.supervise,
+            rows=spec.rows,
+            codec=spec.codec,
+            dtype=head.dtype,
+            seed=spec.seed,
+        ),
+        engine=EngineRecord(
+            name=engine,
+            version=engine_version(engine),
+            determinism="bitwise" if device == "cpu" else "tolerance",
+            device=device,
+            batch_tokens=batch_tokens,
+        ),
+        head=head,
+        num_samples=num_samples,
+        num_tokens=_total(shards, "num_tokens"),
+        num_rows=_total(shards, "num_rows"),
+        heldout_fraction=spec.data_spec.heldout_fraction,
+        counts=counts,
+        samples_digest=samples_digest,
+        vocabulary_digest=vocabulary_digest(tokenizer),
+        shards=shards,
+    )
+    tokenizer.save_pretrained(str(folder / "teacher"))
+    (folder / "teacher" / "head.json").write_bytes(canonical(head.model_dump()))
+    (folder / PLAN_FILE).write_bytes(plan.to_bytes())
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    return plan
+
+
+def _samples(
+    spec: ExtractSpec, tokenizer: PreTrainedTokenizerBase, record: Callable[[Incident], None], progress: Progress
+) -> Iterator[Sample]:
+    progress.begin("prepare", total=None, unit="samples")
+    for sample in prepare(spec.data, tokenizer, spec.data_spec, on_incident=record):
+        progress.advance(1)
+        yield sample
+    progress.end()
+
+
+def _fingerprint(teacher: Path, tokenizer: PreTrainedTokenizerBase, data: str) -> Fingerprint:
+    return Fingerprint(
+        teacher=digest_model(teacher),
+        tokenizer=digest_json(json.loads(tokenizer.backend_tokenizer.to_str())),
+        template=digest_json(tokenizer.chat_template),
+        data=data,
+    )
+
+
+def _counts(num_samples: int, incidents: Counter[str]) -> dict[str, int]:
+    dropped = sum(count for kind, count in incidents.items() if kind != "truncated")
+    return {"read": num_samples + dropped, "kept": num_samples, **dict(sorted(incidents.items()))}
+
+
+def _total(shards: tuple[ShardPlan, ...], field: str) -> int:
+    return sum(getattr(shard, field) for shard in shards)

@@ -1,0 +1,161 @@
+"""Filling a cache: the shards that are missing, in order, each through the gate before it is committed.
+
+Invariant: no row is committed that the gate has not seen. Requests for the next shard are made as soon as the engine
+asks for them, so it works on while the last one is sealed.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes
+from kdpipe.stages.teacher.head import Head
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import GateError
+from kdpipe.manifests.plan import Plan, Samples
+from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.sample import row_positions
+from kdpipe.manifests.shard import ShardWriter, commit_path
+from kdpipe.stages.extract.planning import ExtractSpec, staged
+from kdpipe.stages.teacher import open_engine
+from kdpipe.stages.teacher.engine import Ack, Request, RowTarget, TeacherEngine
+
+PROBES = 4
+"""Rows of every sample whose log-probability is recomputed: the first, the last and two between."""
+CANARIES = 3
+CANARY_TOKENS = 64
+
+
+def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int, int] | None = None) -> Cache:
+    """Extract into `cache` what is missing there; the cache, open and (unless `part` is given) complete.
+
+    part: (i, n) extracts the i-th of n equal ranges of shards, i from 1, for several writers of one cache.
+    Raises the errors of planning, GateError, TeacherError for rows that are not finite, DriftError, SpaceError.
+    """
+    with staged(spec, cache, progress) as plan:
+        todo = missing_shards(plan.plan, plan.folder, part)
+        if not todo:
+            progress.note("every shard is there already")
+            return plan.publish()
+        engine = open_engine(
+            plan.plan.engine.name, spec.teacher, dtype=plan.plan.settings.dtype, device=spec.resolved_device()
+        )
+        try:
+            error = engine.canary(plan.head, _canaries(Samples(plan.folder, plan.plan)))
+            progress.event("canary", engine=engine.name, version=engine.version, relative_error=error)
+            opened = plan.publish()
+            Filling(opened, engine, plan.head, progress).run(todo)
+        finally:
+            engine.close()
+        return opened
+
+
+def missing_shards(plan: Plan, folder: Path, part: tuple[int, int] | None) -> list[int]:
+    """Numbers of the shards without a commit record, those of one part where one is asked for."""
+    index, count = part or (1, 1)
+    first, last = ((len(plan.shards) * edge) // count for edge in (index - 1, index))
+    return [number for number in range(first, last) if not commit_path(folder, number).exists()]
+
+
+@dataclass(slots=True, eq=False)
+class OpenShard:
+    """A shard on its way: its writer, its requests in the engine's order, the acks that came so far."""
+
+    number: int
+    writer: ShardWriter
+    requests: list[Request]
+    acks: list[Ack] = field(default_factory=list)
+
+
+class Filling:
+    """Runs the engine over the missing shards and commits each when its last ack is in."""
+
+    def __init__(self, cache: Cache, engine: TeacherEngine, head: Head, progress: Progress) -> None:
+        self._cache, self._engine, self._head, self._progress = cache, engine, head, progress
+        self._open: list[OpenShard] = []
+
+    def run(self, todo: Sequence[int]) -> None:
+        shards = self._cache.plan.shards
+        self._progress.begin("extract", total=sum(shards[number].num_tokens for number in todo), unit="tokens")
+        started = time.perf_counter()
+        try:
+            for ack in self._engine.run(self._batches(todo)):
+                shard = self._open[0]
+                request = shard.requests[len(shard.acks)]
+                check_ack(request, ack)
+                check_finite(request)
+                shard.acks.append(ack)
+                self._progress.advance(len(request.token_ids), f"shard {shard.number + 1}/{len(shards)}")
+                if len(shard.acks) == len(shard.requests):
+                    self._seal(shard, started)
+                    started = time.perf_counter()
+            if self._open:
+                done = len(self._open[0].acks)
+                raise GateError(
+                    f"the engine stopped after {done} of {len(self._open[0].requests)} samples; run it again",
+                    where=f"shard {self._open[0].number}",
+                )
+        finally:
+            for shard in self._open:
+                shard.writer.__exit__()
+        self._progress.end()
+
+    def _seal(self, shard: OpenShard, started: float) -> None:
+        """The last look, then the commit."""
+        error = check_identity(shard.requests, shard.acks, self._head)
+        commit = shard.writer.commit()
+        shard.writer.__exit__()
+        self._open.remove(shard)
+        self._progress.event(
+            "shard",
+            shard=shard.number,
+            num_tokens=self._cache.plan.shards[shard.number].num_tokens,
+            num_bytes=commit.num_bytes,
+            digest=commit.digest,
+            worst_logprob_error=error,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _batches(self, todo: Sequence[int]) -> Iterator[list[Request]]:
+        """The planned batches of every missing shard, made when the engine asks for them."""
+        plan = self._cache.plan
+        for number in todo:
+            samples = self._cache.samples.shard(number)
+            writer = ShardWriter(self._cache.path, plan, self._cache.plan_digest, number, samples)
+            batches = self._requests(number, writer)
+            self._open.append(
+                OpenShard(number=number, writer=writer, requests=[request for batch in batches for request in batch])
+            )
+            yield from batches
+
+    def _requests(self, number: int, writer: ShardWriter) -> list[list[Request]]:
+        plan = self._cache.plan
+        samples = self._cache.samples.shard(number)
+        columns = {name: samples.column(name).to_numpy() for name in ("batch", "first_row", "num_rows", "num_tokens")}
+        token_ids = samples.column("token_ids").values.to_numpy()
+        supervised = samples.column("supervised").values.to_numpy(zero_copy_only=False)
+        starts = np.cumsum(columns["num_tokens"]) - columns["num_tokens"]
+        batches: list[list[Request]] = [[] for _ in range(int(columns["batch"].max()) + 1)]
+        for index, start in enumerate(starts):
+            stop = start + columns["num_tokens"][index]
+            sample = plan.shards[number].first_sample + index
+            num_rows = int(columns["num_rows"][index])
+            array, offset = writer.rows(int(columns["first_row"][index]), num_rows)
+            request = Request(
+                sample=sample,
+                token_ids=token_ids[start:stop],
+                positions=row_positions(supervised[start:stop], every=plan.settings.rows == "all"),
+                probes=choose_probes(sample + plan.settings.seed * plan.num_samples, num_rows, PROBES),
+                target=RowTarget(array=array, path=writer.path, offset=offset),
+            )
+            batches[int(columns["batch"][index])].append(request)
+        return batches
+
+
+def _canaries(samples: Samples) -> list[np.ndarray]:
+    """The first few samples' first tokens, int32 [n] each."""
+    first = samples.shard(0).column("token_ids")
+    return [np.asarray(ids.values.to_numpy()[:CANARY_TOKENS]) for ids in first[:CANARIES]]

@@ -1,0 +1,266 @@
+"""Student: a causal LM whose forward pass ends in the loss, sharded by FSDP2 on any number of ranks.
+
+The loss is computed inside the root module's forward because only there FSDP2 holds the lm_head whole; hidden states
+leave the backbone, logits never exist outside the fused loss. Weights, sums of gradients and moments are float32;
+`dtype` is that of the forward and backward pass.
+"""
+
+# Shapes: L tokens of a batch, R supervised rows, D student width, E teacher width, V vocabulary.
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import ConfigError, StudentError
+from kdpipe.manifests.specs import LossSpec
+from kdpipe.stages.attention import use_packed_attention
+from kdpipe.stages.causal_lm import load_tokenizer, logit_formula, vocabulary_difference, vocabulary_digest
+from kdpipe.stages.feed import PackedBatch
+from kdpipe.stages.loss import Head, TokenMetrics, fused_distill_loss, token_metrics
+
+PROBE_LENGTHS = (5, 11, 3)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TeacherHead:
+    """The teacher's lm_head on this rank, frozen, and the vocabulary both models are cut to."""
+
+    head: Head
+    vocab_size: int
+
+
+def load_teacher_head(cache: Cache, device: torch.device) -> TeacherHead:
+    """The head in a cache as tensors on `device`, in the dtype it was extracted in."""
+    arrays, record = cache.head(), cache.plan.head
+
+    def tensor(array: np.ndarray | None) -> torch.Tensor | None:
+        if array is None:
+            return None
+        with warnings.catch_warnings():
+            # Read-only by intent: the head is frozen.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            bits = torch.from_numpy(array.view(np.uint8))
+        return bits.view(getattr(torch, record.dtype)).to(device)
+
+    weight = tensor(arrays.weight)
+    assert weight is not None
+    return TeacherHead(
+        head=Head(weight=weight, bias=tensor(arrays.bias), softcap=record.softcap, scale=record.scale),
+        vocab_size=record.vocab_size,
+    )
+
+
+def pick_device(wanted: str) -> torch.device:
+    """ "auto", "cpu" or "cuda" as a device: auto is a GPU where there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no GPU that torch can see; leave it out or say cpu", where="--device")
+    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def check_student(folder: Path, cache: Cache) -> PreTrainedTokenizerBase:
+    """Whether the student in `folder` can learn from the cache; its tokenizer.
+
+    Raises StudentError for a folder without config or weights, a tokenizer that is not the cache's, a vocabulary too
+    small for the cache's ids.
+    """
+    if not (folder / "config.json").is_file():
+        raise StudentError("no config.json here; a student is a folder that from_pretrained loads", where=folder)
+    if not any(folder.glob("*.safetensors")):
+        raise StudentError("no weights here (*.safetensors)", where=folder)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as err:
+        raise StudentError(f"its config does not load: {err}", where=folder) from None
+    size = config.get_text_config().vocab_size
+    if size < cache.plan.head.vocab_size:
+        raise StudentError(
+            f"its vocabulary has {size} ids, the cache's has {cache.plan.head.vocab_size}; "
+            "enlarge its embedding (resize_token_embeddings) or pick a student of the teacher's family",
+            where=folder,
+        )
+    tokenizer = load_tokenizer(folder, StudentError)
+    if vocabulary_digest(tokenizer) != cache.plan.vocabulary_digest:
+        difference = vocabulary_difference(tokenizer, load_tokenizer(cache.teacher_folder, StudentError))
+        raise StudentError(
+            f"its tokenizer is not that of {cache.path}: {difference}; a student must use the teacher's tokenizer",
+            where=folder,
+        )
+    return tokenizer
+
+
+def load_student(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model with its weights in `dtype` on `device`."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
+        raise StudentError(f"it does not load: {err}", where=folder) from None
+    if model.get_output_embeddings() is None:
+        raise StudentError(f"{type(model).__name__} has no lm_head", where=folder)
+    model.config.use_cache = False
+    return model.to(device)
+
+
+def checkpoint_dtype(folder: Path) -> torch.dtype:
+    """The dtype the student's own weights are stored in; float32 where its config does not say."""
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+class Student(torch.nn.Module):
+    """A causal LM that answers with losses: `student(batch, teacher, loss)` and `student.measure(batch, teacher)`.
+
+    `padded` says that its layers cannot tell packed samples apart, so batches must be padded.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._formula = logit_formula(model.config)
+        use_packed_attention(model, model.device)
+        self.padded = not keeps_samples_apart(model)
+        if self.padded:
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Head inputs of the supervised rows, [R, D]."""
+        return backbone_hidden(self.model, batch).flatten(0, 1)[batch.rows]
+
+    def head(self) -> Head:
+        """The lm_head as it is now: whole, in the dtype of the pass, when called inside forward."""
+        layer = self.model.get_output_embeddings()
+        return Head(
+            weight=layer.weight,
+            bias=getattr(layer, "bias", None),
+            softcap=self._formula.softcap,
+            scale=self._formula.scale,
+        )
+
+    def forward(
+        self, batch: PackedBatch, teacher: TeacherHead, loss: LossSpec | None
+    ) -> tuple[torch.Tensor, ...] | TokenMetrics:
+        """(loss, kd, ce): sums over the batch's supervised tokens, the first with gradients; metrics where loss is None."""
+        hidden, head = self.hidden(batch), self.head()
+        if loss is None:
+            return token_metrics(
+                hidden, head, batch.teacher_rows, teacher.head, batch.labels, vocab_size=teacher.vocab_size
+            )
+        out = fused_distill_loss(
+            hidden,
+            head.weight,
+            batch.teacher_rows,
+            teacher.head.weight,
+            batch.labels,
+            divergence=loss.divergence,
+            temperature=loss.temperature,
+            kd_weight=loss.kd_weight,
+            chunk_tokens=loss.chunk_tokens,
+            vocab_size=teacher.vocab_size,
+            student_bias=head.bias,
+            teacher_bias=teacher.head.bias,
+            student_softcap=head.softcap,
+            teacher_softcap=teacher.head.softcap,
+            student_scale=head.scale,
+            teacher_scale=teacher.head.scale,
+            scale_t2=loss.scale_t2,
+            **loss.options,
+        )
+        return out.loss, out.kd, out.ce
+
+    @torch.no_grad()
+    def measure(self, batch: PackedBatch, teacher: TeacherHead) -> TokenMetrics:
+        """Sums of the evaluation metrics over the batch's supervised tokens."""
+        metrics = self(batch, teacher, None)
+        assert isinstance(metrics, TokenMetrics)
+        return metrics
+
+
+def backbone_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+    """The input of the lm_head for every token, [1, L, D] packed or [S, L, D] padded."""
+    kwargs: dict[str, object] = {}
+    if batch.attention_mask is None:
+        bounds = torch.nn.functional.pad(batch.seq_lens.cumsum(0), (1, 0)).to(torch.int32)
+        longest = int(batch.seq_lens.max())
+        kwargs = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    output = model.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+        **kwargs,
+    )
+    return output.last_hidden_state
+
+
+@torch.no_grad()
+def keeps_samples_apart(model: PreTrainedModel) -> bool:
+    """Whether packed samples come out as they do alone: false for state-space and linear attention layers.
+
+    Runs three short samples of fixed ids packed and alone, and compares what reaches the lm_head.
+    """
+    training = model.training
+    model.eval()
+    size = model.config.get_text_config().vocab_size
+    samples = [torch.arange(1, length + 1, device=model.device) * 7 % size for length in PROBE_LENGTHS]
+
+    def batch(members: list[torch.Tensor]) -> PackedBatch:
+        nothing = torch.zeros(0, dtype=torch.int64, device=model.device)
+        return PackedBatch(
+            input_ids=torch.cat(members)[None],
+            position_ids=torch.cat([torch.arange(len(ids), device=model.device) for ids in members])[None],
+            seq_lens=torch.tensor([len(ids) for ids in members], dtype=torch.int32, device=model.device),
+            attention_mask=None,
+            rows=nothing,
+            labels=nothing,
+            teacher_rows=nothing,
+        )
+
+    packed = backbone_hidden(model, batch(samples))[0]
+    alone = torch.cat([backbone_hidden(model, batch([ids]))[0] for ids in samples])
+    model.train(training)
+    # A leak between samples changes rows by their own size; rounding, even of bfloat16, by a hundredth.
+    return bool((packed - alone).abs().max() <= 0.05 * alone.abs().max())
+
+
+def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype) -> Student:
+    """Shard the student over the mesh in place (FSDP2): each decoder layer by itself, the rest as the root.
+
+    Gradients are summed over ranks, not averaged: the loss is divided once, by the tokens of all ranks.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    layers = set(student.model._no_split_modules or ())
+    for module in student.model.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(student, mesh=mesh, mp_policy=policy)
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # A plain sum: the fused multiply-and-sum that a factor asks for exists on nccl only.
+            module.set_force_sum_reduction_for_comms(True)
+    return student
+
+
+def export(
+    student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, *, rank: int
+) -> None:
+    """Write the student as a folder that from_pretrained loads, weights in `dtype`. Every rank calls it; rank 0 writes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(student, options=options)
+    if rank == 0:
+        model = student.model
+        state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in weights.items()}
+        model.config.use_cache = True
+        model.config.dtype = dtype
+        model.save_pretrained(str(folder), state_dict=state)
+        tokenizer.save_pretrained(str(folder))
