@@ -9,6 +9,7 @@ knows this shift; everybody else calls it.
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -32,6 +33,27 @@ class Sample:
     token_ids: np.ndarray
     supervised: np.ndarray
     truncated: bool = False
+
+
+IncidentKind = Literal["truncated", "dropped_overlong", "empty_completion", "empty_text", "no_supervised_token"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Incident:
+    """A record that did not become a whole sample, and why: cut ("truncated") or, for every other kind, left out.
+
+    A record has one incident at most, so records read = samples + incidents whose `dropped` is true.
+    detail: counts and roles only, never the text of the data
+    """
+
+    source: str
+    line: int
+    kind: IncidentKind
+    detail: str
+
+    @property
+    def dropped(self) -> bool:
+        return self.kind != "truncated"
 
 
 def content_id(content: object) -> bytes:

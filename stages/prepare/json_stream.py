@@ -1,0 +1,147 @@
+"""JSON files of any size: the elements of an array, or objects one after another, with the line of each.
+
+Invariant: at most one chunk beyond the element being parsed is held; what is malformed is a DataError naming its line.
+Cost: an element that crosses the end of a chunk is parsed twice; chunks double while one element is not complete.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kdpipe.manifests.errors import DataError
+
+CHUNK_BYTES = 1 << 18
+BLANK = re.compile(r"[ \t\r\n]*")
+DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JsonValue:
+    """An object of a JSON file, the line it begins on and its 1-based number in the file."""
+
+    fields: dict[str, Any]
+    line: int
+    number: int
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, for an error message that must not show the value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def parse_object(text: str, place: str) -> dict[str, Any]:
+    """The one JSON object that `text` is. Raises DataError at `place` for anything else."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as err:
+        raise DataError(f"not JSON: {err.msg} at column {err.pos + 1}", where=place) from None
+    except (ValueError, RecursionError) as err:  # a number of thousands of digits; brackets nested too deep
+        raise DataError(f"not JSON that can be read: {err}", where=place) from None
+    if not isinstance(value, dict):
+        raise DataError(f"expected an object, found {kind_of(value)}", where=place)
+    return value
+
+
+def json_values(path: Path) -> Iterator[JsonValue]:
+    """The objects in a .json file, lazily: those of its array, or those that follow each other (JSON lines)."""
+    with path.open("rb") as file:
+        window = _Window(file, path)
+        in_array = window.peek() == "["
+        if in_array:
+            window.advance(1)
+        number = 0
+        while (char := window.peek()) and not (in_array and char == "]"):
+            if in_array and number:
+                window.expect(",")
+                window.peek()
+            number += 1
+            line = window.line
+            yield JsonValue(fields=window.take_object(), line=line, number=number)
+        if in_array:
+            window.expect("]")
+            if window.peek():
+                raise window.error("expected the end of the file after the array")
+
+
+class _Window:
+    """A stretch of a UTF-8 file: `text[at:]` is still to be parsed and begins on `line`."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.path = path
+        self.line = 1
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._num_read = 0
+        self._text = ""
+        self._at = 0
+        self._ended = False
+
+    def error(self, message: str) -> DataError:
+        return DataError(message, where=f"{self.path}:{self.line}")
+
+    def advance(self, num_chars: int) -> None:
+        self.line += self._text.count("\n", self._at, self._at + num_chars)
+        self._at += num_chars
+
+    def peek(self) -> str:
+        """The next character that is not blank, or "" at the end of the file."""
+        while True:
+            blank = BLANK.match(self._text, self._at)
+            self.advance(blank.end() - self._at if blank else 0)
+            if self._at < len(self._text) or not self._grow(CHUNK_BYTES):
+                return self._text[self._at : self._at + 1]
+
+    def expect(self, char: str) -> None:
+        found = self.peek()
+        if found != char:
+            came = "the file ends" if not found else "something else came"
+            raise self.error(f"expected '{char}' and {came}: the JSON array is cut off or malformed")
+        self.advance(1)
+
+    def take_object(self) -> dict[str, Any]:
+        """Parse the object that begins here, reading on until it is complete."""
+        if self.peek() != "{":
+            raise self.error("expected an object, found the end of the file or another value")
+        num_bytes = CHUNK_BYTES
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as err:
+                # Incomplete text fails at its end, or at the start of the string that it cuts; anything else is wrong.
+                cut = err.msg.startswith("Unterminated string") or err.pos >= len(self._text) - len("\\u0000")
+                if not (cut and self._grow(num_bytes)):
+                    self.advance(err.pos - self._at)
+                    raise self.error(f"not JSON: {err.msg}") from None
+                num_bytes *= 2
+            except (ValueError, RecursionError) as err:
+                raise self.error(f"not JSON that can be read: {err}") from None
+            else:
+                self.advance(end - self._at)
+                return value
+
+    def _grow(self, num_bytes: int) -> bool:
+        """Drop what was parsed and read on; False at the end of the file."""
+        if self._ended:
+            return False
+        raw = self._file.read(num_bytes)
+        self._num_read += len(raw)
+        self._ended = not raw
+        try:
+            more = self._decoder.decode(raw, final=self._ended)
+        except UnicodeDecodeError as err:
+            # The bytes that the decoder saw are the last ones read, whatever it had kept back from before.
+            bad = self._num_read - len(err.object) + err.start
+            self.line += self._text.count("\n", self._at) + err.object[: err.start].count(b"\n")
+            raise self.error(f"not UTF-8 at byte {bad}; convert the file to UTF-8") from None
+        self._text = self._text[self._at :] + more
+        self._at = 0
+        return not self._ended or bool(more)
