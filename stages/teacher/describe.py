@@ -184,15 +184,16 @@ def _meta_model(path: Path, config: Any) -> Any:
 
 def _head_key(path: Path, model: Any, files: dict[str, Path], *, tied: bool, shape: list[int]) -> str:
     """The head's own key, or the input embedding's where they are tied and the file has only that."""
-    keys = [_module_name(model, model.get_output_embeddings()) + ".weight"]
-    if tied:
-        # The head's own key first: where a file has both and they differ, transformers does not tie them either.
-        keys.append(_module_name(model, model.get_input_embeddings()) + ".weight")
-    for key in keys:
-        found = _find(model, files, key, shape)
-        if found is not None:
-            return found
-    raise TeacherError(f"no '{keys[-1]}' of shape {shape} in the weight files; is this the whole model?", where=path)
+    key = _module_name(model, model.get_output_embeddings()) + ".weight"
+    embedding = _module_name(model, model.get_input_embeddings()) + ".weight"
+    # The head's own key first: where a file has both and they differ, transformers does not tie them either.
+    found = _find(model, files, key, shape) or (_find(model, files, embedding, shape) if tied else None)
+    if found is None:
+        found = _only_of_shape(files, shape, other_than=_find(model, files, embedding, shape))
+    if found is None:
+        name = embedding if tied else key
+        raise TeacherError(f"no '{name}' of shape {shape} in the weight files; is this the whole model?", where=path)
+    return found
 
 
 def _bias_key(path: Path, model: Any, files: dict[str, Path], *, shape: list[int]) -> str:
@@ -215,6 +216,15 @@ def _find(model: Any, files: dict[str, Path], key: str, shape: list[int]) -> str
         if name in files and _slice(files[name], name).get_shape() == shape:
             return name
     return None
+
+
+def _only_of_shape(files: dict[str, Path], shape: list[int], *, other_than: str | None) -> str | None:
+    """The only tensor of the head's shape beside the input embedding; canary.check_head proves that it is the head.
+
+    Old checkpoints have old names (GPT-NeoX: embed_out.weight), which transformers translates while it loads.
+    """
+    found = [key for key in files if key != other_than and _slice(files[key], key).get_shape() == shape]
+    return found[0] if len(found) == 1 else None
 
 
 def _slice(file: Path, key: str) -> Any:

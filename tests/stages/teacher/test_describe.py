@@ -74,6 +74,13 @@ def test_tied_head_without_the_base_models_prefix_is_found(tmp_path: Path) -> No
     assert describe_teacher(tmp_path).head_key == "embed_tokens.weight"
 
 
+def test_head_under_an_old_name_is_found_by_its_shape(tmp_path: Path) -> None:
+    make_model("qwen3", tmp_path)
+    truth = load_file(tmp_path / "model.safetensors")["lm_head.weight"]
+    rename_tensors(tmp_path, lm_head__weight="embed_out.weight")
+    assert torch.equal(read_head(tmp_path, describe_teacher(tmp_path), 251).weight, truth)
+
+
 def test_tied_head_with_a_tensor_of_its_own_is_the_one_transformers_uses(tmp_path: Path) -> None:
     make_model("qwen2", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
