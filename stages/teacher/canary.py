@@ -1,0 +1,108 @@
+"""Does kdpipe know everything between a row and the teacher's logits? Asked of the model itself, once, at the start.
+
+Logits recomputed from rows and head by the formula of manifests/teacher.py are compared with the model's own. An
+architecture with a step that HeadRecord has no word for (another scale, a projection, a soft cap under a new name)
+is refused here, before a row is stored.
+"""
+
+# Shapes: R rows, V' rows of the head, E teacher width, C vocabulary entries of a chunk.
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from kdpipe.manifests.errors import TeacherError
+from kdpipe.stages.teacher.head import Head, head_logits
+from kdpipe.stages.teacher.rows import TORCH_DTYPES
+
+# fp32 copies of the head exist for so many vocabulary entries at a time.
+CHUNK_ENTRIES = 16384
+
+# What fp32 sums in another order differ by, relative to the logits' root mean square: measured 2e-7 to 1e-6.
+FLOAT32_ERROR = 1e-5
+
+
+class ShowsLogits(Protocol):
+    def rows_and_logits(self, token_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head's input [n, E] and the model's own logits [n, V'] for one sample."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scores:
+    """Of each row, in float64.
+
+    logprobs: log p(next id) over the whole head
+    magnitude: |logit of the next id| + mean of |logit| under p, by which rounding errors of the logits reach logprobs
+    """
+
+    logprobs: np.ndarray
+    magnitude: np.ndarray
+
+
+def check_head(engine: ShowsLogits, head: Head, samples: Sequence[np.ndarray], *, path: Path) -> float:
+    """Compare the head's formula with the model's own logits on a few samples (int32 [n] each); the measured error.
+
+    The error is root mean square of the differences over that of the logits. Allowed: fp32 summation, or the rounding
+    of each logit to the model's dtype. Raises TeacherError beyond it.
+    """
+    allowed = max(FLOAT32_ERROR, torch.finfo(TORCH_DTYPES[head.record.dtype]).eps)
+    worst = 0.0
+    for token_ids in samples:
+        rows, logits = engine.rows_and_logits(token_ids)
+        worst = max(worst, head_error(rows, logits, head))
+    if not worst <= allowed:  # a NaN fails too
+        raise TeacherError(
+            f"logits from rows and lm_head differ from the model's own by {worst:.1e} (allowed {allowed:.1e}): "
+            f"{head.record.architecture} does something between hidden state and logits that kdpipe does not know",
+            where=path,
+        )
+    return worst
+
+
+def head_error(rows: torch.Tensor, logits: torch.Tensor, head: Head) -> float:
+    """rms(formula(rows) - logits) / rms(logits), rows [R, E], the model's logits [R, V']; inf for other shapes."""
+    if logits.shape != (len(rows), head.record.head_rows):
+        return float("inf")
+    off = total = 0.0
+    for start, stop in _chunks(head):
+        own = logits[:, start:stop].double()
+        ours = head_logits(rows.to(head.weight.device), head, start, stop).to(own.device)
+        off += float((ours - own).square().sum())
+        total += float(own.square().sum())
+    return (off / total) ** 0.5 if total else off**0.5
+
+
+def recompute_logprobs(rows: torch.Tensor, head: Head, next_ids: np.ndarray) -> Scores:
+    """log p(next_ids) of rows [R, E] by the head's formula over all V' entries.
+
+    Naively log_softmax(logits)[next_ids]; here the vocabulary goes by in chunks and the head is read once for all
+    rows, so call it with many rows.
+    """
+    rows = rows.to(head.weight.device)
+    targets = torch.from_numpy(np.asarray(next_ids, dtype=np.int64)).to(rows.device)
+    count = len(rows)
+    top = torch.full((count,), -torch.inf, dtype=torch.float64, device=rows.device)
+    total, weighted, chosen = (torch.zeros_like(top) for _ in range(3))
+    for start, stop in _chunks(head):
+        logits = head_logits(rows, head, start, stop).double()
+        peak = torch.maximum(top, logits.amax(dim=1))
+        shrink = torch.exp(top - peak)
+        mass = torch.exp(logits - peak[:, None])
+        total = total * shrink + mass.sum(dim=1)
+        weighted = weighted * shrink + (mass * logits.abs()).sum(dim=1)
+        top = peak
+        here = (targets >= start) & (targets < stop)
+        picked = logits.gather(1, (targets - start).clamp(0, stop - start - 1)[:, None])[:, 0]
+        chosen = torch.where(here, picked, chosen)
+    logprobs = chosen - top - total.log()
+    return Scores(logprobs=logprobs.cpu().numpy(), magnitude=(chosen.abs() + weighted / total).cpu().numpy())
+
+
+def _chunks(head: Head) -> Iterator[tuple[int, int]]:
+    for start in range(0, head.record.head_rows, CHUNK_ENTRIES):
+        yield start, min(start + CHUNK_ENTRIES, head.record.head_rows)

@@ -1,0 +1,264 @@
+"""What a teacher folder holds, read from its config, its tokenizer and the headers of its weight files.
+
+Invariant: no weight is loaded. The model is built on the meta device, so the names and sizes of its head come from
+the model's own code and not from a list of architectures kept here.
+Cost: well under a second, whatever the teacher's size.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kdpipe.manifests.errors import TeacherError
+
+DtypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FILE_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+# Where each family keeps the soft cap on its final logits.
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+# Start of model_type, config field, and whether logits are multiplied (+1) or divided (-1) by it. A family that is not
+# listed and scales all the same is found out by canary.check_head.
+SCALE_FIELDS = (
+    ("cohere", "logit_scale", 1),
+    ("granite", "logits_scaling", -1),
+    ("minicpm3", "logits_scaling", -1),
+    ("hyperclovax", "logits_scaling", 1),
+    ("falcon_h1", "lm_head_multiplier", 1),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherInfo:
+    """A teacher as described by its folder.
+
+    architecture: class name of the model
+    head_key, bias_key: names of lm_head's tensors in the checkpoint; a tied head has the input embedding's
+    hidden_size: width of the head's input, that is of a row
+    head_rows: rows of the head, padding included
+    softcap, scale: as in HeadRecord
+    dtype: what the engine computes in and the rows are stored in
+    max_positions: longest input the config allows, None where it names none
+    num_params: parameters of the whole model, tied ones counted once
+    """
+
+    architecture: str
+    head_key: str
+    bias_key: str | None
+    hidden_size: int
+    head_rows: int
+    softcap: float | None
+    scale: float
+    tied: bool
+    dtype: str
+    max_positions: int | None
+    num_params: int
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias_key is not None
+
+
+def describe_teacher(path: Path, dtype: DtypeChoice = "auto") -> TeacherInfo:
+    """What the teacher at `path` is. "auto" is the config's dtype, else that of the head in the files.
+
+    Raises TeacherError for a folder, a config or weight files that cannot be a teacher.
+    """
+    config = _config(path)
+    files = checkpoint_files(path)
+    model = _meta_model(path, config)
+    head = model.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), torch.nn.Parameter):
+        raise TeacherError(f"{type(model).__name__} has no lm_head with a weight; not a causal LM", where=path)
+    head_rows, hidden_size = head.weight.shape
+    text = config.get_text_config()
+    tied = head.weight is model.get_input_embeddings().weight
+    head_key = _head_key(path, model, files, tied=tied, shape=[head_rows, hidden_size])
+    bias = getattr(head, "bias", None)
+    return TeacherInfo(
+        architecture=type(model).__name__,
+        head_key=head_key,
+        bias_key=None if bias is None else _bias_key(path, model, files, shape=list(bias.shape)),
+        hidden_size=hidden_size,
+        head_rows=head_rows,
+        softcap=_softcap(text),
+        scale=_scale(text),
+        tied=tied,
+        dtype=_dtype(path, config, files, head_key) if dtype == "auto" else dtype,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        num_params=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in the teacher's folder. Raises TeacherError where there is none or it cannot be read."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise TeacherError("no tokenizer in the folder (tokenizer.json); save it beside the weights", where=path)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as err:
+        raise TeacherError(f"the tokenizer cannot be loaded: {err}", where=path) from None
+
+
+def real_vocab_size(path: Path, tokenizer: Any, head_rows: int) -> int:
+    """Ids the tokenizer can make, counted from 0: at most the rows of the head, which a checkpoint may pad.
+
+    Raises TeacherError where ordinary tokens have no row in the head. Added tokens beyond it are left out: Gemma 3 1B
+    lists an image token that its text model has no row for.
+    """
+    ids = set(tokenizer.get_vocab().values())
+    size = max(len(tokenizer), max(ids, default=-1) + 1)
+    if size > head_rows:
+        ordinary = max(ids - set(tokenizer.added_tokens_decoder), default=-1) + 1
+        if ordinary > head_rows:
+            raise TeacherError(
+                f"the tokenizer makes ids up to {ordinary - 1}, the lm_head has {head_rows} rows; "
+                "is it the tokenizer of another model?",
+                where=path,
+            )
+        size = head_rows
+    return size
+
+
+def checkpoint_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it, by `model.safetensors` or its index."""
+    try:
+        if (path / WEIGHTS).is_file():
+            with safe_open(path / WEIGHTS, "pt") as file:
+                return dict.fromkeys(file.keys(), path / WEIGHTS)
+        if (path / INDEX).is_file():
+            names = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            files = {key: path / name for key, name in names.items()}
+            absent = sorted({file.name for file in files.values() if not file.is_file()})
+            if absent:
+                raise TeacherError(f"the index names {absent[0]}, which is not there; copy it again", where=path)
+            return files
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise TeacherError(f"the weight files cannot be read: {err}; copy them again", where=path) from None
+    if any(path.glob("pytorch_model*.bin")):
+        raise TeacherError(
+            "only pytorch_model.bin here, which kdpipe does not read; convert to safetensors", where=path
+        )
+    raise TeacherError(f"no weights: neither {WEIGHTS} nor {INDEX}", where=path)
+
+
+def _config(path: Path) -> Any:
+    """The config of a causal LM that transformers knows without code from the folder."""
+    if not path.is_dir():
+        raise TeacherError("there is no such folder", where=path)
+    if not (path / "config.json").is_file():
+        raise TeacherError("no config.json in the folder; a teacher is a folder that save_pretrained wrote", where=path)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as err:
+        raise TeacherError(f"config.json cannot be used: {err}", where=path) from None
+    mapping = AutoModelForCausalLM._model_mapping
+    names = tuple(config.architectures or ())
+    known = type(config) in mapping
+    if not known or (names and not _is_causal(names, mapping[type(config)].__name__)):
+        raise TeacherError(f"'{config.model_type}' ({', '.join(names) or 'no name'}) is not a causal LM", where=path)
+    return config
+
+
+def _is_causal(names: tuple[str, ...], mapped: str) -> bool:
+    """Whether the config's own class names are those of a causal LM: BERT is in the mapping, BertForMaskedLM is not."""
+    return mapped in names or names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def _meta_model(path: Path, config: Any) -> Any:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, ImportError, AttributeError, RuntimeError) as err:
+        raise TeacherError(f"transformers cannot build the model of config.json: {err}", where=path) from None
+
+
+def _head_key(path: Path, model: Any, files: dict[str, Path], *, tied: bool, shape: list[int]) -> str:
+    """The head's own key, or the input embedding's where they are tied and the file has only that."""
+    key = _module_name(model, model.get_output_embeddings()) + ".weight"
+    embedding = _module_name(model, model.get_input_embeddings()) + ".weight"
+    # The head's own key first: where a file has both and they differ, transformers does not tie them either.
+    found = _find(model, files, key, shape) or (_find(model, files, embedding, shape) if tied else None)
+    if found is None:
+        found = _only_of_shape(files, shape, other_than=_find(model, files, embedding, shape))
+    if found is None:
+        name = embedding if tied else key
+        raise TeacherError(f"no '{name}' of shape {shape} in the weight files; is this the whole model?", where=path)
+    return found
+
+
+def _bias_key(path: Path, model: Any, files: dict[str, Path], *, shape: list[int]) -> str:
+    key = _module_name(model, model.get_output_embeddings()) + ".bias"
+    found = _find(model, files, key, shape)
+    if found is None:
+        raise TeacherError(f"no '{key}' of shape {shape} in the weight files; is this the whole model?", where=path)
+    return found
+
+
+def _find(model: Any, files: dict[str, Path], key: str, shape: list[int]) -> str | None:
+    """The file's name for the model's tensor `key`: equal, without the base model's prefix, or the only one alike.
+
+    GPT-2's files say wte.weight for transformer.wte.weight; multimodal ones put language_model. in another place.
+    """
+    end = "." + ".".join(key.split(".")[-2:])
+    alike = [name for name in files if name.endswith(end)]
+    candidates = [key, key.removeprefix(model.base_model_prefix + "."), *(alike if len(alike) == 1 else [])]
+    for name in candidates:
+        if name in files and _slice(files[name], name).get_shape() == shape:
+            return name
+    return None
+
+
+def _only_of_shape(files: dict[str, Path], shape: list[int], *, other_than: str | None) -> str | None:
+    """The only tensor of the head's shape beside the input embedding; canary.check_head proves that it is the head.
+
+    Old checkpoints have old names (GPT-NeoX: embed_out.weight), which transformers translates while it loads.
+    """
+    found = [key for key in files if key != other_than and _slice(files[key], key).get_shape() == shape]
+    return found[0] if len(found) == 1 else None
+
+
+def _slice(file: Path, key: str) -> Any:
+    """Shape and dtype of a tensor from the header of its file."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.get_slice(key)
+    except SafetensorError as err:
+        raise TeacherError(f"'{key}' cannot be read: {err}; copy the file again", where=file) from None
+
+
+def _module_name(model: Any, module: Any) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)
+
+
+def _softcap(config: Any) -> float | None:
+    values = (getattr(config, name, None) for name in SOFTCAP_FIELDS)
+    return next((float(value) for value in values if value), None)
+
+
+def _scale(config: Any) -> float:
+    for family, field, power in SCALE_FIELDS:
+        if config.model_type.startswith(family):
+            return float(getattr(config, field)) ** power
+    return 1.0
+
+
+def _dtype(path: Path, config: Any, files: dict[str, Path], head_key: str) -> str:
+    declared = config.dtype or config.get_text_config().dtype
+    if declared is not None:
+        name = str(declared).removeprefix("torch.")
+    else:
+        stored = _slice(files[head_key], head_key).get_dtype()
+        name = FILE_DTYPES.get(stored, stored)
+    if name not in FILE_DTYPES.values():
+        raise TeacherError(f"dtype {name} is none of {', '.join(FILE_DTYPES.values())}; give --dtype", where=path)
+    return name

@@ -1,0 +1,31 @@
+"""Requests with rows in plain memory, for tests of the engines and of the gate."""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from kdpipe.stages.teacher.engine import Ack, Request, RowTarget
+from kdpipe.stages.teacher.gate import choose_probes
+
+NUMPY_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+VOCAB = 251
+WIDTH = 48
+
+
+def make_request(sample: int, length: int, *, dtype: str = "float32", probes: int = 4, every: bool = False) -> Request:
+    """A sample of random ids that keeps about two rows of three (every row but the last token's with `every`)."""
+    draw = np.random.default_rng(1000 + sample)
+    keep = np.arange(length - 1) if every else np.flatnonzero(draw.random(length - 1) < 0.66)
+    array = np.zeros((len(keep), WIDTH), NUMPY_DTYPES[dtype])
+    return Request(
+        sample=sample,
+        token_ids=draw.integers(3, VOCAB, length).astype(np.int32),
+        positions=keep.astype(np.int64),
+        probes=choose_probes(sample, len(keep), probes),
+        target=RowTarget(array=array, path=Path("unused"), offset=0),
+    )
+
+
+def acks_by_sample(acks: list[Ack]) -> dict[int, Ack]:
+    return {ack.sample: ack for ack in acks}

@@ -1,0 +1,71 @@
+"""The head's formula against every kind's own logits, and against heads that lack one of its parts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.models import KINDS, make_model
+from tests.stages.teacher.make_requests import make_request
+
+from kdpipe.manifests.errors import TeacherError
+from kdpipe.stages.teacher import canary
+from kdpipe.stages.teacher.canary import check_head, recompute_logprobs
+from kdpipe.stages.teacher.describe import describe_teacher
+from kdpipe.stages.teacher.head import Head, read_head
+from kdpipe.stages.teacher.transformers_engine import TransformersEngine
+
+SAMPLES = [make_request(0, 41).token_ids, make_request(1, 7).token_ids]
+
+
+def opened(kind: str, folder: Path, dtype: str) -> tuple[TransformersEngine, Head]:
+    make_model(kind, folder)
+    head = read_head(folder, describe_teacher(folder, dtype), 250)
+    return TransformersEngine(folder, dtype=dtype, device="cpu"), head
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_times_head_are_the_models_own_logits(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(canary, "CHUNK_ENTRIES", 100)
+    engine, head = opened(kind, tmp_path, "float32")
+    assert check_head(engine, head, SAMPLES, path=tmp_path) < 1e-6
+    engine, head = opened(kind, tmp_path, "bfloat16")
+    assert 1e-4 < check_head(engine, head, SAMPLES, path=tmp_path) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [("gemma2", {"softcap": None}), ("cohere", {"scale": 1.0}), ("granite", {"scale": 1.0}), ("phi", {})],
+)
+def test_a_step_that_the_record_does_not_know_is_refused(kind: str, lost: dict, dtype: str, tmp_path: Path) -> None:
+    engine, head = opened(kind, tmp_path, dtype)
+    head = replace(head, record=head.record.model_copy(update=lost), bias=None)
+    with pytest.raises(TeacherError, match="does something between hidden state and logits"):
+        check_head(engine, head, SAMPLES, path=tmp_path)
+
+
+def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
+    engine, head = opened("llama", tmp_path, "float32")
+    smaller = replace(head, weight=head.weight[:-1], record=head.record.model_copy(update={"head_rows": 250}))
+    with pytest.raises(TeacherError, match="inf"):
+        check_head(engine, smaller, SAMPLES, path=tmp_path)
+
+
+@pytest.mark.parametrize("chunk", [17, 251, 9999])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi", "granite"])
+def test_logprobs_by_chunks_are_those_of_the_dense_softmax(
+    kind: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "CHUNK_ENTRIES", chunk)
+    engine, head = opened(kind, tmp_path, "float32")
+    rows, logits = engine.rows_and_logits(SAMPLES[0])
+    next_ids = np.append(SAMPLES[0][1:], 250)  # the last one is in the last chunk
+    dense = torch.log_softmax(logits.double(), dim=-1)
+    truth = dense[torch.arange(len(next_ids)), torch.from_numpy(next_ids).long()]
+    scores = recompute_logprobs(rows, head, next_ids)
+    assert np.abs(scores.logprobs - truth.numpy()).max() < 1e-5
+    chosen = logits.double()[torch.arange(len(next_ids)), torch.from_numpy(next_ids).long()].abs()
+    magnitude = chosen + (dense.exp() * logits.double().abs()).sum(dim=-1)
+    assert np.abs(scores.magnitude - magnitude.numpy()).max() < 1e-5

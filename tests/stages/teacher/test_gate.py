@@ -1,0 +1,140 @@
+"""Every way an engine has been seen to lie, done to the rows of a true one, and that the gate says no."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.models import make_model
+from tests.stages.teacher.make_requests import make_request
+
+from kdpipe.manifests.errors import GateError, TeacherError
+from kdpipe.stages.teacher.describe import describe_teacher
+from kdpipe.stages.teacher.engine import Ack, Request
+from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes
+from kdpipe.stages.teacher.head import Head, read_head
+from kdpipe.stages.teacher.rows import checksum
+from kdpipe.stages.teacher.transformers_engine import TransformersEngine
+
+DTYPES = ("float32", "bfloat16")
+Answer = tuple[list[Request], list[Ack], Head]
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def make_answer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Answer]:
+    """A fresh true answer to three requests each time, in each dtype."""
+    dtype = request.param
+    folder: Path = make_model("qwen3", tmp_path_factory.mktemp("gate"))
+    head = read_head(folder, describe_teacher(folder, dtype), 251)
+    engine = TransformersEngine(folder, dtype=dtype, device="cpu")
+
+    def make() -> Answer:
+        requests = [make_request(sample, 33, dtype=dtype, every=True) for sample in range(3)]
+        return requests, list(engine.run([requests])), head
+
+    return make
+
+
+def resealed(request: Request, ack: Ack) -> Ack:
+    """The ack of an engine that believes in what it wrote."""
+    return replace(ack, checksum=checksum(request.target.array))
+
+
+def test_true_rows_pass(make_answer: Callable[[], Answer]) -> None:
+    requests, acks, head = make_answer()
+    for request, ack in zip(requests, acks, strict=True):
+        check_ack(request, ack)
+        check_finite(request)
+    assert check_identity(requests, acks, head) < (1e-5 if head.record.dtype == "float32" else 0.15)
+    assert check_identity([], [], head) == 0.0
+
+
+def test_swapped_samples_are_caught(make_answer: Callable[[], Answer]) -> None:
+    requests, acks, head = make_answer()
+    first, second = requests[0].target.array, requests[1].target.array
+    first[:], second[:] = second.copy(), first.copy()
+    with pytest.raises(GateError, match="checksum"):
+        check_ack(requests[0], acks[0])
+    for request, ack in zip(requests, acks, strict=True):
+        check_ack(request, resealed(request, ack))
+    with pytest.raises(GateError, match=r"sample 0: row \d+ gives log p"):
+        check_identity(requests, acks, head)
+    with pytest.raises(GateError, match=r"sample 1: row \d+ gives log p"):
+        check_identity(requests[1:], acks[1:], head)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_rows_shifted_by_one_are_caught(shift: int, make_answer: Callable[[], Answer]) -> None:
+    requests, acks, head = make_answer()
+    requests[2].target.array[:] = np.roll(requests[2].target.array, shift, axis=0)
+    with pytest.raises(GateError, match=r"sample 2: row \d+ gives log p = -?\d+\.\d+ .* the engine said -?\d"):
+        check_identity(requests, acks, head)
+
+
+def test_row_lost_in_the_middle_is_caught(make_answer: Callable[[], Answer]) -> None:
+    requests, acks, head = make_answer()
+    array = requests[0].target.array
+    array[15:-1] = array[16:].copy()  # the rows after it moved up, the last is there twice
+    array[-1] = 0
+    with pytest.raises(GateError, match="sample 0: row"):
+        check_identity(requests, acks, head)
+
+
+def test_rows_never_written_are_caught(make_answer: Callable[[], Answer]) -> None:
+    requests, acks, head = make_answer()
+    requests[1].target.array[:] = 0
+    with pytest.raises(GateError, match="sample 1: row 0"):
+        check_identity(requests, acks, head)
+
+
+def test_ack_without_a_probes_answer_is_caught(make_answer: Callable[[], Answer]) -> None:
+    requests, acks, head = make_answer()
+    acks[1].probe_logprobs[2] = np.nan
+    with pytest.raises(GateError, match=f"sample 1: row {requests[1].probes[2]}"):
+        check_identity(requests, acks, head)
+    with pytest.raises(GateError, match="4 rows were probed, the engine answered for 3"):
+        check_ack(requests[0], replace(acks[0], probe_logprobs=acks[0].probe_logprobs[:3]))
+
+
+def test_ack_of_another_sample_and_a_dropped_row_are_caught(make_answer: Callable[[], Answer]) -> None:
+    requests, acks, _ = make_answer()
+    with pytest.raises(GateError, match="sample 0: the engine acknowledged sample 1"):
+        check_ack(requests[0], acks[1])
+    with pytest.raises(GateError, match="sample 0: the plan has 32 rows, the engine wrote 31"):
+        check_ack(requests[0], replace(acks[0], num_rows=31))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_row_that_is_not_finite_is_named_with_exit_code_4(value: float, make_answer: Callable[[], Answer]) -> None:
+    requests, _, _ = make_answer()
+    requests[1].target.array[17, 5] = value
+    check_finite(requests[0])
+    with pytest.raises(TeacherError, match=r"sample 1: row 17 \(token 17\) is not finite") as caught:
+        check_finite(requests[1])
+    assert caught.value.exit_code == 4
+
+
+def test_one_flipped_bit_is_caught_by_the_checksum(make_answer: Callable[[], Answer]) -> None:
+    requests, acks, _ = make_answer()
+    requests[0].target.array.view(np.uint8)[3, 3] ^= 1
+    with pytest.raises(GateError, match="checksum"):
+        check_ack(requests[0], acks[0])
+
+
+def test_probes_hold_the_ends_and_are_spread_between() -> None:
+    for num_rows in (0, 1, 2, 3, 4, 5, 7, 100, 8191):
+        for count in (2, 3, 4, 9):
+            probes = choose_probes(11, num_rows, count)
+            assert len(probes) == min(num_rows, count)
+            assert (np.diff(probes) > 0).all()
+            assert num_rows == 0 or (probes[0], probes[-1]) == (0, num_rows - 1)
+            if num_rows == 8191:
+                assert np.diff(probes).max() <= 2 * num_rows / max(count - 2, 1)
+
+
+def test_probes_are_a_pure_function_of_the_sample() -> None:
+    assert choose_probes(7, 1000, 5).tolist() == [0, 251, 555, 813, 999]
+    assert choose_probes(7, 1000, 5).tolist() != choose_probes(8, 1000, 5).tolist()
+    with pytest.raises(ValueError, match="first and the last"):
+        choose_probes(7, 1000, 1)
