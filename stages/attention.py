@@ -9,6 +9,8 @@ installed that kernel is used instead. Cost: sum of L_i^2 instead of (sum L_i)^2
 
 # Shapes: L packed tokens, H heads, K key-value heads, d head width.
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
@@ -37,7 +39,7 @@ def packed_attention(
     """
     bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     parts = []
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         window = sliding_window if sliding_window is not None and sliding_window < end - begin else None
         parts.append(
             F.scaled_dot_product_attention(

@@ -1,7 +1,6 @@
 """Causal LMs as transformers gives them: what kdpipe must know of any of them, teacher or student.
 
-Nothing here knows a model by name: the formula between hidden state and logits is read from the config and checked
-numerically by whoever relies on it.
+The formula between hidden state and logits is read from the config; the teacher's canary checks it numerically.
 """
 
 import hashlib
@@ -10,7 +9,20 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from kdpipe.manifests.errors import InputError
+from kdpipe.manifests.errors import InputError, TeacherError
+
+# Where each family keeps the soft cap on its final logits.
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+# Start of model_type, config field, and whether logits are multiplied (+1) or divided (-1) by it. A family that is not
+# listed and scales all the same is found out by the teacher's canary.
+SCALE_FIELDS = (
+    ("cohere", "logit_scale", 1),
+    ("granite", "logits_scaling", -1),
+    ("minicpm3", "logits_scaling", -1),
+    ("hyperclovax", "logits_scaling", 1),
+    ("falcon_h1", "lm_head_multiplier", 1),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,13 +34,14 @@ class LogitFormula:
 
 
 def logit_formula(config: PretrainedConfig) -> LogitFormula:
-    """The formula a config asks for: Gemma's final_logit_softcapping, Cohere's logit_scale, Granite's logits_scaling."""
+    """The formula a model's config asks for."""
     text = config.get_text_config()
-    softcap = getattr(text, "final_logit_softcapping", None)
-    divisor = getattr(text, "logits_scaling", None)
-    factor = getattr(text, "logit_scale", None)
-    scale = float(factor) if factor is not None else 1.0 / float(divisor) if divisor is not None else 1.0
-    return LogitFormula(softcap=None if softcap is None else float(softcap), scale=scale)
+    caps = (getattr(text, name, None) for name in SOFTCAP_FIELDS)
+    scale = 1.0
+    for family, field, power in SCALE_FIELDS:
+        if text.model_type.startswith(family):
+            scale = float(getattr(text, field)) ** power
+    return LogitFormula(softcap=next((float(cap) for cap in caps if cap), None), scale=scale)
 
 
 def load_tokenizer(folder: Path, error: type[InputError]) -> PreTrainedTokenizerBase:
@@ -41,9 +54,24 @@ def load_tokenizer(folder: Path, error: type[InputError]) -> PreTrainedTokenizer
         raise error(f"its tokenizer does not load: {err}", where=folder) from None
 
 
-def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Ids the tokenizer can make are below this: its real size, gaps counted, padding not."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+def real_vocab_size(path: Path, tokenizer: PreTrainedTokenizerBase, head_rows: int) -> int:
+    """Ids the tokenizer can make, counted from 0: at most the rows of the head, which a checkpoint may pad.
+
+    Raises TeacherError where ordinary tokens have no row in the head. Added tokens beyond it are left out: Gemma 3 1B
+    lists an image token that its text model has no row for.
+    """
+    ids = set(tokenizer.get_vocab().values())
+    size = max(len(tokenizer), max(ids, default=-1) + 1)
+    if size > head_rows:
+        ordinary = max(ids - set(tokenizer.added_tokens_decoder), default=-1) + 1
+        if ordinary > head_rows:
+            raise TeacherError(
+                f"the tokenizer makes ids up to {ordinary - 1}, the lm_head has {head_rows} rows; "
+                "is it the tokenizer of another model?",
+                where=path,
+            )
+        size = head_rows
+    return size
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:

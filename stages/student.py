@@ -149,7 +149,7 @@ class Student(torch.nn.Module):
     def forward(
         self, batch: PackedBatch, teacher: TeacherHead, loss: LossSpec | None
     ) -> tuple[torch.Tensor, ...] | TokenMetrics:
-        """(loss, kd, ce): sums over the batch's supervised tokens, the first with gradients; metrics where loss is None."""
+        """(loss, kd, ce): sums over the supervised tokens, the first with gradients; metrics where loss is None."""
         hidden, head = self.hidden(batch), self.head()
         if loss is None:
             return token_metrics(
@@ -254,12 +254,16 @@ def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype) -> Student:
 def export(
     student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, *, rank: int
 ) -> None:
-    """Write the student as a folder that from_pretrained loads, weights in `dtype`. Every rank calls it; rank 0 writes."""
+    """Write the student as from_pretrained loads it, weights in `dtype`. Every rank calls it; rank 0 writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(student, options=options)
     if rank == 0:
         model = student.model
-        state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in weights.items()}
+        state = {
+            name.removeprefix("model."): tensor.to(dtype)
+            for name, tensor in weights.items()
+            if isinstance(tensor, torch.Tensor)
+        }
         model.config.use_cache = True
         model.config.dtype = dtype
         model.save_pretrained(str(folder), state_dict=state)

@@ -82,7 +82,7 @@ def check_job(job: TrainJob, nproc: int) -> None:
 
 
 def finished(job: TrainJob, rows: Rows) -> RunRecord | None:
-    """The record of this very job, if it is done already. Raises ConfigError if `output` holds another run's student."""
+    """The record of this very job, if it is done already. Raises ConfigError where `output` is another run's."""
     record = read_run(job.output)
     if record is None:
         return None
@@ -213,11 +213,11 @@ class Run:
             sums += torch.stack([value.detach().double().to(self.device) for value in (loss, kd, ce, tokens)])
         dist.all_reduce(sums)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), spec.max_grad_norm or float("inf"))
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         loss, kd, ce, num_tokens = (float(value) for value in sums)
-        if not (np.isfinite(loss) and np.isfinite(float(norm))):
+        if not (np.isfinite(loss) and np.isfinite(norm)):
             raise CheckFailed(
-                f"loss {loss / count:.4g}, gradient norm {float(norm):.4g}: not finite; try a lower train.lr, "
+                f"loss {loss / count:.4g}, gradient norm {norm:.4g}: not finite; try a lower train.lr, "
                 "train.dtype=float32 or a longer warm-up",
                 where=f"step {step + 1}",
             )
@@ -231,7 +231,7 @@ class Run:
             "loss/mean": loss / count,
             "kd/mean": kd / count,
             "ce/mean": ce / count,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "lr": lr,
             "num_tokens": num_tokens,
             "num_supervised": count,

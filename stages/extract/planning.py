@@ -11,20 +11,17 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher, real_vocab_size
-from kdpipe.stages.teacher.head import Head, head_record, read_head
-from kdpipe.stages.teacher.rows import as_array
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import Cache, write_head
 from kdpipe.manifests.durable import canonical, fsync_folder
-from kdpipe.manifests.errors import CacheError, ConfigError, SpaceError
+from kdpipe.manifests.errors import CacheError, ConfigError, SpaceError, TeacherError
 from kdpipe.manifests.plan import (
     PLAN_FILE,
     SAMPLES_FILE,
@@ -41,9 +38,12 @@ from kdpipe.manifests.provenance import digest_json, digest_model
 from kdpipe.manifests.sample import Incident, Sample, is_heldout, row_positions
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import DataSpec
-from kdpipe.stages.causal_lm import load_tokenizer, vocabulary_digest
+from kdpipe.stages.causal_lm import load_tokenizer, real_vocab_size, vocabulary_digest
 from kdpipe.stages.prepare import prepare
 from kdpipe.stages.teacher import engine_version, pick_engine
+from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
+from kdpipe.stages.teacher.head import Head, head_record, read_head
+from kdpipe.stages.teacher.rows import as_array
 
 FOLDERS = ("shards", "commits", "tmp", "runs", "teacher")
 CUDA_BATCH_TOKENS = 16384
@@ -64,7 +64,7 @@ class ExtractSpec:
 
     teacher: Path
     data: tuple[Path, ...]
-    data_spec: DataSpec = DataSpec()
+    data_spec: DataSpec = field(default_factory=DataSpec)
     engine: str = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     rows: Literal["supervised", "all"] = "supervised"
@@ -101,7 +101,7 @@ class Forecast:
 def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     """Read the data as extract would and say what comes of it. Writes nothing, loads no weights."""
     info = describe_teacher(spec.teacher, spec.dtype)
-    tokenizer = load_tokenizer(spec.teacher)
+    tokenizer = load_tokenizer(spec.teacher, TeacherError)
     incidents: Counter[str] = Counter()
     num_samples = num_tokens = num_rows = num_heldout = 0
     for sample in _samples(spec, tokenizer, lambda incident: incidents.update([incident.kind]), progress):
@@ -160,7 +160,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     Raises the errors of teacher, tokenizer and data; CacheError for a folder that is another cache or none; SpaceError.
     """
     info = describe_teacher(spec.teacher, spec.dtype)
-    tokenizer = load_tokenizer(spec.teacher)
+    tokenizer = load_tokenizer(spec.teacher, TeacherError)
     if cache.exists() and not (cache / PLAN_FILE).exists() and (not cache.is_dir() or any(cache.iterdir())):
         raise CacheError("it exists and is not a cache; choose another name or remove it", where=cache)
     folder = cache.absolute().parent / f".{cache.name}.{os.getpid()}.plan"
@@ -238,13 +238,7 @@ def _write_plan(
 
         def record(incident: Incident) -> None:
             incidents[incident.kind] += 1
-            fields = {
-                "source": incident.source,
-                "line": incident.line,
-                "kind": incident.kind,
-                "detail": incident.detail,
-            }
-            log.write(json.dumps(fields) + "\n")
+            log.write(json.dumps(asdict(incident)) + "\n")
 
         for sample in _samples(spec, tokenizer, record, progress):
             writer.add(sample)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes
-from kdpipe.stages.teacher.head import Head
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import GateError
@@ -22,6 +20,8 @@ from kdpipe.manifests.shard import ShardWriter, commit_path
 from kdpipe.stages.extract.planning import ExtractSpec, staged
 from kdpipe.stages.teacher import open_engine
 from kdpipe.stages.teacher.engine import Ack, Request, RowTarget, TeacherEngine
+from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes
+from kdpipe.stages.teacher.head import Head
 
 PROBES = 4
 """Rows of every sample whose log-probability is recomputed: the first, the last and two between."""

@@ -13,28 +13,17 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdpipe.manifests.errors import TeacherError
+from kdpipe.manifests.specs import Dtype
+from kdpipe.stages.causal_lm import logit_formula
 
 DtypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FILE_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-# Where each family keeps the soft cap on its final logits.
-SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-# Start of model_type, config field, and whether logits are multiplied (+1) or divided (-1) by it. A family that is not
-# listed and scales all the same is found out by canary.check_head.
-SCALE_FIELDS = (
-    ("cohere", "logit_scale", 1),
-    ("granite", "logits_scaling", -1),
-    ("minicpm3", "logits_scaling", -1),
-    ("hyperclovax", "logits_scaling", 1),
-    ("falcon_h1", "lm_head_multiplier", 1),
-)
+FILE_DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +48,7 @@ class TeacherInfo:
     softcap: float | None
     scale: float
     tied: bool
-    dtype: str
+    dtype: Dtype
     max_positions: int | None
     num_params: int
 
@@ -80,7 +69,7 @@ def describe_teacher(path: Path, dtype: DtypeChoice = "auto") -> TeacherInfo:
     if not isinstance(getattr(head, "weight", None), torch.nn.Parameter):
         raise TeacherError(f"{type(model).__name__} has no lm_head with a weight; not a causal LM", where=path)
     head_rows, hidden_size = head.weight.shape
-    text = config.get_text_config()
+    text, formula = config.get_text_config(), logit_formula(config)
     tied = head.weight is model.get_input_embeddings().weight
     head_key = _head_key(path, model, files, tied=tied, shape=[head_rows, hidden_size])
     bias = getattr(head, "bias", None)
@@ -90,43 +79,13 @@ def describe_teacher(path: Path, dtype: DtypeChoice = "auto") -> TeacherInfo:
         bias_key=None if bias is None else _bias_key(path, model, files, shape=list(bias.shape)),
         hidden_size=hidden_size,
         head_rows=head_rows,
-        softcap=_softcap(text),
-        scale=_scale(text),
+        softcap=formula.softcap,
+        scale=formula.scale,
         tied=tied,
         dtype=_dtype(path, config, files, head_key) if dtype == "auto" else dtype,
         max_positions=getattr(text, "max_position_embeddings", None),
         num_params=sum(parameter.numel() for parameter in model.parameters()),
     )
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in the teacher's folder. Raises TeacherError where there is none or it cannot be read."""
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise TeacherError("no tokenizer in the folder (tokenizer.json); save it beside the weights", where=path)
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as err:
-        raise TeacherError(f"the tokenizer cannot be loaded: {err}", where=path) from None
-
-
-def real_vocab_size(path: Path, tokenizer: Any, head_rows: int) -> int:
-    """Ids the tokenizer can make, counted from 0: at most the rows of the head, which a checkpoint may pad.
-
-    Raises TeacherError where ordinary tokens have no row in the head. Added tokens beyond it are left out: Gemma 3 1B
-    lists an image token that its text model has no row for.
-    """
-    ids = set(tokenizer.get_vocab().values())
-    size = max(len(tokenizer), max(ids, default=-1) + 1)
-    if size > head_rows:
-        ordinary = max(ids - set(tokenizer.added_tokens_decoder), default=-1) + 1
-        if ordinary > head_rows:
-            raise TeacherError(
-                f"the tokenizer makes ids up to {ordinary - 1}, the lm_head has {head_rows} rows; "
-                "is it the tokenizer of another model?",
-                where=path,
-            )
-        size = head_rows
-    return size
 
 
 def checkpoint_files(path: Path) -> dict[str, Path]:
@@ -240,25 +199,14 @@ def _module_name(model: Any, module: Any) -> str:
     return next(name for name, candidate in model.named_modules() if candidate is module)
 
 
-def _softcap(config: Any) -> float | None:
-    values = (getattr(config, name, None) for name in SOFTCAP_FIELDS)
-    return next((float(value) for value in values if value), None)
-
-
-def _scale(config: Any) -> float:
-    for family, field, power in SCALE_FIELDS:
-        if config.model_type.startswith(family):
-            return float(getattr(config, field)) ** power
-    return 1.0
-
-
-def _dtype(path: Path, config: Any, files: dict[str, Path], head_key: str) -> str:
+def _dtype(path: Path, config: Any, files: dict[str, Path], head_key: str) -> Dtype:
     declared = config.dtype or config.get_text_config().dtype
     if declared is not None:
         name = str(declared).removeprefix("torch.")
     else:
         stored = _slice(files[head_key], head_key).get_dtype()
         name = FILE_DTYPES.get(stored, stored)
-    if name not in FILE_DTYPES.values():
-        raise TeacherError(f"dtype {name} is none of {', '.join(FILE_DTYPES.values())}; give --dtype", where=path)
-    return name
+    known = {str(dtype): dtype for dtype in FILE_DTYPES.values()}
+    if name not in known:
+        raise TeacherError(f"dtype {name} is none of {', '.join(known)}; give --dtype", where=path)
+    return known[name]

@@ -10,9 +10,12 @@ gate, whatever engine it was. Engines are listed in `stages/teacher/__init__.py`
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from kdpipe.stages.teacher.head import Head
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -68,6 +71,13 @@ class TeacherEngine(Protocol):
     name: str
     version: str
     determinism: Literal["bitwise", "tolerance"]
+
+    def canary(self, head: "Head", samples: Sequence[np.ndarray]) -> float:
+        """Run a few samples (int32 [n] each) before anything is written; the relative error that was measured.
+
+        Raises TeacherError where rows and head do not give the teacher's own logits.
+        """
+        ...
 
     def run(self, batches: Iterable[Sequence[Request]]) -> Iterator[Ack]:
         """Run the batches in order, one Ack a request, in the order of the requests.

@@ -3,6 +3,7 @@
 Invariant: nothing here changes or copies a row; bf16 goes between numpy (ml_dtypes) and torch as 16-bit patterns.
 """
 
+import ml_dtypes
 import numpy as np
 import torch
 import xxhash
@@ -20,3 +21,10 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
 def checksum(array: np.ndarray) -> int:
     """xxh3-64 of the array's bytes; about 20 GB/s a core."""
     return xxhash.xxh3_64_intdigest(array.view(np.uint8).data)
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A CPU tensor of bf16, fp16 or fp32 as an array over the same memory (bf16 through ml_dtypes)."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

@@ -24,8 +24,10 @@ import transformers
 from safetensors import SafetensorError
 
 from kdpipe.manifests.errors import TeacherError
+from kdpipe.stages.teacher.canary import check_head
 from kdpipe.stages.teacher.describe import DtypeChoice, describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Request
+from kdpipe.stages.teacher.head import Head
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor, checksum
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,10 @@ class _Chunks:
     past: Any = None
 
 
+def library_version() -> str:
+    return f"transformers {transformers.__version__} torch {torch.__version__}"
+
+
 class TransformersEngine:
     """TeacherEngine over AutoModelForCausalLM."""
 
@@ -105,7 +111,7 @@ class TransformersEngine:
             raise TeacherError("cuda was asked for and torch sees no GPU; use --device cpu", where=path)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.version = f"transformers {transformers.__version__} torch {torch.__version__}"
+        self.version = library_version()
         self.determinism = "bitwise" if device == "cpu" else "tolerance"
         self._path = path
         self._device = torch.device(device)
@@ -124,6 +130,10 @@ class TransformersEngine:
                 yield from _land(flights.popleft())
         while flights:
             yield from _land(flights.popleft())
+
+    def canary(self, head: Head, samples: Sequence[np.ndarray]) -> float:
+        """The head's formula against the model's own logits; see canary.check_head."""
+        return check_head(self, head, samples, path=self._path)
 
     def close(self) -> None:
         """Free the model."""
