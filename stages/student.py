@@ -251,6 +251,12 @@ def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype) -> Student:
     return student
 
 
+def reduce_gradients(student: Student, wanted: bool) -> None:
+    """Whether the next backward pass sums gradients over ranks, or keeps them for the next micro-batch."""
+    assert isinstance(student, FSDPModule)
+    student.set_requires_gradient_sync(wanted)
+
+
 def export(
     student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, *, rank: int
 ) -> None:

@@ -41,6 +41,7 @@ from kdpipe.stages.student import (
     load_student,
     load_teacher_head,
     pick_device,
+    reduce_gradients,
     shard,
 )
 
@@ -202,41 +203,54 @@ class Run:
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step; what to log of it. Raises CheckFailed where loss or gradient is not finite."""
-        spec, started = self.job.spec.train, time.perf_counter()
-        count = max(self.feed.num_supervised(step), 1)
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for micro, batch in enumerate(self.feed.step(step)):
-            self.student.set_requires_gradient_sync(micro == spec.grad_accum - 1)
-            loss, kd, ce = self.student(batch.to(self.device), self.teacher, self.job.spec.loss)
-            (loss / count).backward()
-            tokens = batch.seq_lens.sum() if len(batch.rows) else torch.zeros(())
-            sums += torch.stack([value.detach().double().to(self.device) for value in (loss, kd, ce, tokens)])
-        dist.all_reduce(sums)
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), spec.max_grad_norm or float("inf"))
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        loss, kd, ce, num_tokens = (float(value) for value in sums)
+        started = time.perf_counter()
+        count = self.feed.num_supervised(step)
+        sums = self._backward(step, count)
+        loss, kd, ce = (float(value) / count for value in sums[:3])
+        num_tokens = int(sums[3])
+        norm = self._clip()
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise CheckFailed(
-                f"loss {loss / count:.4g}, gradient norm {norm:.4g}: not finite; try a lower train.lr, "
+                f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite; try a lower train.lr, "
                 "train.dtype=float32 or a longer warm-up",
                 where=f"step {step + 1}",
             )
-        lr = learning_rate(step, self.num_steps, spec)
+        lr = learning_rate(step, self.num_steps, self.job.spec.train)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.num_tokens += int(num_tokens)
+        self.num_tokens += num_tokens
         return {
-            "loss/mean": loss / count,
-            "kd/mean": kd / count,
-            "ce/mean": ce / count,
+            "loss/mean": loss,
+            "kd/mean": kd,
+            "ce/mean": ce,
             "grad_norm": norm,
             "lr": lr,
             "num_tokens": num_tokens,
             "num_supervised": count,
             "seconds": time.perf_counter() - started,
         }
+
+    def _backward(self, step: int, count: int) -> torch.Tensor:
+        """Gradients of a step's mean loss over `count` tokens; sums of loss, kd, ce and tokens over all ranks, [4]."""
+        last = self.job.spec.train.grad_accum - 1
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for micro, batch in enumerate(self.feed.step(step)):
+            reduce_gradients(self.student, micro == last)
+            loss, kd, ce = self.student(batch.to(self.device), self.teacher, self.job.spec.loss)
+            (loss / count).backward()
+            # The batch that keeps an idle rank in step has one token and nothing to learn from it.
+            tokens = batch.seq_lens.sum() if len(batch.rows) else torch.zeros(())
+            sums += torch.stack([value.detach().double().to(self.device) for value in (loss, kd, ce, tokens)])
+        dist.all_reduce(sums)
+        return sums
+
+    def _clip(self) -> float:
+        """Clip the gradients to max_grad_norm (0: leave them); their global norm before."""
+        limit = self.job.spec.train.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def evaluate(self, progress: Progress, max_tokens: int | None) -> dict[str, float]:
         """Held-out metrics, over the first samples up to max_tokens where one is given. Collective."""

@@ -185,14 +185,14 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
 
 
 def require_same(plan: Plan, cache: Path) -> None:
-    """The cache there must have been planned from the same things. Raises CacheError naming the field and both values."""
+    """The cache there must be of the same things. Raises CacheError naming the field and both values."""
     existing = Cache.open(cache).plan
     for group in ("fingerprint", "settings", "engine", "head"):
         ours, theirs = getattr(plan, group).model_dump(), getattr(existing, group).model_dump()
-        for field, value in ours.items():
-            if theirs[field] != value:
+        for name, value in ours.items():
+            if theirs[name] != value:
                 raise CacheError(
-                    f"this cache was made with {group}.{field} = {theirs[field]!r}, this command asks for {value!r}; "
+                    f"this cache was made with {group}.{name} = {theirs[name]!r}, this command asks for {value!r}; "
                     "choose another --cache or repeat the first command",
                     where=cache,
                 )
