@@ -51,9 +51,11 @@ CORPUS = [
 ]
 
 
-def make_model(kind: str, folder: Path, *, dtype: str = "float32", vocab_size: int = 251, seed: int = 0) -> Path:
+def make_model(
+    kind: str, folder: Path, *, dtype: str = "float32", vocab_size: int = 251, seed: int = 0, **sizes: int
+) -> Path:
     """A random causal LM of `kind` (one of KINDS) saved in `folder` as safetensors."""
-    config = transformers.AutoConfig.for_model(kind, vocab_size=vocab_size, **{**SMALL, **OWN[kind]})
+    config = transformers.AutoConfig.for_model(kind, vocab_size=vocab_size, **{**SMALL, **OWN[kind], **sizes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     head = model.get_output_embeddings()

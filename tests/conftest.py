@@ -1,0 +1,34 @@
+"""What most tests of the stages start from: a tiny teacher, its cache, a student; made once for all of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.specs import DataSpec
+from tests.chats import write_chats
+from tests.models import make_model, make_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Folders of a whole small run. The student is narrower than the teacher and pads its vocabulary further."""
+
+    teacher: Path
+    student: Path
+    data: Path
+    cache: Path
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    from kdpipe.stages.extract import ExtractSpec, extract
+
+    folder = tmp_path_factory.mktemp("bench")
+    teacher = make_tokenizer(make_model("qwen3", folder / "teacher", vocab_size=304))
+    student = make_tokenizer(make_model("llama", folder / "student", vocab_size=320, seed=1, hidden_size=32))
+    data = write_chats(folder / "data.jsonl", 60)
+    spec = ExtractSpec(teacher=teacher, data=(data,), data_spec=DataSpec(max_length=128, heldout_fraction=0.25))
+    extract(spec, folder / "cache", Silent())
+    return Bench(teacher=teacher, student=student, data=data, cache=folder / "cache")

@@ -1,0 +1,131 @@
+"""A student sees each packed sample as if it were alone, and shards without changing a gradient."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import StudentError
+from kdpipe.manifests.specs import LossSpec
+from kdpipe.stages.feed import PackedBatch, Packer, Rows
+from kdpipe.stages.student import (
+    Student,
+    backbone_hidden,
+    check_student,
+    keeps_samples_apart,
+    load_student,
+    load_teacher_head,
+)
+from tests.conftest import Bench
+from tests.models import KINDS, make_model, make_tokenizer
+
+CPU = torch.device("cpu")
+LOSSES = [
+    LossSpec(divergence="forward_kl", kd_weight=0.5),
+    LossSpec(divergence="reverse_kl", temperature=2.0),
+    LossSpec(divergence="jsd", options={"beta": 0.3}),
+    LossSpec(kd_weight=0.0),
+]
+
+
+def packed(*lengths: int) -> PackedBatch:
+    """Samples of ids 1, 2, 3 ... of these lengths, with nothing supervised."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return PackedBatch(
+        input_ids=torch.cat([torch.arange(3, 3 + length) * (index + 2) % 250 for index, length in enumerate(lengths)])[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        attention_mask=None,
+        rows=nothing,
+        labels=nothing,
+        teacher_rows=nothing,
+    )
+
+
+def gradients(student: Student, batches: Sequence[PackedBatch], bench: Bench, loss: LossSpec) -> dict[str, torch.Tensor]:
+    """Gradients summed over the batches, by parameter, with the loss under "loss"."""
+    teacher = load_teacher_head(Cache.open(bench.cache), CPU)
+    student.zero_grad()
+    total = torch.zeros(())
+    for batch in batches:
+        value, _, _ = student(batch, teacher, loss)
+        value.backward()
+        total += value.detach()
+    return {"loss": total} | {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_samples_come_out_as_they_do_alone(kind: str, tmp_path: Path) -> None:
+    model = load_student(make_model(kind, tmp_path / kind), torch.float32, CPU)
+    student = Student(model)
+    assert not student.padded
+    # Longer than Gemma's window of 16 too.
+    together = backbone_hidden(model, packed(5, 23, 1, 37))[0]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
+    batch = packed(5, 23, 1, 37)
+    alone = torch.cat([reference.base_model(ids[None]).last_hidden_state[0] for ids in batch.input_ids[0].split([5, 23, 1, 37])])
+    assert (together - alone).abs().max() <= 2e-6 * alone.abs().max()
+
+
+def test_state_space_layers_are_found_out_and_padded(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(vocab_size=251, hidden_size=32, state_size=4, num_hidden_layers=2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert not keeps_samples_apart(model)
+    assert Student(model).padded
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.divergence}-{loss.kd_weight}")
+@pytest.mark.parametrize("padded", [False, True])
+def test_packing_changes_neither_loss_nor_gradient(loss: LossSpec, padded: bool, bench: Bench) -> None:
+    rows = Rows([Cache.open(bench.cache)])
+    members = [3, 17, 4, 29, 50]
+    student = Student(load_student(bench.student, torch.float32, CPU))
+    alone = gradients(student, [copy(Packer(rows).pack([member])) for member in members], bench, loss)
+    if padded:
+        student.model.set_attn_implementation("sdpa")
+    together = gradients(student, [Packer(rows, padded=padded).pack(members)], bench, loss)
+    assert together.keys() == alone.keys()
+    for name, gradient in alone.items():
+        assert (together[name] - gradient).abs().max() <= 2e-6 * gradient.abs().max(), name
+
+
+def copy(batch: PackedBatch) -> PackedBatch:
+    """A batch that outlives its packer's buffer."""
+    return PackedBatch(**{name: getattr(batch, name) for name in batch.__dataclass_fields__} | {"teacher_rows": batch.teacher_rows.clone()})
+
+
+def test_swapping_two_samples_rows_changes_the_loss(bench: Bench) -> None:
+    """The comparison above can fail: the same ids with another sample's teacher rows give another loss."""
+    rows = Rows([Cache.open(bench.cache)])
+    student = Student(load_student(bench.student, torch.float32, CPU))
+    batch = Packer(rows).pack([3, 17])
+    right = gradients(student, [batch], bench, LOSSES[0])["loss"]
+    batch.teacher_rows.copy_(batch.teacher_rows.flip(0))
+    wrong = gradients(student, [batch], bench, LOSSES[0])["loss"]
+    assert abs(wrong - right) > 1e-3 * abs(right)
+
+
+def test_student_of_another_tokenizer_is_refused_naming_the_first_difference(bench: Bench, tmp_path: Path) -> None:
+    make_tokenizer(make_model("llama", tmp_path, vocab_size=320), vocab_size=280)
+    with pytest.raises(StudentError, match=r"tokenizer is not that of .*: id 280 is None here"):
+        check_student(tmp_path, Cache.open(bench.cache))
+
+
+def test_student_with_too_small_a_vocabulary_is_refused(bench: Bench, tmp_path: Path) -> None:
+    make_tokenizer(make_model("llama", tmp_path, vocab_size=290))
+    with pytest.raises(StudentError, match="290 ids, the cache's has 300"):
+        check_student(tmp_path, Cache.open(bench.cache))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_student_folder_that_lacks_a_part_is_refused(missing: str, bench: Bench, tmp_path: Path) -> None:
+    make_tokenizer(make_model("llama", tmp_path, vocab_size=320))
+    (tmp_path / missing).unlink()
+    with pytest.raises(StudentError) as caught:
+        check_student(tmp_path, Cache.open(bench.cache))
+    assert caught.value.exit_code == 4
+    assert "\n" not in str(caught.value)
