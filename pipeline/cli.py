@@ -1,0 +1,131 @@
+"""The command line: `kdpipe COMMAND ...`, one module a command, imported when that command runs.
+
+Invariant: `--help`, `--version` and the commands that only read records load no torch. Whatever goes wrong that a
+person can answer is one line on stderr and the exit code of its error; a traceback is a bug of ours.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+from kdpipe.manifests.errors import ConfigError, InputError, KdpipeError, nearest
+
+# name -> what `kdpipe --help` says of it; the command is the object `command` in kdpipe.pipeline.commands.NAME.
+COMMANDS = {
+    "plan": "Forecast a cache: samples, tokens, bytes, disk, and from how many students on it pays.",
+    "extract": "Run a teacher once over the data and keep its hidden states in a cache.",
+    "train": "Train a student from one or more caches.",
+    "eval": "Measure a student on the held-out rows of a cache.",
+    "cache": "Look at a cache or check every byte of it.",
+}
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are modules, named in COMMANDS and imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"kdpipe.pipeline.commands.{cmd_name}").command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            ctx.fail(f"no such command '{name}'{nearest(name, COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # The stock method imports every command for its first line of help.
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _version() -> str:
+    try:
+        return version("kdpipe")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"kdpipe {_version()}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version."
+)
+@click.pass_context
+def kdpipe(ctx: click.Context) -> None:
+    """Distil one teacher into many students: one teacher pass, cached, for any number of students.
+
+    \b
+    kdpipe plan    --teacher T --data D.jsonl
+    kdpipe extract --teacher T --data D.jsonl --cache C
+    kdpipe train   --student S --cache C --output O
+    kdpipe eval    --student O --cache C
+
+    Exit codes: 0 ok, 1 failed check, 2 incomplete, 3 drift, 4 usage or bad input, 75 temporary, 130 interrupted.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def guard(run: Callable[[], object]) -> int:
+    """The exit code of `run`: its error, if it raised one a person can answer, is one line on stderr."""
+    try:
+        run()
+        sys.stdout.flush()
+    except KdpipeError as err:
+        print(err, file=sys.stderr)
+        return err.exit_code
+    except PermissionError as err:
+        print(InputError("permission denied", where=err.filename), file=sys.stderr)
+        return InputError.exit_code
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) left. Python flushes stdout once more at exit: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0
+
+
+def _invoke(args: list[str]) -> None:
+    # Not kdpipe.main(): it prints usage over several lines, exits with 2 and swallows KeyboardInterrupt.
+    try:
+        with kdpipe.make_context("kdpipe", args) as ctx:
+            kdpipe.invoke(ctx)
+    except click.UsageError as err:
+        place = err.ctx.command_path if err.ctx else "kdpipe"
+        message = err.format_message().rstrip(".")
+        raise ConfigError(f"{message}; see: {place} --help", where=place) from None
+    except click.ClickException as err:
+        raise ConfigError(err.format_message()) from None
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(guard(lambda: _invoke(list(sys.argv[1:] if args is None else args))))
+
+
+if __name__ == "__main__":
+    main()

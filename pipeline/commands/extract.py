@@ -1,0 +1,96 @@
+"""kdpipe extract: one teacher pass into a cache."""
+
+import os
+import time
+from pathlib import Path
+
+import click
+
+from kdpipe.manifests.plan import PLAN_FILE
+from kdpipe.pipeline.options import (
+    PATH,
+    ManyCommand,
+    Part,
+    data_options,
+    device_option,
+    json_option,
+    run_options,
+    run_spec,
+)
+from kdpipe.pipeline.output import results_only, show
+from kdpipe.pipeline.progress import EventLog, watch
+
+
+@click.command("extract", cls=ManyCommand)
+@data_options
+@click.option("--cache", type=PATH, required=True, metavar="FOLDER", help="The cache to make or to finish.")
+@click.option(
+    "--engine", type=click.Choice(["auto", "transformers", "sglang"]), default="auto", help="What runs the teacher."
+)
+@click.option("--codec", type=click.Choice(["raw"]), default="raw", help="How rows are stored: raw is as they come.")
+@device_option
+@click.option(
+    "--part", type=Part(), help="This writer's share of the shards: 0/4 to 3/4 for four writers of one cache."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Chooses the rows that are checked twice.")
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=0),
+    help="Tokens of a teacher batch, padding included; 0 runs samples alone.  [default: 0 on cpu, 16384 on cuda]",
+)
+@run_options
+@json_option
+def command(
+    teacher: Path,
+    data: tuple[Path, ...],
+    max_length: int | None,
+    overlong: str | None,
+    supervise: str | None,
+    heldout_fraction: float | None,
+    rows: str,
+    dtype: str,
+    cache: Path,
+    engine: str,
+    codec: str,
+    device: str,
+    part: tuple[int, int] | None,
+    seed: int,
+    batch_tokens: int | None,
+    config: Path | None,
+    sets: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Run the teacher once over the data and keep the input of its lm_head for every supervised token.
+
+    Run it again after an interruption: finished shards are kept. Events go to CACHE/runs/.
+
+    \b
+    kdpipe extract --teacher models/large --data chat.jsonl --cache /scratch/cache
+    """
+    run = run_spec(
+        config,
+        sets,
+        max_length=max_length,
+        overlong=overlong,
+        supervise=supervise,
+        heldout_fraction=heldout_fraction,
+    )
+    from kdpipe.stages.extract import ExtractSpec, extract  # torch takes seconds: not for --help or a misspelt option
+
+    spec = ExtractSpec(
+        teacher=teacher,
+        data=data,
+        data_spec=run.data,
+        engine=engine,
+        dtype=dtype,
+        rows=rows,
+        codec=codec,
+        seed=seed,
+        device=device,
+        batch_tokens=batch_tokens,
+    )
+    name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.jsonl"
+    log = EventLog(cache / "runs" / name, after=cache / PLAN_FILE)
+    with results_only(), watch("extract", log, part=part) as progress:
+        made = extract(spec, cache, progress, part=part)
+    show(made.info(), as_json=as_json)

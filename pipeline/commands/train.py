@@ -1,0 +1,98 @@
+"""kdpipe train: a student from caches, in this process or in one process a GPU."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.progress import Silent
+from kdpipe.pipeline.options import PATH, ManyCommand, device_option, json_option, run_options, run_spec
+from kdpipe.pipeline.output import results_only, show
+from kdpipe.pipeline.progress import EventLog, watch
+
+if TYPE_CHECKING:
+    from kdpipe.stages.train import TrainJob
+
+
+@click.command("train", cls=ManyCommand)
+@click.option("--student", type=PATH, required=True, metavar="FOLDER", help="Student in Hugging Face format.")
+@click.option(
+    "--cache",
+    "caches",
+    type=PATH,
+    multiple=True,
+    required=True,
+    metavar="FOLDER...",
+    help="Caches of one teacher. Takes several values, and may be repeated.",
+)
+@click.option("--output", type=PATH, required=True, metavar="FOLDER", help="Where the trained student goes.")
+@click.option(
+    "--nproc", type=click.IntRange(min=1), help="Processes, one a GPU.  [default: 1 on cpu, all GPUs on cuda]"
+)
+@device_option
+@run_options
+@json_option
+def command(
+    student: Path,
+    caches: tuple[Path, ...],
+    output: Path,
+    nproc: int | None,
+    device: str,
+    config: Path | None,
+    sets: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train a student from one or more caches; the teacher is not needed.
+
+    Prints the final metrics. Events go to OUTPUT/events.jsonl. Under torchrun it is one rank of that launch.
+
+    \b
+    kdpipe train --student models/small --cache /scratch/cache --output runs/a --set train.lr=3e-4 loss.temperature=2
+    """
+    run = run_spec(config, sets)
+    from kdpipe.stages.train import TrainJob, check_job  # torch takes seconds: not for --help or a misspelt option
+
+    under_torchrun = "RANK" in os.environ
+    if under_torchrun and nproc is not None:
+        raise ConfigError("torchrun has already decided it; leave the option out", where="--nproc")
+    device, gpus = _choose_device(device)
+    if under_torchrun:
+        nproc = int(os.environ.get("WORLD_SIZE", "1"))
+    elif nproc is None:
+        nproc = max(gpus, 1)
+    elif device == "cuda" and nproc > gpus:
+        raise ConfigError(f"{nproc} processes, one a GPU, but there are {gpus} GPUs", where="--nproc")
+    job = TrainJob(student=student, caches=caches, output=output, spec=run, device=device)
+    with results_only():
+        check_job(job, nproc)
+        if nproc == 1 or under_torchrun:
+            metrics = train_rank(job)
+        else:
+            from kdpipe.pipeline.launch import launch
+
+            metrics = launch(train_rank, job, nproc=nproc)
+    if os.environ.get("RANK", "0") == "0":
+        show(metrics, as_json=as_json)
+
+
+def train_rank(job: "TrainJob") -> dict[str, object]:
+    """One rank's work: rank 0 shows the progress and writes the events, the others are silent."""
+    from kdpipe.stages.train import train
+
+    if os.environ.get("RANK", "0") != "0":
+        return train(job, Silent())
+    log = EventLog(job.output / "events.jsonl", after=job.output)
+    with watch("train", log, num_ranks=int(os.environ.get("WORLD_SIZE", "1"))) as progress:
+        return train(job, progress)
+
+
+def _choose_device(device: str) -> tuple[str, int]:
+    """The device meant by `auto`, and how many GPUs there are for it."""
+    import torch
+
+    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device == "cuda" and not gpus:
+        raise ConfigError("no GPU here that torch can use; leave it out or say cpu", where="--device cuda")
+    return ("cuda" if gpus else "cpu"), gpus

@@ -1,0 +1,164 @@
+"""Launch: one function in N processes of this machine, one a rank, through torch's elastic launcher.
+
+Invariant: when `launch` returns or raises, no rank is left; a rank's KdpipeError is raised here as it was raised there.
+Ranks die with the launcher, even when that is killed. Cost: a start of Python and torch for each rank.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from kdpipe.manifests import errors
+from kdpipe.manifests.errors import KdpipeError, TemporaryError
+
+LAUNCHER_LOGS = ("torch.distributed.elastic", "torch.multiprocessing")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+SHUTDOWN_S = 10
+BYSTANDER_S = 2.0
+"""How long a rank waits before it dies of what may be another's death, so that the launcher sees that one first."""
+
+
+def launch(function: Callable[..., object], *args: object, nproc: int) -> Any:
+    """Run `function(*args)` in `nproc` ranks of torch.distributed; rank 0's result.
+
+    The function and its arguments must pickle: a function of a module. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT are in each rank's environment. Raises the first KdpipeError a rank raised, TemporaryError for a rank
+    killed by a signal, KdpipeError with the traceback on stderr for any other exception, KeyboardInterrupt on Ctrl-C.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # the rendezvous takes a free port
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        start_method="spawn",
+        shutdown_timeout=SHUTDOWN_S,
+    )
+    with tempfile.TemporaryDirectory(prefix="kdpipe-ranks-") as folder, _quiet(), _own_signals(), _threads(nproc):
+        try:
+            return elastic_launch(config, _rank)(function, args, folder)[0]
+        except ChildFailedError as err:
+            rank, failure = err.get_first_failure()
+            raise _verdict(Path(folder), rank, failure.exitcode) from None
+        except SignalException as err:
+            if err.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise TemporaryError(f"stopped by {err.sigval.name}; run the same command again") from None
+
+
+def _rank(function: Callable[..., object], args: tuple[object, ...], folder: str) -> object:
+    """What each process runs: an error is left as JSON in `folder` for the launcher to raise."""
+    # SIGINT comes from Ctrl-C and, by torch's doing, when the launcher is gone. A rank deep in a collective would never
+    # notice a KeyboardInterrupt, so the signal itself ends it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return function(*args)
+    except KdpipeError as err:
+        fields = {"class": type(err).__name__, "code": err.code, "where": err.where, "message": err.args[0]}
+        _leave(Path(folder), fields)
+        if isinstance(err, TemporaryError):
+            time.sleep(BYSTANDER_S)
+        sys.exit(err.exit_code)
+    except Exception as err:
+        # The boundary of the process: nobody above could show this traceback, and only one rank's is wanted.
+        _leave(Path(folder), {"traceback": traceback.format_exc(), "message": repr(err)})
+        time.sleep(BYSTANDER_S)
+        sys.exit(1)
+
+
+def _leave(folder: Path, fields: dict[str, object]) -> None:
+    """Write a rank's last words; the rename makes them whole."""
+    rank = int(os.environ["RANK"])
+    half = folder / f"{rank}.half"
+    half.write_text(json.dumps(fields | {"rank": rank, "time": time.time()}), encoding="utf-8")
+    half.rename(folder / f"{rank}.json")
+
+
+def _verdict(folder: Path, rank: int, exitcode: int) -> BaseException:
+    """The error to raise, from what the ranks left behind and the exit code of the first that fell.
+
+    A rank that raised an error of ours knows best. A rank that was killed comes next: the exceptions of the others are
+    then about their lost peer.
+    """
+    words = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda word: word["time"])
+    ours = [word for word in words if "class" in word]
+    ours.sort(key=lambda word: word["class"] == TemporaryError.__name__)  # stable: by time, lost peers last
+    bugs = [word for word in words if "traceback" in word]
+    if ours and ours[0]["class"] != TemporaryError.__name__:
+        return _rebuilt(ours[0])
+    if exitcode == -signal.SIGINT:
+        return KeyboardInterrupt()
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        why = " (out of memory?)" if -exitcode == signal.SIGKILL else ""
+        return TemporaryError(
+            f"killed by {name}{why}, the other ranks were ended; run the same command again", where=f"rank {rank}"
+        )
+    if ours:
+        return _rebuilt(ours[0])
+    if bugs:
+        print(bugs[0]["traceback"], end="", file=sys.stderr)
+        return KdpipeError(f"{bugs[0]['message']}: a bug, its traceback is above", where=f"rank {bugs[0]['rank']}")
+    return KdpipeError(f"ended with exit code {exitcode} and no message", where=f"rank {rank}")
+
+
+def _rebuilt(word: dict[str, Any]) -> KdpipeError:
+    err: KdpipeError = getattr(errors, word["class"], KdpipeError)(word["message"], where=word["where"])
+    err.code = word["code"]
+    return err
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the launcher's own log of failures to itself: ours is one line."""
+    logs, handler = [logging.getLogger(name) for name in LAUNCHER_LOGS], logging.NullHandler()
+    for log in logs:
+        log.addHandler(handler)
+        log.propagate = False
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.removeHandler(handler)
+            log.propagate = True
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Put the signal handlers back that the launcher replaces."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _threads(nproc: int) -> Iterator[None]:
+    """Share the cores among the ranks, unless the user has said how. Read when torch loads, so it must be inherited."""
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // nproc, 1))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]

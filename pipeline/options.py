@@ -1,0 +1,132 @@
+"""Options shared by several commands, and the command class that takes several values after one flag."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kdpipe.manifests.specs import DataSpec, RunSpec, load
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+PATH = click.Path(path_type=Path)
+USUAL = DataSpec()
+"""Its values are what holds where neither a flag nor a run file says otherwise."""
+
+
+class ManyCommand(click.Command):
+    """A command whose repeatable options also take several values: `--data a b` is `--data a --data b`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        options = [param for param in self.params if isinstance(param, click.Option) and param.multiple]
+        return super().parse_args(ctx, spread(args, {flag for option in options for flag in option.opts}))
+
+
+def spread(args: list[str], flags: set[str]) -> list[str]:
+    """Repeat each of `flags` before the values that follow it.
+
+    [--data a b --json] -> [--data a --data b --json]
+    """
+    out: list[str] = []
+    flag, has_value = None, True
+    for arg in args:
+        if arg.startswith("-"):
+            name, equals, _ = arg.partition("=")
+            flag, has_value = (name if name in flags else None), bool(equals)
+            out.append(arg)
+        else:
+            out += [flag, arg] if flag and has_value else [arg]
+            has_value = True
+    return out
+
+
+class Part(click.ParamType):
+    """`i/n` with 0 <= i < n."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        index, slash, count = str(value).partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            self.fail(f"'{value}' is not i/n with 0 <= i < n: the first of four parts is 0/4, the last 3/4", param, ctx)
+        return int(index), int(count)
+
+
+def stack(*decorators: Decorator) -> Decorator:
+    """Several option decorators as one, in the order they show in --help."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a list.")
+run_options = stack(
+    click.option("--config", type=PATH, help="Run file (TOML) with the tables [data], [loss], [train]."),
+    click.option(
+        "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a key of the run file; repeatable."
+    ),
+)
+data_options = stack(
+    click.option(
+        "--teacher", type=PATH, required=True, metavar="FOLDER", help="Teacher in Hugging Face format, with tokenizer."
+    ),
+    click.option(
+        "--data",
+        type=PATH,
+        multiple=True,
+        required=True,
+        metavar="FILE...",
+        help="Data files or folders: jsonl, json, parquet, Arrow. Takes several values, and may be repeated.",
+    ),
+    click.option(
+        "--max-length", type=click.IntRange(min=1), help=f"Longest sample in tokens.  [default: {USUAL.max_length}]"
+    ),
+    click.option(
+        "--overlong",
+        type=click.Choice(["truncate", "drop"]),
+        help=f"A longer sample loses its tail, or is left out.  [default: {USUAL.overlong}]",
+    ),
+    click.option(
+        "--supervise",
+        type=click.Choice(["assistant", "last", "completion", "all"]),
+        help="Which tokens students learn from: every assistant turn, the last one, the completion, or every "
+        f"token.  [default: {USUAL.supervise}]",
+    ),
+    click.option(
+        "--heldout-fraction",
+        type=click.FloatRange(0, 1),
+        help=f"Share of the samples kept for evaluation, chosen by content.  [default: {USUAL.heldout_fraction}]",
+    ),
+    click.option(
+        "--rows",
+        type=click.Choice(["supervised", "all"]),
+        default="supervised",
+        help="Keep the rows of supervised tokens only, or of every token.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+        default="auto",
+        help="Precision of the teacher and of the stored rows; auto is that of its checkpoint.",
+    ),
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where models run; auto takes GPUs where there are any.",
+)
+
+
+def run_spec(config: Path | None, sets: tuple[str, ...], **data: object) -> RunSpec:
+    """The run file with `--set` and then the command line's own [data] flags (those given) applied.
+
+    Raises ConfigError.
+    """
+    flags = tuple(f"data.{key}={json.dumps(value)}" for key, value in data.items() if value is not None)
+    return load(config, sets + flags)

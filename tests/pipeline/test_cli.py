@@ -1,0 +1,387 @@
+"""The command line: what it loads, what it refuses in one line, what it hands to the stages."""
+
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+
+from kdpipe.manifests.cache import Cache, write_head
+from kdpipe.manifests.errors import DataError
+from kdpipe.manifests.plan import (
+    PLAN_FILE,
+    SAMPLES_FILE,
+    EngineRecord,
+    Fingerprint,
+    Plan,
+    Samples,
+    SamplesWriter,
+    Settings,
+)
+from kdpipe.manifests.sample import Sample, content_id
+from kdpipe.manifests.shard import ShardWriter, commit_path, shard_path
+from kdpipe.manifests.teacher import HeadRecord
+from kdpipe.pipeline import cli, launch
+from kdpipe.pipeline.options import spread
+
+Main = Callable[..., tuple[int, str, str]]
+WIDTH, VOCABULARY = 5, 11
+
+
+@pytest.fixture
+def main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Main:
+    """Run the command line in this process: exit code, stdout, stderr."""
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(key, raising=False)
+
+    def run(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as done:
+            cli.main([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A complete cache of three shards, one sample of 7 tokens each."""
+    folder = tmp_path / "cache"
+    for name in ("teacher", "shards", "commits", "tmp"):
+        (folder / name).mkdir(parents=True)
+    supervised = np.array([0, 0, 1, 1, 1, 0, 1], dtype=bool)
+    writer = SamplesWriter(folder / SAMPLES_FILE, batch_tokens=0, every_row=False, shard_tokens=7)
+    for number in range(3):
+        ids = np.arange(7, dtype=np.int32) + number
+        writer.add(
+            Sample(content_id=content_id(number), source="d", line=number + 1, token_ids=ids, supervised=supervised)
+        )
+    shards = writer.close()
+    head = HeadRecord(
+        architecture="Tiny",
+        hidden_size=WIDTH,
+        vocab_size=VOCABULARY,
+        head_rows=VOCABULARY,
+        dtype="float32",
+        tied=False,
+        has_bias=False,
+        softcap=None,
+        scale=1.0,
+    )
+    plan = Plan(
+        fingerprint=Fingerprint(teacher="t", tokenizer="k", template="c", data=writer.data_digest()),
+        settings=Settings(
+            max_length=7,
+            overlong="truncate",
+            supervise="all",
+            rows="supervised",
+            codec="raw",
+            dtype="float32",
+            seed=0,
+        ),
+        engine=EngineRecord(name="fake", version="0", determinism="bitwise", device="cpu", batch_tokens=0),
+        head=head,
+        num_samples=3,
+        num_tokens=21,
+        num_rows=12,
+        heldout_fraction=0.0,
+        counts={},
+        samples_digest=hashlib.sha256((folder / SAMPLES_FILE).read_bytes()).hexdigest(),
+        vocabulary_digest="v",
+        shards=shards,
+    )
+    (folder / PLAN_FILE).write_bytes(plan.to_bytes())
+    weight = np.ones((VOCABULARY, WIDTH), np.float32)
+    write_head(folder / "teacher", weight, None, dtype="float32", scratch_folder=folder / "tmp")
+    samples = Samples(folder, plan)
+    for number in range(3):
+        with ShardWriter(folder, plan, plan.digest(), number, samples.shard(number)) as shard:
+            shard.hidden[:] = number
+            shard.commit()
+    return folder
+
+
+# What it loads
+
+
+def test_help_and_cache_load_no_torch(python: Callable[..., subprocess.CompletedProcess[str]], cache: Path) -> None:
+    lines = [["--help"], ["--version"], ["cache", "--help"], ["cache", "info", str(cache)]]
+    lines += [["cache", "verify", str(cache)], ["train", "--help"], ["extract", "--dta"], ["nonsense"]]
+    code = f"""
+import sys
+from kdpipe.pipeline.cli import main
+for line in {lines!r}:
+    try:
+        main(line)
+    except SystemExit:
+        pass
+    assert "torch" not in sys.modules, line
+    assert "transformers" not in sys.modules, line
+print("none")
+"""
+    done = python("-c", code)
+    assert done.stdout.endswith("none\n"), done.stderr
+
+
+def test_every_command_teaches_its_use() -> None:
+    for name in cli.COMMANDS:
+        found = importlib.import_module(f"kdpipe.pipeline.commands.{name}").command
+        leaves = list(found.commands.values()) if isinstance(found, click.Group) else [found]
+        for command in leaves:
+            assert f"kdpipe {name}" in command.help, f"{name}: no example"
+            for param in command.params:
+                if isinstance(param, click.Option):
+                    assert param.help, f"{name} {param.name}"
+
+
+# What it refuses
+
+DATA = ("--teacher", "t", "--data", "d")
+REFUSED = {
+    "a misspelt command": (["extrct"], "did you mean 'extract'"),
+    "a misspelt option": (["extract", *DATA, "--cach", "c"], "--cache"),
+    "a misspelt group option": (["--versoin"], "--version"),
+    "a missing option": (["extract", *DATA], "--cache"),
+    "a missing value": (["extract", "--data"], "--data"),
+    "an unknown choice": (["plan", *DATA, "--overlong", "cut"], "truncate"),
+    "an unknown key": (["train", "--student", "s", "--cache", "c", "--output", "o", "--set", "train.lrr=1"], "'lr'"),
+    "an unknown table": (["eval", "--student", "s", "--cache", "c", "--set", "trian.lr=1"], "'train'"),
+    "a value out of range": (["plan", *DATA, "--heldout-fraction", "1.5"], "0<=x<=1"),
+    "a value of a key out of range": (["plan", *DATA, "--set", "data.max_length=0"], "data.max_length"),
+    "no run file": (["extract", *DATA, "--cache", "c", "--config", "nowhere.toml"], "nowhere.toml"),
+    "a part beyond the last": (["extract", *DATA, "--cache", "c", "--part", "5/3"], "0 <= i < n"),
+    "a part that is none": (["extract", *DATA, "--cache", "c", "--part", "half"], "0 <= i < n"),
+    "an argument too many": (["cache", "info", "c", "d"], "unexpected extra argument"),
+    "no cache": (["cache", "info", "nowhere"], "PLAN.json is missing"),
+    "no cache to verify": (["cache", "verify", "nowhere", "--json"], "PLAN.json is missing"),
+    "a student without weights": (["plan", *DATA, "--student", "nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_with_the_way_out(
+    main: Main, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args, hint = REFUSED[case]
+    code, out, err = main(*args)
+    assert (code, out, err.count("\n")) == (4, "", 1), err
+    assert err.startswith("E-")
+    assert hint in err
+    assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+def test_the_same_holds_for_the_program(kdpipe: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = kdpipe("cache", "info", "nowhere", "--jsn")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (4, "", 1)
+    assert "see: kdpipe cache info --help" in done.stderr
+
+
+def test_a_file_that_may_not_be_read_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    def read() -> None:
+        raise PermissionError(13, "Permission denied", "secret.jsonl")
+
+    assert cli.guard(read) == 4
+    assert capsys.readouterr().err == "E-INPUT secret.jsonl: permission denied\n"
+
+
+def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    assert cli.guard(interrupt) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_bug_shows_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        cli.guard(lambda: 1 // 0)
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    typing = Path(__file__).parent.parent.parent / "tools" / "typing"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(typing), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "kdpipe.pipeline.cli", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(60), err) == (0, "")
+
+
+# kdpipe cache
+
+
+def test_cache_info_prints_one_object(main: Main, cache: Path) -> None:
+    code, out, err = main("cache", "info", cache, "--json")
+    info = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert (info["num_rows"], info["shards"], info["complete"], info["hidden_size"]) == (12, 3, True, WIDTH)
+    assert "num rows" in main("cache", "info", cache)[1]
+
+
+def test_verify_counts_the_good_shards(main: Main, cache: Path) -> None:
+    code, out, err = main("cache", "verify", cache, "--json")
+    assert (code, json.loads(out)) == (
+        0,
+        {"ok": True, "shards": 3, "shards_good": 3, "determinism": "bitwise"},
+    )
+    assert err.splitlines()[0] == "verify: 0% 0/3 shards"
+
+
+def test_verify_exits_1_on_damage_and_2_on_missing_shards(main: Main, cache: Path) -> None:
+    commit_path(cache, 2).unlink()
+    code, out, err = main("cache", "verify", cache, "--json")
+    assert (code, json.loads(out)["shards_good"]) == (2, 2)
+    assert err.splitlines()[-1].startswith("E-INCOMPLETE")
+    path = shard_path(cache, 1)
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.chmod(0o600)
+    path.write_bytes(data)
+    code, out, err = main("cache", "verify", cache, "--json")
+    assert (code, json.loads(out)["ok"], json.loads(out)["shards_good"]) == (1, False, 1)
+    assert "000001.safetensors" in err.splitlines()[-1]
+
+
+# What it hands to the stages
+
+
+@dataclass(frozen=True)
+class FakeForecast:
+    num_rows: int = 12
+    teacher_params: int = 7000
+    head_bytes: int = 220
+    bytes_per_codec: dict[str, int] = field(default_factory=lambda: {"raw": 240})
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[object, ...]]]:
+    """Stages that only write down what they were given."""
+    calls: list[tuple[object, ...]] = []
+
+    def forecast(spec: object, progress: object) -> FakeForecast:
+        calls.append((spec,))
+        print("a library says hello")
+        return FakeForecast()
+
+    def extract(spec: object, folder: Path, progress: object, part: object = None) -> Cache:
+        calls.append((spec, folder, part))
+        progress.event("shard", number=0)  # type: ignore[attr-defined]
+        if spec.seed == 13:  # type: ignore[attr-defined]
+            raise DataError("seven is not a list", where="d:3")
+        os.write(1, b"a library says hello\n")
+        return Cache.open(folder)
+
+    def train(job: object, progress: object) -> dict[str, object]:
+        calls.append((job, type(progress).__name__))
+        return {"loss": 1.5}
+
+    def evaluate_student(*args: object, **options: object) -> dict[str, float]:
+        calls.append((*args, options))
+        return {"heldout_kl": 0.25}
+
+    fakes = {
+        "extract": {"ExtractSpec": types.SimpleNamespace, "forecast": forecast, "extract": extract},
+        "train": {
+            "TrainJob": types.SimpleNamespace,
+            "train": train,
+            "check_job": lambda job, nproc: calls.append(("check", nproc)),
+        },
+        "evaluate": {"evaluate_student": evaluate_student},
+    }
+    for name, members in fakes.items():
+        module = types.ModuleType(f"kdpipe.stages.{name}")
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+def test_several_values_after_one_flag_are_the_flag_repeated() -> None:
+    flags = {"--data"}
+    assert spread(["--data", "a", "b", "--json", "--data", "c"], flags) == [
+        *("--data", "a", "--data", "b", "--json", "--data", "c")
+    ]
+    assert spread(["--data=a", "b", "--cache", "c", "d"], flags) == ["--data=a", "--data", "b", "--cache", "c", "d"]
+
+
+def test_plan_reads_every_data_file_and_prints_only_json(main: Main, stages: list, tmp_path: Path) -> None:
+    code, out, err = main("plan", "--teacher", "t", "--data", "a", "b", "--data", "c", "--json", "--cache", tmp_path)
+    found = json.loads(out)
+    assert (code, err) == (0, "a library says hello\n")
+    assert (found["break_even_students"], found["fits"], found["bytes_per_codec"]) == (2, True, {"raw": 240})
+    spec = stages[0][0]
+    assert (spec.data, spec.data_spec.max_length, spec.rows) == ((Path("a"), Path("b"), Path("c")), 4096, "supervised")
+
+
+def test_the_flags_of_the_line_win_over_set_and_set_over_the_file(main: Main, stages: list, tmp_path: Path) -> None:
+    run = tmp_path / "run.toml"
+    run.write_text('[data]\nmax_length = 10\nheldout_fraction = 0.5\nsupervise = "last"\n[train]\nepochs = 3\n')
+    args = ["--config", run, "--set", "data.max_length=20", "data.heldout_fraction=0.25", "--max-length", "30"]
+    _, out, _ = main("plan", *DATA, *args, "--json")
+    data = stages[0][0].data_spec
+    assert (data.max_length, data.heldout_fraction, data.supervise) == (30, 0.25, "last")
+    assert json.loads(out)["break_even_students"] == 1
+
+
+def test_extract_ends_with_the_cache_and_keeps_its_events(main: Main, stages: list, cache: Path) -> None:
+    code, out, _ = main("extract", *DATA, "--cache", cache, "--part", "1/3", "--seed", "7", "--json")
+    assert (code, json.loads(out)["num_rows"]) == (0, 12)
+    spec, folder, part = stages[0]
+    assert (folder, part, spec.seed, spec.engine, spec.batch_tokens) == (cache, (1, 3), 7, "auto", None)
+    (log,) = (cache / "runs").glob("*.jsonl")
+    assert [json.loads(line)["kind"] for line in log.read_text().splitlines()] == ["run", "shard", "finished"]
+
+
+def test_a_refused_extraction_leaves_no_folder(main: Main, stages: list, tmp_path: Path) -> None:
+    code, out, err = main("extract", *DATA, "--cache", tmp_path / "new", "--seed", "13")
+    assert (code, out, err) == (4, "", "E-DATA d:3: seven is not a list\n")
+    assert not (tmp_path / "new").exists()
+
+
+TRAIN = ("train", "--student", "s", "--cache", "c1", "c2", "--output", "nowhere", "--device", "cpu")
+
+
+def test_one_process_trains_in_this_one(main: Main, stages: list) -> None:
+    code, out, _ = main(*TRAIN, "--set", "train.lr=0.5", "--json")
+    assert (code, json.loads(out)) == (0, {"loss": 1.5})
+    (_, nproc), (job, progress) = stages
+    assert (nproc, job.caches, job.spec.train.lr) == (1, (Path("c1"), Path("c2")), 0.5)
+    assert (job.device, progress) == ("cpu", "ConsoleProgress")
+
+
+def test_more_processes_are_launched_after_the_check(main: Main, stages: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "launch", lambda function, *args, nproc: {"function": function.__name__, "n": nproc})
+    _, out, _ = main(*TRAIN, "--nproc", "3", "--json")
+    assert json.loads(out) == {"function": "train_rank", "n": 3}
+    assert stages == [("check", 3)]
+
+
+def test_a_rank_of_torchrun_trains_here_and_only_rank_0_speaks(
+    main: Main, stages: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(*TRAIN, "--json") == (0, "", "")
+    assert (stages[0], stages[1][1]) == (("check", 2), "Silent")
+    assert main(*TRAIN, "--nproc", "2")[0] == 4
+
+
+def test_eval_takes_the_caches_fraction_unless_told(main: Main, stages: list) -> None:
+    args = ("eval", "--student", "s", "--cache", "c", "--json")
+    assert json.loads(main(*args)[1]) == {"heldout_kl": 0.25}
+    main(*args, "--set", "data.heldout_fraction=0.5", "train.dtype=float32")
+    main(*args, "--set", "data.heldout_fraction=0.5", "--heldout-fraction", "0", "--batch-tokens", "99")
+    told = [(options["heldout_fraction"], options["dtype"], options["batch_tokens"]) for *_, options in stages]
+    assert told == [(None, "bfloat16", 16384), (0.5, "float32", 16384), (0.0, "bfloat16", 99)]

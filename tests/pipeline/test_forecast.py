@@ -1,0 +1,64 @@
+"""When a cache pays, and what it takes to know."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from kdpipe.manifests.errors import StudentError
+from kdpipe.pipeline.forecast import break_even_students, compare, count_parameters, free_bytes, live_over_cached
+
+
+@pytest.mark.parametrize("epochs", [0.1, 0.3, 0.5, 0.7, 1, 1.5, 2, 3])
+def test_break_even_is_the_first_number_of_students_that_cost_more_than_one_teacher_pass(epochs: float) -> None:
+    students = break_even_students(epochs)
+    assert students >= 1
+    assert round(students * epochs, 9) > 1
+    assert round((students - 1) * epochs, 9) <= 1
+
+
+def test_the_ratio_crosses_one_where_the_students_break_even() -> None:
+    sizes = {"teacher_params": 7_000, "student_params": 300}
+    for epochs in (0.25, 1.0, 3.0):
+        first = break_even_students(epochs)
+        assert live_over_cached(first, epochs, **sizes) > 1
+        assert live_over_cached(first - 1, epochs, **sizes) <= 1 or first == 1
+
+
+def test_many_students_approach_the_ratio_of_their_steps() -> None:
+    limit = (2 * 7_000 + 6 * 300) / (6 * 300)
+    ratios = list(compare(1.0, teacher_params=7_000, student_params=300).values())
+    assert ratios == sorted(ratios)
+    assert ratios[-1] < limit
+    assert live_over_cached(10**7, 1.0, teacher_params=7_000, student_params=300) == pytest.approx(limit, rel=1e-5)
+
+
+def test_free_room_is_that_of_the_disk_a_new_folder_would_lie_on(tmp_path: Path) -> None:
+    near, far = free_bytes(tmp_path), free_bytes(tmp_path / "not" / "yet")
+    assert abs(near - far) < near * 0.1
+
+
+def safetensors(path: Path, header: bytes) -> None:
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def test_parameters_are_counted_from_headers_alone(tmp_path: Path) -> None:
+    def tensor(*shape: int) -> dict[str, object]:
+        return {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}
+
+    safetensors(tmp_path / "a.safetensors", json.dumps({"__metadata__": {}, "w": tensor(3, 5)}).encode())
+    safetensors(tmp_path / "b.safetensors", json.dumps({"b": tensor(7), "scalar": tensor()}).encode())
+    assert count_parameters(tmp_path) == 3 * 5 + 7 + 1
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 9, struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"w": {}}'])
+def test_a_broken_weight_file_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(StudentError, match=r"model\.safetensors"):
+        count_parameters(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudentError, match=r"no \*\.safetensors"):
+        count_parameters(tmp_path)

@@ -1,0 +1,113 @@
+"""Progress: one line on a terminal, few lines elsewhere, every event in a file."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from kdpipe.manifests.errors import CacheError
+from kdpipe.manifests.progress import Progress
+from kdpipe.pipeline.progress import ConsoleProgress, EventLog, watch
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def work(progress: Progress, clock: Clock, *, seconds: int = 30, total: int | None = 3000) -> None:
+    progress.begin("extract", total=total, unit="tokens")
+    for _ in range(seconds):
+        clock.now += 1
+        progress.advance(100, "loss 2.31")
+    progress.end()
+
+
+def test_elsewhere_there_is_a_line_at_the_begin_every_ten_seconds_and_at_the_end() -> None:
+    stream, clock = io.StringIO(), Clock()
+    work(ConsoleProgress(EventLog(None), stream=stream, clock=clock), clock)
+    assert stream.getvalue().splitlines() == [
+        "extract: 0% 0/3,000 tokens",
+        "extract: 33% 1,000/3,000 tokens, 100 tokens/s, 0:20 left, loss 2.31",
+        "extract: 67% 2,000/3,000 tokens, 100 tokens/s, 0:10 left, loss 2.31",
+        "extract: 100% 3,000/3,000 tokens, 100 tokens/s, loss 2.31",
+        "extract: 3,000 tokens in 0:30, 100 tokens/s, loss 2.31",
+    ]
+
+
+def test_a_total_nobody_knows_shows_no_share_and_no_time_left() -> None:
+    stream, clock = io.StringIO(), Clock()
+    work(ConsoleProgress(EventLog(None), stream=stream, clock=clock), clock, seconds=10, total=None)
+    assert stream.getvalue().splitlines()[1] == "extract: 1,000 tokens, 100 tokens/s, loss 2.31"
+
+
+def test_on_a_terminal_one_line_is_rewritten_and_never_wider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    stream, clock = Terminal(), Clock()
+    work(ConsoleProgress(EventLog(None), stream=stream, clock=clock), clock, seconds=5)
+    *drawn, last = stream.getvalue().split("\r")[1:]
+    assert [text.count("\n") for text in (*drawn, last)] == [0] * 6 + [1]
+    assert all(len(text.removesuffix("\x1b[K")) <= 39 for text in drawn)
+    assert drawn[3].startswith("extract: [##                  ] 10% 300")
+
+
+def test_work_found_finished_at_a_resume_does_not_flatter_the_time_left() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = ConsoleProgress(EventLog(None), stream=stream, clock=clock)
+    progress.begin("extract", total=1_000_000, unit="tokens")
+    clock.now += 0.2
+    progress.advance(900_000)
+    for _ in range(60):
+        clock.now += 1
+        progress.advance(100)
+    assert "100 tokens/s, 15:40 left" in stream.getvalue().splitlines()[-1]
+
+
+def test_every_event_is_a_line_with_time_and_kind(tmp_path: Path) -> None:
+    path, clock = tmp_path / "runs" / "events.jsonl", Clock()
+    progress = ConsoleProgress(EventLog(path), stream=io.StringIO(), clock=clock)
+    progress.event("shard", number=3, loss=float("nan"))
+    assert read(path)[0]["kind"] == "shard", "flushed as it happens"
+    progress.note("the GPU has no bfloat16")
+    work(progress, clock)
+    events = read(path)
+    assert [event["kind"] for event in events] == ["shard", "note", "begin", "progress", "progress", "progress", "end"]
+    assert all(isinstance(event["time"], float) for event in events)
+    assert events[0] | {"time": 0} == {"time": 0, "kind": "shard", "number": 3, "loss": None}
+    assert events[3]["done"] == 1000
+    assert events[3]["rate"] == 100
+
+
+def test_events_wait_for_the_folder_and_a_refused_run_leaves_nothing(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(CacheError), watch("extract", EventLog(cache / "runs" / "1.jsonl", after=cache)):
+        raise CacheError("it belongs to another teacher")
+    assert list(tmp_path.iterdir()) == []
+    with watch("extract", EventLog(cache / "runs" / "1.jsonl", after=cache)) as progress:
+        progress.event("early")
+        cache.mkdir()
+        progress.event("late")
+    kinds = [event["kind"] for event in read(cache / "runs" / "1.jsonl")]
+    assert kinds == ["run", "early", "late", "finished"]
+
+
+def test_the_error_that_ended_a_run_is_its_last_event(tmp_path: Path) -> None:
+    with pytest.raises(CacheError), watch("extract", EventLog(tmp_path / "events.jsonl")):
+        raise CacheError("it belongs to another teacher", where="c")
+    last = read(tmp_path / "events.jsonl")[-1]
+    assert (last["kind"], last["exit_code"]) == ("failed", 4)
+    assert last["error"] == "E-CACHE c: it belongs to another teacher"
