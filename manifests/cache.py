@@ -10,8 +10,10 @@ Cost: one open mapping a shard, kept for the life of the object. Format: FORMAT.
 
 import hashlib
 import mmap
+import os
+from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +22,11 @@ import xxhash
 from kdpipe.manifests.durable import write_once
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Plan, Samples, read_plan
-from kdpipe.manifests.sample import is_heldout, row_positions
+from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
 from kdpipe.manifests.shard import Shard, commit_path, shard_path
-from kdpipe.manifests.tensorfile import TAGS, lay_out, parse
+from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out, parse
 
 HEAD_FILE = "head.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class SampleView:
-    """One sample of a cache: views into the mapping.
-
-    token_ids: int32 [n]
-    supervised: bool [n]
-    rows: [R, E]; row j belongs to the j-th t with supervised[t+1]. A zero-copy view, bfloat16 through ml_dtypes; a copy
-        only where the cache keeps every row and the supervised ones are not adjacent.
-    """
-
-    token_ids: np.ndarray
-    supervised: np.ndarray
-    rows: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -57,7 +44,8 @@ class Cache:
         self.path, self.plan = path, plan
         self.plan_digest = plan.digest()
         self.samples = Samples(path, plan)
-        self._first = np.array([shard.first_sample for shard in plan.shards], dtype=np.int64)
+        self._first = [shard.first_sample for shard in plan.shards]
+        self._every_row = plan.settings.rows == "all"
         self._shards: dict[int, Shard] = {}
 
     @classmethod
@@ -69,14 +57,14 @@ class Cache:
         return self.plan.num_samples
 
     def __getitem__(self, index: int) -> SampleView:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of a cache of {len(self)}")
-        shard, within = self._locate(index % len(self))
-        sample = shard.sample(within)
-        rows = sample.rows
-        if self.plan.settings.rows == "all":
-            rows = rows[row_positions(sample.supervised)]
-        return SampleView(token_ids=sample.token_ids, supervised=sample.supervised, rows=rows)
+        size = self.plan.num_samples
+        if not -size <= index < size:
+            raise IndexError(f"sample {index} of a cache of {size}")
+        shard, within = self._locate(index % size)
+        view = shard.sample(within)
+        if self._every_row:
+            view = replace(view, rows=_select(view.rows, row_positions(view.supervised)))
+        return view
 
     def __iter__(self) -> Iterator[SampleView]:
         return (self[index] for index in range(len(self)))
@@ -87,8 +75,8 @@ class Cache:
         shard.prefetch(within)
 
     def _locate(self, index: int) -> tuple[Shard, int]:
-        number = int(np.searchsorted(self._first, index, side="right")) - 1
-        return self.shard(number), index - int(self._first[number])
+        number = bisect_right(self._first, index) - 1
+        return self.shard(number), index - self._first[number]
 
     def shard(self, number: int) -> Shard:
         """A committed shard, mapped once. Raises IncompleteError if it is not committed yet."""
@@ -132,29 +120,40 @@ class Cache:
         return self.path / "teacher"
 
     def head(self) -> HeadArrays:
-        """The teacher's lm_head, mapped. Raises CorruptError where the file is damaged."""
+        """The teacher's lm_head, mapped. Raises LayoutError or CorruptError where the file is damaged."""
         path = self.teacher_folder / HEAD_FILE
         try:
             with open(path, "rb") as file:
+                if not os.fstat(file.fileno()).st_size:
+                    raise LayoutError("an empty file", where=path)
                 mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             raise IncompleteError(
                 "the teacher's head is missing; run the same kdpipe extract again", where=path
             ) from None
-        layout, metadata = parse(memoryview(mapping), path)
+        found, metadata = parse(memoryview(mapping), path)
+        record, digest = self.plan.head, metadata.get("xxh3_128", "")
+        shape = (record.head_rows, record.hidden_size)
+        layout = head_layout(record.dtype, shape, has_bias=record.has_bias, digest=digest)
+        if found.header != layout.header:
+            raise LayoutError(
+                f"not the head PLAN.json describes: {record.dtype}, {shape[0]} x {shape[1]}, "
+                f"{'a' if record.has_bias else 'no'} bias",
+                where=path,
+            )
         buffer = np.frombuffer(mapping, np.uint8)
-        digest = xxhash.xxh3_128_hexdigest(buffer[layout.body :].data)
-        if digest != metadata.get("xxh3_128"):
-            raise CorruptError(f"xxh3-128 {digest}, its header says {metadata.get('xxh3_128')}", where=path)
+        came = xxhash.xxh3_128_hexdigest(buffer[layout.body :].data)
+        if came != digest:
+            raise CorruptError(f"xxh3-128 {came}, its header says {digest}", where=path)
         arrays = {name: tensor.view(buffer) for name, tensor in layout.tensors.items()}
-        record = self.plan.head
-        if "weight" not in arrays or arrays["weight"].shape != (record.head_rows, record.hidden_size):
-            raise LayoutError(f"no weight of {record.head_rows} x {record.hidden_size}", where=path)
         return HeadArrays(weight=arrays["weight"], bias=arrays.get("bias"))
 
     def num_bytes(self) -> int:
-        """Bytes of the files in the cache."""
-        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+        """Bytes of the files in the cache, without the unfinished ones of writers at work."""
+        scratch = self.path / "tmp"
+        return sum(
+            path.stat().st_size for path in self.path.rglob("*") if path.is_file() and scratch not in path.parents
+        )
 
     def info(self) -> dict[str, object]:
         """What `kdpipe cache info --json` prints."""
@@ -202,12 +201,23 @@ class Cache:
         self.require_complete()
 
 
+def _select(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """rows[positions], as a view where the positions are adjacent."""
+    if len(positions) and positions[-1] - positions[0] + 1 == len(positions):
+        return rows[positions[0] : positions[-1] + 1]
+    return rows[positions]
+
+
+def head_layout(dtype: str, shape: tuple[int, ...], *, has_bias: bool, digest: str) -> Layout:
+    """The layout of teacher/head.safetensors: weight [V, E], then bias [V] where there is one."""
+    bias = [("bias", TAGS[dtype], shape[:1])] if has_bias else []
+    metadata = {"format": "kdpipe-head", "version": "1", "xxh3_128": digest}
+    return lay_out([("weight", TAGS[dtype], shape), *bias], metadata)
+
+
 def write_head(folder: Path, weight: np.ndarray, bias: np.ndarray | None, *, dtype: str, scratch_folder: Path) -> None:
     """Write teacher/head.safetensors durably unless it is there. weight [V, E] and bias [V] in `dtype`."""
-    arrays = {"weight": weight} | ({"bias": bias} if bias is not None else {})
-    body = b"".join(np.ascontiguousarray(array).view(np.uint8).tobytes() for array in arrays.values())
-    layout = lay_out(
-        [(name, TAGS[dtype], array.shape) for name, array in arrays.items()],
-        {"format": "kdpipe-head", "version": "1", "xxh3_128": xxhash.xxh3_128_hexdigest(body)},
-    )
+    body = b"".join(array.tobytes() for array in (weight, bias) if array is not None)
+    digest = xxhash.xxh3_128_hexdigest(body)
+    layout = head_layout(dtype, weight.shape, has_bias=bias is not None, digest=digest)
     write_once(folder / HEAD_FILE, layout.header + body, scratch_folder=scratch_folder)

@@ -60,7 +60,7 @@ class Fingerprint(Record):
     template: str
     """sha256 of the chat template."""
     data: str
-    """sha256 over every sample's id, token ids and mask, in order."""
+    """sha256 over every sample's id, number of tokens, token ids and mask, in order."""
 
     def overall(self) -> str:
         return hashlib.sha256(canonical(self.model_dump())).hexdigest()
@@ -186,7 +186,7 @@ class SamplesWriter:
             self._flush()
         self._waiting.append(sample)
         self._waiting_tokens += len(sample.token_ids)
-        self._data.update(sample.content_id)
+        self._data.update(sample.content_id + len(sample.token_ids).to_bytes(8, "little"))
         self._data.update(np.asarray(sample.token_ids, "<i4").tobytes())
         self._data.update(np.packbits(sample.supervised).tobytes())
 
@@ -235,9 +235,11 @@ class Samples:
         self.path = folder / SAMPLES_FILE
         try:
             self._reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
-        except (OSError, pa.ArrowInvalid) as err:
+        except (OSError, pa.ArrowException) as err:
             raise LayoutError(f"not readable as Arrow: {err}", where=self.path) from None
-        if self._reader.num_record_batches != len(plan.shards) or self._reader.schema != SCHEMA:
+        if self._reader.schema != SCHEMA:
+            raise LayoutError(f"columns {self._reader.schema.names}, expected {SCHEMA.names}", where=self.path)
+        if self._reader.num_record_batches != len(plan.shards):
             raise LayoutError(
                 f"{self._reader.num_record_batches} record batches, PLAN.json says {len(plan.shards)} shards",
                 where=self.path,

@@ -56,6 +56,21 @@ class Incident:
         return self.kind != "truncated"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SampleView:
+    """One sample of a cache: views into the mapping.
+
+    token_ids: int32 [n]
+    supervised: bool [n]
+    rows: [R, E]; row j belongs to the j-th t with supervised[t+1]. A zero-copy view, bfloat16 through ml_dtypes; a copy
+        only where the cache keeps every row and the supervised ones are not adjacent.
+    """
+
+    token_ids: np.ndarray
+    supervised: np.ndarray
+    rows: np.ndarray
+
+
 def content_id(content: object) -> bytes:
     """16 bytes of sha256 over the canonical JSON of a sample's text (messages, prompt, completion)."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -80,4 +95,5 @@ def is_heldout(content_ids: np.ndarray, fraction: float) -> np.ndarray:
     copies of a text fall on the same side, and a larger fraction holds out a superset of a smaller one.
     """
     number = np.ascontiguousarray(content_ids[:, :8]).view(">u8").reshape(-1)
-    return number.astype(np.float64) / 2.0**64 < fraction
+    # 53 bits are exact in a float64: 64 would round the largest ids up to 1.
+    return (number >> np.uint64(11)).astype(np.float64) / 2.0**53 < fraction

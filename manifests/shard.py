@@ -11,7 +11,6 @@ Format: FORMAT.md section 3.
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import crc32c
@@ -23,7 +22,7 @@ from pydantic import ValidationError
 from kdpipe.manifests.durable import canonical, disk_error, publish, scratch_name, write_once
 from kdpipe.manifests.errors import CorruptError, DriftError, IncompleteError, LayoutError
 from kdpipe.manifests.plan import Plan, Record
-from kdpipe.manifests.sample import ID_BYTES
+from kdpipe.manifests.sample import ID_BYTES, SampleView
 from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out
 
 BLOCK = 1 << 20
@@ -90,10 +89,13 @@ class ShardWriter:
         self.layout = shard_layout(plan, plan_digest, index, NO_DIGEST)
         self.path = scratch_name(folder / "tmp", shard_path(folder, index).name)
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except OSError as err:
+            raise disk_error(err, shard_path(folder, index)) from err
+        try:
             os.posix_fallocate(self._file, 0, self.layout.num_bytes)
         except OSError as err:
-            self.path.unlink(missing_ok=True)
+            self.__exit__()
             raise disk_error(err, shard_path(folder, index)) from err
         self._map = mmap.mmap(self._file, self.layout.num_bytes)
         self._bytes = np.frombuffer(self._map, np.uint8)
@@ -181,16 +183,6 @@ def read_commit(folder: Path, plan_digest: str, index: int) -> Commit:
     return record
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ShardSample:
-    """One sample as a shard holds it: views, no copies. rows [R, E], token_ids int32 [n], supervised bool [n]."""
-
-    token_ids: np.ndarray
-    supervised: np.ndarray
-    rows: np.ndarray
-    content_id: bytes
-
-
 class Shard:
     """A committed shard, mapped read-only for as long as the object lives."""
 
@@ -199,6 +191,11 @@ class Shard:
         commit = read_commit(folder, plan_digest, index)
         self.layout = shard_layout(plan, plan_digest, index, commit.digest)
         self.digest = commit.digest
+        if commit.num_bytes != self.layout.num_bytes:
+            raise LayoutError(
+                f"it says {commit.num_bytes} bytes, the plan says {self.layout.num_bytes}",
+                where=commit_path(folder, index),
+            )
         try:
             # A private mapping: nothing can write through it, and torch takes its arrays without complaint.
             with open(self.path, "rb") as file:
@@ -218,32 +215,34 @@ class Shard:
         tensors = self.layout.tensors
         self.hidden = tensors["hidden"].view(self._bytes)
         self._crc = tensors["crc32c"].view(self._bytes)
-        self._good = np.zeros(len(self._crc), dtype=bool)
-        self.check(tensors["row_offsets"].begin, tensors["crc32c"].begin)
+        self._good = bytearray(len(self._crc))
+        """1 for every block that was found good."""
+        self._hidden_at, self._checked_to = tensors["hidden"].begin, tensors["crc32c"].begin
+        self._row_bytes = self.hidden.strides[0]
+        self.check(tensors["row_offsets"].begin, self._checked_to)
         self.row_offsets = tensors["row_offsets"].view(self._bytes)
         self.token_offsets = tensors["token_offsets"].view(self._bytes)
         self.token_ids = tensors["token_ids"].view(self._bytes)
         self.supervised = tensors["supervised"].view(self._bytes).view(bool)
         self.sample_ids = tensors["sample_ids"].view(self._bytes)
+        # Plain ints, because indexing an array costs ten times as much and `sample` does little else.
+        self._row_at, self._token_at = self.row_offsets.tolist(), self.token_offsets.tolist()
 
-    def sample(self, index: int) -> ShardSample:
-        """The sample at `index` within this shard; its rows' blocks are checked the first time they are touched."""
-        row, next_row = self.row_offsets[index], self.row_offsets[index + 1]
-        token, next_token = self.token_offsets[index], self.token_offsets[index + 1]
-        begin, stride = self.layout.tensors["hidden"].begin, self.hidden.strides[0]
-        self.check(int(begin + row * stride), int(begin + next_row * stride))
-        return ShardSample(
+    def sample(self, index: int) -> SampleView:
+        """The sample at `index` within this shard, with all its rows; blocks are checked on first touch."""
+        row, next_row = self._row_at[index], self._row_at[index + 1]
+        token, next_token = self._token_at[index], self._token_at[index + 1]
+        self.check(self._hidden_at + row * self._row_bytes, self._hidden_at + next_row * self._row_bytes)
+        return SampleView(
             token_ids=self.token_ids[token:next_token],
             supervised=self.supervised[token:next_token],
             rows=self.hidden[row:next_row],
-            content_id=self.sample_ids[index].tobytes(),
         )
 
     def prefetch(self, index: int) -> None:
         """Ask the kernel to read a sample's rows ahead."""
-        begin, stride = self.layout.tensors["hidden"].begin, self.hidden.strides[0]
-        start = int(begin + self.row_offsets[index] * stride) // mmap.PAGESIZE * mmap.PAGESIZE
-        end = int(begin + self.row_offsets[index + 1] * stride)
+        start = (self._hidden_at + self._row_at[index] * self._row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = self._hidden_at + self._row_at[index + 1] * self._row_bytes
         if end > start:
             self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
 
@@ -251,26 +250,25 @@ class Shard:
         """Verify the blocks that hold bytes begin..end, those not verified before. Raises CorruptError."""
         if end <= begin:
             return
-        body, stop = self.layout.body, self.layout.tensors["crc32c"].begin
-        first, last = (begin - body) // BLOCK, (end - 1 - body) // BLOCK
-        if self._good[first : last + 1].all():
-            return
-        for block in range(first, last + 1):
-            if not self._good[block]:
-                start = body + block * BLOCK
-                found = crc32c.crc32c(self._bytes[start : min(start + BLOCK, stop)])
-                if found != self._crc[block]:
-                    raise CorruptError(
-                        f"bytes {start}-{min(start + BLOCK, stop) - 1} do not match their checksum "
-                        f"(crc32c {found:08x}, recorded {int(self._crc[block]):08x})",
-                        where=self.path,
-                    )
-                self._good[block] = True
+        body, stop = self._hidden_at, self._checked_to
+        last = (end - 1 - body) // BLOCK
+        block = self._good.find(0, (begin - body) // BLOCK, last + 1)
+        while block >= 0:
+            start = body + block * BLOCK
+            found = crc32c.crc32c(self._bytes[start : min(start + BLOCK, stop)])
+            if found != self._crc[block]:
+                raise CorruptError(
+                    f"bytes {start}-{min(start + BLOCK, stop) - 1} do not match their checksum "
+                    f"(crc32c {found:08x}, recorded {int(self._crc[block]):08x})",
+                    where=self.path,
+                )
+            self._good[block] = 1
+            block = self._good.find(0, block, last + 1)
 
     def verify(self, samples: pa.RecordBatch) -> None:
         """Every block, the digest, and the tables against samples.arrow. Raises CorruptError."""
-        self._good[:] = False
-        self.check(self.layout.body, self.layout.tensors["crc32c"].begin)
+        self._good = bytearray(len(self._good))
+        self.check(self.layout.body, self._checked_to)
         digest = xxhash.xxh3_128_hexdigest(self._bytes[self.layout.body :].data)
         if digest != self.digest:
             raise CorruptError(f"digest {digest}, the commit record says {self.digest}", where=self.path)

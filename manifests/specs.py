@@ -20,7 +20,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 class Spec(BaseModel):
     """Base of every spec: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSpec(Spec):
@@ -116,7 +116,10 @@ def load(path: Path | None, overrides: tuple[str, ...] = ()) -> RunSpec:
     try:
         return RunSpec.model_validate(tree)
     except ValidationError as err:
-        raise ConfigError(_explain(err), where=path or "--set") from None
+        place = ".".join(str(part) for part in err.errors()[0]["loc"])
+        keys = [override.partition("=")[0].strip() for override in overrides]
+        overridden = any(f"{place}.".startswith(f"{key}.") for key in keys)
+        raise ConfigError(_explain(err), where="--set" if overridden else path) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -95,10 +95,10 @@ def parse(buffer: memoryview, where: object) -> tuple[Layout, dict[str, str]]:
         tree = json.loads(bytes(buffer[8:body]))
         metadata = {str(key): str(value) for key, value in tree.pop("__metadata__", {}).items()}
         tensors = {name: _tensor(name, entry, body) for name, entry in tree.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
         raise refuse(f"header: {type(err).__name__}: {err}") from None
     end = body
-    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.begin):
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
         size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
         if tensor.begin != end or tensor.end - tensor.begin != size or size < 0:
             raise refuse(f"'{tensor.name}' lies at {tensor.begin}-{tensor.end}, expected {end}-{end + size}")

@@ -35,7 +35,9 @@ def packed(*lengths: int) -> PackedBatch:
     """Samples of ids 1, 2, 3 ... of these lengths, with nothing supervised."""
     nothing = torch.zeros(0, dtype=torch.int64)
     return PackedBatch(
-        input_ids=torch.cat([torch.arange(3, 3 + length) * (index + 2) % 250 for index, length in enumerate(lengths)])[None],
+        input_ids=torch.cat([torch.arange(3, 3 + length) * (index + 2) % 250 for index, length in enumerate(lengths)])[
+            None
+        ],
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
         attention_mask=None,
@@ -45,7 +47,9 @@ def packed(*lengths: int) -> PackedBatch:
     )
 
 
-def gradients(student: Student, batches: Sequence[PackedBatch], bench: Bench, loss: LossSpec) -> dict[str, torch.Tensor]:
+def gradients(
+    student: Student, batches: Sequence[PackedBatch], bench: Bench, loss: LossSpec
+) -> dict[str, torch.Tensor]:
     """Gradients summed over the batches, by parameter, with the loss under "loss"."""
     teacher = load_teacher_head(Cache.open(bench.cache), CPU)
     student.zero_grad()
@@ -66,7 +70,9 @@ def test_packed_samples_come_out_as_they_do_alone(kind: str, tmp_path: Path) -> 
     together = backbone_hidden(model, packed(5, 23, 1, 37))[0]
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
     batch = packed(5, 23, 1, 37)
-    alone = torch.cat([reference.base_model(ids[None]).last_hidden_state[0] for ids in batch.input_ids[0].split([5, 23, 1, 37])])
+    alone = torch.cat(
+        [reference.base_model(ids[None]).last_hidden_state[0] for ids in batch.input_ids[0].split([5, 23, 1, 37])]
+    )
     assert (together - alone).abs().max() <= 2e-6 * alone.abs().max()
 
 
@@ -95,7 +101,10 @@ def test_packing_changes_neither_loss_nor_gradient(loss: LossSpec, padded: bool,
 
 def copy(batch: PackedBatch) -> PackedBatch:
     """A batch that outlives its packer's buffer."""
-    return PackedBatch(**{name: getattr(batch, name) for name in batch.__dataclass_fields__} | {"teacher_rows": batch.teacher_rows.clone()})
+    return PackedBatch(
+        **{name: getattr(batch, name) for name in batch.__dataclass_fields__}
+        | {"teacher_rows": batch.teacher_rows.clone()}
+    )
 
 
 def test_swapping_two_samples_rows_changes_the_loss(bench: Bench) -> None:

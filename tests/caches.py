@@ -1,0 +1,188 @@
+"""Small valid caches on disk, made of random rows: what tests and benchmarks read, and break.
+
+Everything is a pure function of the arguments, so two calls with the same ones give byte-identical caches.
+"""
+
+# Shapes: n tokens of one sample, E teacher width, V rows of the teacher's head.
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from kdpipe.manifests.cache import Cache, write_head
+from kdpipe.manifests.durable import write_once
+from kdpipe.manifests.plan import (
+    PLAN_FILE,
+    SAMPLES_FILE,
+    EngineRecord,
+    Fingerprint,
+    Plan,
+    Samples,
+    SamplesWriter,
+    Settings,
+    read_plan,
+)
+from kdpipe.manifests.sample import Sample, content_id
+from kdpipe.manifests.shard import Commit, ShardWriter
+from kdpipe.manifests.specs import Dtype
+from kdpipe.manifests.teacher import HeadRecord
+from kdpipe.manifests.tensorfile import DTYPES, TAGS
+
+FOLDERS = ("shards", "commits", "tmp", "teacher", "runs")
+
+
+def array_dtype(dtype: Dtype) -> np.dtype:
+    return DTYPES[TAGS[dtype]]
+
+
+def make_samples(num_samples: int, *, seed: int = 0, vocab_size: int = 97) -> list[Sample]:
+    """Random samples of 1 to 60 tokens with every kind of mask: a tail, runs, all, none."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for index in range(num_samples):
+        length = int(rng.integers(1, 61))
+        supervised = rng.random(length) < 0.5
+        if index % 4 == 0:
+            supervised = np.arange(length) >= length // 2
+        elif index % 8 in (3, 5):
+            supervised = np.full(length, index % 8 == 3)
+        samples.append(
+            Sample(
+                content_id=content_id([seed, index]),
+                source="data.jsonl",
+                line=index + 1,
+                token_ids=rng.integers(0, vocab_size, length).astype(np.int32),
+                supervised=supervised,
+            )
+        )
+    return samples
+
+
+def make_plan(
+    folder: Path,
+    samples: Iterable[Sample],
+    *,
+    hidden_size: int = 19,
+    dtype: Dtype = "bfloat16",
+    rows: Literal["supervised", "all"] = "supervised",
+    batch_tokens: int = 0,
+    shard_tokens: int = 200,
+    heldout_fraction: float = 0.25,
+    vocab_size: int = 97,
+    has_bias: bool = False,
+    teacher: str = "teacher",
+) -> Plan:
+    """A cache folder with PLAN.json and samples.arrow and nothing else in its folders."""
+    for name in FOLDERS:
+        (folder / name).mkdir(parents=True)
+    writer = SamplesWriter(
+        folder / SAMPLES_FILE, batch_tokens=batch_tokens, every_row=rows == "all", shard_tokens=shard_tokens
+    )
+    for sample in samples:
+        writer.add(sample)
+    shards = writer.close()
+    plan = Plan(
+        fingerprint=Fingerprint(teacher=teacher, tokenizer="tokenizer", template="", data=writer.data_digest()),
+        settings=Settings(
+            max_length=4096, overlong="truncate", supervise="assistant", rows=rows, codec="raw", dtype=dtype, seed=0
+        ),
+        engine=EngineRecord(name="random", version="1", determinism="bitwise", device="cpu", batch_tokens=batch_tokens),
+        head=HeadRecord(
+            architecture="RandomForCausalLM",
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            head_rows=vocab_size + 7,
+            dtype=dtype,
+            tied=False,
+            has_bias=has_bias,
+            softcap=None,
+            scale=1.0,
+        ),
+        num_samples=sum(shard.num_samples for shard in shards),
+        num_tokens=sum(shard.num_tokens for shard in shards),
+        num_rows=sum(shard.num_rows for shard in shards),
+        heldout_fraction=heldout_fraction,
+        counts={"kept": sum(shard.num_samples for shard in shards)},
+        samples_digest=hashlib.sha256((folder / SAMPLES_FILE).read_bytes()).hexdigest(),
+        vocabulary_digest="vocabulary",
+        shards=shards,
+    )
+    write_once(folder / PLAN_FILE, plan.to_bytes(), scratch_folder=folder / "tmp")
+    return plan
+
+
+def random_rows(plan: Plan, index: int, *, seed: int = 0) -> np.ndarray:
+    """The rows [R, E] of a shard, drawn from (seed, index)."""
+    shape = (plan.shards[index].num_rows, plan.head.hidden_size)
+    rng = np.random.default_rng([seed, index])
+    return rng.standard_normal(shape, dtype=np.float32).astype(array_dtype(plan.settings.dtype))
+
+
+def fill_shard(
+    folder: Path,
+    index: int,
+    *,
+    seed: int = 0,
+    rows: Callable[[Plan, int], np.ndarray] | None = None,
+) -> Commit:
+    """Write and commit one shard of a planned cache, of random rows unless `rows` gives others."""
+    plan = read_plan(folder)
+    with ShardWriter(folder, plan, plan.digest(), index, Samples(folder, plan).shard(index)) as writer:
+        writer.hidden[:] = random_rows(plan, index, seed=seed) if rows is None else rows(plan, index)
+        return writer.commit()
+
+
+def add_head(folder: Path, *, seed: int = 0) -> None:
+    """Write teacher/head.safetensors of random numbers, scaled so that logits are of order one."""
+    head = read_plan(folder).head
+    rng = np.random.default_rng([seed, 1 << 20])
+    weight = rng.standard_normal((head.head_rows, head.hidden_size), dtype=np.float32) / np.sqrt(head.hidden_size)
+    bias = rng.standard_normal(head.head_rows, dtype=np.float32).astype(DTYPES[TAGS[head.dtype]])
+    write_head(
+        folder / "teacher",
+        weight.astype(DTYPES[TAGS[head.dtype]]),
+        bias if head.has_bias else None,
+        dtype=head.dtype,
+        scratch_folder=folder / "tmp",
+    )
+
+
+def make_cache(
+    folder: Path,
+    *,
+    num_samples: int = 21,
+    hidden_size: int = 19,
+    dtype: Dtype = "bfloat16",
+    rows: Literal["supervised", "all"] = "supervised",
+    seed: int = 0,
+    samples: Sequence[Sample] | None = None,
+    shard_tokens: int = 200,
+    heldout_fraction: float = 0.25,
+    vocab_size: int = 97,
+    has_bias: bool = False,
+    teacher: str = "teacher",
+) -> Cache:
+    """A complete cache in `folder` (which must not hold one), open: random rows, head and (if not given) samples.
+
+    The defaults give several shards, samples with no rows, and sizes that are multiples of nothing.
+    """
+    make_plan(
+        folder,
+        make_samples(num_samples, seed=seed, vocab_size=vocab_size) if samples is None else samples,
+        hidden_size=hidden_size,
+        dtype=dtype,
+        rows=rows,
+        shard_tokens=shard_tokens,
+        heldout_fraction=heldout_fraction,
+        vocab_size=vocab_size,
+        has_bias=has_bias,
+        teacher=teacher,
+    )
+    cache = Cache.open(folder)
+    for index in range(len(cache.plan.shards)):
+        fill_shard(folder, index, seed=seed)
+    add_head(folder, seed=seed)
+    return cache
