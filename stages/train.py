@@ -110,6 +110,7 @@ def train(job: TrainJob, progress: Progress) -> dict[str, object]:
     if (done := finished(job, rows)) is not None:
         progress.note(f"{job.output} holds this run's student already")
         return _result(done)
+    job.output.mkdir(parents=True, exist_ok=True)
     with process_group(device) as (rank, world_size):
         run = Run(job, rows, device, rank=rank, world_size=world_size)
         metrics = run.steps(progress)

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-WORDS = "teacher student row cache shard token hidden state norm head logit plan gate seal fold salt rain ember".split()
+WORDS = ("teacher", "student", "row", "cache", "shard", "token", "hidden", "head", "plan", "gate", "seal", "salt")
 
 
 def write_chats(path: Path, count: int, *, seed: int = 0, longest: int = 40) -> Path:

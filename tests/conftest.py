@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.chats import write_chats
+from tests.models import make_model, make_tokenizer
 
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import DataSpec
-from tests.chats import write_chats
-from tests.models import make_model, make_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tests.conftest import Bench
+from tests.models import KINDS, make_model, make_tokenizer
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import StudentError
@@ -19,8 +21,6 @@ from kdpipe.stages.student import (
     load_student,
     load_teacher_head,
 )
-from tests.conftest import Bench
-from tests.models import KINDS, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
 LOSSES = [

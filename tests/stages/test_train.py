@@ -1,0 +1,232 @@
+"""Training: the same steps on one rank and on two, gradients of the dense reference, a student that loads."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import CheckFailed, ConfigError
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.specs import DataSpec, Dtype, LossSpec, RunSpec, TrainSpec
+from kdpipe.pipeline.launch import launch
+from kdpipe.stages.evaluate import evaluate_student
+from kdpipe.stages.feed import Feed, Rows
+from kdpipe.stages.loss import Head, reference_distill_loss
+from kdpipe.stages.schedule import learning_rate
+from kdpipe.stages.student import load_teacher_head
+from kdpipe.stages.train import TrainJob, check_job, train
+from tests.conftest import Bench
+from tests.models import make_model, make_tokenizer
+from tests.stages.ranks import Recorder, first_gradients, train_and_record
+
+LOSS = LossSpec(kd_weight=0.5, temperature=1.5)
+
+
+def job_for(
+    bench: Bench, output: Path, *, student: Path | None = None, loss: LossSpec = LOSS, **changes: object
+) -> TrainJob:
+    spec = TrainSpec.model_validate({"lr": 1e-3, "batch_tokens": 600, "dtype": "float32", "max_steps": 5} | changes)
+    return TrainJob(
+        student=student or bench.student,
+        caches=(bench.cache,),
+        output=output,
+        spec=RunSpec(train=spec, loss=loss),
+        device="cpu",
+    )
+
+
+def dense_gradients(bench: Bench, student: Path) -> dict[str, torch.Tensor]:
+    """Gradients of step 0 in float64 by transformers and the reference loss, each sample alone, no kdpipe code between."""
+    cache = Cache.open(bench.cache)
+    rows = Rows([cache])
+    training, _ = rows.split(None)
+    members = Feed(rows, training, seed=0, batch_tokens=600).members(0)
+    teacher = load_teacher_head(cache, torch.device("cpu"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for member in members:
+        view = cache[int(member)]
+        ids, mask = torch.tensor(view.token_ids, dtype=torch.int64), torch.tensor(view.supervised)
+        hidden = model.base_model(ids[None]).last_hidden_state[0]
+        at = torch.nonzero(mask[1:])[:, 0]
+        out = reference_distill_loss(
+            hidden[at],
+            model.get_output_embeddings().weight,
+            torch.tensor(view.rows).double(),
+            teacher.head.weight.double(),
+            ids[at + 1],
+            temperature=LOSS.temperature,
+            kd_weight=LOSS.kd_weight,
+            vocab_size=teacher.vocab_size,
+        )
+        total, count = total + out.loss, count + len(at)
+    (total / count).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student whose head is its embedding."""
+    return make_tokenizer(make_model("qwen2", tmp_path_factory.mktemp("tied") / "student", vocab_size=300, seed=3))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_one_steps_gradients_equal_the_dense_reference(
+    head: str, ranks: int, accumulate: int, checkpointing: bool, bench: Bench, tied: Path, tmp_path: Path
+) -> None:
+    if ranks == 2 and (accumulate == 3) != checkpointing:
+        pytest.skip("every combination on one rank, the two corners on two: a launch takes seconds")
+    student = tied if head == "tied" else bench.student
+    job = job_for(bench, tmp_path, student=student, grad_accum=accumulate, grad_checkpointing=checkpointing)
+    if ranks == 1:
+        first_gradients(job, tmp_path / "grads.pt")
+    else:
+        launch(first_gradients, job, tmp_path / "grads.pt", nproc=2)
+    ours = torch.load(tmp_path / "grads.pt", weights_only=True)
+    truth = dense_gradients(bench, student)
+    assert {name.removeprefix("model.") for name in ours} == truth.keys()
+    for name, gradient in truth.items():
+        error = (ours["model." + name].double() - gradient).norm() / gradient.norm()
+        assert error < 5e-6, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_ranks_take_the_same_steps_as_one(dtype: Dtype, bench: Bench, tmp_path: Path) -> None:
+    one = train_and_record(job_for(bench, tmp_path / "one", dtype=dtype))
+    two = launch(train_and_record, job_for(bench, tmp_path / "two", dtype=dtype), nproc=2)
+    # float32: summation in another order. bfloat16: gradients are sums of other groups, rounded once each.
+    allowed = {"float32": 2e-6, "bfloat16": 5e-3}[dtype]
+    assert len(one["loss/mean"]) == 5
+    assert two["num_tokens"] == one["num_tokens"]
+    assert two["loss/mean"] == pytest.approx(one["loss/mean"], rel=allowed)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=20 * allowed)
+
+
+def test_accumulation_changes_no_loss(bench: Bench, tmp_path: Path) -> None:
+    whole = train_and_record(job_for(bench, tmp_path / "whole"))
+    parts = train_and_record(job_for(bench, tmp_path / "parts", grad_accum=4))
+    assert parts["loss/mean"] == pytest.approx(whole["loss/mean"], rel=2e-6)
+
+
+def test_running_twice_gives_the_same_weights_bit_for_bit(bench: Bench, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        train(job_for(bench, tmp_path / name), Silent())
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second
+
+
+def test_student_learns_loads_and_scores_what_training_said(bench: Bench, tmp_path: Path) -> None:
+    recorder = Recorder()
+    job = job_for(bench, tmp_path, lr=1e-2, max_steps=40, eval_every=10, epochs=20, loss=LossSpec())
+    metrics = train(job, recorder)
+    losses = recorder.values("step", "loss/mean")
+    assert losses[-1] < 0.5 * losses[0]
+    assert len(recorder.values("eval", "heldout_kl")) == 4
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.dtype == torch.float32
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    scores = evaluate_student(
+        tmp_path, bench.cache, heldout_fraction=None, device="cpu", dtype="auto", batch_tokens=900, progress=Silent()
+    )
+    assert scores == pytest.approx({name: metrics[name] for name in scores}, rel=1e-5)
+    assert json.loads((tmp_path / "kdpipe.json").read_text())["num_steps"] == 40
+
+
+def test_scores_equal_transformers_own(bench: Bench) -> None:
+    """heldout_kl and its sisters from the logits of both models in float64, no cache and no kdpipe code between."""
+    scores = evaluate_student(
+        bench.student,
+        bench.cache,
+        heldout_fraction=None,
+        device="cpu",
+        dtype="auto",
+        batch_tokens=500,
+        progress=Silent(),
+    )
+    cache = Cache.open(bench.cache)
+    teacher, student = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        for folder in (bench.teacher, bench.student)
+    )
+    sums = dict.fromkeys(scores, 0.0)
+    for index in cache.heldout().nonzero()[0]:
+        ids = torch.tensor(cache[index].token_ids, dtype=torch.int64)
+        at = torch.nonzero(torch.tensor(cache[index].supervised)[1:])[:, 0]
+        with torch.no_grad():
+            t, s = (model(ids[None]).logits[0, at, :300].log_softmax(-1) for model in (teacher, student))
+        sums["heldout_kl"] += float((t.exp() * (t - s)).sum())
+        sums["heldout_reverse_kl"] += float((s.exp() * (s - t)).sum())
+        sums["top1_agreement"] += float((t.argmax(-1) == s.argmax(-1)).sum())
+        sums["heldout_ce"] -= float(s.gather(1, ids[at + 1][:, None]).sum())
+        sums["teacher_ce"] -= float(t.gather(1, ids[at + 1][:, None]).sum())
+        sums["num_tokens"] += len(at)
+    count = sums.pop("num_tokens")
+    assert scores.pop("num_tokens") == count
+    truth = {name: total / count for name, total in sums.items()} | {
+        "perplexity": 2.718281828459045 ** (sums["heldout_ce"] / count)
+    }
+    assert scores == pytest.approx(truth, rel=2e-5)
+
+
+def test_finished_run_is_not_run_again(bench: Bench, tmp_path: Path) -> None:
+    first = train(job_for(bench, tmp_path), Silent())
+    before = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    assert train(job_for(bench, tmp_path), Silent()) == first
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_output_of_another_run_is_not_overwritten(bench: Bench, tmp_path: Path) -> None:
+    train(job_for(bench, tmp_path), Silent())
+    with pytest.raises(ConfigError, match="student of another run"):
+        check_job(job_for(bench, tmp_path, lr=2e-3), 1)
+
+
+def test_more_ranks_than_training_samples_is_refused(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1000 ranks for"):
+        check_job(job_for(bench, tmp_path), 1000)
+
+
+def test_run_file_that_contradicts_the_cache_is_refused(bench: Bench, tmp_path: Path) -> None:
+    job = dataclasses.replace(job_for(bench, tmp_path), spec=RunSpec(data=DataSpec(max_length=64)))
+    with pytest.raises(ConfigError, match=r"data.max_length is 64, the cache was extracted with 128"):
+        check_job(job, 1)
+
+
+def test_gradient_that_is_not_finite_stops_the_run_and_exports_nothing(bench: Bench, tmp_path: Path) -> None:
+    broken = make_tokenizer(make_model("llama", tmp_path / "broken", vocab_size=320))
+    model = transformers.AutoModelForCausalLM.from_pretrained(broken)
+    model.model.norm.weight.data[0] = float("inf")
+    model.save_pretrained(broken)
+    with pytest.raises(CheckFailed, match="not finite"):
+        train(job_for(bench, tmp_path / "out", student=broken), Silent())
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate_rises_then_falls_and_is_never_zero(schedule: str) -> None:
+    spec = TrainSpec.model_validate({"lr": 1.0, "schedule": schedule, "warmup_ratio": 0.2, "min_lr_ratio": 0.1})
+    rates = [learning_rate(step, 50, spec) for step in range(50)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(rates) == rates[10] == 1.0
+    assert min(rates) >= 0.09
+
+
+def test_head_record_gives_the_teachers_own_logits(bench: Bench) -> None:
+    """What a student distils from is the teacher's distribution: head and rows from the cache against the model."""
+    cache = Cache.open(bench.cache)
+    head: Head = load_teacher_head(cache, torch.device("cpu")).head
+    model = transformers.AutoModelForCausalLM.from_pretrained(bench.teacher, dtype=torch.float32)
+    view = cache[0]
+    with torch.no_grad():
+        logits = model(torch.tensor(view.token_ids, dtype=torch.int64)[None]).logits[0]
+    at = torch.nonzero(torch.tensor(view.supervised)[1:])[:, 0]
+    ours = torch.tensor(view.rows) @ head.weight.T
+    assert (ours - logits[at]).abs().max() <= 2e-6 * logits.abs().max()
