@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tests.conftest import Bench
+from tests.models import make_model, make_tokenizer
+from tests.stages.ranks import Recorder, first_gradients, train_and_record
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, ConfigError
@@ -19,9 +22,6 @@ from kdpipe.stages.loss import Head, reference_distill_loss
 from kdpipe.stages.schedule import learning_rate
 from kdpipe.stages.student import load_teacher_head
 from kdpipe.stages.train import TrainJob, check_job, train
-from tests.conftest import Bench
-from tests.models import make_model, make_tokenizer
-from tests.stages.ranks import Recorder, first_gradients, train_and_record
 
 LOSS = LossSpec(kd_weight=0.5, temperature=1.5)
 
@@ -40,7 +40,7 @@ def job_for(
 
 
 def dense_gradients(bench: Bench, student: Path) -> dict[str, torch.Tensor]:
-    """Gradients of step 0 in float64 by transformers and the reference loss, each sample alone, no kdpipe code between."""
+    """Float64 gradients of step 0 by transformers and the reference loss, each sample alone, nothing packed or fused."""
     cache = Cache.open(bench.cache)
     rows = Rows([cache])
     training, _ = rows.split(None)
