@@ -254,14 +254,48 @@ def test_a_template_that_rewrites_the_history_still_has_its_turns_found(
     assert targets(sample, tokenizer) == f"first{END}second{END}"
 
 
-def test_a_template_whose_turns_cannot_be_told_is_refused(kit: Any, write: Write, run: Run) -> None:
+# As Mistral's: no prompt flag, and the system prompt goes to the last question, so no beginning is a prefix.
+MOVED_SYSTEM = (
+    "{% set said = messages[0].content ~ '\n\n' if messages[0].role == 'system' else '' %}"
+    "{% set turns = messages[1:] if said else messages %}"
+    "{% set asked = turns | selectattr('role', 'eq', 'user') | list %}"
+    "{{ bos_token }}{% for m in turns %}{% if m.role == 'user' %}"
+    "[INST] {{ said if m is sameas asked[-1] else '' }}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_moves_the_system_prompt_still_has_its_turns_found(
+    kit: Any, write: Write, run: Run, targets: Targets
+) -> None:
     tokenizer = kit.train()
-    tokenizer.chat_template = (
-        "{{ messages | length }}: {% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    )
-    with pytest.raises(
-        DataError, match=r"data\.jsonl:1: .*where an assistant turn begins cannot be told; mark the turns"
-    ):
+    tokenizer.chat_template = MOVED_SYSTEM
+    [sample] = run(
+        write([turns("q", " first ", "q", "[/INST] second", "q", "third", system="be brief")]), tokenizer
+    ).samples
+    assert tokenizer.decode(sample.token_ids).startswith("<s>[INST] q[/INST] first</s>")
+    assert targets(sample, tokenizer) == " first</s> [/INST] second</s> third</s>"
+    tokenizer.chat_template = MOVED_SYSTEM.replace("m.content | trim", "m.content | replace('t', 'T')")
+    with pytest.raises(DataError, match=r"jsonl:1: .*where an assistant turn begins cannot be told; mark the turns"):
+        run(write([turns("q", "first", "q", "second", system="be brief")]), tokenizer)
+
+
+def test_a_template_that_needs_a_system_prompt_works_where_there_is_one(
+    kit: Any, write: Write, run: Run, targets: Targets
+) -> None:
+    tokenizer = kit.train()
+    need = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    tokenizer.chat_template = need + kit.template("chatml", marked=False)
+    [sample] = run(write([turns("q", "a", system="s")]), tokenizer).samples
+    assert targets(sample, tokenizer) == f"a{END}"
+    with pytest.raises(DataError, match=r"jsonl:1: .*system first"):
+        run(write([turns("q", "a")]), tokenizer)
+
+
+def test_a_template_that_leaves_out_the_answer_is_refused(kit: Any, write: Write, run: Run) -> None:
+    tokenizer = kit.train()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(DataError, match="the chat template leaves out the assistant's answer"):
         run(write([turns("q", "first")]), tokenizer)
 
 
