@@ -1,10 +1,10 @@
-"""Chat templates: a conversation -> its text and the span of characters that each assistant turn takes.
+r"""Chat templates: a conversation -> its text and the span of characters that each assistant turn takes.
 
 Invariant: a span begins where the generation prompt ends and ends with the end-of-turn marker, blanks after the marker
 excluded, so it is exactly what the model has to write. Templates with `{% generation %}` and those without give the
 same spans. The text is rendered once and never put together from pieces.
 
-    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
+    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
                                                            ^^^^^^^^^^^^^^^
 
 Cost: one rendering with `{% generation %}`, else one more for each assistant turn.

@@ -150,6 +150,14 @@ def test_blanks_before_the_border_stay_out_with_trimmed_offsets(
     assert found[0] == found[1] == ["\nok</s>"]
 
 
+def test_a_token_of_blanks_across_the_border_goes_where_it_begins(
+    base: Any, write: Write, run: Run, targets: Targets
+) -> None:
+    assert base.tokenize("one\n\n\ntwo")[-3:-1] == ["ĊĊ", "Ċ"]
+    [sample] = run(write([{"prompt": "one\n", "completion": "\n\ntwo"}]), base).samples
+    assert targets(sample, base) == "\ntwo</s>"
+
+
 def test_a_merge_without_pre_tokenizer_rules_cannot_shift_the_mask(
     kit: Any, write: Write, run: Run, targets: Targets
 ) -> None:
@@ -290,6 +298,17 @@ def test_a_template_that_needs_a_system_prompt_works_where_there_is_one(
     assert targets(sample, tokenizer) == f"a{END}"
     with pytest.raises(DataError, match=r"jsonl:1: .*system first"):
         run(write([turns("q", "a")]), tokenizer)
+
+
+def test_a_turn_without_an_end_marker_ends_with_its_text(kit: Any, write: Write, run: Run, targets: Targets) -> None:
+    tokenizer = kit.train()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% else %}{{ eos_token }}{% endif %}"
+    )
+    path = write([turns("q", "first", "and"), turns("q", "first", "q", "second")])
+    found = [targets(sample, tokenizer) for sample in run(path, tokenizer).samples]
+    assert found == [" first", " first second\n</s>"]
 
 
 def test_a_template_that_leaves_out_the_answer_is_refused(kit: Any, write: Write, run: Run) -> None:
