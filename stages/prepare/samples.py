@@ -54,20 +54,20 @@ def _stream(
     files: list[Path], tokenizing: Tokenizing, spec: DataSpec, on_incident: Callable[[Incident], None]
 ) -> Iterator[Sample]:
     num_samples = 0
-    dropped: Counter[IncidentKind] = Counter()
+    counts: Counter[IncidentKind] = Counter()
     for batch in _batches(files, tokenizing):
         tokens = iter(tokenizing.encode([prepared.marked for prepared in batch if prepared.marked is not None]))
         for prepared in batch:
             sample, incident = _finish(prepared, next(tokens) if prepared.marked else None, spec)
             if incident is not None:
-                dropped[incident.kind] += incident.dropped
+                counts[incident.kind] += 1
                 on_incident(incident)
             if sample is not None:
                 num_samples += 1
                 yield sample
     if not num_samples:
-        reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(dropped.items()) if count)
-        raise DataError(f"none of the {dropped.total()} records read can be used: {reasons}", where=_named(files))
+        reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        raise DataError(f"none of the {counts.total()} records read can be used: {reasons}", where=_named(files))
 
 
 def _named(files: list[Path]) -> str:

@@ -1,17 +1,16 @@
-"""Chat templates: a conversation -> its text and the span of characters that each assistant turn takes.
+r"""Chat templates: a conversation -> its text and the span of characters that each assistant turn takes.
 
 Invariant: a span begins where the generation prompt ends and ends with the end-of-turn marker, blanks after the marker
 excluded, so it is exactly what the model has to write. Templates with `{% generation %}` and those without give the
 same spans. The text is rendered once and never put together from pieces.
 
-    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
+    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
                                                            ^^^^^^^^^^^^^^^
 
 Cost: one rendering with `{% generation %}`, else one more for each assistant turn.
 """
 
 import re
-from collections.abc import Iterable
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +68,10 @@ class ChatTemplate:
         starts: list[int] = []
         for index in turns:
             prefix = self._render(chat.messages[:index], chat.tools, place, generation_prompt=True)[0]
-            starts.append(self._start(text, prefix, starts[-1] if starts else 0, place))
+            start = self._start(text, prefix, starts[-1] if starts else 0)
+            if start is None:
+                return text, self._between_stand_ins(text, chat, turns, place)
+            starts.append(start)
         limits = [*starts[1:], len(text)]
         return text, [
             (start, self._end(text, start, limit, chat.messages, index, place))
@@ -98,12 +100,16 @@ class ChatTemplate:
     def _probe(self) -> None:
         """Learn opening, header and end marker from one exchange, and whether the generation marks can be used."""
         exchange = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}]
-        text, marked = self._render(exchange, None, self._where)
+        try:
+            text, marked = self._render(exchange, None, self._where)
+        except DataError:  # some templates insist on a system prompt
+            exchange.insert(0, {"role": "system", "content": "Hi"})
+            text, marked = self._render(exchange, None, self._where)
         before, found, after = text.partition(ANSWER)
         if not found:
             raise DataError("the chat template leaves out the assistant's answer", where=self._where)
-        asked = self._render(exchange[:1], None, self._where)[0]
-        prompt = self._render(exchange[:1], None, self._where, generation_prompt=True)[0]
+        asked = self._render(exchange[:-1], None, self._where)[0]
+        prompt = self._render(exchange[:-1], None, self._where, generation_prompt=True)[0]
         self.opening = prompt[len(asked) :] if prompt.startswith(asked) else ""
         self.header = before[len(prompt) :] if before.startswith(prompt) else ""
         self.end_marker = self._first_token_end(after)
@@ -125,30 +131,58 @@ class ChatTemplate:
         inside = text[start:end].rstrip()
         return start, start + len(inside) if inside.endswith(self.end_marker.rstrip()) else end
 
-    def _start(self, text: str, prefix: str, after: int, place: str) -> int:
-        """Where the turn after `prefix` (a rendering that ends in the generation prompt) begins in the whole text."""
+    def _start(self, text: str, prefix: str, after: int) -> int | None:
+        """Where the turn after `prefix` (a rendering that ends in the generation prompt) begins in the whole text.
+
+        None when the prefix is not how the text begins and there is no generation prompt to look for.
+        """
         if text.startswith(prefix):
             start = len(prefix)
             ignores_flag = not self.opening and self.header.strip() and text.startswith(self.header, start)
             return start + len(self.header) if ignores_flag else start
-        # "assistant\n<think>\n" is offered to the model, but earlier turns are shown without their thoughts.
         history = len(prefix) - len(self.opening)
-        shared = _shared_prefix(text, prefix)
-        if shared > history and (kept := self._last_break(self.opening[: shared - history])):
-            return history + kept
-        # The history itself is shown differently: find the opening after the turn before.
-        at = text.find(self.opening, after) if self.opening else -1
-        if at < 0:
+        # Where the history itself is shown differently, the opening comes somewhere after the turn before.
+        line, newline, _ = self.opening.partition("\n")
+        at = history if text.startswith(prefix[:history]) else text.find(line + newline, after)
+        shown = self._shown_opening(text, at) if at >= 0 else 0
+        return at + shown if shown else None
+
+    def _between_stand_ins(self, text: str, chat: Chat, turns: list[int], place: str) -> list[Span]:
+        """The turns found by rendering again with a stand-in for each answer: the rest is the template's own.
+
+        For templates such as Mistral's, which move the system prompt to the last question and have no prompt flag.
+        """
+        messages = [{**m, "content": ANSWER} if i in turns else m for i, m in enumerate(chat.messages)]
+        pieces = self._render(messages, chat.tools, place)[0].split(ANSWER)
+        spans: list[Span] = []
+        at = 0
+        for index, before, after in zip(turns, pieces, pieces[1:], strict=False):
+            start = at + len(before)
+            answer = chat.messages[index]["content"]
+            ends = [start + len(shown) for shown in (answer, answer.strip()) if text.startswith(shown + after, start)]
+            if not (ends and text.startswith(before, at)):
+                break
+            at = ends[0]
+            blank = len(self.header) if not self.header.strip() and before.endswith(self.header) else 0
+            spans.append((start - blank, at + len(self.end_marker) if after.startswith(self.end_marker) else at))
+        if len(spans) < len(turns) or len(pieces) != len(turns) + 1:
             raise DataError(
                 "the chat template shows this conversation in another way than its beginning, so where an assistant "
                 "turn begins cannot be told; mark the turns in the template with {% generation %}",
                 where=place,
             )
-        return at + len(self.opening)
+        return spans
 
-    def _last_break(self, opening: str) -> int:
-        """Where the last line or special token of a part of the generation prompt ends; 0 if there is none."""
-        ends: Iterable[int] = (at + len(token) for token in (*self._added, "\n") if (at := opening.rfind(token)) >= 0)
+    def _shown_opening(self, text: str, at: int) -> int:
+        """How much of the generation prompt stands in the text at `at`, in whole lines and special tokens.
+
+        "assistant\\n<think>\\n" is offered to the model, but earlier turns are shown without their thoughts.
+        """
+        shared = _shared_prefix(text[at : at + len(self.opening)], self.opening)
+        if shared == len(self.opening):
+            return shared
+        breaks = (*self._added, "\n")
+        ends = (found + len(item) for item in breaks if (found := self.opening.rfind(item, 0, shared)) >= 0)
         return max(ends, default=0)
 
     def _end(self, text: str, start: int, limit: int, messages: list[Message], index: int, place: str) -> int:

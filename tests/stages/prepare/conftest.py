@@ -17,6 +17,7 @@ CORPUS = [
     "system user assistant tool: You are a helpful assistant. Answer the question with care.",
     "What is the capital of France? The capital of France is Paris.\n\nHello world, hello there!",
     "<think>\nLet me see.\n</think>\n\nYes, 1 + 1 = 2.  你好 世界。 日本語の文章です。 🙂🙃 naïve café",
+    "one\n\n\ntwo\n\n\nthree\n\n\nfour\n\n\nfive",
 ] * 3
 
 CHATML = (
@@ -65,7 +66,7 @@ def train_tokenizer(
     backend.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400 + len(special),
+        vocab_size=500 + len(special),
         special_tokens=[AddedToken(token, special=True) for token in special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

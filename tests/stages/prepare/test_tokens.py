@@ -150,6 +150,14 @@ def test_blanks_before_the_border_stay_out_with_trimmed_offsets(
     assert found[0] == found[1] == ["\nok</s>"]
 
 
+def test_a_token_of_blanks_across_the_border_goes_where_it_begins(
+    base: Any, write: Write, run: Run, targets: Targets
+) -> None:
+    assert base.tokenize("one\n\n\ntwo")[-3:-1] == ["ĊĊ", "Ċ"]
+    [sample] = run(write([{"prompt": "one\n", "completion": "\n\ntwo"}]), base).samples
+    assert targets(sample, base) == "\ntwo</s>"
+
+
 def test_a_merge_without_pre_tokenizer_rules_cannot_shift_the_mask(
     kit: Any, write: Write, run: Run, targets: Targets
 ) -> None:
@@ -254,14 +262,59 @@ def test_a_template_that_rewrites_the_history_still_has_its_turns_found(
     assert targets(sample, tokenizer) == f"first{END}second{END}"
 
 
-def test_a_template_whose_turns_cannot_be_told_is_refused(kit: Any, write: Write, run: Run) -> None:
+# As Mistral's: no prompt flag, and the system prompt goes to the last question, so no beginning is a prefix.
+MOVED_SYSTEM = (
+    "{% set said = messages[0].content ~ '\n\n' if messages[0].role == 'system' else '' %}"
+    "{% set turns = messages[1:] if said else messages %}"
+    "{% set asked = turns | selectattr('role', 'eq', 'user') | list %}"
+    "{{ bos_token }}{% for m in turns %}{% if m.role == 'user' %}"
+    "[INST] {{ said if m is sameas asked[-1] else '' }}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_moves_the_system_prompt_still_has_its_turns_found(
+    kit: Any, write: Write, run: Run, targets: Targets
+) -> None:
+    tokenizer = kit.train()
+    tokenizer.chat_template = MOVED_SYSTEM
+    [sample] = run(
+        write([turns("q", " first ", "q", "[/INST] second", "q", "third", system="be brief")]), tokenizer
+    ).samples
+    assert tokenizer.decode(sample.token_ids).startswith("<s>[INST] q[/INST] first</s>")
+    assert targets(sample, tokenizer) == " first</s> [/INST] second</s> third</s>"
+    tokenizer.chat_template = MOVED_SYSTEM.replace("m.content | trim", "m.content | replace('t', 'T')")
+    with pytest.raises(DataError, match=r"jsonl:1: .*where an assistant turn begins cannot be told; mark the turns"):
+        run(write([turns("q", "first", "q", "second", system="be brief")]), tokenizer)
+
+
+def test_a_template_that_needs_a_system_prompt_works_where_there_is_one(
+    kit: Any, write: Write, run: Run, targets: Targets
+) -> None:
+    tokenizer = kit.train()
+    need = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    tokenizer.chat_template = need + kit.template("chatml", marked=False)
+    [sample] = run(write([turns("q", "a", system="s")]), tokenizer).samples
+    assert targets(sample, tokenizer) == f"a{END}"
+    with pytest.raises(DataError, match=r"jsonl:1: .*system first"):
+        run(write([turns("q", "a")]), tokenizer)
+
+
+def test_a_turn_without_an_end_marker_ends_with_its_text(kit: Any, write: Write, run: Run, targets: Targets) -> None:
     tokenizer = kit.train()
     tokenizer.chat_template = (
-        "{{ messages | length }}: {% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% else %}{{ eos_token }}{% endif %}"
     )
-    with pytest.raises(
-        DataError, match=r"data\.jsonl:1: .*where an assistant turn begins cannot be told; mark the turns"
-    ):
+    path = write([turns("q", "first", "and"), turns("q", "first", "q", "second")])
+    found = [targets(sample, tokenizer) for sample in run(path, tokenizer).samples]
+    assert found == [" first", " first second\n</s>"]
+
+
+def test_a_template_that_leaves_out_the_answer_is_refused(kit: Any, write: Write, run: Run) -> None:
+    tokenizer = kit.train()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(DataError, match="the chat template leaves out the assistant's answer"):
         run(write([turns("q", "first")]), tokenizer)
 
 
