@@ -1,0 +1,18 @@
+"""Losses of distillation: the dense reference, the fused twin, and the metrics of evaluation."""
+
+from kdpipe.stages.loss.divergences import DIVERGENCES
+from kdpipe.stages.loss.fused import fused_distill_loss
+from kdpipe.stages.loss.head import Head
+from kdpipe.stages.loss.metrics import TokenMetrics, token_metrics
+from kdpipe.stages.loss.problem import DistillLoss
+from kdpipe.stages.loss.reference import reference_distill_loss
+
+__all__ = [
+    "DIVERGENCES",
+    "DistillLoss",
+    "Head",
+    "TokenMetrics",
+    "fused_distill_loss",
+    "reference_distill_loss",
+    "token_metrics",
+]

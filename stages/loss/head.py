@@ -1,0 +1,79 @@
+"""Head: what turns a hidden state into logits, with the model family's own final touches.
+
+Definition, in the order of the transformers modelling files (Cohere, Granite, Gemma 2 and 3):
+    logits = (hidden @ weight.T + bias) * scale;  if softcap: logits = softcap * tanh(logits / softcap)
+Cohere gives scale = logit_scale, Granite scale = 1 / logits_scaling, Gemma softcap = final_logit_softcapping.
+Invariant: a head owns no memory and is never changed; `finish_` changes the logits it is given.
+"""
+
+# Shapes: T tokens, V vocabulary, D width, R rows in a block.
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdpipe.manifests.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """An output head: weight [rows, D], bias [rows], final softcap and scale; rows may exceed the vocabulary."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def logits(self, hidden: Tensor, vocab_size: int) -> Tensor:
+        """Logits [T, V] of hidden [T, D], dense and differentiable, in the operands' dtype."""
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        logits = torch.nn.functional.linear(hidden, self.weight[:vocab_size], bias) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def finish_(self, logits: Tensor, slope: Tensor | None = None) -> None:
+        """Bias, scale and softcap on raw fp32 logits [R, V], in place; `slope` receives the softcap's derivative."""
+        if self.bias is not None:
+            logits.add_(self.bias[: logits.shape[1]])
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_()
+            if slope is not None:
+                torch.mul(logits, logits, out=slope).neg_().add_(1.0)
+            logits.mul_(self.softcap)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Side:
+    """One model's half of a loss: the rows that enter its head [T, width], and the head."""
+
+    hidden: Tensor
+    head: Head
+
+    def raw_logits(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """hidden[start:stop] @ weight.T into out's first rows [stop - start, V], in the inputs' dtype, unfinished."""
+        return torch.mm(self.hidden[start:stop], self.head.weight[: out.shape[1]].T, out=out[: stop - start])
+
+    def check(self, vocab_size: int, owner: str) -> None:
+        """ConfigError where the head does not fit its rows or is smaller than the vocabulary."""
+        weight, bias, softcap = self.head.weight, self.head.bias, self.head.softcap
+        if self.hidden.dim() != 2 or weight.dim() != 2:
+            shapes = f"{list(self.hidden.shape)} and {list(weight.shape)}"
+            raise ConfigError(f"expected hidden [T, width] and head [rows, width], got {shapes}", where=owner)
+        rows, width = weight.shape
+        if self.hidden.shape[1] != width:
+            raise ConfigError(
+                f"hidden states are {self.hidden.shape[1]} wide, the head takes {width}; are they of one model?",
+                where=owner,
+            )
+        if self.hidden.dtype != weight.dtype:
+            raise ConfigError(
+                f"hidden states are {self.hidden.dtype}, the head is {weight.dtype}; cast one of them", where=owner
+            )
+        if not 0 < vocab_size <= rows:
+            raise ConfigError(f"the head has {rows} rows, vocab_size is {vocab_size}; use 1..{rows}", where=owner)
+        if bias is not None and bias.shape != (rows,):
+            raise ConfigError(f"expected a bias of {rows} numbers, got {list(bias.shape)}", where=owner)
+        if softcap is not None and not softcap > 0:
+            raise ConfigError(f"softcap must be above 0, got {softcap}; None means no softcap", where=owner)

@@ -1,0 +1,136 @@
+"""Random loss inputs of odd sizes, and the truth in fp64 to measure errors against."""
+
+# Shapes: T tokens, V vocabulary, D student width, E teacher width.
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdpipe.stages.loss import DIVERGENCES, DistillLoss, reference_distill_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    student_hidden: Tensor
+    student_head: Tensor
+    teacher_hidden: Tensor
+    teacher_head: Tensor
+    labels: Tensor
+    student_bias: Tensor
+    teacher_bias: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """The same numbers in another dtype, the student's ready for gradients."""
+        return Inputs(
+            self.student_hidden.detach().to(dtype).requires_grad_(),
+            self.student_head.detach().to(dtype).requires_grad_(),
+            self.teacher_hidden.to(dtype),
+            self.teacher_head.to(dtype),
+            self.labels,
+            self.student_bias.detach().to(dtype).requires_grad_(),
+            self.teacher_bias.to(dtype),
+        )
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.student_hidden, self.student_head, self.student_bias
+
+
+def make_inputs(
+    num_tokens: int = 507,
+    vocab_size: int = 251,
+    *,
+    teacher_rows: int | None = None,
+    student_rows: int | None = None,
+    scale: float = 2.0,
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    """D = 123, E = 77; logits of standard deviation `scale`; every third label is -100."""
+    generator = torch.Generator().manual_seed(num_tokens + vocab_size)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    labels = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
+    labels[::3] = -100
+    inputs = Inputs(
+        draw(num_tokens, 123),
+        draw(student_rows or vocab_size, 123) * scale / 123**0.5,
+        draw(num_tokens, 77),
+        draw(teacher_rows or vocab_size, 77) * scale / 77**0.5,
+        labels,
+        draw(student_rows or vocab_size),
+        draw(teacher_rows or vocab_size),
+    )
+    return inputs.to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A loss with its gradients; a gradient that was not asked for is None."""
+
+    out: DistillLoss
+    gradients: tuple[Tensor | None, ...]
+
+
+def outcome(function: Any, inputs: Inputs, *, bias: bool = False, labels: bool = True, **arguments: Any) -> Outcome:
+    """`function` on the inputs, and the gradients of 4 * loss: the factor shows that backward scales."""
+    if bias:
+        arguments |= {"student_bias": inputs.student_bias, "teacher_bias": inputs.teacher_bias}
+    out = function(
+        inputs.student_hidden,
+        inputs.student_head,
+        inputs.teacher_hidden,
+        inputs.teacher_head,
+        inputs.labels if labels else None,
+        **arguments,
+    )
+    wanted = [each for each in inputs.leaves if each.requires_grad]
+    found = iter(torch.autograd.grad(4.0 * out.loss, wanted, allow_unused=True))
+    return Outcome(out, tuple(next(found) if each.requires_grad else None for each in inputs.leaves))
+
+
+def truth(inputs: Inputs, **arguments: Any) -> Outcome:
+    return outcome(reference_distill_loss, inputs.to(torch.float64), **arguments)
+
+
+def naive(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    scale_t2: bool = False,
+    **arguments: Any,
+) -> DistillLoss:
+    """What one writes without thinking of memory: products in the inputs' dtype, the rest in fp32, autograd."""
+    vocab_size = min(len(student_head), len(teacher_head))
+    logits = {}
+    for name, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
+        each = (hidden @ head[:vocab_size].T).float()
+        if f"{name}_bias" in arguments:
+            each = each + arguments.pop(f"{name}_bias")[:vocab_size].float()
+        each = each * arguments.pop(f"{name}_scale", 1.0)
+        cap = arguments.pop(f"{name}_softcap", None)
+        logits[name] = each if cap is None else cap * torch.tanh(each / cap)
+    log_p = {name: (each / temperature).log_softmax(-1) for name, each in logits.items()}
+    options = {name: option.default for name, option in DIVERGENCES[divergence].options.items()} | arguments
+    kd = DIVERGENCES[divergence].reference(log_p["teacher"], log_p["student"], **options).sum()
+    kd = kd * (temperature**2 if scale_t2 else 1.0) * (kd_weight > 0)
+    ce = kd.new_zeros(())
+    if labels is not None:
+        ce = torch.nn.functional.cross_entropy(logits["student"], labels, reduction="sum")
+    return DistillLoss(kd=kd, ce=ce, loss=kd_weight * kd + (1 - kd_weight) * ce)
+
+
+def errors(found: Outcome, right: Outcome) -> list[float]:
+    """Relative errors of kd, ce, loss and of each gradient, in that order; 0 where there is nothing to compare."""
+    pairs = [(getattr(found.out, name), getattr(right.out, name)) for name in ("kd", "ce", "loss")]
+    pairs += [(a, b) for a, b in zip(found.gradients, right.gradients, strict=True) if a is not None and b is not None]
+    return [float((a.detach().double() - b.detach()).norm() / b.norm().clamp_min(1e-9)) for a, b in pairs]

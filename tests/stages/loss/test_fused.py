@@ -1,0 +1,313 @@
+"""The fused loss against fp64: no further from the truth than the naive implementation in the same dtype."""
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from tests.stages.loss.cases import Inputs, errors, make_inputs, naive, outcome, truth
+
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss
+from kdpipe.stages.loss.gradients import chunk_size
+from kdpipe.stages.loss.memory import HUGE_PAGE_BYTES, zeros
+
+# Relative slack by dtype: what summation order alone may change.
+SLACK = {torch.float32: 3e-7, torch.bfloat16: 2e-4}
+DTYPES = list(SLACK)
+
+
+def assert_no_further_than_naive(inputs: Inputs, **arguments: Any) -> None:
+    """Every error of the fused loss is within 10 % and the slack of the naive one's."""
+    right = truth(inputs, **arguments)
+    ours = errors(outcome(fused_distill_loss, inputs, **arguments), right)
+    theirs = errors(outcome(naive, inputs, **{k: v for k, v in arguments.items() if k != "chunk_tokens"}), right)
+    slack = SLACK[inputs.student_hidden.dtype]
+    assert all(a <= 1.1 * b + slack for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("kd_weight", [0.0, 0.5, 1.0])
+def test_every_divergence_is_as_exact_as_the_naive_one(divergence: str, kd_weight: float, dtype: torch.dtype) -> None:
+    assert_no_further_than_naive(make_inputs(dtype=dtype), divergence=divergence, kd_weight=kd_weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("scale_t2", [False, True])
+def test_temperature_touches_the_divergence_and_not_the_cross_entropy(
+    divergence: str, scale_t2: bool, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(dtype=dtype)
+    arguments = {"divergence": divergence, "scale_t2": scale_t2, "kd_weight": 0.7}
+    assert_no_further_than_naive(inputs, temperature=2.5, **arguments)
+    cool, warm = (outcome(fused_distill_loss, inputs, temperature=t, **arguments).out for t in (1.0, 2.5))
+    torch.testing.assert_close(cool.ce, warm.ce)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.9, 1.0])
+def test_jsd_takes_every_beta(beta: float) -> None:
+    assert_no_further_than_naive(make_inputs(), divergence="jsd", beta=beta, temperature=0.7)
+
+
+@pytest.mark.parametrize(
+    "touches",
+    [
+        {"bias": True},
+        {"student_softcap": 3.0},
+        {"teacher_softcap": 3.0},
+        {"student_scale": 0.3},
+        {"teacher_scale": 1.7},
+        {"bias": True, "student_softcap": 2.0, "teacher_softcap": 5.0, "student_scale": 1.5, "teacher_scale": 0.5},
+    ],
+    ids=lambda touches: "+".join(touches),
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_softcap_and_scale_are_those_of_the_reference(touches: dict[str, Any], dtype: torch.dtype) -> None:
+    assert_no_further_than_naive(make_inputs(dtype=dtype), temperature=1.5, kd_weight=0.5, **touches)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_large_vocabulary_and_few_tokens(dtype: torch.dtype) -> None:
+    inputs = make_inputs(19, 32771, dtype=dtype)
+    assert_no_further_than_naive(inputs, divergence="jsd", kd_weight=0.5, temperature=2.0, bias=True)
+
+
+@pytest.mark.parametrize(("student_rows", "teacher_rows"), [(251, 264), (264, 251), (300, 264)])
+@pytest.mark.parametrize("chunk_tokens", [None, 100])
+def test_padding_rows_of_either_head_are_cut_and_get_no_gradient(
+    student_rows: int, teacher_rows: int, chunk_tokens: int | None
+) -> None:
+    padded = make_inputs(student_rows=student_rows, teacher_rows=teacher_rows)
+    arguments: dict[str, Any] = {"vocab_size": 251, "kd_weight": 0.5, "bias": True, "chunk_tokens": chunk_tokens}
+    found, right = outcome(fused_distill_loss, padded, **arguments), truth(padded, **arguments)
+    assert max(errors(found, right)) < 1e-6
+    for gradient in found.gradients[1:]:
+        assert gradient is not None
+        assert gradient.shape[0] == student_rows
+        assert not gradient[251:].any()
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 50, 506, 507, 10_000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunk_size_does_not_change_the_result(chunk_tokens: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(dtype=dtype)
+    arguments: dict[str, Any] = {"divergence": "jsd", "kd_weight": 0.5, "bias": True}
+    right = truth(inputs, **arguments)
+    whole = errors(outcome(fused_distill_loss, inputs, **arguments), right)
+    parts = errors(outcome(fused_distill_loss, inputs, chunk_tokens=chunk_tokens, **arguments), right)
+    # Each chunk's share of the head's gradient is rounded to bf16 once more; the sum is fp32.
+    slack = 1e-3 if dtype == torch.bfloat16 else 3e-7
+    assert all(a <= 1.1 * b + slack for a, b in zip(parts, whole, strict=True)), (parts, whole)
+
+
+def test_a_thousand_chunks_of_bf16_lose_no_more_than_one() -> None:
+    # A bf16 running sum would be wrong by percents here: it stops growing.
+    inputs = make_inputs(1021, 33, dtype=torch.bfloat16)
+    found = outcome(fused_distill_loss, inputs, chunk_tokens=1, kd_weight=0.5)
+    assert errors(found, truth(inputs, kd_weight=0.5))[4] < 5e-3
+
+
+@pytest.mark.parametrize("magnitude", [1e3, 1e4])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_logits_of_ten_thousand_stay_exact(divergence: str, magnitude: float) -> None:
+    inputs = make_inputs(101, scale=magnitude / 3)
+    assert_no_further_than_naive(inputs, divergence=divergence, kd_weight=0.5)
+    assert_no_further_than_naive(inputs, divergence=divergence, kd_weight=0.5, temperature=3.0)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(divergence: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(dtype=dtype)
+    twin = Inputs(
+        inputs.student_hidden,
+        inputs.student_head,
+        inputs.student_hidden.detach(),
+        inputs.student_head.detach(),
+        inputs.labels,
+        inputs.student_bias,
+        inputs.student_bias.detach(),
+    )
+    found = outcome(fused_distill_loss, twin, divergence=divergence, bias=True)
+    size = outcome(fused_distill_loss, inputs, divergence=divergence, bias=True)
+    assert abs(float(found.out.loss)) < 1e-6 * float(size.out.loss) + 1e-4
+    for gradient, usual in zip(found.gradients, size.gradients, strict=True):
+        assert gradient is not None
+        assert usual is not None
+        assert gradient.norm() < 1e-6 * usual.norm()
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_rest_the_same() -> None:
+    inputs = make_inputs()
+    full = outcome(fused_distill_loss, inputs, kd_weight=0.5)
+    inputs.student_head.requires_grad_(False)
+    frozen = outcome(fused_distill_loss, inputs, kd_weight=0.5)
+    assert frozen.gradients[1] is None
+    torch.testing.assert_close(frozen.gradients[0], full.gradients[0])
+
+
+def test_without_gradients_the_values_are_the_same() -> None:
+    inputs = make_inputs()
+    with_gradients = outcome(fused_distill_loss, inputs, kd_weight=0.5).out
+    with torch.no_grad():
+        tensors = (inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head)
+        without = fused_distill_loss(*tensors, inputs.labels, kd_weight=0.5)
+    assert not without.loss.requires_grad
+    torch.testing.assert_close(without.loss, with_gradients.loss.detach())
+
+
+def test_backward_twice_gives_the_same_gradients_twice() -> None:
+    inputs = make_inputs()
+    tensors = (inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head)
+    loss = fused_distill_loss(*tensors).loss
+    first = torch.autograd.grad(loss, inputs.leaves[:2], retain_graph=True)
+    second = torch.autograd.grad(loss, inputs.leaves[:2])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kd_weight", [0.0, 0.5])
+def test_tokens_without_a_label_have_no_cross_entropy(kd_weight: float) -> None:
+    inputs = make_inputs()
+    inputs.labels.fill_(-100)
+    found = outcome(fused_distill_loss, inputs, kd_weight=kd_weight)
+    assert float(found.out.ce) == 0.0
+    assert max(errors(found, truth(inputs, kd_weight=kd_weight))) < 1e-6
+
+
+@pytest.mark.parametrize("kd_weight", [0.0, 0.5, 1.0])
+def test_an_empty_batch_has_loss_zero_and_gradients_of_zeros(kd_weight: float) -> None:
+    found = outcome(fused_distill_loss, make_inputs(0), kd_weight=kd_weight, temperature=2.0, bias=True)
+    assert float(found.out.loss) == 0.0
+    for gradient, leaf in zip(found.gradients, make_inputs(0).leaves, strict=True):
+        assert gradient is not None
+        assert gradient.shape == leaf.shape
+        assert not gradient.any()
+
+
+def test_pure_cross_entropy_needs_no_teacher_and_reports_no_divergence() -> None:
+    inputs = make_inputs()
+    alone = fused_distill_loss(inputs.student_hidden, inputs.student_head, None, None, inputs.labels, kd_weight=0.0)
+    assert float(alone.kd) == 0.0
+    torch.testing.assert_close(alone.loss, truth(inputs, kd_weight=0.0).out.ce.float())
+
+
+def test_cross_entropy_is_reported_beside_a_pure_divergence() -> None:
+    inputs = make_inputs()
+    for temperature in (1.0, 2.0):
+        found = outcome(fused_distill_loss, inputs, temperature=temperature)
+        torch.testing.assert_close(found.out.ce, truth(inputs).out.ce.float())
+        assert max(errors(found, truth(inputs, temperature=temperature))) < 1e-6
+        unlabelled = outcome(fused_distill_loss, inputs, temperature=temperature, labels=False)
+        assert float(unlabelled.out.ce) == 0.0
+
+
+def test_kd_and_ce_are_fp32_and_carry_no_gradient() -> None:
+    out = outcome(fused_distill_loss, make_inputs(dtype=torch.bfloat16), kd_weight=0.5).out
+    assert (out.kd.dtype, out.ce.dtype, out.loss.dtype) == (torch.float32,) * 3
+    assert not out.kd.requires_grad
+    assert not out.ce.requires_grad
+    assert out.loss.requires_grad
+
+
+def test_the_sum_of_several_chunks_is_rounded_once_whatever_the_incoming_gradient() -> None:
+    inputs = make_inputs(dtype=torch.bfloat16)
+    tensors = (inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head)
+    loss = fused_distill_loss(*tensors, chunk_tokens=100).loss
+    right = truth(inputs).gradients[1]
+    assert right is not None
+
+    def error(factor: float) -> float:
+        (found,) = torch.autograd.grad(factor * loss, inputs.student_head, retain_graph=True)
+        return float((found.double() / factor - right / 4).norm())
+
+    assert error(3.0) < 1.02 * error(4.0)  # a factor of 4 rounds nothing; a second rounding would add some 15 %
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    inputs = make_inputs()
+    before = copy.deepcopy(inputs)
+    outcome(fused_distill_loss, inputs, kd_weight=0.5, student_softcap=4.0, bias=True)
+    for name in Inputs.__slots__:
+        assert torch.equal(getattr(inputs, name), getattr(before, name)), name
+
+
+def test_the_chunk_size_follows_from_the_shape_alone() -> None:
+    assert chunk_size(0, 512, device="cpu", sums_head=True) == 1
+    assert chunk_size(1024, 512, device="cpu", sums_head=True) == 1024  # one chunk is smaller than chunks and a sum
+    assert chunk_size(1025, 512, device="cpu", sums_head=True) == 342
+    assert chunk_size(1024, 512, device="cpu", sums_head=False) == 512
+    assert chunk_size(8192, 512, device="cuda", sums_head=True) == 2048
+
+
+def test_large_buffers_give_their_memory_back() -> None:
+    like = torch.empty(0)
+
+    def resident_pages() -> int:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1])
+
+    num_elements = 2 * HUGE_PAGE_BYTES  # 16 MiB
+    zeros((num_elements,), like=like).fill_(1.0)
+    before = resident_pages()
+    for _ in range(8):
+        view = zeros((num_elements,), like=like)[1:]
+        view.fill_(1.0)
+        assert view.dtype == torch.float32
+        del view
+        gc.collect()
+    assert (resident_pages() - before) * 4096 < num_elements
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"divergence": "foward_kl"}, "did you mean 'forward_kl'"),
+        ({"divergence": "jsd", "betta": 0.5}, "did you mean 'beta'"),
+        ({"beta": 0.5}, "unknown option 'beta', it takes: none"),
+        ({"divergence": "jsd", "beta": 1.5}, "must be in 0.0..1.0, got 1.5"),
+        ({"kd_weight": 1.5}, "kd_weight must be in 0..1"),
+        ({"kd_weight": 0.5, "labels": False}, "needs labels"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
+        ({"vocab_size": 252}, "the head has 251 rows, vocab_size is 252"),
+        ({"student_softcap": 0.0}, "softcap must be above 0"),
+        ({"student_bias": torch.zeros(250)}, "expected a bias of 251 numbers"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_names_it(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        outcome(fused_distill_loss, make_inputs(), **change)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "message"),
+    [
+        (0, torch.zeros(507, 122), "122 wide, the head takes 123"),
+        (0, torch.zeros(507, 123, dtype=torch.float64), "the head is torch.float32"),
+        (0, torch.zeros(1, 507, 123), "expected hidden [T, width]"),
+        (2, torch.zeros(506, 77), "507 student rows and 506 teacher rows"),
+        (2, None, "needs teacher_hidden and teacher_head"),
+        (3, torch.zeros(251, 78), "E-CONFIG teacher: hidden states are 77 wide"),
+        (4, torch.zeros(506, dtype=torch.int64), "expected 507 integer labels"),
+        (4, torch.full((507,), 251), "label 251 is outside the vocabulary of 251"),
+        (4, torch.full((507,), -1), "label -1 is outside"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(position: int, wrong: torch.Tensor | None, message: str) -> None:
+    inputs = make_inputs()
+    tensors: list[Any] = [
+        inputs.student_hidden,
+        inputs.student_head,
+        inputs.teacher_hidden,
+        inputs.teacher_head,
+        inputs.labels,
+    ]
+    tensors[position] = wrong
+    with pytest.raises(ConfigError) as caught:
+        fused_distill_loss(*tensors)
+    assert message in str(caught.value)

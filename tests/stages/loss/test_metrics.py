@@ -1,0 +1,60 @@
+"""Token metrics against the dense formulas in fp64."""
+
+import pytest
+import torch
+from tests.stages.loss.cases import make_inputs
+
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.stages.loss import Head, TokenMetrics, reference_distill_loss, token_metrics
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_metrics_are_sums_over_the_labelled_tokens(dtype: torch.dtype) -> None:
+    inputs = make_inputs(1031, teacher_rows=264, dtype=dtype)  # more than two chunks
+    student = Head(inputs.student_head, inputs.student_bias, softcap=5.0)
+    teacher = Head(inputs.teacher_head, inputs.teacher_bias, scale=0.8)
+    found = token_metrics(inputs.student_hidden, student, inputs.teacher_hidden, teacher, inputs.labels)
+
+    kept = inputs.labels != -100
+    exact = inputs.to(torch.float64)
+    logits = {
+        "student": Head(exact.student_head, exact.student_bias, softcap=5.0).logits(exact.student_hidden[kept], 251),
+        "teacher": Head(exact.teacher_head, exact.teacher_bias, scale=0.8).logits(exact.teacher_hidden[kept], 251),
+    }
+    eye, labels = torch.eye(251, dtype=torch.float64), inputs.labels[kept]
+    forward = reference_distill_loss(logits["student"], eye, logits["teacher"], eye, labels)
+    reverse = reference_distill_loss(logits["student"], eye, logits["teacher"], eye, divergence="reverse_kl")
+    teacher_ce = reference_distill_loss(logits["teacher"], eye, None, None, labels, kd_weight=0.0).ce
+    agree = (logits["student"].argmax(-1) == logits["teacher"].argmax(-1)).sum()
+
+    rtol = 1e-6 if dtype == torch.float32 else 2e-3
+    for name, right in {
+        "forward_kl": forward.kd,
+        "reverse_kl": reverse.kd,
+        "ce": forward.ce,
+        "teacher_ce": teacher_ce,
+    }.items():
+        torch.testing.assert_close(getattr(found, name), right.double(), rtol=rtol, atol=0.0)
+    assert abs(float(found.top1_agree) - float(agree)) <= (0 if dtype == torch.float32 else 10)
+    assert float(found.num_tokens) == int(kept.sum())
+
+
+def test_no_tokens_are_sums_of_zero() -> None:
+    inputs = make_inputs(0)
+    found = token_metrics(
+        inputs.student_hidden,
+        Head(inputs.student_head),
+        inputs.teacher_hidden,
+        Head(inputs.teacher_head),
+        inputs.labels,
+    )
+    for name in TokenMetrics.__slots__:
+        value = getattr(found, name)
+        assert (value.dtype, float(value)) == (torch.float64, 0.0), name
+
+
+def test_a_teacher_of_other_rows_is_refused() -> None:
+    inputs = make_inputs()
+    heads = Head(inputs.student_head), Head(inputs.teacher_head)
+    with pytest.raises(ConfigError, match="507 student rows and 506 teacher rows"):
+        token_metrics(inputs.student_hidden, heads[0], inputs.teacher_hidden[1:], heads[1], inputs.labels)

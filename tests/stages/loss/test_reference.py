@@ -1,0 +1,104 @@
+"""The reference against formulas written out by hand, in fp64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tests.stages.loss.cases import Inputs, make_inputs
+from torch import Tensor
+
+from kdpipe.stages.loss import DIVERGENCES, reference_distill_loss
+
+
+def logits_as_given(teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
+    """Arguments whose logits are these: identity heads."""
+    eye = torch.eye(teacher.shape[1], dtype=torch.float64)
+    return student, eye, teacher, eye
+
+
+def kd_of(teacher: list[float], student: list[float], **arguments: Any) -> float:
+    rows = [torch.tensor([each], dtype=torch.float64).log() for each in (teacher, student)]
+    return float(reference_distill_loss(*logits_as_given(*rows), **arguments).kd)
+
+
+def test_forward_and_reverse_kl_by_hand() -> None:
+    forward = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    reverse = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert kd_of([0.5, 0.5], [0.25, 0.75]) == pytest.approx(forward, rel=1e-12)
+    assert kd_of([0.5, 0.5], [0.25, 0.75], divergence="reverse_kl") == pytest.approx(reverse, rel=1e-12)
+
+
+def test_jsd_by_hand_in_trls_orientation() -> None:
+    # beta 0.2: M = 0.8 S + 0.2 T = [0.3, 0.7]
+    teacher_to_m = 0.5 * math.log(0.5 / 0.3) + 0.5 * math.log(0.5 / 0.7)
+    student_to_m = 0.25 * math.log(0.25 / 0.3) + 0.75 * math.log(0.75 / 0.7)
+    found = kd_of([0.5, 0.5], [0.25, 0.75], divergence="jsd", beta=0.2)
+    assert found == pytest.approx(0.2 * teacher_to_m + 0.8 * student_to_m, rel=1e-12)
+
+
+def test_jsd_ends_are_forward_and_reverse_kl() -> None:
+    for beta, name in ((0.0, "forward_kl"), (1.0, "reverse_kl")):
+        ends = [kd_of([0.6, 0.3, 0.1], [0.2, 0.3, 0.5], divergence="jsd", beta=beta)]
+        ends.append(kd_of([0.6, 0.3, 0.1], [0.2, 0.3, 0.5], divergence=name))
+        assert ends[0] == ends[1]
+
+
+def test_temperature_divides_both_logits_and_t2_multiplies_the_sum() -> None:
+    # Halving logits takes the square root of odds: 4:1 becomes 2:1, 1:1 stays.
+    expected = 2 / 3 * math.log(2 / 3 / 0.5) + 1 / 3 * math.log(1 / 3 / 0.5)
+    assert kd_of([0.8, 0.2], [0.5, 0.5], temperature=2.0) == pytest.approx(expected, rel=1e-12)
+    assert kd_of([0.8, 0.2], [0.5, 0.5], temperature=2.0, scale_t2=True) == pytest.approx(4 * expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_is_zero_for_equals_and_positive_otherwise(divergence: str) -> None:
+    assert kd_of([0.7, 0.2, 0.1], [0.7, 0.2, 0.1], divergence=divergence) == pytest.approx(0.0, abs=1e-15)
+    assert kd_of([0.7, 0.2, 0.1], [0.1, 0.2, 0.7], divergence=divergence) > 0.05
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradients_agree_with_finite_differences(divergence: str) -> None:
+    small = make_inputs(3, 7).to(torch.float64)
+
+    def loss(*leaves: Tensor) -> Tensor:
+        hidden, head, bias = leaves
+        return reference_distill_loss(
+            hidden,
+            head,
+            small.teacher_hidden,
+            small.teacher_head,
+            small.labels,
+            divergence=divergence,
+            kd_weight=0.6,
+            temperature=1.5,
+            student_bias=bias,
+            student_softcap=3.0,
+            student_scale=0.8,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, small.leaves)
+
+
+def test_the_mix_is_the_weighted_sum_of_what_is_reported() -> None:
+    inputs: Inputs = make_inputs().to(torch.float64)
+    tensors = (inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head)
+    out = reference_distill_loss(*tensors, inputs.labels, kd_weight=0.25)
+    assert float(out.loss) == pytest.approx(0.25 * float(out.kd) + 0.75 * float(out.ce), rel=1e-12)
+
+
+def test_scale_comes_before_softcap_and_after_bias() -> None:
+    # Cohere and Granite scale the head's output, bias included; Gemma caps what comes last.
+    hidden, eye = torch.tensor([[1.0, 2.0]], dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    bias = torch.tensor([0.5, -0.5], dtype=torch.float64)
+    label = torch.tensor([1])
+    out = reference_distill_loss(
+        hidden, eye, None, None, label, kd_weight=0.0, student_bias=bias, student_scale=2.0, student_softcap=4.0
+    )
+    first, second = 4 * math.tanh(2 * 1.5 / 4), 4 * math.tanh(2 * 1.5 / 4)
+    assert float(out.ce) == pytest.approx(math.log(1 + math.exp(first - second)), rel=1e-12)
+    shifted = reference_distill_loss(
+        hidden, eye, None, None, label, kd_weight=0.0, student_scale=2.0, student_softcap=4.0
+    )
+    gap = 4 * math.tanh(2 * 1.0 / 4) - 4 * math.tanh(2 * 2.0 / 4)
+    assert float(shifted.ce) == pytest.approx(math.log(1 + math.exp(gap)), rel=1e-12)

@@ -1,0 +1,186 @@
+"""Time and memory of one loss step (value and gradients to hidden and head) against the matrix products alone.
+
+The floor is the four products a loss cannot do without: both models' logits, the gradients of hidden and head. The
+rivals are the dense formulas as users write them, eager and under torch.compile. One process, one thread, processor
+time; a round runs everything once, each ratio is taken within its round and the median over rounds is printed.
+Memory is the peak of resident memory over the inputs, each in a fresh process.
+"""
+
+# Shapes: T tokens, V vocabulary, D student width, E teacher width.
+
+import argparse
+import json
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kdpipe.stages.loss import fused_distill_loss
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One shape and divergence; the widths are 512 for the student and 1024 for the teacher."""
+
+    divergence: str
+    num_tokens: int
+    vocab_size: int
+
+    def __str__(self) -> str:
+        return f"{self.divergence} bf16 N={self.num_tokens} D=512 E=1024 V={self.vocab_size}"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    student_hidden: Tensor
+    student_head: Tensor
+    teacher_hidden: Tensor
+    teacher_head: Tensor
+
+
+def make_inputs(num_tokens: int, vocab_size: int) -> Inputs:
+    make = partial(torch.randn, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    student, teacher = make(num_tokens, 512), make(num_tokens, 1024)
+    heads = make(vocab_size, 512).mul_(0.08), make(vocab_size, 1024).mul_(0.06)
+    return Inputs(student.requires_grad_(), heads[0].requires_grad_(), teacher, heads[1])
+
+
+def dense_value(divergence: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """The divergence of two [T, V] logits, as the dense libraries write it."""
+    log_s, log_t = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    if divergence == "forward_kl":
+        return (log_t.exp() * (log_t - log_s)).sum()
+    if divergence == "reverse_kl":
+        return (log_s.exp() * (log_s - log_t)).sum()
+    log_m = torch.logaddexp(log_s, log_t) - 0.6931471805599453
+    return 0.5 * (log_t.exp() * (log_t - log_m)).sum() + 0.5 * (log_s.exp() * (log_s - log_m)).sum()
+
+
+def dense_step(value: Callable[[str, Tensor, Tensor], Tensor], divergence: str, inputs: Inputs) -> None:
+    with torch.no_grad():
+        teacher = inputs.teacher_hidden @ inputs.teacher_head.T
+    value(divergence, inputs.student_hidden @ inputs.student_head.T, teacher).backward()
+    drop_gradients(inputs)
+
+
+def fused_step(divergence: str, inputs: Inputs) -> None:
+    hidden, head = inputs.student_hidden, inputs.student_head
+    fused_distill_loss(hidden, head, inputs.teacher_hidden, inputs.teacher_head, divergence=divergence).loss.backward()
+    drop_gradients(inputs)
+
+
+def drop_gradients(inputs: Inputs) -> None:
+    inputs.student_hidden.grad = inputs.student_head.grad = None
+
+
+def floor_step(inputs: Inputs) -> Step:
+    """The four products into buffers made beforehand."""
+    hidden, head = inputs.student_hidden.detach(), inputs.student_head.detach()
+    student = hidden.new_empty(hidden.shape[0], head.shape[0])
+    teacher, grad_hidden, grad_head = torch.empty_like(student), torch.empty_like(hidden), torch.empty_like(head)
+
+    def step() -> None:
+        torch.mm(hidden, head.T, out=student)
+        torch.mm(inputs.teacher_hidden, inputs.teacher_head.T, out=teacher)
+        torch.mm(student, head, out=grad_hidden)
+        torch.mm(student.T, hidden, out=grad_head)
+
+    return step
+
+
+def rivals(divergence: str, inputs: Inputs) -> dict[str, Step]:
+    """Dense formulas; the compiled one only where a C++ compiler is found."""
+    steps: dict[str, Step] = {"dense-eager": partial(dense_step, dense_value, divergence, inputs)}
+    if shutil.which("g++"):
+        steps["dense-compiled"] = partial(dense_step, torch.compile(dense_value), divergence, inputs)
+    return steps
+
+
+def processor_time(step: Step) -> float:
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def time_case(case: Case, rounds: int) -> dict[str, object]:
+    inputs = make_inputs(case.num_tokens, case.vocab_size)
+    steps: dict[str, Step] = {"floor": floor_step(inputs), "kdpipe": partial(fused_step, case.divergence, inputs)}
+    steps |= rivals(case.divergence, inputs)
+    for step in steps.values():
+        step()
+    times = [{name: processor_time(step) for name, step in steps.items()} for _ in range(rounds)]
+    ratio = {
+        name: round(statistics.median(taken[name] / taken["floor"] for taken in times), 3)
+        for name in steps
+        if name != "floor"
+    }
+    return record(case, "time", "x floor", ratio)
+
+
+def memory_case(case: Case) -> dict[str, object]:
+    names = ["kdpipe", "dense-eager"] + ["dense-compiled"] * bool(shutil.which("g++"))
+    peaks = {}
+    for name in names:
+        child = [sys.executable, __file__, "--peak", name, str(case.num_tokens), str(case.vocab_size), case.divergence]
+        peaks[name] = float(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return record(case, "memory", "MiB over inputs", peaks)
+
+
+def print_peak(name: str, num_tokens: int, vocab_size: int, divergence: str) -> None:
+    """In a fresh process: peak resident MiB of one step, over what is resident before it."""
+    # A tiny step first: libraries and compiled code are not the step's memory.
+    small, inputs = make_inputs(8, 64), make_inputs(num_tokens, vocab_size)
+    for each in (small, inputs):
+        steps = {"kdpipe": partial(fused_step, divergence, each)} | rivals(divergence, each)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at the present size
+        before = resident_kib("VmRSS")
+        steps[name]()
+    print(round((resident_kib("VmHWM") - before) / 1024, 1))
+
+
+def resident_kib(field: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def record(case: Case, metric: str, unit: str, values: dict[str, float]) -> dict[str, object]:
+    others = {name: value for name, value in values.items() if name != "kdpipe"}
+    named = {"bench": "loss", "case": str(case), "metric": metric, "unit": unit}
+    return {**named, "kdpipe": values["kdpipe"], "rivals": others}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--quick", action="store_true", help="within a minute: one shape, few rounds, no memory")
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.peak:
+        name, num_tokens, vocab_size, divergence = arguments.peak
+        print_peak(name, int(num_tokens), int(vocab_size), divergence)
+        return
+    names = ("forward_kl", "jsd") if arguments.quick else ("forward_kl", "reverse_kl", "jsd")
+    cases = [Case(divergence=name, num_tokens=1024, vocab_size=32768) for name in names]
+    measures = [partial(time_case, case, 3 if arguments.quick else 7) for case in cases]
+    if not arguments.quick:
+        measures.append(partial(time_case, Case(divergence="forward_kl", num_tokens=512, vocab_size=151936), 5))
+        sizes = (2048, 8192)
+        measures += [partial(memory_case, Case(divergence="forward_kl", num_tokens=n, vocab_size=32768)) for n in sizes]
+    for measure in measures:
+        line = measure()
+        print(json.dumps(line) if arguments.json else "  ".join(str(value) for value in line.values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
