@@ -118,7 +118,7 @@ def load(path: Path | None, overrides: tuple[str, ...] = ()) -> RunSpec:
     except ValidationError as err:
         place = ".".join(str(part) for part in err.errors()[0]["loc"])
         keys = [override.partition("=")[0].strip() for override in overrides]
-        overridden = any(f"{place}.".startswith(f"{key}.") for key in keys)
+        overridden = any(f"{place}.".startswith(f"{key}.") or key.startswith(f"{place}.") for key in keys)
         raise ConfigError(_explain(err), where="--set" if overridden else path) from None
 
 

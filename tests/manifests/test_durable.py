@@ -1,0 +1,71 @@
+"""Files are whole or absent, and nothing is ever replaced."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdpipe.manifests.durable import canonical, disk_error, publish, scratch_name, write_once
+from kdpipe.manifests.errors import SpaceError
+
+
+def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
+    assert canonical({"b": 1, "a": "ü"}) == canonical({"a": "ü", "b": 1}) == '{\n  "a": "ü",\n  "b": 1\n}\n'.encode()
+
+
+def test_numbers_json_does_not_know_are_refused() -> None:
+    with pytest.raises(ValueError):
+        canonical({"a": float("nan")})
+
+
+def test_the_first_write_stays(tmp_path: Path) -> None:
+    final = tmp_path / "record.json"
+    assert write_once(final, b"first", scratch_folder=tmp_path)
+    assert not write_once(final, b"second", scratch_folder=tmp_path)
+    assert final.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_publishing_takes_the_scratch_name_away_whether_or_not_it_won(tmp_path: Path) -> None:
+    final, outcomes = tmp_path / "shard", []
+    for content in (b"first", b"second"):
+        scratch = scratch_name(tmp_path, "shard")
+        scratch.write_bytes(content)
+        outcomes.append(publish(scratch, final))
+    assert outcomes == [True, False]
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+
+
+def test_scratch_names_never_repeat(tmp_path: Path) -> None:
+    assert len({scratch_name(tmp_path, "a") for _ in range(100)}) == 100
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOSPC, "E-SPACE"), (errno.EDQUOT, "E-SPACE"), (errno.EFBIG, "E-SPACE"), (errno.EACCES, "E-IO")],
+)
+def test_a_failed_system_call_becomes_an_error_for_a_person(number: int, code: str) -> None:
+    failed = disk_error(OSError(number, os.strerror(number)), Path("shards/1"))
+    assert str(failed).startswith(f"{code} shards/1: ")
+    assert isinstance(failed, SpaceError) == (code == "E-SPACE")
+
+
+def test_a_file_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
+    code = f"""
+import resource, pathlib
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, {resource.RLIM_INFINITY}))
+from kdpipe.manifests.durable import write_once
+from kdpipe.manifests.errors import SpaceError
+folder = pathlib.Path({str(tmp_path)!r})
+try:
+    write_once(folder / "big", bytes(100_000), scratch_folder=folder)
+except SpaceError as err:
+    print(err)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith(f"E-SPACE {tmp_path}/big: ")
+    assert list(tmp_path.iterdir()) == []

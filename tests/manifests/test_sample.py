@@ -1,0 +1,59 @@
+"""Which positions have a row, and which samples are held out."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdpipe.manifests.sample import ID_BYTES, content_id, is_heldout, row_positions
+
+masks = st.lists(st.booleans(), max_size=40).map(lambda mask: np.array(mask, dtype=bool))
+ids = st.lists(st.binary(min_size=ID_BYTES, max_size=ID_BYTES), min_size=1, max_size=50).map(
+    lambda parts: np.frombuffer(b"".join(parts), np.uint8).reshape(-1, ID_BYTES)
+)
+
+
+def test_the_example_of_the_docstring() -> None:
+    assert row_positions(np.array([0, 0, 1, 1, 0, 1], dtype=bool)).tolist() == [1, 2, 4]
+
+
+@given(masks)
+def test_a_row_sits_one_before_each_supervised_token_but_the_first(mask: np.ndarray) -> None:
+    assert row_positions(mask).tolist() == [t for t in range(len(mask) - 1) if mask[t + 1]]
+
+
+@given(masks)
+def test_every_row_means_every_position_with_a_next_token(mask: np.ndarray) -> None:
+    assert row_positions(mask, every=True).tolist() == list(range(len(mask) - 1))
+    assert set(row_positions(mask)) <= set(row_positions(mask, every=True))
+
+
+@given(ids, st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_fraction_holds_out_a_superset(content_ids: np.ndarray, one: float, other: float) -> None:
+    smaller, larger = (is_heldout(content_ids, fraction) for fraction in sorted((one, other)))
+    assert not (smaller & ~larger).any()
+
+
+@given(ids)
+def test_no_fraction_holds_out_nothing_and_the_whole_everything(content_ids: np.ndarray) -> None:
+    content_ids = np.concatenate([content_ids, np.full((1, ID_BYTES), 255, np.uint8)])
+    assert not is_heldout(content_ids, 0.0).any()
+    assert is_heldout(content_ids, 1.0).all()
+
+
+def test_the_share_held_out_is_near_the_fraction() -> None:
+    content_ids = np.frombuffer(b"".join(content_id(i) for i in range(4000)), np.uint8).reshape(-1, ID_BYTES)
+    assert is_heldout(content_ids, 0.1).mean() == pytest.approx(0.1, abs=0.02)
+
+
+def test_equal_content_has_an_equal_id_and_falls_on_one_side() -> None:
+    one, same = content_id({"prompt": "a", "completion": "b"}), content_id({"completion": "b", "prompt": "a"})
+    assert one == same
+    assert content_id({"prompt": "a", "completion": "c"}) != one
+    twice = np.frombuffer(one + same, np.uint8).reshape(2, ID_BYTES)
+    for fraction in np.linspace(0, 1, 23):
+        assert len(set(is_heldout(twice, float(fraction)))) == 1
+
+
+def test_text_that_is_no_valid_unicode_has_an_id_too() -> None:
+    assert len(content_id("\ud800")) == ID_BYTES
