@@ -1,6 +1,7 @@
 """Losses of distillation: the dense reference, the fused twin, and the metrics of evaluation."""
 
 from kdpipe.stages.loss.divergences import DIVERGENCES
+from kdpipe.stages.loss.divergences import find as find_divergence
 from kdpipe.stages.loss.fused import fused_distill_loss
 from kdpipe.stages.loss.head import Head
 from kdpipe.stages.loss.metrics import TokenMetrics, token_metrics
@@ -12,6 +13,7 @@ __all__ = [
     "DistillLoss",
     "Head",
     "TokenMetrics",
+    "find_divergence",
     "fused_distill_loss",
     "reference_distill_loss",
     "token_metrics",
