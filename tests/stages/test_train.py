@@ -40,7 +40,7 @@ def job_for(
 
 
 def dense_gradients(bench: Bench, student: Path) -> dict[str, torch.Tensor]:
-    """Float64 gradients of step 0 by transformers and the reference loss, each sample alone, nothing packed or fused."""
+    """Float64 gradients of step 0 by transformers and the reference loss, each sample alone, unpacked."""
     cache = Cache.open(bench.cache)
     rows = Rows([cache])
     training, _ = rows.split(None)

@@ -1,0 +1,261 @@
+"""Extraction: rows are the teacher's own bit for bit, made once; what does not fit is refused and leaves nothing."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tests.chats import write_chats
+from tests.conftest import Bench
+from tests.models import KINDS, make_model, make_tokenizer
+
+from kdpipe.manifests.errors import CacheError, DataError, IncompleteError, KdpipeError, SpaceError, TeacherError
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.sample import row_positions
+from kdpipe.manifests.shard import shard_path
+from kdpipe.manifests.specs import DataSpec, Dtype
+from kdpipe.stages.causal_lm import logit_formula
+from kdpipe.stages.extract import ExtractSpec, extract, forecast, planning
+from kdpipe.stages.teacher.rows import as_tensor
+
+
+def spec_for(folder: Path, teacher: Path, **changes: object) -> ExtractSpec:
+    data = folder / "data.jsonl"
+    if not data.exists():
+        write_chats(data, 12, longest=60)
+    spec = ExtractSpec(
+        teacher=teacher, data=(data,), data_spec=DataSpec(max_length=200, heldout_fraction=0.2), device="cpu"
+    )
+    return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def teacher_at(folder: Path, kind: str = "qwen3", *, dtype: Dtype = "float32", seed: int = 0) -> Path:
+    return make_tokenizer(make_model(kind, folder, dtype=dtype, vocab_size=304, seed=seed))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything a cache is made of, without the logs of runs."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.parent.name != "runs"
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_read_back_is_transformers_own_hidden_state_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    teacher = teacher_at(tmp_path / "teacher", kind)
+    cache = extract(spec_for(tmp_path, teacher), tmp_path / "cache", Silent())
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    head, formula = cache.head(), logit_formula(model.config)
+    for view in cache:
+        ids = torch.tensor(view.token_ids, dtype=torch.int64)[None]
+        at = torch.from_numpy(row_positions(view.supervised))
+        with torch.no_grad():
+            hidden = model.base_model(ids).last_hidden_state[0]
+            logits = model(ids).logits[0, at].double()
+        assert np.array_equal(view.rows, hidden[at].numpy())
+        ours = view.rows.astype(np.float64) @ head.weight.astype(np.float64).T
+        ours = (ours + (0.0 if head.bias is None else head.bias)) * formula.scale
+        if formula.softcap is not None:
+            ours = formula.softcap * np.tanh(ours / formula.softcap)
+        # Of float32 against float64: a few units in the last place of sums of 48 products.
+        assert (torch.from_numpy(ours) - logits).abs().max() <= 2e-6 * logits.abs().max()
+
+
+def test_bfloat16_rows_are_transformers_own_and_zero_copy(tmp_path: Path) -> None:
+    teacher = teacher_at(tmp_path / "teacher", dtype="bfloat16")
+    cache = extract(spec_for(tmp_path, teacher), tmp_path / "cache", Silent())
+    assert cache.plan.settings.dtype == "bfloat16"
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16)
+    for view in cache:
+        with torch.no_grad():
+            hidden = model.base_model(torch.tensor(view.token_ids, dtype=torch.int64)[None]).last_hidden_state[0]
+        ours = as_tensor(np.array(view.rows))
+        assert torch.equal(ours, hidden[torch.from_numpy(row_positions(view.supervised))])
+        assert not view.rows.flags.owndata
+
+
+def test_padded_batches_give_the_same_rows_to_rounding(tmp_path: Path) -> None:
+    teacher = teacher_at(tmp_path / "teacher")
+    alone = extract(spec_for(tmp_path, teacher), tmp_path / "alone", Silent())
+    batched = extract(spec_for(tmp_path, teacher, batch_tokens=400), tmp_path / "batched", Silent())
+    assert batched.samples.shard(0).column("batch").to_numpy().max() < len(batched) - 1
+    for one, other in zip(alone, batched, strict=True):
+        assert np.abs(one.rows - other.rows).max() <= 1e-5 * np.abs(one.rows).max()
+
+
+def test_every_row_on_request_reads_back_as_the_supervised_ones(tmp_path: Path) -> None:
+    teacher = teacher_at(tmp_path / "teacher")
+    few = extract(spec_for(tmp_path, teacher), tmp_path / "few", Silent())
+    every = extract(spec_for(tmp_path, teacher, rows="all"), tmp_path / "every", Silent())
+    assert every.plan.num_rows == every.plan.num_tokens - len(every) > few.plan.num_rows
+    for one, other in zip(few, every, strict=True):
+        assert np.array_equal(one.rows, other.rows)
+
+
+def test_forecast_is_what_extraction_makes(tmp_path: Path) -> None:
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
+    said = forecast(spec, Silent())
+    made = extract(spec, tmp_path / "cache", Silent()).info()
+    for field in (
+        "num_samples",
+        "num_tokens",
+        "num_rows",
+        "hidden_size",
+        "vocab_size",
+        "dtype",
+        "num_heldout",
+        "counts",
+    ):
+        assert getattr(said, field) == made[field], field
+    shards = sum(path.stat().st_size for path in (tmp_path / "cache" / "shards").iterdir())
+    samples = (tmp_path / "cache" / "samples.arrow").stat().st_size
+    assert said.bytes_per_codec["raw"] == pytest.approx(shards + samples, rel=0.1, abs=16384)
+
+
+def test_extracting_again_changes_no_byte_and_fills_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning.SamplesWriter.__init__, "__kwdefaults__", {"shard_tokens": 150})
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
+    first = extract(spec, tmp_path / "cache", Silent())
+    assert len(first.plan.shards) > 3
+    before = files(tmp_path / "cache")
+    extract(spec, tmp_path / "cache", Silent())
+    assert files(tmp_path / "cache") == before
+    # As a kill between link and commit record leaves it, and a kill before the link.
+    (tmp_path / "cache" / "commits" / "000001.json").unlink()
+    (tmp_path / "cache" / "commits" / "000002.json").unlink()
+    shard_path(tmp_path / "cache", 2).unlink()
+    extract(spec, tmp_path / "cache", Silent())
+    assert files(tmp_path / "cache") == before
+
+
+def test_parts_make_the_same_cache_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning.SamplesWriter.__init__, "__kwdefaults__", {"shard_tokens": 150})
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
+    extract(spec, tmp_path / "whole", Silent())
+    part = extract(spec, tmp_path / "parts", Silent(), part=(2, 2))
+    with pytest.raises(IncompleteError):
+        part.require_complete()
+    extract(spec, tmp_path / "parts", Silent(), part=(1, 2)).require_complete()
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ("teacher", "fingerprint.teacher"),
+        ("tokenizer", "fingerprint.tokenizer"),
+        ("template", "fingerprint.template"),
+        ("data", "fingerprint.data"),
+        ("max_length", "settings.max_length"),
+        ("heldout", "heldout_fraction"),
+    ],
+)
+def test_cache_of_something_else_is_refused_naming_field_and_both_values(
+    change: str, field: str, tmp_path: Path
+) -> None:
+    teacher = teacher_at(tmp_path / "teacher")
+    spec = spec_for(tmp_path, teacher)
+    made = extract(spec, tmp_path / "cache", Silent()).plan
+    before = files(tmp_path / "cache")
+    if change == "teacher":
+        teacher_at(teacher, seed=5)
+    elif change == "tokenizer":
+        make_tokenizer(teacher, vocab_size=290)
+    elif change == "template":
+        config = json.loads((teacher / "tokenizer_config.json").read_text())
+        template = teacher / "chat_template.jinja"
+        text = template.read_text() if template.exists() else config["chat_template"]
+        template.write_text(text.replace("<|im_start|>{{", "<|im_start|> {{"))
+    elif change == "data":
+        write_chats(tmp_path / "data.jsonl", 12, seed=9, longest=60)
+    elif change == "max_length":
+        spec = dataclasses.replace(spec, data_spec=DataSpec(max_length=100, heldout_fraction=0.2))
+    else:
+        spec = dataclasses.replace(spec, data_spec=DataSpec(max_length=200, heldout_fraction=0.3))
+    with pytest.raises(CacheError) as caught:
+        extract(spec, tmp_path / "cache", Silent())
+    value: object = made
+    for name in field.split("."):
+        value = getattr(value, name)
+    assert field in str(caught.value)
+    assert str(value) in str(caught.value)
+    assert files(tmp_path / "cache") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data.jsonl", "teacher"]
+
+
+def broken_teacher(folder: Path, how: str) -> Path:
+    teacher = teacher_at(folder)
+    if how == "no weights":
+        (teacher / "model.safetensors").unlink()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(teacher)
+        model.model.norm.weight.data[3] = float("nan")
+        model.save_pretrained(teacher)
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("case", "error"),
+    [
+        ("no weights", TeacherError),
+        ("nan", TeacherError),
+        ("no data", DataError),
+        ("nothing supervised", DataError),
+        ("no template", DataError),
+        ("full disk", SpaceError),
+        ("not a cache", CacheError),
+    ],
+)
+def test_refused_extraction_leaves_nothing_behind(
+    case: str, error: type[KdpipeError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = case in {"no weights", "nan"}
+    teacher = broken_teacher(tmp_path / "teacher", case) if broken else teacher_at(tmp_path / "teacher")
+    spec = spec_for(tmp_path, teacher)
+    target = tmp_path / "cache"
+    if case == "no data":
+        spec = dataclasses.replace(spec, data=(tmp_path / "absent.jsonl",))
+    elif case == "nothing supervised":
+        message = {"role": "assistant", "content": ""}
+        spec.data[0].write_text(json.dumps({"messages": [{"role": "user", "content": "?"}, message]}) + "\n")
+    elif case == "no template":
+        (teacher / "chat_template.jinja").unlink()
+    elif case == "full disk":
+        usage = planning.os.statvfs(tmp_path)
+        full = type("Full", (), {"f_bavail": 1, "f_frsize": usage.f_frsize})
+        monkeypatch.setattr(planning.os, "statvfs", lambda _: full)
+    elif case == "not a cache":
+        shutil.copytree(teacher, target)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(error) as caught:
+        extract(spec, target, Silent())
+    assert caught.value.exit_code == 4
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_rows_that_turn_nan_later_stop_before_their_shard_is_committed(bench: Bench, tmp_path: Path) -> None:
+    """The canary sees the first samples only; an id whose embedding is NaN comes later."""
+    teacher = teacher_at(tmp_path / "teacher")
+    data = tmp_path / "data.jsonl"
+    write_chats(data, 8)
+    with open(data, "a") as file:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Q~Q"}]
+        file.write(json.dumps({"messages": messages}) + "\n")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher)
+    model.get_input_embeddings().weight.data[tokenizer("~")["input_ids"][0]] = float("nan")
+    model.save_pretrained(teacher)
+    with pytest.raises(TeacherError, match=r"sample 8: row \d+ .* not finite"):
+        extract(spec_for(tmp_path, teacher), tmp_path / "cache", Silent())
+    assert not list((tmp_path / "cache" / "shards").iterdir())
+    assert not list((tmp_path / "cache" / "commits").iterdir())
+    assert not list((tmp_path / "cache" / "tmp").iterdir())
