@@ -93,20 +93,25 @@ def guard(run: Callable[[], object]) -> int:
         run()
         sys.stdout.flush()
     except KdpipeError as err:
-        print(err, file=sys.stderr)
+        _say(str(err))
         return err.exit_code
     except PermissionError as err:
-        print(InputError("permission denied", where=err.filename), file=sys.stderr)
+        _say(str(InputError("permission denied", where=err.filename)))
         return InputError.exit_code
     except click.exceptions.Exit as done:
         return done.exit_code
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) left. Python flushes stdout once more at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
+
+
+def _say(text: str) -> None:
+    # A rank that was ended in the middle of its progress line has left the cursor there.
+    print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 def _invoke(args: list[str]) -> None:

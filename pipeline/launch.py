@@ -28,7 +28,7 @@ from kdpipe.manifests.errors import KdpipeError, TemporaryError
 LAUNCHER_LOGS = ("torch.distributed.elastic", "torch.multiprocessing")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 SHUTDOWN_S = 10
-BYSTANDER_S = 2.0
+BYSTANDER_S = 3.0
 """How long a rank waits before it dies of what may be another's death, so that the launcher sees that one first."""
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.errors import ConfigError, KdpipeError
 from kdpipe.manifests.progress import Silent
 from kdpipe.pipeline.options import PATH, ManyCommand, device_option, json_option, run_options, run_spec
 from kdpipe.pipeline.output import results_only, show
@@ -70,9 +70,7 @@ def command(
         if nproc == 1 or under_torchrun:
             metrics = train_rank(job)
         else:
-            from kdpipe.pipeline.launch import launch
-
-            metrics = launch(train_rank, job, nproc=nproc)
+            metrics = _launch(job, nproc)
     if os.environ.get("RANK", "0") == "0":
         show(metrics, as_json=as_json)
 
@@ -83,9 +81,25 @@ def train_rank(job: "TrainJob") -> dict[str, object]:
 
     if os.environ.get("RANK", "0") != "0":
         return train(job, Silent())
-    log = EventLog(job.output / "events.jsonl", after=job.output)
-    with watch("train", log, num_ranks=int(os.environ.get("WORLD_SIZE", "1"))) as progress:
+    with watch("train", _events(job), num_ranks=int(os.environ.get("WORLD_SIZE", "1"))) as progress:
         return train(job, progress)
+
+
+def _launch(job: "TrainJob", nproc: int) -> dict[str, object]:
+    """The metrics of rank 0 of `nproc`; what ended them early is an event too, as rank 0 may not live to write it."""
+    from kdpipe.pipeline.launch import launch  # loads torch
+
+    try:
+        return launch(train_rank, job, nproc=nproc)
+    except KdpipeError as err:
+        log = _events(job)
+        log.write("launch_failed", {"error": str(err), "exit_code": err.exit_code})
+        log.close()
+        raise
+
+
+def _events(job: "TrainJob") -> EventLog:
+    return EventLog(job.output / "events.jsonl", after=job.output)
 
 
 def _choose_device(device: str) -> tuple[str, int]:

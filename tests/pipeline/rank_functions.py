@@ -48,9 +48,10 @@ def refuse(folder: str) -> None:
 
 
 def die(folder: str) -> None:
-    """Rank 1 is killed; rank 0 raises because of it."""
+    """Rank 1 is killed; rank 0 raises because of it and would be the first seen."""
     sign_in(folder)
     if rank() == 1:
+        time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGKILL)
     raise RuntimeError("connection closed by peer")
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kdpipe.manifests.cache import Cache, write_head
-from kdpipe.manifests.errors import DataError
+from kdpipe.manifests.errors import DataError, TemporaryError
 from kdpipe.manifests.plan import (
     PLAN_FILE,
     SAMPLES_FILE,
@@ -335,6 +335,16 @@ def test_the_flags_of_the_line_win_over_set_and_set_over_the_file(main: Main, st
     assert json.loads(out)["break_even_students"] == 1
 
 
+def test_plan_compares_the_cost_for_a_given_student(main: Main, stages: list, tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [30, 10], "data_offsets": [0, 1200]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    _, out, _ = main("plan", *DATA, "--student", tmp_path, "--set", "train.epochs=2", "--json")
+    found = json.loads(out)
+    assert found["student_params"] == 300
+    # One student, two epochs: (2 * (2 * 7000 + 6 * 300)) operations a token against 2 * 7000 + 2 * 6 * 300.
+    assert found["live_over_cached"]["1"] == pytest.approx(31600 / 17600)
+
+
 def test_extract_ends_with_the_cache_and_keeps_its_events(main: Main, stages: list, cache: Path) -> None:
     code, out, _ = main("extract", *DATA, "--cache", cache, "--part", "1/3", "--seed", "7", "--json")
     assert (code, json.loads(out)["num_rows"]) == (0, 12)
@@ -366,6 +376,19 @@ def test_more_processes_are_launched_after_the_check(main: Main, stages: list, m
     _, out, _ = main(*TRAIN, "--nproc", "3", "--json")
     assert json.loads(out) == {"function": "train_rank", "n": 3}
     assert stages == [("check", 3)]
+
+
+def test_what_ended_the_ranks_is_an_event(
+    main: Main, stages: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*args: object, nproc: int) -> None:
+        raise TemporaryError("killed by SIGKILL", where="rank 1")
+
+    monkeypatch.setattr(launch, "launch", lose)
+    args = ["train", "--student", "s", "--cache", "c", "--output", tmp_path, "--device", "cpu", "--nproc", "2"]
+    assert main(*args) == (75, "", "E-TEMPORARY rank 1: killed by SIGKILL\n")
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert (event["kind"], event["exit_code"]) == ("launch_failed", 75)
 
 
 def test_a_rank_of_torchrun_trains_here_and_only_rank_0_speaks(
