@@ -84,6 +84,10 @@ def test_rows_of_a_lone_sample_are_the_models_own_bit_for_bit(kind: str, dtype: 
 def test_padded_batch_is_the_models_own_padded_batch_bit_for_bit(kind: str, folders: dict[str, Path]) -> None:
     requests = [make_request(sample, length) for sample, length in enumerate([23, 37, 5])]
     engine = TransformersEngine(folders[kind], dtype="float32", device="cpu")
+    masks = []
+    engine._model.register_forward_pre_hook(
+        lambda _, args, inputs: masks.append(inputs["attention_mask"]), with_kwargs=True
+    )
     acks = list(engine.run([requests]))
     model = load(folders[kind])
     ids, mask = torch.zeros(3, 37, dtype=torch.int64), torch.zeros(3, 37, dtype=torch.int64)
@@ -93,6 +97,7 @@ def test_padded_batch_is_the_models_own_padded_batch_bit_for_bit(kind: str, fold
     with torch.inference_mode():
         padded = model.model(ids, attention_mask=mask).last_hidden_state
     assert [ack.sample for ack in acks] == [0, 1, 2]
+    assert torch.equal(masks[0], mask)  # rows before the padding do not need it: causal attention never looks there
     for row, request in enumerate(requests):
         assert torch.equal(rows_of(request), padded[row][request.positions])
         assert relative_error(rows_of(request), own_rows(model, request)) < 1e-5
