@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kdpipe.manifests.durable import canonical
 from kdpipe.manifests.errors import CacheError, LayoutError
 from kdpipe.manifests.sample import ID_BYTES, Sample, row_positions
-from kdpipe.manifests.specs import Dtype
+from kdpipe.manifests.specs import Codec, Dtype, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
 
 PLAN_FILE = "PLAN.json"
@@ -83,8 +83,8 @@ class Settings(Record):
     max_length: int
     overlong: str
     supervise: str
-    rows: Literal["supervised", "all"]
-    codec: Literal["raw"]
+    rows: RowsChoice
+    codec: Codec
     dtype: Dtype
     seed: int
     """Fixes which rows the gate probes."""

@@ -15,6 +15,11 @@ from kdpipe.manifests.errors import ConfigError, nearest
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
+DtypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
+Device = Literal["cpu", "cuda"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+RowsChoice = Literal["supervised", "all"]
+Codec = Literal["raw"]
 
 
 class Spec(BaseModel):

@@ -42,14 +42,16 @@ def spread(args: list[str], flags: set[str]) -> list[str]:
 
 
 class Part(click.ParamType):
-    """`i/n` with 0 <= i < n."""
+    """`i/n` with 1 <= i <= n."""
 
     name = "i/n"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         index, slash, count = str(value).partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            self.fail(f"'{value}' is not i/n with 0 <= i < n: the first of four parts is 0/4, the last 3/4", param, ctx)
+        if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+            self.fail(
+                f"'{value}' is not i/n with 1 <= i <= n: the first of four parts is 1/4, the last 4/4", param, ctx
+            )
         return int(index), int(count)
 
 

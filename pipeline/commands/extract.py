@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from kdpipe.manifests.plan import PLAN_FILE
+from kdpipe.manifests.specs import Codec, DeviceChoice, DtypeChoice, RowsChoice
 from kdpipe.pipeline.options import (
     PATH,
     ManyCommand,
@@ -30,7 +31,7 @@ from kdpipe.pipeline.progress import EventLog, watch
 @click.option("--codec", type=click.Choice(["raw"]), default="raw", help="How rows are stored: raw is as they come.")
 @device_option
 @click.option(
-    "--part", type=Part(), help="This writer's share of the shards: 0/4 to 3/4 for four writers of one cache."
+    "--part", type=Part(), help="This writer's share of the shards: 1/4 to 4/4 for four writers of one cache."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Chooses the rows that are checked twice.")
 @click.option(
@@ -47,12 +48,12 @@ def command(
     overlong: str | None,
     supervise: str | None,
     heldout_fraction: float | None,
-    rows: str,
-    dtype: str,
+    rows: RowsChoice,
+    dtype: DtypeChoice,
     cache: Path,
     engine: str,
-    codec: str,
-    device: str,
+    codec: Codec,
+    device: DeviceChoice,
     part: tuple[int, int] | None,
     seed: int,
     batch_tokens: int | None,

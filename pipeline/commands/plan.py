@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kdpipe.manifests.specs import RunSpec
+from kdpipe.manifests.specs import DtypeChoice, RowsChoice, RunSpec
 from kdpipe.pipeline.forecast import break_even_students, compare, count_parameters, free_bytes
 from kdpipe.pipeline.options import PATH, ManyCommand, data_options, json_option, run_options, run_spec
 from kdpipe.pipeline.output import results_only, show
@@ -29,8 +29,8 @@ def command(
     overlong: str | None,
     supervise: str | None,
     heldout_fraction: float | None,
-    rows: str,
-    dtype: str,
+    rows: RowsChoice,
+    dtype: DtypeChoice,
     cache: Path | None,
     student: Path | None,
     config: Path | None,

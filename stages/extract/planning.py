@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import Cache, write_head
 from kdpipe.manifests.durable import canonical, fsync_folder
-from kdpipe.manifests.errors import CacheError, ConfigError, SpaceError, TeacherError
+from kdpipe.manifests.errors import CacheError, ConfigError, DataError, SpaceError, TeacherError
 from kdpipe.manifests.plan import (
     PLAN_FILE,
     SAMPLES_FILE,
@@ -37,7 +36,7 @@ from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json, digest_model
 from kdpipe.manifests.sample import Incident, Sample, is_heldout, row_positions
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
-from kdpipe.manifests.specs import DataSpec
+from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
 from kdpipe.stages.causal_lm import load_tokenizer, real_vocab_size, vocabulary_digest
 from kdpipe.stages.prepare import prepare
 from kdpipe.stages.teacher import engine_version, pick_engine
@@ -66,14 +65,14 @@ class ExtractSpec:
     data: tuple[Path, ...]
     data_spec: DataSpec = field(default_factory=DataSpec)
     engine: str = "auto"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    rows: Literal["supervised", "all"] = "supervised"
-    codec: Literal["raw"] = "raw"
+    dtype: DtypeChoice = "auto"
+    rows: RowsChoice = "supervised"
+    codec: Codec = "raw"
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     batch_tokens: int | None = None
 
-    def resolved_device(self) -> Literal["cpu", "cuda"]:
+    def resolved_device(self) -> Device:
         """cpu or cuda. Raises ConfigError where cuda is asked for and there is none."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("there is no GPU that torch can see; leave it out or say cpu", where="--device")
@@ -187,7 +186,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
 def require_same(plan: Plan, cache: Path) -> None:
     """The cache there must be of the same things. Raises CacheError naming the field and both values."""
     existing = Cache.open(cache).plan
-    for group in ("fingerprint", "settings", "engine", "head"):
+    for group in ("settings", "fingerprint", "head", "engine"):
         ours, theirs = getattr(plan, group).model_dump(), getattr(existing, group).model_dump()
         for name, value in ours.items():
             if theirs[name] != value:
@@ -232,6 +231,7 @@ def _write_plan(
     if batch_tokens is None:
         batch_tokens = CUDA_BATCH_TOKENS if device == "cuda" else 0
     engine = pick_engine(spec.engine)
+    vocab_size = real_vocab_size(spec.teacher, tokenizer, info.head_rows)
     writer = SamplesWriter(folder / SAMPLES_FILE, batch_tokens=batch_tokens, every_row=spec.rows == "all")
     incidents: Counter[str] = Counter()
     with open(folder / "runs" / "prepare.jsonl", "x", encoding="utf-8") as log:
@@ -241,6 +241,12 @@ def _write_plan(
             log.write(json.dumps(asdict(incident)) + "\n")
 
         for sample in _samples(spec, tokenizer, record, progress):
+            if (highest := int(sample.token_ids.max())) >= vocab_size:
+                raise DataError(
+                    f"token id {highest} ({tokenizer.convert_ids_to_tokens(highest)}) has no row in the lm_head, "
+                    f"which has {vocab_size}; is it a token of another modality?",
+                    where=f"{sample.source}:{sample.line}",
+                )
             writer.add(sample)
     shards = writer.close()
     num_samples = sum(shard.num_samples for shard in shards)
@@ -251,7 +257,7 @@ def _write_plan(
         )
     with open(folder / SAMPLES_FILE, "rb") as file:
         samples_digest = hashlib.file_digest(file, "sha256").hexdigest()
-    head = head_record(info, real_vocab_size(spec.teacher, tokenizer, info.head_rows))
+    head = head_record(info, vocab_size)
     plan = Plan(
         fingerprint=_fingerprint(spec.teacher, tokenizer, writer.data_digest()),
         settings=Settings(

@@ -11,13 +11,10 @@ Cost: importing this package loads no torch; `open_engine` does.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from kdpipe.manifests.errors import ConfigError, nearest
+from kdpipe.manifests.specs import DeviceChoice, Dtype
 from kdpipe.stages.teacher.engine import TeacherEngine
-
-DtypeName = Literal["bfloat16", "float16", "float32"]
-DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +22,7 @@ class EngineKind:
     """One way to run a teacher: `version()` names its libraries, `open(path, dtype, device, chunk_tokens)` loads it."""
 
     version: Callable[[], str]
-    open: Callable[[Path, DtypeName, DeviceName, int], TeacherEngine]
+    open: Callable[[Path, Dtype, DeviceChoice, int], TeacherEngine]
 
 
 def _transformers_version() -> str:
@@ -34,7 +31,7 @@ def _transformers_version() -> str:
     return library_version()
 
 
-def _open_transformers(path: Path, dtype: DtypeName, device: DeviceName, chunk_tokens: int) -> TeacherEngine:
+def _open_transformers(path: Path, dtype: Dtype, device: DeviceChoice, chunk_tokens: int) -> TeacherEngine:
     from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
     return TransformersEngine(path, dtype=dtype, device=device, chunk_tokens=chunk_tokens)
@@ -63,7 +60,7 @@ def engine_version(name: str) -> str:
 
 
 def open_engine(
-    name: str, path: Path, *, dtype: DtypeName, device: DeviceName = "auto", chunk_tokens: int = 8192
+    name: str, path: Path, *, dtype: Dtype, device: DeviceChoice = "auto", chunk_tokens: int = 8192
 ) -> TeacherEngine:
     """The engine called `name` with the teacher at `path` loaded. Raises ConfigError for a name not in ENGINES."""
     return ENGINES[pick_engine(name)].open(path, dtype, device, chunk_tokens)

@@ -51,11 +51,17 @@ def check_head(engine: ShowsLogits, head: Head, samples: Sequence[np.ndarray], *
     of each logit to the model's dtype. Raises TeacherError beyond it.
     """
     allowed = max(FLOAT32_ERROR, torch.finfo(TORCH_DTYPES[head.record.dtype]).eps)
-    worst = 0.0
+    errors = []
     for token_ids in samples:
         rows, logits = engine.rows_and_logits(token_ids)
-        worst = max(worst, head_error(rows, logits, head))
-    if not worst <= allowed:  # a NaN fails too
+        if not bool(torch.isfinite(rows).all()):
+            raise TeacherError(
+                f"its hidden states are not finite in {head.record.dtype}; are the weights whole? Try another --dtype",
+                where=path,
+            )
+        errors.append(head_error(rows, logits, head))
+    worst = float(np.max(errors, initial=0.0))  # a NaN among them is the maximum
+    if not worst <= allowed:
         raise TeacherError(
             f"logits from rows and lm_head differ from the model's own by {worst:.1e} (allowed {allowed:.1e}): "
             f"{head.record.architecture} does something between hidden state and logits that kdpipe does not know",

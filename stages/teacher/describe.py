@@ -8,7 +8,7 @@ Cost: well under a second, whatever the teacher's size.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -16,10 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdpipe.manifests.errors import TeacherError
-from kdpipe.manifests.specs import Dtype
+from kdpipe.manifests.specs import Dtype, DtypeChoice
 from kdpipe.stages.causal_lm import logit_formula
-
-DtypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -24,8 +24,9 @@ import transformers
 from safetensors import SafetensorError
 
 from kdpipe.manifests.errors import TeacherError
+from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
 from kdpipe.stages.teacher.canary import check_head
-from kdpipe.stages.teacher.describe import DtypeChoice, describe_teacher
+from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Request
 from kdpipe.stages.teacher.head import Head
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor, checksum
@@ -100,7 +101,7 @@ class TransformersEngine:
         path: Path,
         *,
         dtype: DtypeChoice = "auto",
-        device: Literal["auto", "cpu", "cuda"] = "auto",
+        device: DeviceChoice = "auto",
         chunk_tokens: int = 8192,
     ) -> None:
         """Load the teacher at `path`; inputs longer than `chunk_tokens` run in chunks through the KV cache.
