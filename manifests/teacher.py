@@ -10,6 +10,8 @@ cut to the first `vocab_size` columns: the tokenizer's real size, not the padded
 
 from pydantic import BaseModel, ConfigDict
 
+from kdpipe.manifests.specs import Dtype
+
 
 class HeadRecord(BaseModel):
     """teacher/head.json"""
@@ -24,7 +26,7 @@ class HeadRecord(BaseModel):
     """Real vocabulary: ids the tokenizer can make, 0 to vocab_size-1."""
     head_rows: int
     """Rows of the weight; more than vocab_size where the checkpoint pads."""
-    dtype: str
+    dtype: Dtype
     """Of weight and bias as stored: the engine's dtype."""
     tied: bool
     """Whether the weight is the embedding too."""
