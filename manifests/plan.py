@@ -238,7 +238,8 @@ class Samples:
         except (OSError, pa.ArrowException) as err:
             raise LayoutError(f"not readable as Arrow: {err}", where=self.path) from None
         if self._reader.schema != SCHEMA:
-            raise LayoutError(f"columns {self._reader.schema.names}, expected {SCHEMA.names}", where=self.path)
+            # The columns that came are not named: in a damaged file their names need not be text.
+            raise LayoutError(f"its columns are not {', '.join(SCHEMA.names)}", where=self.path)
         if self._reader.num_record_batches != len(plan.shards):
             raise LayoutError(
                 f"{self._reader.num_record_batches} record batches, PLAN.json says {len(plan.shards)} shards",

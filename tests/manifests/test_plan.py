@@ -1,0 +1,165 @@
+"""The plan: decided once, the same bytes every time, never edited."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.caches import make_plan, make_samples
+
+from kdpipe.manifests.errors import CacheError, KdpipeError, LayoutError
+from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Samples, SamplesWriter, cut_batches, read_plan
+from kdpipe.manifests.sample import Sample, row_positions
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(LayoutError) as caught:
+        read_plan(folder)
+    return str(caught.value)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 120))
+def test_batches_stay_within_the_budget_unless_one_sample_alone_exceeds_it(lengths: list[int], budget: int) -> None:
+    batches = cut_batches(lengths, budget)
+    for batch in range(int(batches.max()) + 1):
+        members = np.asarray(lengths)[batches == batch]
+        assert len(members) >= 1
+        assert len(members) == 1 or len(members) * members.max() <= budget
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 120))
+def test_no_two_neighbouring_batches_would_have_fitted_in_one(lengths: list[int], budget: int) -> None:
+    batches, sizes = cut_batches(lengths, budget), np.asarray(lengths)
+    for batch in range(int(batches.max())):
+        count, next_shortest = (batches == batch).sum(), sizes[batches == batch + 1].min()
+        assert next_shortest >= sizes[batches == batch].max()
+        assert (count + 1) * next_shortest > budget
+
+
+def test_no_budget_puts_every_sample_alone_in_order() -> None:
+    assert cut_batches([5, 3, 9], 0).tolist() == [0, 1, 2]
+
+
+def test_planning_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    plans = [make_plan(tmp_path / name, make_samples(30), batch_tokens=90) for name in ("one", "two")]
+    assert plans[0].digest() == plans[1].digest()
+    for name in (PLAN_FILE, SAMPLES_FILE):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_plan_on_disk_is_the_plan_that_was_made(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path / "c", make_samples(30))
+    assert read_plan(tmp_path / "c") == plan
+    assert read_plan(tmp_path / "c").digest() == plan.digest()
+
+
+def test_a_plan_says_nothing_of_where_and_when_it_was_made(tmp_path: Path) -> None:
+    make_plan(tmp_path / "somewhere", make_samples(3))
+    assert b"somewhere" not in (tmp_path / "somewhere" / PLAN_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("rows", ["supervised", "all"])
+def test_samples_arrow_holds_the_samples_and_where_their_rows_go(tmp_path: Path, rows: str) -> None:
+    samples = make_samples(40)
+    plan = make_plan(tmp_path / "c", samples, rows=rows, batch_tokens=100, shard_tokens=150)  # type: ignore[arg-type]
+    table = Samples(tmp_path / "c", plan)
+    assert len(plan.shards) > 3
+    index = 0
+    for number, shard in enumerate(plan.shards):
+        batch, row = table.shard(number), 0
+        assert (shard.first_sample, shard.num_samples) == (index, batch.num_rows)
+        assert shard.num_tokens <= 150 or shard.num_samples == 1
+        for record in batch.to_pylist():
+            sample = samples[index]
+            count = len(row_positions(sample.supervised, every=rows == "all"))
+            assert record["token_ids"] == sample.token_ids.tolist()
+            assert record["supervised"] == sample.supervised.tolist()
+            assert (record["content_id"], record["source"], record["line"]) == (
+                sample.content_id, "data.jsonl", index + 1,
+            )  # fmt: skip
+            assert (record["shard"], record["first_row"], record["num_rows"]) == (number, row, count)
+            assert record["num_supervised"] == len(row_positions(sample.supervised))
+            assert record["num_tokens"] == len(sample.token_ids)
+            row, index = row + count, index + 1
+        assert shard.num_rows == row
+        assert batch.column("batch").to_pylist() == cut_batches(batch.column("num_tokens").to_pylist(), 100).tolist()
+    assert index == plan.num_samples == 40
+
+
+def test_a_column_spans_all_shards(tmp_path: Path) -> None:
+    samples = make_samples(40)
+    table = Samples(tmp_path / "c", make_plan(tmp_path / "c", samples, shard_tokens=150))
+    assert table.column("num_tokens").tolist() == [len(sample.token_ids) for sample in samples]
+    assert [row.tobytes() for row in table.column("content_id")] == [sample.content_id for sample in samples]
+
+
+def test_a_sample_longer_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path / "c", make_samples(20), shard_tokens=1)
+    assert [shard.num_samples for shard in plan.shards] == [1] * 20
+
+
+def digest_of(folder: Path, *samples: tuple[list[int], list[bool]]) -> str:
+    folder.mkdir()
+    writer = SamplesWriter(folder / SAMPLES_FILE, batch_tokens=0, every_row=False)
+    for ids, mask in samples:
+        sample = Sample(
+            content_id=bytes(16), source="a", line=1, token_ids=np.array(ids, np.int32), supervised=np.array(mask)
+        )
+        writer.add(sample)
+    writer.close()
+    return writer.data_digest()
+
+
+def test_the_data_digest_tells_ids_masks_lengths_and_order_apart(tmp_path: Path) -> None:
+    a, b = ([1, 2], [False, True]), ([3], [True])
+    variants = [(a, b), (b, a), (a,), (([1, 2], [True, True]), b), (([1, 3], [False, True]), b), (([1], [False]), b)]
+    variants.append((a, ([3], [True]), ([3], [True])))
+    assert len({digest_of(tmp_path / str(i), *samples) for i, samples in enumerate(variants)}) == len(variants)
+
+
+def test_no_plan_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="no cache here"):
+        read_plan(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match="no cache here"):
+        read_plan(tmp_path / "file")
+
+
+def test_a_plan_we_cannot_read_names_the_field(tmp_path: Path) -> None:
+    make_plan(tmp_path, make_samples(3))
+    path = tmp_path / PLAN_FILE
+    good = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**good, "format_version": 2}))
+    assert "'format_version'" in refused(tmp_path)
+    path.write_text(json.dumps({**good, "colour": "red"}))
+    assert "'colour'" in refused(tmp_path)
+    path.write_text(json.dumps({**good, "num_rows": -1}))
+    assert "'num_rows'" in refused(tmp_path)
+    path.write_bytes(b"\xff\x00")
+    assert str(path) in refused(tmp_path)
+    path.write_text(json.dumps(good))
+    assert "edited after it was written" in refused(tmp_path)
+
+
+def test_samples_arrow_of_another_plan_or_no_arrow_at_all_is_refused(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path / "c", make_samples(40))
+    make_plan(tmp_path / "other", make_samples(3))
+    path = tmp_path / "c" / SAMPLES_FILE
+    shutil.copy(tmp_path / "other" / SAMPLES_FILE, path)
+    with pytest.raises(LayoutError, match=r"1 record batches, PLAN\.json says"):
+        Samples(tmp_path / "c", plan)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("a", pa.int64())])):
+        pass
+    with pytest.raises(LayoutError, match="its columns are not content_id, source"):
+        Samples(tmp_path / "c", plan)
+    for content in (b"", b"ARROW1", bytes(1000)):
+        path.write_bytes(content)
+        with pytest.raises(KdpipeError, match="not readable as Arrow"):
+            Samples(tmp_path / "c", plan)
+    path.unlink()
+    with pytest.raises(LayoutError, match="not readable as Arrow"):
+        Samples(tmp_path / "c", plan)
