@@ -171,7 +171,7 @@ def test_batches_hold_every_chat_once_within_their_tokens() -> None:
 def test_training_learns_and_an_interrupted_one_leaves_no_teacher(
     tmp_path: pathlib.Path, tokenizer_folder: pathlib.Path, samples: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chats = [sample.messages() for sample in samples[:24]]
+    chats = [sample.messages() for sample in samples if len(sample.answer) < 60][:12]
 
     def train(num_epochs: int) -> float:
         return teacher.train_teacher(
@@ -183,7 +183,7 @@ def test_training_learns_and_an_interrupted_one_leaves_no_teacher(
         with pytest.raises(KeyboardInterrupt):
             train(1)
     assert not (tmp_path / "teacher").exists()
-    assert train(8) < 6.0  # log(2048) = 7.6 before it has seen anything
+    assert train(6) < 6.5  # log(2048) = 7.6 before it has seen anything
     assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
     with pytest.raises(FileExistsError, match="teacher already"):
