@@ -98,12 +98,12 @@ def padded(chats: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def token_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, *, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the next token. No attention mask: padding is on the right, out of sight."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=_has_bf16_arithmetic()):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16_arithmetic()):
         logits = model(input_ids=ids).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
-def _has_bf16_arithmetic() -> bool:
+def has_bf16_arithmetic() -> bool:
     """Whether the processor multiplies bfloat16 itself; where it does not, emulation is slower than fp32."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
