@@ -1,5 +1,5 @@
 # Every target works on a fresh clone: `make demo`, `make test`. Two cores and no GPU are enough.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 

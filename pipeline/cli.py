@@ -129,6 +129,8 @@ def _invoke(args: list[str]) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    # transformers draws a bar of its own for every file of weights, beside ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.exit(guard(lambda: _invoke(list(sys.argv[1:] if args is None else args))))
 
 

@@ -17,6 +17,7 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.run import read_run
+from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
 from kdpipe.stages.feed import PackedBatch, Packer, Rows, cut_steps, deal
 from kdpipe.stages.loss import TokenMetrics
 from kdpipe.stages.student import (
@@ -75,8 +76,8 @@ def evaluate_student(
     cache: Path,
     *,
     heldout_fraction: float | None,
-    device: str,
-    dtype: str,
+    device: DeviceChoice,
+    dtype: DtypeChoice,
     batch_tokens: int,
     progress: Progress,
 ) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What most tests of the stages start from: a tiny teacher, its cache, a student; made once for all of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from tests.models import make_model, make_tokenizer
 
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import DataSpec
+from kdpipe.pipeline import cli
+
+Main = Callable[..., tuple[int, str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +36,18 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     spec = ExtractSpec(teacher=teacher, data=(data,), data_spec=DataSpec(max_length=128, heldout_fraction=0.25))
     extract(spec, folder / "cache", Silent())
     return Bench(teacher=teacher, student=student, data=data, cache=folder / "cache")
+
+
+@pytest.fixture
+def main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Main:
+    """Run the command line in this process: exit code, stdout, stderr."""
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(key, raising=False)
+
+    def run(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as done:
+            cli.main([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return run

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
 from kdpipe.pipeline.options import PATH, ManyCommand, device_option, json_option, run_options, run_spec
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
@@ -15,13 +16,14 @@ from kdpipe.pipeline.progress import EventLog, watch
 @click.option(
     "--heldout-fraction",
     type=click.FloatRange(0, 1),
-    help="Share of the samples to measure on, chosen by content.  [default: the cache's own]",
+    help="Share of the samples to measure on, chosen by content.  [default: the student's, else the cache's]",
 )
 @device_option
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Precision of the student.  [default: train.dtype of the run file, bfloat16]",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    help="Precision of the student; auto is the one its weights are stored in.",
 )
 @click.option(
     "--batch-tokens",
@@ -34,8 +36,8 @@ def command(
     student: Path,
     cache: Path,
     heldout_fraction: float | None,
-    device: str,
-    dtype: str | None,
+    device: DeviceChoice,
+    dtype: DtypeChoice,
     batch_tokens: int | None,
     config: Path | None,
     sets: tuple[str, ...],
@@ -60,7 +62,7 @@ def command(
             cache,
             heldout_fraction=heldout_fraction,
             device=device,
-            dtype=dtype or run.train.dtype,
+            dtype=dtype,
             batch_tokens=batch_tokens or run.train.batch_tokens,
             progress=progress,
         )

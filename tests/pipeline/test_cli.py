@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+from tests.conftest import Main
 
 from kdpipe.manifests.cache import Cache, write_head
 from kdpipe.manifests.errors import DataError, TemporaryError
@@ -33,23 +34,7 @@ from kdpipe.manifests.teacher import HeadRecord
 from kdpipe.pipeline import cli, launch
 from kdpipe.pipeline.options import spread
 
-Main = Callable[..., tuple[int, str, str]]
 WIDTH, VOCABULARY = 5, 11
-
-
-@pytest.fixture
-def main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Main:
-    """Run the command line in this process: exit code, stdout, stderr."""
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(key, raising=False)
-
-    def run(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as done:
-            cli.main([str(arg) for arg in args])
-        out, err = capfd.readouterr()
-        return int(done.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture
@@ -404,7 +389,7 @@ def test_a_rank_of_torchrun_trains_here_and_only_rank_0_speaks(
 def test_eval_takes_the_caches_fraction_unless_told(main: Main, stages: list) -> None:
     args = ("eval", "--student", "s", "--cache", "c", "--json")
     assert json.loads(main(*args)[1]) == {"heldout_kl": 0.25}
-    main(*args, "--set", "data.heldout_fraction=0.5", "train.dtype=float32")
+    main(*args, "--set", "data.heldout_fraction=0.5", "--dtype", "float32")
     main(*args, "--set", "data.heldout_fraction=0.5", "--heldout-fraction", "0", "--batch-tokens", "99")
     told = [(options["heldout_fraction"], options["dtype"], options["batch_tokens"]) for *_, options in stages]
-    assert told == [(None, "bfloat16", 16384), (0.5, "float32", 16384), (0.0, "bfloat16", 99)]
+    assert told == [(None, "auto", 16384), (0.5, "float32", 16384), (0.0, "auto", 99)]

@@ -1,0 +1,192 @@
+"""The whole path as a user types it: plan, extract, train, eval on real models; and what is typed wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+from tests.chats import write_chats
+from tests.conftest import Bench, Main
+from tests.models import make_model, make_tokenizer
+
+SETS = ["train.dtype=float32", "train.batch_tokens=600", "train.lr=1e-2", "train.epochs=4"]
+
+
+def found(out: str) -> dict:
+    """The one JSON object on stdout."""
+    assert out.count("\n") == 1 or out.startswith("{\n")
+    return json.loads(out)
+
+
+def test_two_students_from_one_cache(bench: Bench, main: Main, tmp_path: Path) -> None:
+    data = ["--teacher", bench.teacher, "--data", bench.data, "--max-length", 128, "--heldout-fraction", 0.25]
+    cache = tmp_path / "cache"
+    code, out, _ = main("plan", *data, "--cache", cache, "--student", bench.student, "--json")
+    assert code == 0
+    plan = found(out)
+    assert plan["fits"]
+    assert not cache.exists()
+    code, out, err = main("extract", *data, "--cache", cache, "--json")
+    assert code == 0, err
+    info = found(out)
+    assert (info["num_samples"], info["num_rows"], info["complete"]) == (plan["num_samples"], plan["num_rows"], True)
+    scores = {}
+    for name, sets in {"kd": [], "ce": ["loss.kd_weight=0"]}.items():
+        paths = ["--student", bench.student, "--cache", cache, "--output", tmp_path / name]
+        code, out, err = main("train", *paths, "--set", *SETS, *sets, "--json")
+        assert code == 0, err
+        trained = found(out)
+        code, out, _ = main("eval", "--student", tmp_path / name, "--cache", cache, "--json")
+        scores[name] = found(out)
+        assert scores[name]["heldout_kl"] == pytest.approx(trained["heldout_kl"], rel=1e-5)
+        events = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]
+        assert [event["kind"] for event in events].count("step") == trained["num_steps"]
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+    keys = {
+        "heldout_kl",
+        "heldout_reverse_kl",
+        "top1_agreement",
+        "heldout_ce",
+        "perplexity",
+        "teacher_ce",
+        "num_tokens",
+    }
+    assert scores["kd"].keys() == keys
+    assert scores["kd"]["heldout_kl"] < scores["ce"]["heldout_kl"]
+    assert scores["kd"]["num_tokens"] == scores["ce"]["num_tokens"]
+    code, out, _ = main("cache", "verify", cache, "--json")
+    assert (code, found(out)["ok"]) == (0, True)
+
+
+def test_two_ranks_train_the_student_of_one(bench: Bench, main: Main, tmp_path: Path) -> None:
+    scores = []
+    for nproc in (1, 2):
+        paths = ["--student", bench.student, "--cache", bench.cache, "--output", tmp_path / str(nproc)]
+        code, out, err = main("train", *paths, "--set", *SETS, "--nproc", nproc, "--json")
+        assert code == 0, err
+        scores.append(found(out))
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [}\n', "data.jsonl:1"),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', "data.jsonl:2"),
+        (b'{"prompt": "a", "completion": "\xff"}\n', "data.jsonl:1"),
+        (b'{"mesages": []}\n', "did you mean 'messages'"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}\n', "data.jsonl:1"),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}\n',
+            "empty_completion",
+        ),
+    ],
+    ids=[
+        "empty",
+        "no assistant",
+        "not json",
+        "not utf-8",
+        "unknown column",
+        "roles out of order",
+        "nothing supervised",
+    ],
+)
+def test_bad_data_is_one_line_and_exit_code_4(
+    content: bytes, said: str, bench: Bench, main: Main, tmp_path: Path
+) -> None:
+    (tmp_path / "data.jsonl").write_bytes(content)
+    for command in (["plan"], ["extract", "--cache", tmp_path / "cache"]):
+        code, out, err = main(*command, "--teacher", bench.teacher, "--data", tmp_path / "data.jsonl")
+        refused(code, out, err, said)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_empty_last_assistant_turn_is_reported_and_not_trained_on(bench: Bench, main: Main, tmp_path: Path) -> None:
+    """The chat form of GKD recipes: a JSON array of messages and prompt."""
+    turns = [{"role": "user", "content": "What is a row?"}, {"role": "assistant", "content": "A hidden state."}]
+    unanswered = [turns[0], {"role": "assistant", "content": ""}]
+    records = [{"messages": turns, "prompt": turns[:1]}, {"messages": unanswered, "prompt": turns[:1]}]
+    (tmp_path / "data.json").write_text(json.dumps(records, indent=1))
+    code, out, err = main(
+        "extract", "--teacher", bench.teacher, "--data", tmp_path / "data.json", "--cache", tmp_path / "cache", "--json"
+    )
+    assert code == 0
+    assert found(out)["counts"] == {"read": 2, "kept": 1, "empty_completion": 1}
+    assert "1 of 2 samples empty completion" in err
+    (line,) = (tmp_path / "cache" / "runs" / "prepare.jsonl").read_text().splitlines()
+    assert json.loads(line)["line"] > 1
+
+
+def test_overlong_samples_follow_the_policy_and_are_counted(bench: Bench, main: Main) -> None:
+    for policy, field in (("truncate", "truncated"), ("drop", "dropped_overlong")):
+        words = ["--teacher", bench.teacher, "--data", bench.data, "--max-length", 60, "--overlong", policy]
+        counts = found(main("plan", *words, "--json")[1])["counts"]
+        assert counts[field] > 0
+        assert counts["read"] == 60
+
+
+def other_tokenizer(bench: Bench, folder: Path) -> list[object]:
+    make_tokenizer(make_model("llama", folder / "student", vocab_size=320), vocab_size=290)
+    return ["--student", folder / "student", "--cache", bench.cache, "--output", folder / "out"]
+
+
+def too_many_ranks(bench: Bench, folder: Path) -> list[object]:
+    return ["--student", bench.student, "--cache", bench.cache, "--output", folder / "out", "--nproc", 500]
+
+
+def misspelt_key(bench: Bench, folder: Path) -> list[object]:
+    words = ["--student", bench.student, "--cache", bench.cache, "--output", folder / "out"]
+    return [*words, "--set", "train.learning_rte=1"]
+
+
+def misspelt_divergence(bench: Bench, folder: Path) -> list[object]:
+    words = ["--student", bench.student, "--cache", bench.cache, "--output", folder / "out"]
+    return [*words, "--set", "loss.divergence=forward_lk"]
+
+
+def no_cache(bench: Bench, folder: Path) -> list[object]:
+    return ["--student", bench.student, "--cache", folder / "none", "--output", folder / "out"]
+
+
+def torn_cache(bench: Bench, folder: Path) -> list[object]:
+    shutil.copytree(bench.cache, folder / "torn")
+    (folder / "torn" / "PLAN.json").write_bytes((bench.cache / "PLAN.json").read_bytes()[:-40])
+    return ["--student", bench.student, "--cache", folder / "torn", "--output", folder / "out"]
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "said"),
+    [
+        (other_tokenizer, 4, "tokenizer is not that of"),
+        (too_many_ranks, 4, "500 ranks for"),
+        (misspelt_key, 4, "unknown key 'train.learning_rte'"),
+        (misspelt_divergence, 4, "did you mean 'forward_kl'"),
+        (no_cache, 4, "PLAN.json is missing"),
+        (torn_cache, 1, "PLAN.json"),
+    ],
+)
+def test_bad_training_is_one_line_and_leaves_nothing(
+    case: Callable[[Bench, Path], list[object]], code: int, said: str, bench: Bench, main: Main, tmp_path: Path
+) -> None:
+    words = case(bench, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    refused(*main("train", *words), said, wanted=code)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_cache_of_other_data_is_refused_by_name(bench: Bench, main: Main, tmp_path: Path) -> None:
+    data = write_chats(tmp_path / "data.jsonl", 5, seed=3)
+    words = ["--teacher", bench.teacher, "--data", data, "--cache", bench.cache]
+    refused(*main("extract", *words, "--max-length", 128, "--heldout-fraction", 0.25), "fingerprint.data")
+
+
+def refused(code: int, out: str, err: str, said: str, *, wanted: int = 4) -> None:
+    """The command ended with the wanted code, nothing on stdout, and one line of error, the last on stderr."""
+    assert code == wanted
+    assert out == ""
+    assert said in err
+    assert [line for line in err.splitlines() if line.startswith("E-")] == err.splitlines()[-1:]
+    assert "Traceback" not in err
