@@ -17,7 +17,7 @@ from kdpipe.stages.loss.problem import Problem
 # E = D the sum costs 20/C of the products on an EPYC core and some 210/C on an H100, so a GPU wants longer chunks.
 CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
 # Head rows whose gradient is made and added at once, so that it is still in the cache when it is added.
-HEAD_ROWS = {"cpu": 2048, "cuda": 16384}
+HEAD_ROWS = {"cpu": 4096, "cuda": 16384}
 
 
 def chunk_size(num_tokens: int, student_width: int, *, device: str, sums_head: bool) -> int:

@@ -172,7 +172,7 @@ def main() -> None:
         return
     names = ("forward_kl", "jsd") if arguments.quick else ("forward_kl", "reverse_kl", "jsd")
     cases = [Case(divergence=name, num_tokens=1024, vocab_size=32768) for name in names]
-    measures = [partial(time_case, case, 3 if arguments.quick else 7) for case in cases]
+    measures = [partial(time_case, case, 5 if arguments.quick else 9) for case in cases]
     if not arguments.quick:
         measures.append(partial(time_case, Case(divergence="forward_kl", num_tokens=512, vocab_size=151936), 5))
         sizes = (2048, 8192)

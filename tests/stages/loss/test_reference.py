@@ -84,7 +84,7 @@ def test_the_mix_is_the_weighted_sum_of_what_is_reported() -> None:
     inputs: Inputs = make_inputs().to(torch.float64)
     tensors = (inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head)
     out = reference_distill_loss(*tensors, inputs.labels, kd_weight=0.25)
-    assert float(out.loss) == pytest.approx(0.25 * float(out.kd) + 0.75 * float(out.ce), rel=1e-12)
+    assert float(out.loss.detach()) == pytest.approx(0.25 * float(out.kd) + 0.75 * float(out.ce), rel=1e-12)
 
 
 def test_scale_comes_before_softcap_and_after_bias() -> None:
