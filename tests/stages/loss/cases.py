@@ -133,4 +133,4 @@ def errors(found: Outcome, right: Outcome) -> list[float]:
     """Relative errors of kd, ce, loss and of each gradient, in that order; 0 where there is nothing to compare."""
     pairs = [(getattr(found.out, name), getattr(right.out, name)) for name in ("kd", "ce", "loss")]
     pairs += [(a, b) for a, b in zip(found.gradients, right.gradients, strict=True) if a is not None and b is not None]
-    return [float((a.detach().double() - b.detach()).norm() / b.norm().clamp_min(1e-9)) for a, b in pairs]
+    return [float((a.detach().double() - b.detach()).norm() / b.detach().norm().clamp_min(1e-9)) for a, b in pairs]
