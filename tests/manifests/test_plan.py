@@ -121,6 +121,15 @@ def test_the_data_digest_tells_ids_masks_lengths_and_order_apart(tmp_path: Path)
     assert len({digest_of(tmp_path / str(i), *samples) for i, samples in enumerate(variants)}) == len(variants)
 
 
+def test_one_sample_made_to_look_like_two_has_a_digest_of_its_own(tmp_path: Path) -> None:
+    two = ([7, 8], [True, False]), ([1, 2, 3], [True, False, False])
+    # The bytes of both, one after the other, cut anew as 9 ids and their mask.
+    stream = b"".join(np.array(ids, "<i4").tobytes() + np.packbits(mask).tobytes() + bytes(16) for ids, mask in two)
+    ids = np.frombuffer(stream[:36], "<i4").tolist()
+    mask = np.unpackbits(np.frombuffer(stream[36:38], np.uint8))[:9].astype(bool).tolist()
+    assert digest_of(tmp_path / "one", (ids, mask)) != digest_of(tmp_path / "two", *two)
+
+
 def test_no_plan_no_cache(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="no cache here"):
         read_plan(tmp_path)

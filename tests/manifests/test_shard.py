@@ -59,6 +59,11 @@ def patch(path: Path, at: int, change: Callable[[int], int]) -> None:
         file.write(bytes([change(value)]))
 
 
+def count_descriptors() -> int:
+    gc.collect()  # a mapping keeps a descriptor of its own for as long as it lives
+    return len(os.listdir("/proc/self/fd"))
+
+
 def test_the_golden_shard_reads_as_it_was_written() -> None:
     shard = open_shard(GOLDEN)
     assert shard.row_offsets.tolist() == [0, 2, 2, 7]
@@ -284,15 +289,14 @@ def test_a_commit_record_without_its_shard_is_drift_for_other_bytes(tmp_path: Pa
 def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
     make_plan(tmp_path, make_samples(21))
     before = sorted(tmp_path.rglob("*"))
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = count_descriptors()
     with writer(tmp_path) as shard:
         shard.hidden[:] = 1
     with pytest.raises(ValueError, match="broadcast"), writer(tmp_path) as shard:
         shard.hidden[:] = np.ones(3)
     assert sorted(tmp_path.rglob("*")) == before
     del shard
-    gc.collect()  # a mapping keeps a descriptor of its own
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
+    assert count_descriptors() <= descriptors
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
@@ -321,12 +325,12 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_said_before_the_first_row_and_leaves_nothing(full_disk: Path) -> None:
     make_plan(full_disk / "c", make_samples(21), hidden_size=9000)
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = count_descriptors()
     with pytest.raises(SpaceError, match="no space left on device; free some room"):
         writer(full_disk / "c")
     assert list((full_disk / "c" / "tmp").iterdir()) == []
     assert list((full_disk / "c" / "shards").iterdir()) == []
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
+    assert count_descriptors() <= descriptors
 
 
 def test_a_file_size_limit_is_a_space_error_that_leaves_nothing(tmp_path: Path) -> None:
@@ -402,6 +406,17 @@ def test_verify_finds_a_bit_that_flipped_after_its_block_was_read(golden: Path) 
     row_bit_flipped(golden)
     with pytest.raises(CorruptError):
         shard.verify(samples)
+
+
+def test_verify_finds_a_block_whose_checksum_was_made_to_match(golden: Path) -> None:
+    row_bit_flipped(golden)
+    path = shard_path(golden, 0)
+    data = path.read_bytes()
+    path.write_bytes(data[:-4] + struct.pack("<I", crc32c.crc32c(data[4096:-4])))
+    shard = open_shard(golden)
+    shard.sample(0)
+    with pytest.raises(CorruptError, match="the commit record says"):
+        shard.verify(Samples(golden, read_plan(golden)).shard(0))
 
 
 def test_verify_compares_the_tables_with_samples_arrow(tmp_path: Path) -> None:

@@ -89,6 +89,11 @@ def test_dealing_covers_every_sample_once_and_balances(num_tokens: np.ndarray, n
     assert max(loads) - min(loads) <= num_tokens.max()
 
 
+def test_the_longest_are_dealt_first() -> None:
+    bins = deal(np.arange(5), np.array([1, 1, 1, 1, 4]), 2)
+    assert [members.tolist() for members in bins] == [[4], [0, 1, 2, 3]]
+
+
 def test_rows_run_through_all_caches(cache: Cache, tmp_path: Path) -> None:
     other = make_cache(tmp_path, num_samples=9, seed=5)
     both = Rows([cache, other])

@@ -7,6 +7,8 @@ over rounds is printed. All files are in the page cache.
 
 steady: files open and mapped, checksums verified before
 first touch: files opened anew, every block's checksum verified (kdpipe only; no rival has any)
+
+Time is this thread's processor time, so that other work on the machine disturbs it little.
 """
 
 # Shapes: S samples of a batch, R rows of a sample, E teacher width.
@@ -120,7 +122,7 @@ def read_torch(cache: Cache, folder: Path, buffer: torch.Tensor) -> Reader:
     """One file a sample, as trainers that cache hidden states keep them."""
     folder.mkdir(exist_ok=True)
     for index, view in enumerate(cache):
-        torch.save(torch.from_numpy(view.rows.view(np.int16)).view(torch.bfloat16), folder / f"{index}.pt")
+        torch.save(torch.from_numpy(view.rows.view(np.int16).copy()).view(torch.bfloat16), folder / f"{index}.pt")
 
     def read(members: Sequence[int]) -> None:
         at = 0
