@@ -1,7 +1,7 @@
 """The demo's tokenizer: byte-level BPE trained on the demo's own text, with a chat template.
 
 Invariant: any text survives encoding and decoding; the same texts give the same folder; the template marks as the
-assistant's exactly its text and the end-of-turn token, which is what `return_assistant_tokens_mask` gives.
+assistant's exactly its text and the end-of-turn token.
 Cost: a second for one and a half megabytes of text.
 """
 

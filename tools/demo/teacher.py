@@ -2,7 +2,8 @@
 
 Invariant: the folder appears under its name only when training is over and every file is in it; an interrupted
 training leaves a `.partial` folder at most, which the next one sweeps.
-Cost: about 8,500 tokens a second on two cores with bfloat16 matmuls (fp32: 5,800); two gigabytes of memory.
+Cost: 470 CPU seconds for three epochs of the demo corpus (bfloat16 matmuls, 6,700 tokens a second on two cores);
+1.3 GB of memory.
 """
 
 import math
@@ -134,7 +135,7 @@ def train_teacher(
     *,
     tokenizer_folder: pathlib.Path,
     out: pathlib.Path,
-    num_epochs: int = 4,
+    num_epochs: int = 3,
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> TeacherInfo:
