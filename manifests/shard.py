@@ -183,6 +183,29 @@ def read_commit(folder: Path, plan_digest: str, index: int) -> Commit:
     return record
 
 
+def adopt(folder: Path, plan: Plan, plan_digest: str, index: int) -> bool:
+    """Commit a shard in place without a commit record, as a kill between the two leaves it; whether there was one.
+
+    Its rows passed the gate before it was put in place. Raises CorruptError if its bytes are not those of its digest.
+    """
+    path = shard_path(folder, index)
+    try:
+        data = np.memmap(path, np.uint8, mode="r")
+    except FileNotFoundError:
+        return False
+    digest = xxhash.xxh3_128_hexdigest(data[shard_layout(plan, plan_digest, index, NO_DIGEST).body :].data)
+    layout = shard_layout(plan, plan_digest, index, digest)
+    if len(data) != layout.num_bytes or data[: layout.body].tobytes() != layout.header:
+        raise CorruptError(
+            f"it has no commit record and its bytes have digest {digest}, which is not the one in its header; "
+            "move it away and run the same kdpipe extract again",
+            where=path,
+        )
+    record = Commit(shard=index, plan=plan_digest, num_bytes=layout.num_bytes, digest=digest)
+    write_once(commit_path(folder, index), canonical(record.model_dump()), scratch_folder=folder / "tmp")
+    return True
+
+
 class Shard:
     """A committed shard, mapped read-only for as long as the object lives."""
 

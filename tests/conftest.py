@@ -31,7 +31,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
     folder = tmp_path_factory.mktemp("bench")
     teacher = make_tokenizer(make_model("qwen3", folder / "teacher", vocab_size=304))
-    student = make_tokenizer(make_model("llama", folder / "student", vocab_size=320, seed=1, hidden_size=32))
+    student = make_tokenizer(make_model("llama", folder / "student", vocab_size=320, seed=1, sizes={"hidden_size": 32}))
     data = write_chats(folder / "data.jsonl", 60)
     spec = ExtractSpec(teacher=teacher, data=(data,), data_spec=DataSpec(max_length=128, heldout_fraction=0.25))
     extract(spec, folder / "cache", Silent())

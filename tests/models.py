@@ -3,6 +3,7 @@
 Weights are drawn wide enough that logits are as peaked as a trained model's: a wrong row, scale or cap shows.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,16 @@ CORPUS = [
 
 
 def make_model(
-    kind: str, folder: Path, *, dtype: str = "float32", vocab_size: int = 251, seed: int = 0, **sizes: int
+    kind: str,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    vocab_size: int = 251,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
 ) -> Path:
-    """A random causal LM of `kind` (one of KINDS) saved in `folder` as safetensors."""
-    config = transformers.AutoConfig.for_model(kind, vocab_size=vocab_size, **{**SMALL, **OWN[kind], **sizes})
+    """A random causal LM of `kind` (one of KINDS) saved in `folder` as safetensors; `sizes` overrides its config."""
+    config = transformers.AutoConfig.for_model(kind, vocab_size=vocab_size, **{**SMALL, **OWN[kind], **(sizes or {})})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     head = model.get_output_embeddings()

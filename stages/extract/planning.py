@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kdpipe.manifests.cache import Cache, write_head
-from kdpipe.manifests.durable import canonical, fsync_folder
+from kdpipe.manifests.cache import HEAD_FILE, Cache, write_head
+from kdpipe.manifests.durable import canonical, disk_error, fsync_folder
 from kdpipe.manifests.errors import CacheError, ConfigError, DataError, SpaceError, TeacherError
 from kdpipe.manifests.plan import (
     PLAN_FILE,
@@ -173,14 +173,25 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
         if (cache / PLAN_FILE).exists():
             require_same(plan, cache)
             require_room(plan, cache, cache)
+            _place_head(head, cache)
             yield Staged(plan=plan, head=head, folder=cache, cache=cache)
             return
         require_room(plan, folder, cache)
-        bias = None if head.bias is None else as_array(head.bias)
-        write_head(folder / "teacher", as_array(head.weight), bias, dtype=info.dtype, scratch_folder=folder / "tmp")
+        _place_head(head, folder)
         yield Staged(plan=plan, head=head, folder=folder, cache=cache)
+    except OSError as err:
+        raise disk_error(err, cache) from err
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place_head(head: Head, folder: Path) -> None:
+    """teacher/head.safetensors, unless it is there."""
+    if not (folder / "teacher" / HEAD_FILE).exists():
+        bias = None if head.bias is None else as_array(head.bias)
+        write_head(
+            folder / "teacher", as_array(head.weight), bias, dtype=head.record.dtype, scratch_folder=folder / "tmp"
+        )
 
 
 def require_same(plan: Plan, cache: Path) -> None:

@@ -16,8 +16,8 @@ from kdpipe.manifests.errors import GateError
 from kdpipe.manifests.plan import Plan, Samples
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import row_positions
-from kdpipe.manifests.shard import ShardWriter, commit_path
-from kdpipe.stages.extract.planning import ExtractSpec, staged
+from kdpipe.manifests.shard import ShardWriter, adopt, commit_path
+from kdpipe.stages.extract.planning import ExtractSpec, Staged, staged
 from kdpipe.stages.teacher import open_engine
 from kdpipe.stages.teacher.engine import Ack, Request, RowTarget, TeacherEngine
 from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes
@@ -36,7 +36,7 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
     Raises the errors of planning, GateError, TeacherError for rows that are not finite, DriftError, SpaceError.
     """
     with staged(spec, cache, progress) as plan:
-        todo = missing_shards(plan.plan, plan.folder, part)
+        todo = [number for number in missing_shards(plan.plan, plan.folder, part) if not _adopted(plan, number)]
         if not todo:
             progress.note("every shard is there already")
             return plan.publish()
@@ -51,6 +51,11 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         finally:
             engine.close()
         return opened
+
+
+def _adopted(plan: Staged, number: int) -> bool:
+    """Whether a shard was only in want of its commit record, in a cache that is in place already."""
+    return plan.folder == plan.cache and adopt(plan.cache, plan.plan, plan.plan.digest(), number)
 
 
 def missing_shards(plan: Plan, folder: Path, part: tuple[int, int] | None) -> list[int]:

@@ -60,8 +60,10 @@ class Sweep:
 
     def __init__(self, folder: Path, num_samples: int) -> None:
         self.folder = folder
-        teacher = make_tokenizer(make_model("qwen3", folder / "teacher", dtype="bfloat16", vocab_size=2048, **TEACHER))
-        student = make_tokenizer(make_model("llama", folder / "student", vocab_size=2048, seed=1, **STUDENT))
+        teacher = make_tokenizer(
+            make_model("qwen3", folder / "teacher", dtype="bfloat16", vocab_size=2048, sizes=TEACHER)
+        )
+        student = make_tokenizer(make_model("llama", folder / "student", vocab_size=2048, seed=1, sizes=STUDENT))
         data = write_chats(folder / "data.jsonl", num_samples, longest=150)
         self.spec = ExtractSpec(teacher=teacher, data=(data,), device="cpu")
         self.engine = TransformersEngine(teacher, dtype="bfloat16", device="cpu")
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less data, within a minute")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        ratios = measure(Path(name), *((150, 3) if options.quick else (600, 7)))
+        ratios = measure(Path(name), *((40, 3) if options.quick else (400, 5)))
     found = {name: round(statistics.median(values), 3) for name, values in ratios.items()}
     record = {
         "bench": "sweep",
