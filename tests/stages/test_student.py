@@ -115,7 +115,7 @@ def test_swapping_two_samples_rows_changes_the_loss(bench: Bench) -> None:
     right = gradients(student, [batch], bench, LOSSES[0])["loss"]
     batch.teacher_rows.copy_(batch.teacher_rows.flip(0))
     wrong = gradients(student, [batch], bench, LOSSES[0])["loss"]
-    assert abs(wrong - right) > 1e-3 * abs(right)
+    assert abs(wrong - right) > 1e-4 * abs(right)
 
 
 def test_student_of_another_tokenizer_is_refused_naming_the_first_difference(bench: Bench, tmp_path: Path) -> None:
