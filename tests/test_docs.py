@@ -1,0 +1,55 @@
+"""What README and docs say is true: links lead somewhere, commands and keys exist, the run-file page is made of specs."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from tools import run_file_doc
+
+from kdpipe.manifests.specs import load
+from kdpipe.pipeline import cli
+from kdpipe.pipeline.options import ManyCommand
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "manifests" / "FORMAT.md"]
+
+
+def commands() -> list[str]:
+    """Every kdpipe command in a code block of the README."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("kdpipe ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_in_backticks_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:tests|tools|stages|pipeline|manifests|docs)/[\w/.-]+)`", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("line", commands())
+def test_readme_commands_parse(line: str) -> None:
+    name, *words = shlex.split(line)[1:]
+    command: click.Command = importlib.import_module(f"kdpipe.pipeline.commands.{name}").command
+    if isinstance(command, click.Group):
+        assert words[0] in command.commands
+        command, words = command.commands[words[0]], words[1:]
+    context = command.make_context(name, list(words))
+    if isinstance(command, ManyCommand) and "sets" in context.params:
+        load(None, tuple(context.params["sets"]))
+
+
+def test_readme_names_the_commands_there_are() -> None:
+    assert {line.split()[1] for line in commands()} == set(cli.COMMANDS)
+
+
+def test_run_file_page_is_made_from_the_specs() -> None:
+    assert (ROOT / "docs" / "run-file.md").read_text() == run_file_doc.page()
