@@ -85,7 +85,7 @@ class TrainSpec(Spec):
     """AdamW's decay rates of the two moments."""
     seed: int = 0
     """Fixes the order of the samples and any dropout."""
-    dtype: Dtype = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the forward and backward pass; weights, moments and reductions are float32 in every case."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """Steps between evaluations on held-out rows; 0 evaluates at the end only."""

@@ -1,4 +1,4 @@
-"""What README and docs say is true: links lead somewhere, commands and keys exist, the run-file page is made of specs."""
+"""What README and docs say is true: links lead somewhere, commands and keys exist, the run-file page is current."""
 
 import importlib
 import re

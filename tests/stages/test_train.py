@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from tests.conftest import Bench
 from tests.models import make_model, make_tokenizer
 from tests.stages.ranks import Recorder, first_gradients, train_and_record
@@ -14,7 +15,7 @@ from tests.stages.ranks import Recorder, first_gradients, train_and_record
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, ConfigError
 from kdpipe.manifests.progress import Silent
-from kdpipe.manifests.specs import DataSpec, Dtype, LossSpec, RunSpec, TrainSpec
+from kdpipe.manifests.specs import DataSpec, LossSpec, RunSpec, TrainSpec
 from kdpipe.pipeline.launch import launch
 from kdpipe.stages.evaluate import evaluate_student
 from kdpipe.stages.feed import Feed, Rows
@@ -98,7 +99,7 @@ def test_one_steps_gradients_equal_the_dense_reference(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_ranks_take_the_same_steps_as_one(dtype: Dtype, bench: Bench, tmp_path: Path) -> None:
+def test_two_ranks_take_the_same_steps_as_one(dtype: str, bench: Bench, tmp_path: Path) -> None:
     one = train_and_record(job_for(bench, tmp_path / "one", dtype=dtype))
     two = launch(train_and_record, job_for(bench, tmp_path / "two", dtype=dtype), nproc=2)
     # float32: summation in another order. bfloat16: gradients are sums of other groups, rounded once each.
@@ -107,6 +108,27 @@ def test_two_ranks_take_the_same_steps_as_one(dtype: Dtype, bench: Bench, tmp_pa
     assert two["num_tokens"] == one["num_tokens"]
     assert two["loss/mean"] == pytest.approx(one["loss/mean"], rel=allowed)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=20 * allowed)
+
+
+def test_rank_without_samples_changes_no_loss(bench: Bench, tmp_path: Path) -> None:
+    """Steps of one sample: one of two ranks has nothing to do, the other's gradient must arrive whole."""
+    one = train_and_record(job_for(bench, tmp_path / "one", batch_tokens=30))
+    two = launch(train_and_record, job_for(bench, tmp_path / "two", batch_tokens=30), nproc=2)
+    assert two["num_tokens"] == one["num_tokens"]
+    assert two["loss/mean"] == pytest.approx(one["loss/mean"], rel=2e-6)
+
+
+def test_tied_student_is_exported_in_its_own_precision_with_one_head(bench: Bench, tied: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tied, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "student")
+    make_tokenizer(tmp_path / "student")
+    train(job_for(bench, tmp_path / "out", student=tmp_path / "student"), Silent())
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - not a dict
+        assert file.get_slice("model.norm.weight").get_dtype() == "BF16"
+    trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert trained.dtype == torch.bfloat16
+    assert not torch.equal(trained.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
 def test_accumulation_changes_no_loss(bench: Bench, tmp_path: Path) -> None:
