@@ -208,7 +208,7 @@ class Packer:
     def _gather(self, views: Sequence[SampleView]) -> torch.Tensor:
         total = sum(len(view.rows) for view in views)
         if total > len(self._buffer):
-            self._buffer = _row_buffer(total, self._rows.hidden_size, self._rows.dtype, pin=self._pin)
+            self._buffer = row_buffer(total, self._rows.hidden_size, self._rows.dtype, pin=self._pin)
             self._bits = self._buffer.view(torch.uint8).numpy()
         # The copy moves bits and knows no dtype: torch and numpy do not share bfloat16.
         at = 0
@@ -226,7 +226,7 @@ def _spread(values: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> n
     return flat
 
 
-def _row_buffer(num_rows: int, width: int, dtype: torch.dtype, *, pin: bool) -> torch.Tensor:
+def row_buffer(num_rows: int, width: int, dtype: torch.dtype, *, pin: bool) -> torch.Tensor:
     """An uninitialised [num_rows, width] buffer: pinned, or in huge pages where the kernel has them."""
     if pin:
         # Pinned memory is what lets a copy to the GPU run while the next batch is packed.

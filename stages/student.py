@@ -270,7 +270,12 @@ def export(
             for name, tensor in weights.items()
             if isinstance(tensor, torch.Tensor)
         }
+        for tied in model.all_tied_weights_keys:
+            # Cast, the two names of a tied tensor no longer share memory, by which save_pretrained would know them.
+            del state[tied]
         model.config.use_cache = True
-        model.config.dtype = dtype
         model.save_pretrained(str(folder), state_dict=state)
+        # save_pretrained writes the dtype the model has in memory, float32, whatever it was given to save.
+        model.config.dtype = dtype
+        model.config.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
