@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less data, within a minute")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        ratios = measure(Path(name), *((40, 3) if options.quick else (400, 5)))
+        ratios = measure(Path(name), *((40, 3) if options.quick else (150, 5)))
     found = {name: round(statistics.median(values), 3) for name, values in ratios.items()}
     record = {
         "bench": "sweep",
