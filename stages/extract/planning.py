@@ -237,13 +237,76 @@ def _write_plan(
     """Write samples.arrow, PLAN.json, tokenizer, head.json and the incidents into a fresh folder; the plan."""
     for name in FOLDERS:
         (folder / name).mkdir()
-    device = spec.resolved_device()
+    engine = _engine_record(spec)
+    head = head_record(info, real_vocab_size(spec.teacher, tokenizer, info.head_rows))
+    written = _write_samples(spec, tokenizer, folder, progress, engine=engine, vocab_size=head.vocab_size)
+    plan = Plan(
+        fingerprint=_fingerprint(spec.teacher, tokenizer, written.data_digest),
+        settings=Settings(
+            max_length=spec.data_spec.max_length,
+            overlong=spec.data_spec.overlong,
+            supervise=spec.data_spec.supervise,
+            rows=spec.rows,
+            codec=spec.codec,
+            dtype=head.dtype,
+            seed=spec.seed,
+        ),
+        engine=engine,
+        head=head,
+        num_samples=_total(written.shards, "num_samples"),
+        num_tokens=_total(written.shards, "num_tokens"),
+        num_rows=_total(written.shards, "num_rows"),
+        heldout_fraction=spec.data_spec.heldout_fraction,
+        counts=written.counts,
+        samples_digest=written.samples_digest,
+        vocabulary_digest=vocabulary_digest(tokenizer),
+        shards=written.shards,
+    )
+    tokenizer.save_pretrained(str(folder / "teacher"))
+    (folder / "teacher" / "head.json").write_bytes(canonical(head.model_dump()))
+    (folder / PLAN_FILE).write_bytes(plan.to_bytes())
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    return plan
+
+
+def _engine_record(spec: ExtractSpec) -> EngineRecord:
+    name, device = pick_engine(spec.engine), spec.resolved_device()
     batch_tokens = spec.batch_tokens
     if batch_tokens is None:
         batch_tokens = CUDA_BATCH_TOKENS if device == "cuda" else 0
-    engine = pick_engine(spec.engine)
-    vocab_size = real_vocab_size(spec.teacher, tokenizer, info.head_rows)
-    writer = SamplesWriter(folder / SAMPLES_FILE, batch_tokens=batch_tokens, every_row=spec.rows == "all")
+    return EngineRecord(
+        name=name,
+        version=engine_version(name),
+        determinism="bitwise" if device == "cpu" else "tolerance",
+        device=device,
+        batch_tokens=batch_tokens,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What samples.arrow holds, and what became of the records that were read."""
+
+    shards: tuple[ShardPlan, ...]
+    counts: dict[str, int]
+    data_digest: str
+    samples_digest: str
+
+
+def _write_samples(
+    spec: ExtractSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    progress: Progress,
+    *,
+    engine: EngineRecord,
+    vocab_size: int,
+) -> Written:
+    """Write samples.arrow and runs/prepare.jsonl. Raises DataError for a token without a row in the head."""
+    path = folder / SAMPLES_FILE
+    writer = SamplesWriter(path, batch_tokens=engine.batch_tokens, every_row=spec.rows == "all")
     incidents: Counter[str] = Counter()
     with open(folder / "runs" / "prepare.jsonl", "x", encoding="utf-8") as log:
 
@@ -260,50 +323,13 @@ def _write_plan(
                 )
             writer.add(sample)
     shards = writer.close()
-    num_samples = sum(shard.num_samples for shard in shards)
-    counts = _counts(num_samples, incidents)
+    counts = _counts(_total(shards, "num_samples"), incidents)
     for kind, count in sorted(incidents.items()):
-        progress.note(
-            f"{count} of {counts['read']} samples {kind.replace('_', ' ')}: see runs/prepare.jsonl in the cache"
-        )
-    with open(folder / SAMPLES_FILE, "rb") as file:
+        what = kind.replace("_", " ")
+        progress.note(f"{count} of {counts['read']} samples {what}: see runs/prepare.jsonl in the cache")
+    with open(path, "rb") as file:
         samples_digest = hashlib.file_digest(file, "sha256").hexdigest()
-    head = head_record(info, vocab_size)
-    plan = Plan(
-        fingerprint=_fingerprint(spec.teacher, tokenizer, writer.data_digest()),
-        settings=Settings(
-            max_length=spec.data_spec.max_length,
-            overlong=spec.data_spec.overlong,
-            supervise=spec.data_spec.supervise,
-            rows=spec.rows,
-            codec=spec.codec,
-            dtype=head.dtype,
-            seed=spec.seed,
-        ),
-        engine=EngineRecord(
-            name=engine,
-            version=engine_version(engine),
-            determinism="bitwise" if device == "cpu" else "tolerance",
-            device=device,
-            batch_tokens=batch_tokens,
-        ),
-        head=head,
-        num_samples=num_samples,
-        num_tokens=_total(shards, "num_tokens"),
-        num_rows=_total(shards, "num_rows"),
-        heldout_fraction=spec.data_spec.heldout_fraction,
-        counts=counts,
-        samples_digest=samples_digest,
-        vocabulary_digest=vocabulary_digest(tokenizer),
-        shards=shards,
-    )
-    tokenizer.save_pretrained(str(folder / "teacher"))
-    (folder / "teacher" / "head.json").write_bytes(canonical(head.model_dump()))
-    (folder / PLAN_FILE).write_bytes(plan.to_bytes())
-    for path in (path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    return plan
+    return Written(shards=shards, counts=counts, data_digest=writer.data_digest(), samples_digest=samples_digest)
 
 
 def _samples(

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from architecture import qwen3_config
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 Chat = list[dict[str, str]]
 
@@ -67,24 +68,6 @@ def learning_rate_factor(step: int, *, num_steps: int) -> float:
     if step < num_warmup:
         return (step + 1) / num_warmup
     return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
-
-
-def teacher_config(tokenizer_folder: pathlib.Path) -> Qwen3Config:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    return Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
 
 
 def padded(chats: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +127,7 @@ def train_teacher(
         raise FileExistsError(f"{out}: there is a teacher already; remove the folder to train another")
     started = time.monotonic()
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(teacher_config(tokenizer_folder))
+    model = Qwen3ForCausalLM(qwen3_config(tokenizer_folder, width=256, layers=4, heads=4))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     token_ids = tokenizer.apply_chat_template(list(chats), return_dict=True)["input_ids"]
     num_tokens = sum(map(len, token_ids))
