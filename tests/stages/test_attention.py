@@ -1,0 +1,53 @@
+"""Packed attention: each sample attends to itself, within its window, exactly as transformers' own attention would."""
+
+import pytest
+import torch
+import transformers
+
+from kdpipe.stages.attention import PACKED, packed_attention, use_packed_attention
+
+LENGTHS = (5, 23, 1, 37)
+
+
+def mistral(window: int | None) -> transformers.PreTrainedModel:
+    config = transformers.MistralConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@torch.no_grad()
+def test_a_window_is_kept_within_each_sample(window: int | None) -> None:
+    model = mistral(window)
+    samples = [torch.randint(0, 97, (1, length)) for length in LENGTHS]
+    alone = torch.cat([model.base_model(ids).last_hidden_state for ids in samples], dim=1)
+    use_packed_attention(model, torch.device("cpu"))
+    assert model.config._attn_implementation == PACKED
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    packed = model.base_model(torch.cat(samples, dim=1), position_ids=positions, cu_seq_lens_q=bounds).last_hidden_state
+    assert (packed - alone).abs().max() <= 2e-6 * alone.abs().max()
+
+
+def test_without_bounds_everything_is_one_sample() -> None:
+    query, key, value = (torch.randn(1, heads, 9, 8) for heads in (4, 2, 2))
+    found, _ = packed_attention(torch.nn.Identity(), query, key, value, None)
+    key, value = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))
+    truth = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert torch.allclose(found, truth.transpose(1, 2), atol=1e-6)
+
+
+def test_a_model_off_sdpa_keeps_its_own_attention() -> None:
+    model = mistral(None)
+    model.set_attn_implementation("eager")
+    use_packed_attention(model, torch.device("cpu"))
+    assert model.config._attn_implementation == "eager"

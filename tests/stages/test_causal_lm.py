@@ -1,0 +1,36 @@
+"""What kdpipe must know of any causal LM."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+from tests.models import make_tokenizer
+
+from kdpipe.manifests.errors import StudentError
+from kdpipe.stages.causal_lm import load_tokenizer, logit_formula, vocabulary_difference, vocabulary_digest
+
+
+@pytest.mark.parametrize(
+    ("config", "softcap", "scale"),
+    [
+        (transformers.Gemma2Config(final_logit_softcapping=30.0), 30.0, 1.0),
+        (transformers.CohereConfig(logit_scale=0.0625), None, 0.0625),
+        (transformers.GraniteConfig(logits_scaling=8.0), None, 0.125),
+        (transformers.LlamaConfig(), None, 1.0),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_formula_is_read_from_the_config(
+    config: transformers.PretrainedConfig, softcap: float | None, scale: float
+) -> None:
+    assert (logit_formula(config).softcap, logit_formula(config).scale) == (softcap, scale)
+
+
+def test_equal_vocabularies_have_equal_digests_and_others_name_their_first_difference(tmp_path: Path) -> None:
+    one, same, other = (
+        load_tokenizer(make_tokenizer(tmp_path / name, vocab_size=size), StudentError)
+        for name, size in (("one", 300), ("same", 300), ("other", 290))
+    )
+    assert vocabulary_digest(one) == vocabulary_digest(same) != vocabulary_digest(other)
+    assert vocabulary_difference(one, same) == ""
+    assert vocabulary_difference(other, one).startswith("id 290 is None here and ")
