@@ -4,14 +4,20 @@ Invariant: a file under its final name is complete and on the disk, and is never
 Cost: one fsync for the file and one for its folder. A crash can only leave nameless work in a `tmp` folder.
 """
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
+import shutil
+import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from kdpipe.manifests.errors import KdpipeError, SpaceError
 
+MOMENT_S = 2.0
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -34,6 +40,36 @@ def scratch_name(folder: Path, name: str) -> Path:
     return folder / f"{name}.{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
 
+def hold(descriptor: int) -> None:
+    """Mark work in progress as this process's own, for `sweep`: an flock, which ends with the process in any case."""
+    with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever swept
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def sweep(scratch: Iterable[Path]) -> None:
+    """Remove work in progress, files or folders, that no living process holds: what kills left behind.
+
+    What is younger than a moment is left: its maker may not have come to hold it yet.
+    """
+    for path in scratch:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue  # gone, or not ours to touch
+        try:
+            if time.time() - os.fstat(descriptor).st_ctime < MOMENT_S:
+                continue
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError:
+            continue  # held, gone by another's sweep, or on a file system without locks
+        finally:
+            os.close(descriptor)
+
+
 def publish(scratch: Path, final: Path) -> bool:
     """Give a finished, flushed file its final name; False if that name is taken (nothing is replaced).
 
@@ -54,10 +90,11 @@ def write_once(final: Path, data: bytes, *, scratch_folder: Path) -> bool:
     scratch = scratch_name(scratch_folder, final.name)
     try:
         with open(scratch, "xb") as file:
+            hold(file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        return publish(scratch, final)
+            return publish(scratch, final)
     except OSError as err:
         scratch.unlink(missing_ok=True)
         raise disk_error(err, final) from err

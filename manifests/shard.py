@@ -19,7 +19,7 @@ import pyarrow as pa
 import xxhash
 from pydantic import ValidationError
 
-from kdpipe.manifests.durable import canonical, disk_error, publish, scratch_name, write_once
+from kdpipe.manifests.durable import canonical, disk_error, hold, publish, scratch_name, write_once
 from kdpipe.manifests.errors import CorruptError, DriftError, IncompleteError, LayoutError
 from kdpipe.manifests.plan import Plan, Record
 from kdpipe.manifests.sample import ID_BYTES, SampleView
@@ -90,6 +90,7 @@ class ShardWriter:
         self.path = scratch_name(folder / "tmp", shard_path(folder, index).name)
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            hold(self._file)
         except OSError as err:
             raise disk_error(err, shard_path(folder, index)) from err
         try:

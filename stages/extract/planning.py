@@ -4,6 +4,7 @@ Invariant: a cache folder appears under its name with its plan, samples, head an
 An existing one is left as it is, and must have been made from the same things.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache, write_head
-from kdpipe.manifests.durable import canonical, disk_error, fsync_folder
+from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, hold, scratch_name, sweep
 from kdpipe.manifests.errors import CacheError, ConfigError, DataError, SpaceError, TeacherError
 from kdpipe.manifests.plan import (
     PLAN_FILE,
@@ -162,11 +163,16 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     tokenizer = load_tokenizer(spec.teacher, TeacherError)
     if cache.exists() and not (cache / PLAN_FILE).exists() and (not cache.is_dir() or any(cache.iterdir())):
         raise CacheError("it exists and is not a cache; choose another name or remove it", where=cache)
-    folder = cache.absolute().parent / f".{cache.name}.{os.getpid()}.plan"
+    parent = cache.absolute().parent
+    made = [above for above in (parent, *parent.parents) if not above.exists()]
+    folder = scratch_name(parent, f".{cache.name}.plan")
     try:
         folder.mkdir(parents=True)
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as err:
         raise CacheError(f"cannot be created: {err.strerror}", where=cache) from None
+    hold(held)
+    sweep([*parent.glob(f".{cache.name}.plan.*"), *(cache / "tmp").glob("*")])
     try:
         plan = _write_plan(spec, info, tokenizer, folder, progress)
         head = read_head(spec.teacher, info, plan.head.vocab_size)
@@ -182,7 +188,11 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     except OSError as err:
         raise disk_error(err, cache) from err
     finally:
+        os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
+        for above in made:
+            with contextlib.suppress(OSError):  # not empty: the cache is in it
+                above.rmdir()
 
 
 def _place_head(head: Head, folder: Path) -> None:

@@ -13,6 +13,8 @@ from tests.chats import write_chats
 from tests.conftest import Bench
 from tests.models import KINDS, make_model, make_tokenizer
 
+from kdpipe.manifests import durable
+from kdpipe.manifests.durable import hold
 from kdpipe.manifests.errors import CacheError, DataError, IncompleteError, KdpipeError, SpaceError, TeacherError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.sample import row_positions
@@ -134,6 +136,31 @@ def test_extracting_again_changes_no_byte_and_fills_what_is_missing(
     shard_path(tmp_path / "cache", 2).unlink()
     extract(spec, tmp_path / "cache", Silent())
     assert files(tmp_path / "cache") == before
+
+
+def test_what_a_killed_run_left_is_swept_and_what_a_living_one_holds_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
+    extract(spec, tmp_path / "cache", Silent())
+    scratch = tmp_path / "cache" / "tmp"
+    (scratch / "000000.safetensors.4711-abc").write_bytes(b"half a shard")
+    (tmp_path / ".cache.plan.4711-abc").mkdir()
+    monkeypatch.setattr(durable, "MOMENT_S", 0.0)
+    with open(scratch / "000001.safetensors.4712-abc", "wb") as living:
+        hold(living.fileno())
+        extract(spec, tmp_path / "cache", Silent())
+        assert [path.name for path in scratch.iterdir()] == ["000001.safetensors.4712-abc"]
+    assert not list(tmp_path.glob(".cache.plan.*"))
+    extract(spec, tmp_path / "cache", Silent())
+    assert not list(scratch.iterdir())
+
+
+def test_refused_extraction_leaves_no_parent_folders(tmp_path: Path) -> None:
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"), data=(tmp_path / "absent.jsonl",))
+    with pytest.raises(DataError):
+        extract(spec, tmp_path / "a" / "b" / "cache", Silent())
+    assert not (tmp_path / "a").exists()
 
 
 def test_parts_make_the_same_cache_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
