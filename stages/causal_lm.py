@@ -82,10 +82,13 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
-def vocabulary_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str:
-    """The lowest id on which two tokenizers disagree, in words; "" where there is none."""
-    first, second = ({index: token for token, index in one.get_vocab().items()} for one in (ours, theirs))
-    for index in range(max(len(first), len(second), 1)):
-        if first.get(index) != second.get(index):
-            return f"id {index} is {first.get(index)!r} here and {second.get(index)!r} there"
+def vocabulary_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
+    """The lowest of the teacher's ids that is another token to the student, in words; "" where there is none.
+
+    A student may know more tokens than its teacher: those ids never come.
+    """
+    known = {index: token for token, index in student.get_vocab().items()}
+    for token, index in sorted(teacher.get_vocab().items(), key=lambda item: item[1]):
+        if known.get(index) != token:
+            return f"id {index} is {known.get(index)!r} to the student and {token!r} to the teacher"
     return ""

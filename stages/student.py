@@ -88,8 +88,9 @@ def check_student(folder: Path, cache: Cache) -> PreTrainedTokenizerBase:
             where=folder,
         )
     tokenizer = load_tokenizer(folder, StudentError)
-    if vocabulary_digest(tokenizer) != cache.plan.vocabulary_digest:
-        difference = vocabulary_difference(tokenizer, load_tokenizer(cache.teacher_folder, StudentError))
+    if vocabulary_digest(tokenizer) == cache.plan.vocabulary_digest:
+        return tokenizer
+    if difference := vocabulary_difference(tokenizer, load_tokenizer(cache.teacher_folder, StudentError)):
         raise StudentError(
             f"its tokenizer is not that of {cache.path}: {difference}; a student must use the teacher's tokenizer",
             where=folder,

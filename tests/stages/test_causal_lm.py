@@ -33,4 +33,14 @@ def test_equal_vocabularies_have_equal_digests_and_others_name_their_first_diffe
     )
     assert vocabulary_digest(one) == vocabulary_digest(same) != vocabulary_digest(other)
     assert vocabulary_difference(one, same) == ""
-    assert vocabulary_difference(other, one).startswith("id 290 is None here and ")
+    assert vocabulary_difference(other, one).startswith("id 290 is None to the student and ")
+
+
+def test_a_student_may_know_more_tokens_than_its_teacher(tmp_path: Path) -> None:
+    teacher, student = (
+        load_tokenizer(make_tokenizer(tmp_path / name), StudentError) for name in ("teacher", "student")
+    )
+    student.add_tokens(["<image>"])
+    assert vocabulary_digest(student) != vocabulary_digest(teacher)
+    assert vocabulary_difference(student, teacher) == ""
+    assert vocabulary_difference(teacher, student) == "id 300 is None to the student and '<image>' to the teacher"

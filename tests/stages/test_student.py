@@ -120,7 +120,7 @@ def test_swapping_two_samples_rows_changes_the_loss(bench: Bench) -> None:
 
 def test_student_of_another_tokenizer_is_refused_naming_the_first_difference(bench: Bench, tmp_path: Path) -> None:
     make_tokenizer(make_model("llama", tmp_path, vocab_size=320), vocab_size=280)
-    with pytest.raises(StudentError, match=r"tokenizer is not that of .*: id 280 is None here"):
+    with pytest.raises(StudentError, match=r"tokenizer is not that of .*: id 280 is None to the student"):
         check_student(tmp_path, Cache.open(bench.cache))
 
 
