@@ -23,7 +23,7 @@ from kdpipe.manifests.durable import write_once
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Plan, Samples, read_plan
 from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
-from kdpipe.manifests.shard import Shard, commit_path, shard_path
+from kdpipe.manifests.shard import Shard, commit_path, read_commit, shard_path
 from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out, parse
 
 HEAD_FILE = "head.safetensors"
@@ -156,8 +156,10 @@ class Cache:
         )
 
     def info(self) -> dict[str, object]:
-        """What `kdpipe cache info --json` prints."""
-        plan = self.plan
+        """What `kdpipe cache info --json` prints. Raises LayoutError where a commit record is not of this plan."""
+        plan, committed = self.plan, self.committed()
+        for number in committed:
+            read_commit(self.path, self.plan_digest, number)
         return {
             "num_samples": plan.num_samples,
             "num_tokens": plan.num_tokens,
@@ -168,8 +170,8 @@ class Cache:
             "dtype": plan.settings.dtype,
             "num_bytes": self.num_bytes(),
             "shards": len(plan.shards),
-            "shards_committed": len(self.committed()),
-            "complete": self.complete,
+            "shards_committed": len(committed),
+            "complete": len(committed) == len(plan.shards),
             "fingerprint": plan.fingerprint.overall(),
             "teacher": plan.head.architecture,
             "engine": plan.engine.model_dump(),

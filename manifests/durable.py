@@ -15,10 +15,11 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from kdpipe.manifests.errors import KdpipeError, SpaceError
+from kdpipe.manifests.errors import InputError, KdpipeError, SpaceError
 
 MOMENT_S = 2.0
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def canonical(value: object) -> bytes:
@@ -106,6 +107,8 @@ def disk_error(err: OSError, where: Path) -> KdpipeError:
         return SpaceError(
             f"{os.strerror(err.errno or 0).lower()}; free some room and run the same command again", where=where
         )
+    if err.errno in NO_RIGHT:
+        return InputError(f"{os.strerror(err.errno or 0).lower()}; choose another place", where=where)
     failed = KdpipeError(
         f"{os.strerror(err.errno or 0).lower()} ({errno.errorcode.get(err.errno or 0, err.errno)})", where=where
     )

@@ -129,8 +129,9 @@ def _invoke(args: list[str]) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
-    # transformers draws a bar of its own for every file of weights, beside ours.
+    # transformers draws bars beside ours, and tells over many lines what our errors say in one.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(guard(lambda: _invoke(list(sys.argv[1:] if args is None else args))))
 
 

@@ -29,10 +29,14 @@ BAR = 20
 
 
 class EventLog:
-    """Events to a file, or nowhere. Until `after` exists they are kept in memory: a refused run leaves no file."""
+    """Events to a file, or nowhere.
 
-    def __init__(self, path: Path | None, *, after: Path | None = None) -> None:
-        self._path, self._after = path, after
+    They are kept in memory until the path `after` exists and an event of kind `once` was seen, where those are given:
+    a refused run leaves no file, not even in a cache that is there already.
+    """
+
+    def __init__(self, path: Path | None, *, after: Path | None = None, once: str | None = None) -> None:
+        self._path, self._after, self._once = path, after, once
         self._waiting: list[str] = []
         self._file: FileIO | None = None
 
@@ -40,7 +44,9 @@ class EventLog:
         if self._path is None:
             return
         self._waiting.append(to_json({"time": round(time.time(), 3), "kind": kind} | fields) + "\n")
-        if self._file is None and self._after is not None and not self._after.exists():
+        if kind == self._once:
+            self._once = None
+        if self._file is None and (self._once or (self._after is not None and not self._after.exists())):
             return
         try:
             if self._file is None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.durable import canonical, fsync_folder
+from kdpipe.manifests.durable import canonical, disk_error, fsync_folder
 from kdpipe.manifests.errors import CheckFailed, ConfigError
 from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.provenance import digest_model
@@ -71,6 +71,10 @@ def check_job(job: TrainJob, nproc: int) -> None:
         _check_settings(job.spec, cache)
     find_divergence(job.spec.loss.divergence).resolve(job.spec.loss.options)
     training, _ = rows.split(_heldout_fraction(job.spec))
+    if not len(training):
+        raise ConfigError(
+            "every sample is held out, none is left to train on; lower data.heldout_fraction", where="data"
+        )
     Feed(rows, training, seed=job.spec.train.seed, batch_tokens=job.spec.train.batch_tokens, world_size=nproc)
     device = pick_device(job.device)
     if device.type == "cuda" and nproc > torch.cuda.device_count():
@@ -110,7 +114,10 @@ def train(job: TrainJob, progress: Progress) -> dict[str, object]:
     if (done := finished(job, rows)) is not None:
         progress.note(f"{job.output} holds this run's student already")
         return _result(done)
-    job.output.mkdir(parents=True, exist_ok=True)
+    try:
+        job.output.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise disk_error(err, job.output) from err
     with process_group(device) as (rank, world_size):
         run = Run(job, rows, device, rank=rank, world_size=world_size)
         metrics = run.steps(progress)
@@ -212,8 +219,8 @@ class Run:
         norm = self._clip()
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise CheckFailed(
-                f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite; try a lower train.lr, "
-                "train.dtype=float32 or a longer warm-up",
+                f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite; are the student's weights? "
+                "Try a lower train.lr, train.dtype=float32 or a longer warm-up",
                 where=f"step {step + 1}",
             )
         lr = learning_rate(step, self.num_steps, self.job.spec.train)

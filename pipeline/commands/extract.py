@@ -91,7 +91,7 @@ def command(
         batch_tokens=batch_tokens,
     )
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.jsonl"
-    log = EventLog(cache / "runs" / name, after=cache / PLAN_FILE)
+    log = EventLog(cache / "runs" / name, after=cache / PLAN_FILE, once="plan")
     with results_only(), watch("extract", log, part=part) as progress:
         made = extract(spec, cache, progress, part=part)
     show(made.info(), as_json=as_json)

@@ -37,6 +37,7 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
     """
     with staged(spec, cache, progress) as plan:
         todo = [number for number in missing_shards(plan.plan, plan.folder, part) if not _adopted(plan, number)]
+        progress.event("plan", digest=plan.plan.digest(), num_shards=len(plan.plan.shards), missing=todo)
         if not todo:
             progress.note("every shard is there already")
             return plan.publish()

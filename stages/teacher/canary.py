@@ -54,9 +54,10 @@ def check_head(engine: ShowsLogits, head: Head, samples: Sequence[np.ndarray], *
     errors = []
     for token_ids in samples:
         rows, logits = engine.rows_and_logits(token_ids)
-        if not bool(torch.isfinite(rows).all()):
+        if not bool(torch.isfinite(rows).all() and torch.isfinite(logits).all()):
             raise TeacherError(
-                f"its hidden states are not finite in {head.record.dtype}; are the weights whole? Try another --dtype",
+                f"its hidden states or logits are not finite in {head.record.dtype}; "
+                "are the weights whole? Try another --dtype",
                 where=path,
             )
         errors.append(head_error(rows, logits, head))

@@ -180,7 +180,9 @@ def test_bad_training_is_one_line_and_leaves_nothing(
 def test_cache_of_other_data_is_refused_by_name(bench: Bench, main: Main, tmp_path: Path) -> None:
     data = write_chats(tmp_path / "data.jsonl", 5, seed=3)
     words = ["--teacher", bench.teacher, "--data", data, "--cache", bench.cache]
+    before = sorted(bench.cache.rglob("*"))
     refused(*main("extract", *words, "--max-length", 128, "--heldout-fraction", 0.25), "fingerprint.data")
+    assert sorted(bench.cache.rglob("*")) == before
 
 
 def refused(code: int, out: str, err: str, said: str, *, wanted: int = 4) -> None:

@@ -263,6 +263,7 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
 
     def extract(spec: object, folder: Path, progress: object, part: object = None) -> Cache:
         calls.append((spec, folder, part))
+        progress.event("plan")  # type: ignore[attr-defined]
         progress.event("shard", number=0)  # type: ignore[attr-defined]
         if spec.seed == 13:  # type: ignore[attr-defined]
             raise DataError("seven is not a list", where="d:3")

@@ -105,6 +105,17 @@ def test_events_wait_for_the_folder_and_a_refused_run_leaves_nothing(tmp_path: P
     assert kinds == ["run", "early", "late", "finished"]
 
 
+def test_events_wait_for_the_kind_that_says_the_run_was_accepted(tmp_path: Path) -> None:
+    with pytest.raises(CacheError), watch("extract", EventLog(tmp_path / "1.jsonl", after=tmp_path, once="plan")):
+        raise CacheError("it belongs to another teacher")
+    assert list(tmp_path.iterdir()) == []
+    with watch("extract", EventLog(tmp_path / "1.jsonl", after=tmp_path, once="plan")) as progress:
+        progress.event("early")
+        assert list(tmp_path.iterdir()) == []
+        progress.event("plan")
+    assert [event["kind"] for event in read(tmp_path / "1.jsonl")] == ["run", "early", "plan", "finished"]
+
+
 def test_the_error_that_ended_a_run_is_its_last_event(tmp_path: Path) -> None:
     with pytest.raises(CacheError), watch("extract", EventLog(tmp_path / "events.jsonl")):
         raise CacheError("it belongs to another teacher", where="c")

@@ -13,7 +13,7 @@ from tests.models import make_model, make_tokenizer
 from tests.stages.ranks import Recorder, first_gradients, train_and_record
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import CheckFailed, ConfigError
+from kdpipe.manifests.errors import CheckFailed, ConfigError, KdpipeError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import DataSpec, LossSpec, RunSpec, TrainSpec
 from kdpipe.pipeline.launch import launch
@@ -213,6 +213,17 @@ def test_output_of_another_run_is_not_overwritten(bench: Bench, tmp_path: Path) 
 def test_more_ranks_than_training_samples_is_refused(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="1000 ranks for"):
         check_job(job_for(bench, tmp_path), 1000)
+
+
+def test_holding_everything_out_is_refused_by_its_name(bench: Bench, tmp_path: Path) -> None:
+    job = dataclasses.replace(job_for(bench, tmp_path), spec=RunSpec(data=DataSpec(heldout_fraction=1.0)))
+    with pytest.raises(ConfigError, match=r"lower data\.heldout_fraction"):
+        check_job(job, 1)
+
+
+def test_output_that_cannot_be_made_is_one_line(bench: Bench) -> None:
+    with pytest.raises(KdpipeError, match="/proc/nowhere"):
+        train(job_for(bench, Path("/proc/nowhere/out")), Silent())
 
 
 def test_run_file_that_contradicts_the_cache_is_refused(bench: Bench, tmp_path: Path) -> None:
