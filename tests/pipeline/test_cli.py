@@ -337,7 +337,7 @@ def test_extract_ends_with_the_cache_and_keeps_its_events(main: Main, stages: li
     spec, folder, part = stages[0]
     assert (folder, part, spec.seed, spec.engine, spec.batch_tokens) == (cache, (1, 3), 7, "auto", None)
     (log,) = (cache / "runs").glob("*.jsonl")
-    assert [json.loads(line)["kind"] for line in log.read_text().splitlines()] == ["run", "shard", "finished"]
+    assert [json.loads(line)["kind"] for line in log.read_text().splitlines()] == ["run", "plan", "shard", "finished"]
 
 
 def test_a_refused_extraction_leaves_no_folder(main: Main, stages: list, tmp_path: Path) -> None:
