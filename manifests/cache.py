@@ -181,11 +181,8 @@ class Cache:
             "counts": plan.counts,
         }
 
-    def verify(self) -> Iterator[int]:
-        """Check every committed byte; yields the number of each shard found good.
-
-        Raises CorruptError or LayoutError at the first damage, IncompleteError at the end if shards are missing.
-        """
+    def verify_samples(self) -> None:
+        """Check samples.arrow against the plan, 1.7 GB/s. Raises CorruptError."""
         with open(self.path / SAMPLES_FILE, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != self.plan.samples_digest:
@@ -193,6 +190,13 @@ class Cache:
                 f"sha256 {digest}, {PLAN_FILE} says {self.plan.samples_digest}",
                 where=self.path / SAMPLES_FILE,
             )
+
+    def verify(self) -> Iterator[int]:
+        """Check every committed byte; yields the number of each shard found good.
+
+        Raises CorruptError or LayoutError at the first damage, IncompleteError at the end if shards are missing.
+        """
+        self.verify_samples()
         self.head()
         for number in range(len(self.plan.shards)):
             if commit_path(self.path, number).exists():

@@ -30,6 +30,11 @@ def digest_json(value: object) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
+def num_bytes(folder: Path) -> int:
+    """Size of the files in a model folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
 def digest_model(folder: Path) -> str:
     """sha256 over a model folder's config and its safetensors files (name, size, xxh3-128)."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -36,7 +36,7 @@ class RunRecord(Record):
     inputs: RunInputs
     num_steps: int
     num_tokens: int
-    metrics: dict[str, float]
+    metrics: dict[str, int | float]
 
 
 def read_run(folder: Path) -> RunRecord | None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.errors import CheckFailed, ConfigError
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.run import read_run
 from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
@@ -89,8 +89,14 @@ def evaluate_student(
     """
     rows = Rows([Cache.open(cache)])
     check_student(student, rows.caches[0])
-    if heldout_fraction is None and (record := read_run(student)) is not None:
-        heldout_fraction = record.inputs.heldout_fraction
+    record = read_run(student)
+    if record is not None:
+        trained = record.inputs.heldout_fraction
+        heldout_fraction = trained if heldout_fraction is None else heldout_fraction
+        if heldout_fraction > trained and rows.caches[0].plan.fingerprint.overall() in record.inputs.caches:
+            progress.note(
+                f"this student held out {trained} of the samples: it was trained on some that are measured now"
+            )
     _, members = rows.split(heldout_fraction)
     if not len(members):
         raise ConfigError("no sample of this cache is held out; give a larger --heldout-fraction", where=cache)
@@ -102,4 +108,6 @@ def evaluate_student(
     progress.begin("eval", total=int(rows.num_tokens[members].sum()), unit="tokens")
     metrics = measure(model, teacher, batches(rows, packer, members, batch_tokens), place, progress)
     progress.end()
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise CheckFailed("its logits are not finite; are its weights?", where=student)
     return metrics

@@ -13,19 +13,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import canonical, disk_error, fsync_folder
-from kdpipe.manifests.errors import CheckFailed, ConfigError
+from kdpipe.manifests.errors import CheckFailed, ConfigError, SpaceError
 from kdpipe.manifests.progress import Progress, Silent
-from kdpipe.manifests.provenance import digest_model
+from kdpipe.manifests.provenance import digest_model, num_bytes
 from kdpipe.manifests.run import RUN_FILE, RunInputs, RunRecord, read_run
 from kdpipe.manifests.specs import RunSpec
 from kdpipe.stages import evaluate
@@ -44,6 +46,9 @@ from kdpipe.stages.student import (
     reduce_gradients,
     shard,
 )
+
+UNFINISHED = {"events.jsonl", "tmp"}
+"""What an interrupted run leaves in its output."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,11 +84,24 @@ def check_job(job: TrainJob, nproc: int) -> None:
     device = pick_device(job.device)
     if device.type == "cuda" and nproc > torch.cuda.device_count():
         raise ConfigError(f"{nproc} ranks for {torch.cuda.device_count()} GPUs", where="--nproc")
-    if job.output.resolve() == job.student.resolve():
-        raise ConfigError("the output would overwrite the student it starts from", where=job.output)
-    if job.output.exists() and not job.output.is_dir():
-        raise ConfigError("this is a file, not a folder", where=job.output)
-    finished(job, rows)
+    if finished(job, rows) is None:
+        _check_output(job)
+
+
+def _check_output(job: TrainJob) -> None:
+    """The output must be free, or hold no more than a run that was interrupted leaves; and the student must fit."""
+    output = job.output
+    if output.exists() and not output.is_dir():
+        raise ConfigError("this is a file, not a folder", where=output)
+    foreign = sorted(path.name for path in output.glob("*") if path.name not in UNFINISHED)
+    if foreign:
+        raise ConfigError(f"it holds other things ({foreign[0]}); choose another --output", where=output)
+    there = output.absolute()
+    while not there.exists():
+        there = there.parent
+    needed, free = 2 * num_bytes(job.student), shutil.disk_usage(there).free
+    if needed > free:
+        raise SpaceError(f"a student and its copy on the way take {needed:,} bytes, {free:,} are free", where=output)
 
 
 def finished(job: TrainJob, rows: Rows) -> RunRecord | None:
@@ -92,15 +110,23 @@ def finished(job: TrainJob, rows: Rows) -> RunRecord | None:
     if record is None:
         return None
     inputs = _inputs(job, rows)
-    for field in RunInputs.model_fields:
-        ours, theirs = getattr(inputs, field), getattr(record.inputs, field)
-        if ours != theirs:
+    ours, theirs = (_leaves(one.model_dump(mode="json")) for one in (inputs, record.inputs))
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
             raise ConfigError(
-                f"it holds the student of another run: its {field} is {theirs}, this run's is {ours}; "
+                f"it holds the student of another run: its {key} is {theirs.get(key)}, this run's is {ours.get(key)}; "
                 "choose another --output or remove the folder",
                 where=job.output,
             )
     return record
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    """{"spec.train.lr": 0.0001, ...}"""
+    found: dict[str, object] = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def train(job: TrainJob, progress: Progress) -> dict[str, object]:
@@ -278,7 +304,10 @@ class Run:
         if self.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-        export(self.student, self.tokenizer, scratch, dtype, rank=self.rank)
+        try:
+            export(self.student, self.tokenizer, scratch, dtype, rank=self.rank)
+        except (OSError, SafetensorError) as err:
+            raise SpaceError(f"the student could not be written: {err}", where=output) from err
         record = RunRecord(
             inputs=_inputs(self.job, self.rows), num_steps=self.num_steps, num_tokens=self.num_tokens, metrics=metrics
         )

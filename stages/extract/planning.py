@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,8 @@ from kdpipe.stages.teacher.rows import as_array
 
 FOLDERS = ("shards", "commits", "tmp", "runs", "teacher")
 CUDA_BATCH_TOKENS = 16384
+SMALL_FILES = 16 << 20
+"""Bytes kept free for tokenizer, plan and logs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,15 +176,13 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     hold(held)
     sweep([*parent.glob(f".{cache.name}.plan.*"), *(cache / "tmp").glob("*")])
     try:
-        plan = _write_plan(spec, info, tokenizer, folder, progress)
+        plan = _write_plan(spec, info, tokenizer, folder, progress, cache=cache)
         head = read_head(spec.teacher, info, plan.head.vocab_size)
         if (cache / PLAN_FILE).exists():
             require_same(plan, cache)
-            require_room(plan, cache, cache)
             _place_head(head, cache)
             yield Staged(plan=plan, head=head, folder=cache, cache=cache)
             return
-        require_room(plan, folder, cache)
         _place_head(head, folder)
         yield Staged(plan=plan, head=head, folder=folder, cache=cache)
     except OSError as err:
@@ -222,15 +222,20 @@ def require_same(plan: Plan, cache: Path) -> None:
             f"{plan.heldout_fraction}; training and evaluation can choose their own",
             where=cache,
         )
-    if plan.digest() != existing.digest():
-        raise CacheError("its PLAN.json differs from what this version of kdpipe plans", where=cache)
+    for name in Plan.model_fields:
+        if getattr(plan, name) != getattr(existing, name):
+            raise CacheError(
+                f"this cache was made with {name} = {getattr(existing, name)!r}, this command gives "
+                f"{getattr(plan, name)!r}; are the data files named otherwise?",
+                where=cache,
+            )
 
 
 def require_room(plan: Plan, folder: Path, cache: Path) -> None:
-    """Room for the shards that are missing, and for the head where it is not written yet. Raises SpaceError."""
-    missing = [number for number in range(len(plan.shards)) if not commit_path(folder, number).exists()]
-    needed = sum(shard_layout(plan, NO_DIGEST, number, NO_DIGEST).num_bytes for number in missing)
-    if folder != cache:
+    """Room in `folder` for the shards that `cache` lacks, for the head and the tokenizer. Raises SpaceError."""
+    missing = [number for number in range(len(plan.shards)) if not commit_path(cache, number).exists()]
+    needed = SMALL_FILES + sum(shard_layout(plan, NO_DIGEST, number, NO_DIGEST).num_bytes for number in missing)
+    if not (cache / PLAN_FILE).exists():
         needed += plan.head.head_rows * plan.head.hidden_size * (4 if plan.head.dtype == "float32" else 2)
     place = os.statvfs(folder)
     free = place.f_bavail * place.f_frsize
@@ -242,7 +247,13 @@ def require_room(plan: Plan, folder: Path, cache: Path) -> None:
 
 
 def _write_plan(
-    spec: ExtractSpec, info: TeacherInfo, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress
+    spec: ExtractSpec,
+    info: TeacherInfo,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    progress: Progress,
+    *,
+    cache: Path,
 ) -> Plan:
     """Write samples.arrow, PLAN.json, tokenizer, head.json and the incidents into a fresh folder; the plan."""
     for name in FOLDERS:
@@ -272,6 +283,7 @@ def _write_plan(
         vocabulary_digest=vocabulary_digest(tokenizer),
         shards=written.shards,
     )
+    require_room(plan, folder, cache)
     tokenizer.save_pretrained(str(folder / "teacher"))
     (folder / "teacher" / "head.json").write_bytes(canonical(head.model_dump()))
     (folder / PLAN_FILE).write_bytes(plan.to_bytes())
@@ -331,7 +343,8 @@ def _write_samples(
                     f"which has {vocab_size}; is it a token of another modality?",
                     where=f"{sample.source}:{sample.line}",
                 )
-            writer.add(sample)
+            # The name alone: the same data from another place is the same cache.
+            writer.add(replace(sample, source=Path(sample.source).name))
     shards = writer.close()
     counts = _counts(_total(shards, "num_samples"), incidents)
     for kind, count in sorted(incidents.items()):

@@ -46,7 +46,13 @@ def test_scratch_names_never_repeat(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(errno.ENOSPC, "E-SPACE"), (errno.EDQUOT, "E-SPACE"), (errno.EFBIG, "E-SPACE"), (errno.EACCES, "E-IO")],
+    [
+        (errno.ENOSPC, "E-SPACE"),
+        (errno.EDQUOT, "E-SPACE"),
+        (errno.EFBIG, "E-SPACE"),
+        (errno.EACCES, "E-INPUT"),
+        (errno.EIO, "E-IO"),
+    ],
 )
 def test_a_failed_system_call_becomes_an_error_for_a_person(number: int, code: str) -> None:
     failed = disk_error(OSError(number, os.strerror(number)), Path("shards/1"))

@@ -138,6 +138,15 @@ def test_extracting_again_changes_no_byte_and_fills_what_is_missing(
     assert files(tmp_path / "cache") == before
 
 
+def test_the_same_data_from_another_place_is_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
+    extract(spec, tmp_path / "cache", Silent())
+    before = files(tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    extract(dataclasses.replace(spec, data=(Path("data.jsonl"),)), Path("cache"), Silent())
+    assert files(tmp_path / "cache") == before
+
+
 def test_what_a_killed_run_left_is_swept_and_what_a_living_one_holds_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.models import make_model, make_tokenizer
 from tests.stages.ranks import Recorder, first_gradients, train_and_record
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import CheckFailed, ConfigError, KdpipeError
+from kdpipe.manifests.errors import CheckFailed, ConfigError, CorruptError, KdpipeError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import DataSpec, LossSpec, RunSpec, TrainSpec
 from kdpipe.pipeline.launch import launch
@@ -197,6 +198,27 @@ def test_scores_equal_transformers_own(bench: Bench) -> None:
     assert scores == pytest.approx(truth, rel=2e-5)
 
 
+def test_eval_of_a_student_that_is_not_finite_fails(bench: Bench, tmp_path: Path) -> None:
+    broken = make_tokenizer(make_model("llama", tmp_path, vocab_size=320))
+    model = transformers.AutoModelForCausalLM.from_pretrained(broken)
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(broken)
+    with pytest.raises(CheckFailed, match="not finite"):
+        evaluate_student(
+            broken, bench.cache, heldout_fraction=None, device="cpu", dtype="auto", batch_tokens=900, progress=Silent()
+        )
+
+
+def test_damaged_samples_table_is_found_before_training(bench: Bench, tmp_path: Path) -> None:
+    shutil.copytree(bench.cache, tmp_path / "cache")
+    table = tmp_path / "cache" / "samples.arrow"
+    data = bytearray(table.read_bytes())
+    data[len(data) // 2] ^= 1
+    table.write_bytes(data)
+    with pytest.raises(CorruptError, match=r"samples\.arrow"):
+        check_job(dataclasses.replace(job_for(bench, tmp_path / "out"), caches=(tmp_path / "cache",)), 1)
+
+
 def test_finished_run_is_not_run_again(bench: Bench, tmp_path: Path) -> None:
     first = train(job_for(bench, tmp_path), Silent())
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
@@ -206,8 +228,21 @@ def test_finished_run_is_not_run_again(bench: Bench, tmp_path: Path) -> None:
 
 def test_output_of_another_run_is_not_overwritten(bench: Bench, tmp_path: Path) -> None:
     train(job_for(bench, tmp_path), Silent())
-    with pytest.raises(ConfigError, match="student of another run"):
+    with pytest.raises(
+        ConfigError, match=r"student of another run: its spec\.train\.lr is 0\.001, this run's is 0\.002"
+    ):
         check_job(job_for(bench, tmp_path, lr=2e-3), 1)
+
+
+@pytest.mark.parametrize("what", ["cache", "teacher"])
+def test_output_that_holds_something_else_is_refused(what: str, bench: Bench) -> None:
+    with pytest.raises(ConfigError, match=r"it holds other things \("):
+        check_job(job_for(bench, getattr(bench, what)), 1)
+
+
+def test_output_of_an_interrupted_run_is_taken_again(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text("{}\n")
+    check_job(job_for(bench, tmp_path), 1)
 
 
 def test_more_ranks_than_training_samples_is_refused(bench: Bench, tmp_path: Path) -> None:
