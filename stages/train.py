@@ -99,9 +99,9 @@ def _check_output(job: TrainJob) -> None:
     there = output.absolute()
     while not there.exists():
         there = there.parent
-    needed, free = 2 * num_bytes(job.student), shutil.disk_usage(there).free
+    needed, free = num_bytes(job.student), shutil.disk_usage(there).free
     if needed > free:
-        raise SpaceError(f"a student and its copy on the way take {needed:,} bytes, {free:,} are free", where=output)
+        raise SpaceError(f"the trained student takes {needed:,} bytes, {free:,} are free; free some room", where=output)
 
 
 def finished(job: TrainJob, rows: Rows) -> RunRecord | None:
