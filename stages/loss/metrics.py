@@ -1,7 +1,9 @@
 """Token metrics: how close a student is to its teacher on held-out tokens, chunk by chunk and without gradients.
 
 Invariant: every sum runs over the same tokens, those whose label is not -100, so any of them divided by num_tokens is
-a mean. Cost: two matrix products and two softmaxes; two [C, V] buffers in the inputs' dtype.
+a mean. Logits are fp32 products whatever the inputs' dtype: rounded to bf16 they tie at the maximum in one token of
+several hundred, and the mean cross-entropy moves in its fifth digit.
+Cost: two fp32 matrix products and two softmaxes; two fp32 buffers [C, V], and HEAD_ROWS rows of a head in fp32.
 """
 
 # Shapes: T tokens, V shared vocabulary, D student width, E teacher width, C tokens per chunk, R rows per block.
@@ -13,10 +15,13 @@ from torch import Tensor
 
 import kdpipe.stages.loss.pointwise as pointwise
 from kdpipe.stages.loss.blocks import row_blocks, rows_per_block
-from kdpipe.stages.loss.gradients import CHUNK_TOKENS
 from kdpipe.stages.loss.head import Head, Side
 from kdpipe.stages.loss.pointwise import Rows, normalise_
 from kdpipe.stages.loss.problem import IGNORED, checked_labels, shared_vocab
+
+CHUNK_TOKENS = 256
+HEAD_ROWS = 8192
+"""Rows of a head that are widened to fp32 at a time, for all tokens of a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -48,21 +53,25 @@ def token_metrics(
     vocab = shared_vocab(students, teachers, vocab_size)
     num_tokens, device = student_hidden.shape[0], student_hidden.device
     labels = checked_labels(labels, num_tokens, vocab)
-    size = min(CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cuda"]), num_tokens)
-    block_rows = rows_per_block(vocab, device)
-    scratch = torch.empty(5, min(block_rows, max(size, 1)), vocab, dtype=torch.float32, device=device)
-    student_buffer, teacher_buffer = student_hidden.new_empty(size, vocab), teacher_hidden.new_empty(size, vocab)
+    size = max(1, min(CHUNK_TOKENS, num_tokens))
+    block_rows = min(rows_per_block(vocab, device), size)
+    logits = torch.empty(2, size, vocab, dtype=torch.float32, device=device)
+    scratch = torch.empty(3, block_rows, vocab, dtype=torch.float32, device=device)
     totals = torch.zeros(5, num_tokens, dtype=torch.float32, device=device)
-    for start in range(0, num_tokens, max(size, 1)):
+    for start in range(0, num_tokens, size):
         stop = min(start + size, num_tokens)
-        student_raw = students.raw_logits(start, stop, student_buffer)
-        teacher_raw = teachers.raw_logits(start, stop, teacher_buffer)
+        student_logits = wide_logits(students, start, stop, logits[0])
+        teacher_logits = wide_logits(teachers, start, stop, logits[1])
         for block in row_blocks(stop - start, block_rows):
-            rows = Rows(*scratch[:4, : block.stop - block.start])
-            student.finish_(rows.log_p_student.copy_(student_raw[block]))
-            teacher.finish_(rows.log_p_teacher.copy_(teacher_raw[block]))
+            p_student, p_teacher, free = scratch[:, : block.stop - block.start]
+            rows = Rows(
+                log_p_teacher=teacher_logits[block],
+                p_teacher=p_teacher,
+                log_p_student=student_logits[block],
+                p_student=p_student,
+            )
             tokens = slice(start + block.start, start + block.stop)
-            measure_rows(rows, scratch[4, : block.stop - block.start], labels[tokens], totals[:, tokens])
+            measure_rows(rows, free, labels[tokens], totals[:, tokens])
     labelled = labels != IGNORED
     forward, reverse, agree, ce, teacher_ce = totals.double().where(labelled, 0.0).sum(1)
     return TokenMetrics(
@@ -73,6 +82,15 @@ def token_metrics(
         teacher_ce=teacher_ce,
         num_tokens=labelled.sum(dtype=torch.float64),
     )
+
+
+def wide_logits(side: Side, start: int, stop: int, out: Tensor) -> Tensor:
+    """Finished logits of tokens start:stop in out's first rows [stop - start, V], fp32 from the product on."""
+    hidden, logits = side.hidden[start:stop].float(), out[: stop - start]
+    for entries in row_blocks(out.shape[1], HEAD_ROWS):
+        logits[:, entries] = hidden @ side.head.weight[entries].float().T
+    side.head.finish_(logits)
+    return logits
 
 
 def measure_rows(rows: Rows, scratch: Tensor, labels: Tensor, out: Tensor) -> None:
