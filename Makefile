@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test check bench clean
+.PHONY: venv sglang demo test check bench clean
 
 venv: $(VENV)/.installed
 
@@ -14,16 +14,24 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# SGLang on a machine without a GPU; with one: pip install 'kdpipe[sglang]'.
+sglang: $(VENV)/.sglang
+
+$(VENV)/.sglang: $(VENV)/.installed tools/sglang-cpu/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tools/sglang-cpu/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps tools/sglang-cpu/placeholders
+	touch $@
+
 demo: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/demo/run.py --out .demo
 
-test: venv
+test: venv sglang
 	$(BIN)/python -m pytest
 
 check: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/check
 
-bench: venv
+bench: venv sglang
 	for bench in tools/bench/[a-z]*.py; do $(BIN)/python $$bench --quick --json || exit 1; done
 
 clean:

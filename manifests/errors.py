@@ -15,6 +15,7 @@
         CacheError     E-CACHE           4   a cache that belongs to something else
         SpaceError     E-SPACE           4   no room on the disk
       TemporaryError   E-TEMPORARY      75   preempted, peer gone: run it again
+        EngineError    E-ENGINE         75   the teacher's engine died or fell silent; finished shards are kept
 
 A message is one line: where, what was expected, what came, what to do.
 """
@@ -96,6 +97,10 @@ class SpaceError(InputError):
 class TemporaryError(KdpipeError):
     code = "E-TEMPORARY"
     exit_code = 75
+
+
+class EngineError(TemporaryError):
+    code = "E-ENGINE"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -74,7 +74,9 @@ class EngineRecord(Record):
     determinism: Literal["bitwise", "tolerance"]
     device: str
     batch_tokens: Count
-    """Tokens of a padded teacher batch; 0 runs every sample alone."""
+    """Tokens of a padded teacher batch; 0 runs every sample alone, or as the engine batches by itself."""
+    arguments: dict[str, str]
+    """What else was asked of the engine that decides what the rows are: quantization, arguments by its own names."""
 
 
 class Settings(Record):

@@ -117,6 +117,45 @@ data_options = stack(
         help="Precision of the teacher and of the stored rows; auto is that of its checkpoint.",
     ),
 )
+engine_options = stack(
+    click.option(
+        "--engine",
+        type=click.Choice(["auto", "transformers", "sglang"]),
+        default="auto",
+        help="What runs the teacher; auto takes sglang on a GPU where it is installed, else transformers; it says why.",
+    ),
+    click.option(
+        "--tp", type=click.IntRange(min=1), default=1, help="sglang: GPUs that share each layer.  [default: 1]"
+    ),
+    click.option("--dp", type=click.IntRange(min=1), default=1, help="sglang: copies of the teacher.  [default: 1]"),
+    click.option("--pp", type=click.IntRange(min=1), default=1, help="sglang: pipeline stages.  [default: 1]"),
+    click.option(
+        "--ep", type=click.IntRange(min=1), default=1, help="sglang: GPUs that share the experts.  [default: 1]"
+    ),
+    click.option("--quantization", metavar="NAME", help="sglang: run the weights quantised, fp8 for example."),
+    click.option(
+        "--mem-fraction",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        help="sglang: share of a GPU's memory for weights and KV cache.  [default: sglang's choice]",
+    ),
+    click.option(
+        "--deterministic", is_flag=True, help="sglang: its deterministic mode, where the attention backend has one."
+    ),
+    click.option(
+        "--engine-arg",
+        "engine_args",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="sglang: any further field of its ServerArgs, chunked_prefill_size=8192 for example; repeatable.",
+    ),
+    click.option(
+        "--engine-timeout",
+        type=click.FloatRange(min=1),
+        default=600,
+        metavar="SECONDS",
+        help="sglang: longest silence before it is given up.  [default: 600]",
+    ),
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

@@ -89,7 +89,14 @@ def make_plan(
         settings=Settings(
             max_length=4096, overlong="truncate", supervise="assistant", rows=rows, codec="raw", dtype=dtype, seed=0
         ),
-        engine=EngineRecord(name="random", version="1", determinism="bitwise", device="cpu", batch_tokens=batch_tokens),
+        engine=EngineRecord(
+            name="random",
+            version="1",
+            determinism="bitwise",
+            device="cpu",
+            batch_tokens=batch_tokens,
+            arguments={},
+        ),
         head=HeadRecord(
             architecture="RandomForCausalLM",
             hidden_size=hidden_size,

@@ -14,20 +14,20 @@ from kdpipe.pipeline.options import (
     Part,
     data_options,
     device_option,
+    engine_options,
     json_option,
     run_options,
     run_spec,
 )
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
+from kdpipe.stages.teacher.engine import EngineOptions
 
 
 @click.command("extract", cls=ManyCommand)
 @data_options
 @click.option("--cache", type=PATH, required=True, metavar="FOLDER", help="The cache to make or to finish.")
-@click.option(
-    "--engine", type=click.Choice(["auto", "transformers", "sglang"]), default="auto", help="What runs the teacher."
-)
+@engine_options
 @click.option("--codec", type=click.Choice(["raw"]), default="raw", help="How rows are stored: raw is as they come.")
 @device_option
 @click.option(
@@ -37,7 +37,8 @@ from kdpipe.pipeline.progress import EventLog, watch
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=0),
-    help="Tokens of a teacher batch, padding included; 0 runs samples alone.  [default: 0 on cpu, 16384 on cuda]",
+    help="transformers: tokens of a teacher batch, padding included; 0 runs samples alone.  [default: 0 on cpu, 16384 "
+    "on cuda]",
 )
 @run_options
 @json_option
@@ -52,6 +53,15 @@ def command(
     dtype: DtypeChoice,
     cache: Path,
     engine: str,
+    tp: int,
+    dp: int,
+    pp: int,
+    ep: int,
+    quantization: str | None,
+    mem_fraction: float | None,
+    deterministic: bool,
+    engine_args: tuple[str, ...],
+    engine_timeout: float,
     codec: Codec,
     device: DeviceChoice,
     part: tuple[int, int] | None,
@@ -89,9 +99,28 @@ def command(
         seed=seed,
         device=device,
         batch_tokens=batch_tokens,
+        options=EngineOptions(
+            tp=tp,
+            dp=dp,
+            pp=pp,
+            ep=ep,
+            quantization=quantization,
+            mem_fraction=mem_fraction,
+            deterministic=deterministic,
+            timeout_s=engine_timeout,
+            arguments=tuple(name_and_value(text) for text in engine_args),
+        ),
     )
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.jsonl"
     log = EventLog(cache / "runs" / name, after=cache / PLAN_FILE, once="plan")
     with results_only(), watch("extract", log, part=part) as progress:
         made = extract(spec, cache, progress, part=part)
     show(made.info(), as_json=as_json)
+
+
+def name_and_value(text: str) -> tuple[str, str]:
+    """NAME=VALUE as a pair."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise click.BadParameter(f"'{text}' is not NAME=VALUE", param_hint="--engine-arg")
+    return name.replace("-", "_"), value

@@ -40,8 +40,9 @@ from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
 from kdpipe.stages.causal_lm import load_tokenizer, real_vocab_size, vocabulary_digest
 from kdpipe.stages.prepare import prepare
-from kdpipe.stages.teacher import engine_version, pick_engine
+from kdpipe.stages.teacher import ENGINES, pick_engine
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
+from kdpipe.stages.teacher.engine import EngineOptions
 from kdpipe.stages.teacher.head import Head, head_record, read_head
 from kdpipe.stages.teacher.rows import as_array
 
@@ -61,7 +62,9 @@ class ExtractSpec:
     dtype: of the teacher's pass and the rows; "auto" takes the checkpoint's
     rows: "supervised" keeps rows whose next token is a target, "all" keeps every row that has a next token
     seed: fixes which rows the gate probes
-    batch_tokens: tokens of a padded teacher batch; 0 runs every sample alone; None: 0 on a CPU, 16384 on a GPU
+    batch_tokens: tokens of a padded teacher batch; 0 runs every sample alone; None: 0 on a CPU, 16384 on a GPU;
+        for engines that do not batch by themselves
+    options: how the engine is run
     """
 
     teacher: Path
@@ -74,6 +77,7 @@ class ExtractSpec:
     seed: int = 0
     device: DeviceChoice = "auto"
     batch_tokens: int | None = None
+    options: EngineOptions = field(default_factory=EngineOptions)
 
     def resolved_device(self) -> Device:
         """cpu or cuda. Raises ConfigError where cuda is asked for and there is none."""
@@ -162,6 +166,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     Raises the errors of teacher, tokenizer and data; CacheError for a folder that is another cache or none; SpaceError.
     """
     info = describe_teacher(spec.teacher, spec.dtype)
+    engine = _engine_record(spec, info, progress)
     tokenizer = load_tokenizer(spec.teacher, TeacherError)
     if cache.exists() and not (cache / PLAN_FILE).exists() and (not cache.is_dir() or any(cache.iterdir())):
         raise CacheError("it exists and is not a cache; choose another name or remove it", where=cache)
@@ -176,7 +181,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     hold(held)
     sweep([*parent.glob(f".{cache.name}.plan.*"), *(cache / "tmp").glob("*")])
     try:
-        plan = _write_plan(spec, info, tokenizer, folder, progress, cache=cache)
+        plan = _write_plan(spec, info, engine, tokenizer, folder, progress, cache=cache)
         head = read_head(spec.teacher, info, plan.head.vocab_size)
         if (cache / PLAN_FILE).exists():
             require_same(plan, cache)
@@ -249,6 +254,7 @@ def require_room(plan: Plan, folder: Path, cache: Path) -> None:
 def _write_plan(
     spec: ExtractSpec,
     info: TeacherInfo,
+    engine: EngineRecord,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     progress: Progress,
@@ -258,7 +264,6 @@ def _write_plan(
     """Write samples.arrow, PLAN.json, tokenizer, head.json and the incidents into a fresh folder; the plan."""
     for name in FOLDERS:
         (folder / name).mkdir()
-    engine = _engine_record(spec)
     head = head_record(info, real_vocab_size(spec.teacher, tokenizer, info.head_rows))
     written = _write_samples(spec, tokenizer, folder, progress, engine=engine, vocab_size=head.vocab_size)
     plan = Plan(
@@ -293,17 +298,29 @@ def _write_plan(
     return plan
 
 
-def _engine_record(spec: ExtractSpec) -> EngineRecord:
-    name, device = pick_engine(spec.engine), spec.resolved_device()
+def _engine_record(spec: ExtractSpec, info: TeacherInfo, progress: Progress) -> EngineRecord:
+    """How the teacher will be run. Raises ConfigError for an engine or options that cannot be."""
+    device = spec.resolved_device()
+    choice = pick_engine(spec.engine, architecture=info.architecture, device=device)
+    if spec.engine == "auto":
+        progress.note(f"engine {choice.name}: {choice.reason}")
+    kind = ENGINES[choice.name]
     batch_tokens = spec.batch_tokens
-    if batch_tokens is None:
+    if kind.batches_itself:
+        if batch_tokens:
+            raise ConfigError(
+                f"{choice.name} batches by itself; give its own limits with --engine-arg", where="--batch-tokens"
+            )
+        batch_tokens = 0
+    elif batch_tokens is None:
         batch_tokens = CUDA_BATCH_TOKENS if device == "cuda" else 0
     return EngineRecord(
-        name=name,
-        version=engine_version(name),
-        determinism="bitwise" if device == "cpu" else "tolerance",
+        name=choice.name,
+        version=kind.version(),
+        determinism=kind.determinism(device, spec.options),
         device=device,
         batch_tokens=batch_tokens,
+        arguments=spec.options.identity(),
     )
 
 

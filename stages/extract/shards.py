@@ -18,13 +18,13 @@ from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import ShardWriter, adopt, commit_path
 from kdpipe.stages.extract.planning import ExtractSpec, Staged, staged
-from kdpipe.stages.teacher import open_engine
-from kdpipe.stages.teacher.engine import Ack, Request, RowTarget, TeacherEngine
-from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes
+from kdpipe.stages.teacher import ENGINES
+from kdpipe.stages.teacher.engine import Ack, Canary, Request, RowTarget, TeacherEngine
+from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes, choose_scored
 from kdpipe.stages.teacher.head import Head
 
-PROBES = 4
-"""Rows of every sample whose log-probability is recomputed: the first, the last and two between."""
+PROBES = 3
+"""Rows of a sample whose log-probability is recomputed: the first, one between, the last."""
 CANARIES = 3
 CANARY_TOKENS = 64
 
@@ -41,17 +41,31 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         if not todo:
             progress.note("every shard is there already")
             return plan.publish()
-        engine = open_engine(
-            plan.plan.engine.name, spec.teacher, dtype=plan.plan.settings.dtype, device=spec.resolved_device()
-        )
+        kind = ENGINES[plan.plan.engine.name]
+        engine = kind.open(spec.teacher, plan.plan.settings.dtype, spec.resolved_device(), spec.options)
         try:
-            error = engine.canary(plan.head, _canaries(Samples(plan.folder, plan.plan)))
-            progress.event("canary", engine=engine.name, version=engine.version, relative_error=error)
+            _report(engine, engine.canary(plan.head, _canaries(Samples(plan.folder, plan.plan))), progress)
             opened = plan.publish()
             Filling(opened, engine, plan.head, progress).run(todo)
         finally:
             engine.close()
         return opened
+
+
+def _report(engine: TeacherEngine, canary: Canary, progress: Progress) -> None:
+    """What the canary samples showed, for the log and for whoever watches."""
+    progress.event(
+        "canary",
+        engine=engine.name,
+        version=engine.version,
+        logit_error=None if canary.skipped else canary.logit_error,
+        row_error=None if canary.skipped else canary.row_error,
+        skipped=canary.skipped,
+    )
+    if canary.skipped:
+        progress.note(f"canary: not compared with transformers, {canary.skipped}")
+    elif engine.name != "transformers":
+        progress.note(f"canary: rows differ from transformers' own by {canary.row_error:.1e}")
 
 
 def _adopted(plan: Staged, number: int) -> bool:
@@ -149,12 +163,17 @@ class Filling:
             stop = start + columns["num_tokens"][index]
             sample = plan.shards[number].first_sample + index
             num_rows = int(columns["num_rows"][index])
+            draw = sample + plan.settings.seed * plan.num_samples
             array, offset = writer.rows(int(columns["first_row"][index]), num_rows)
+            ids = token_ids[start:stop]
+            positions = row_positions(supervised[start:stop], every=plan.settings.rows == "all")
+            probes = choose_probes(draw, num_rows, PROBES if draw % self._engine.probe_every == 0 else 1)
             request = Request(
                 sample=sample,
-                token_ids=token_ids[start:stop],
-                positions=row_positions(supervised[start:stop], every=plan.settings.rows == "all"),
-                probes=choose_probes(sample + plan.settings.seed * plan.num_samples, num_rows, PROBES),
+                token_ids=ids,
+                positions=positions,
+                probes=probes,
+                scored=choose_scored(draw, ids, positions[probes], plan.head.vocab_size),
                 target=RowTarget(array=array, path=writer.path, offset=offset),
             )
             batches[int(columns["batch"][index])].append(request)

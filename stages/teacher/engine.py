@@ -5,7 +5,7 @@ positions to keep and the place in the shard's mapped file where those rows belo
 gate, whatever engine it was. Engines are listed in `stages/teacher/__init__.py`.
 """
 
-# Shapes: n tokens of one sample, R rows kept of it, K probed rows, E teacher width.
+# Shapes: n tokens of one sample, R rows kept of it, K probed rows, M scored ids of each, E teacher width.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from kdpipe.stages.teacher.head import Head
+
+Determinism = Literal["bitwise", "tolerance"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -38,7 +40,8 @@ class Request:
     sample: its index in the plan
     token_ids: int32 [n]
     positions: int64 [R], the positions whose head input is kept, ascending
-    probes: int64 [K], indices into `positions` whose next-token log-probability the engine must report
+    probes: int64 [K], indices into `positions` at which the engine must report log-probabilities
+    scored: int64 [K, M], the ids whose log-probability is wanted there; the first of each row is the next token
     target: where the rows go
     """
 
@@ -46,6 +49,7 @@ class Request:
     token_ids: np.ndarray
     positions: np.ndarray
     probes: np.ndarray
+    scored: np.ndarray
     target: RowTarget
 
 
@@ -55,7 +59,7 @@ class Ack:
 
     num_rows: rows written
     checksum: xxh3-64 of their bytes, taken by whoever wrote them
-    probe_logprobs: float32 [K], the engine's own log p(token_ids[t+1] | token_ids[:t+1]) at the probed positions t,
+    probe_logprobs: float32 [K, M], the engine's own log p(scored id | token_ids[:t+1]) at the probed positions t,
         over the teacher's whole (padded) vocabulary, by the engine's own logits path, not from the stored rows
     """
 
@@ -65,17 +69,63 @@ class Ack:
     probe_logprobs: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Canary:
+    """What a few samples showed before anything was written; root mean square of differences over that of the values.
+
+    logit_error: logits of rows and head, by the formula of HeadRecord, against transformers' own
+    row_error: rows of the engine against transformers' own; 0 where the engine is transformers
+    skipped: why the two could not be compared, "" where they were
+    """
+
+    logit_error: float
+    row_error: float
+    skipped: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How an engine is run; what an engine has no use for must be left as it is here.
+
+    tp, dp, pp, ep: tensor, data, pipeline and expert parallelism, in GPUs (dp: in copies of the model)
+    quantization: of the teacher's weights, by the engine's own name for it ("fp8"); None runs them as they are
+    mem_fraction: share of each GPU's memory for weights and KV cache; None lets the engine choose
+    deterministic: ask for rows that do not depend on what else is in the engine, where its backend has such a mode
+    timeout_s: longest silence, with requests in flight, before the engine is given up
+    arguments: further arguments of the engine by its own names, as text: ("kv_cache_dtype", "fp8_e5m2")
+    """
+
+    tp: int = 1
+    dp: int = 1
+    pp: int = 1
+    ep: int = 1
+    quantization: str | None = None
+    mem_fraction: float | None = None
+    deterministic: bool = False
+    timeout_s: float = 600.0
+    arguments: tuple[tuple[str, str], ...] = ()
+
+    def identity(self) -> dict[str, str]:
+        """The part that decides what the rows are, beyond rounding; recorded in the plan."""
+        named = {"quantization": self.quantization, "deterministic": "true" if self.deterministic else None}
+        return dict(self.arguments) | {name: value for name, value in named.items() if value is not None}
+
+
 class TeacherEngine(Protocol):
-    """Runs the teacher over planned batches. `determinism` says whether a repeated batch gives the same bits."""
+    """Runs the teacher over planned batches.
+
+    probe_every: of how many samples one is probed at several rows, the others at their last one only; scoring rows
+        anywhere in a prompt costs some engines the head on every token
+    """
 
     name: str
     version: str
-    determinism: Literal["bitwise", "tolerance"]
+    probe_every: int
 
-    def canary(self, head: "Head", samples: Sequence[np.ndarray]) -> float:
-        """Run a few samples (int32 [n] each) before anything is written; the relative error that was measured.
+    def canary(self, head: "Head", samples: Sequence[np.ndarray]) -> "Canary":
+        """Run a few samples (int32 [n] each) before anything is written; what was measured.
 
-        Raises TeacherError where rows and head do not give the teacher's own logits.
+        Raises TeacherError where rows and head do not give the teacher's own logits, or rows are not transformers' own.
         """
         ...
 

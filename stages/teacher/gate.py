@@ -2,16 +2,17 @@
 
 Engines have returned swapped, short and shifted rows without a word (SGLang issues 4997, 8066, 8003, 30177).
 
-How far a recomputed log-probability may be from the engine's own: each logit z of the engine went through r roundings
-of unit u (the matmul, a bias, a scale, three operations of a soft cap), so it is off by r*u*|z| at most, and
-    log p(y) = z_y - logsumexp(z)   moves by at most   r*u*(|z_y| + sum_v p_v |z_v|)
-to first order; FLOAT32_SLACK is added for sums in another order. In fp32 a wrong row cannot hide. In bf16 the bound is
-about 0.1 to 0.6 nat for logits near 20: a wrong row hides where both rows find the next token that nearly equally
-likely, so each sample has several probes, far apart: its first row (a shift loses or doubles it), its last, and some
-between, and all samples of a shard would have to agree by chance.
+At each probed row the engine reports the log-probabilities of several ids: the next token, some of the sample's own
+tokens, some of the whole vocabulary. Differences of log-probabilities are differences of logits,
+    log p(v) - log p(y) = z_v - z_y
+so a row is checked against a few columns of the head, whatever the vocabulary's size. How far the two may be apart:
+each logit z of the engine went through r roundings of unit u (the matmul, a bias, a scale, three operations of a soft
+cap), so it is off by r*u*|z| at most, and the difference by r*u*(|z_v| + |z_y|); FLOAT32_SLACK is added for sums in
+another order. In bf16 that is about 0.1 nat for logits near 20; a wrong row would have to come that close in each of
+seven differences.
 """
 
-# Shapes: R rows of a sample, K probed ones, E teacher width.
+# Shapes: n tokens of a sample, R rows of it, K probed ones, M scored ids of each, E teacher width.
 
 import hashlib
 from collections.abc import Sequence
@@ -22,28 +23,42 @@ import torch
 
 from kdpipe.manifests.errors import GateError, TeacherError
 from kdpipe.manifests.teacher import HeadRecord
-from kdpipe.stages.teacher.canary import recompute_logprobs
 from kdpipe.stages.teacher.engine import Ack, Request
-from kdpipe.stages.teacher.head import Head
-from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor, checksum
+from kdpipe.stages.teacher.head import Head, chosen_logits
+from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor, checksum, not_finite
 
 FLOAT32_SLACK = 1e-3
+OWN_IDS, OTHER_IDS = 4, 3
 
 
 def choose_probes(sample: int, num_rows: int, count: int) -> np.ndarray:
-    """Which of a sample's rows to probe: int64 [min(num_rows, count)], ascending, the first and the last among them.
+    """Which of a sample's rows to probe: int64 [min(num_rows, count)], ascending; the last, and of several the first.
 
     A pure function: the rows between are cut into count-2 equal stretches, one row is drawn of each by a digest of
     (sample, stretch).
         sample 7, 10 rows, count 4    [0 | 1..4 | 5..8 | 9] -> e.g. [0 2 7 9]
     """
-    if count < 2:
-        raise ValueError(f"{count} probes cannot hold the first and the last row")
     if num_rows <= count:
         return np.arange(num_rows, dtype=np.int64)
+    if count == 1:
+        return np.array([num_rows - 1], dtype=np.int64)
     edges = [1 + (num_rows - 2) * stretch // (count - 2) for stretch in range(count - 1)] if count > 2 else []
     inner = [low + _draw(sample, low) % (high - low) for low, high in pairwise(edges)]
     return np.array([0, *inner, num_rows - 1], dtype=np.int64)
+
+
+def choose_scored(sample: int, token_ids: np.ndarray, positions: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The ids to score at each probed position: int64 [K, 1 + OWN_IDS + OTHER_IDS], a pure function.
+
+    First the next token, then tokens drawn from the sample's own, whose head columns were trained, then any.
+    """
+    scored = np.empty((len(positions), 1 + OWN_IDS + OTHER_IDS), dtype=np.int64)
+    scored[:, 0] = token_ids[positions + 1]
+    for row, position in zip(scored, positions, strict=True):
+        draws = [_draw(sample, int(position) * len(row) + column) for column in range(1, len(row))]
+        row[1 : 1 + OWN_IDS] = [token_ids[draw % len(token_ids)] for draw in draws[:OWN_IDS]]
+        row[1 + OWN_IDS :] = [draw % vocab_size for draw in draws[OWN_IDS:]]
+    return scored
 
 
 def check_ack(request: Request, ack: Ack) -> None:
@@ -54,8 +69,8 @@ def check_ack(request: Request, ack: Ack) -> None:
     planned = len(request.positions)
     if not ack.num_rows == planned == len(request.target.array):
         raise GateError(f"the plan has {planned} rows, the engine wrote {ack.num_rows}; run it again", where=where)
-    if len(ack.probe_logprobs) != len(request.probes):
-        message = f"{len(request.probes)} rows were probed, the engine answered for {len(ack.probe_logprobs)}"
+    if ack.probe_logprobs.shape != request.scored.shape:
+        message = f"{request.scored.shape} ids were scored, the engine answered for {ack.probe_logprobs.shape}"
         raise GateError(message, where=where)
     found = checksum(request.target.array)
     if found != ack.checksum:
@@ -65,37 +80,38 @@ def check_ack(request: Request, ack: Ack) -> None:
 
 def check_finite(request: Request) -> None:
     """No NaN or infinity in the request's rows. Raises TeacherError naming sample, row and token position."""
-    finite = torch.isfinite(as_tensor(request.target.array))
-    if bool(finite.all()):
+    rows = not_finite(request.target.array)
+    if not len(rows):
         return
-    row = int(torch.nonzero(~finite.all(dim=1))[0])
     raise TeacherError(
-        f"row {row} (token {request.positions[row]}) is not finite; the teacher overflows in this dtype, try --dtype",
+        f"row {rows[0]} (token {request.positions[rows[0]]}) is not finite; the teacher overflows in this dtype, "
+        "try --dtype",
         where=f"sample {request.sample}",
     )
 
 
 def check_identity(requests: Sequence[Request], acks: Sequence[Ack], head: Head) -> float:
-    """Each probed row, times the head, gives the log-probability that the engine reported; the largest difference.
+    """Each probed row, times the scored columns of the head, gives the engine's own logits but for a constant.
 
-    Call it with many requests: the head is read once for all their probes. Raises GateError naming sample and row.
+    The largest difference. Raises GateError naming sample and row.
     """
     if not sum(len(request.probes) for request in requests):
         return 0.0
     rows = torch.cat([as_tensor(request.target.array)[torch.from_numpy(request.probes)] for request in requests])
-    next_ids = np.concatenate([request.token_ids[request.positions[request.probes] + 1] for request in requests])
-    scores = recompute_logprobs(rows, head, next_ids)
+    scored = torch.from_numpy(np.concatenate([request.scored for request in requests]))
+    logits = chosen_logits(rows, head, scored).double().cpu().numpy()
     own = np.concatenate([ack.probe_logprobs for ack in acks]).astype(np.float64)
-    allowed = rounding(head.record) * scores.magnitude + FLOAT32_SLACK
-    difference = np.abs(scores.logprobs - own)
-    wrong = np.flatnonzero(~(difference <= allowed))  # a NaN is wrong too
+    allowed = rounding(head.record) * (np.abs(logits) + np.abs(logits[:, :1])) + FLOAT32_SLACK
+    difference = np.abs((logits - logits[:, :1]) - (own - own[:, :1]))
+    wrong = np.argwhere(~(difference <= allowed))  # a NaN is wrong too
     if len(wrong):
-        at = int(wrong[0])
+        at, column = wrong[0]
         samples = np.concatenate([np.full(len(request.probes), request.sample) for request in requests])
         row = np.concatenate([request.probes for request in requests])[at]
         raise GateError(
-            f"row {row} gives log p = {scores.logprobs[at]:.5f} for the next token, the engine said {own[at]:.5f} "
-            f"(allowed {allowed[at]:.5f}); the row is of another token or sample",
+            f"row {row} puts the logits of tokens {int(scored[at, column])} and {int(scored[at, 0])} "
+            f"{logits[at, column] - logits[at, 0]:.5f} apart, the engine {own[at, column] - own[at, 0]:.5f} "
+            f"(allowed {allowed[at, column]:.5f}); the row is of another token or sample",
             where=f"sample {samples[at]}",
         )
     return float(difference.max())

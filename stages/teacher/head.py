@@ -3,7 +3,7 @@
 Cost: one read of the head's own bytes, and a cast where the files hold another dtype than the engine computes in.
 """
 
-# Shapes: V' rows of the head (padded vocabulary), E teacher width.
+# Shapes: V' rows of the head (padded vocabulary), E teacher width, R rows, M chosen entries of the vocabulary.
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,20 @@ def head_record(info: TeacherInfo, vocab_size: int) -> HeadRecord:
 def head_logits(rows: torch.Tensor, head: Head, start: int, stop: int) -> torch.Tensor:
     """Logits [R, stop-start] in fp32 of rows [R, E] for the vocabulary entries start:stop, by HeadRecord's formula."""
     logits = rows.float() @ head.weight[start:stop].float().T
+    return _finished(logits, head, slice(start, stop))
+
+
+def chosen_logits(rows: torch.Tensor, head: Head, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [R, M] in fp32 of rows [R, E] for other entries in each row, ids [R, M], by HeadRecord's formula."""
+    columns = head.weight[ids].float()
+    return _finished(torch.linalg.vecdot(columns, rows[:, None].float()), head, ids)
+
+
+def _finished(logits: torch.Tensor, head: Head, entries: slice | torch.Tensor) -> torch.Tensor:
+    """Bias, scale and soft cap on raw logits of some entries of the vocabulary."""
     if head.bias is not None:
-        logits += head.bias[start:stop].float()
-    logits *= head.record.scale
+        logits = logits + head.bias[entries].float()
+    logits = logits * head.record.scale
     if head.record.softcap is not None:
         logits = head.record.softcap * torch.tanh(logits / head.record.softcap)
     return logits

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
 from kdpipe.stages.teacher.canary import check_head
 from kdpipe.stages.teacher.describe import describe_teacher
-from kdpipe.stages.teacher.engine import Ack, Request
+from kdpipe.stages.teacher.engine import Ack, Canary, Request
 from kdpipe.stages.teacher.head import Head
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor, checksum
 
@@ -45,7 +45,7 @@ class _Span:
     """What one request wants of a stretch of its tokens; columns count from the start of the stretch.
 
     lo, hi: which of the request's rows lie in it, columns: where
-    probes: which of its probes lie in it, probe_columns: where, probe_targets: the token after each
+    probes: which of its probes lie in it, probe_columns: where, scored: the ids that are scored at each
     """
 
     lo: int
@@ -53,7 +53,7 @@ class _Span:
     columns: np.ndarray
     probes: np.ndarray
     probe_columns: np.ndarray
-    probe_targets: np.ndarray
+    scored: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -94,7 +94,7 @@ class TransformersEngine:
     """TeacherEngine over AutoModelForCausalLM."""
 
     name = "transformers"
-    determinism: Literal["bitwise", "tolerance"]
+    probe_every = 1
 
     def __init__(
         self,
@@ -113,7 +113,6 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.version = library_version()
-        self.determinism = "bitwise" if device == "cpu" else "tolerance"
         self._path = path
         self._device = torch.device(device)
         self._dtype = TORCH_DTYPES[describe_teacher(path, "auto").dtype if dtype == "auto" else dtype]
@@ -132,9 +131,9 @@ class TransformersEngine:
         while flights:
             yield from _land(flights.popleft())
 
-    def canary(self, head: Head, samples: Sequence[np.ndarray]) -> float:
+    def canary(self, head: Head, samples: Sequence[np.ndarray]) -> Canary:
         """The head's formula against the model's own logits; see canary.check_head."""
-        return check_head(self, head, samples, path=self._path)
+        return Canary(logit_error=check_head(self, head, samples, path=self._path), row_error=0.0)
 
     def close(self) -> None:
         """Free the model."""
@@ -255,12 +254,12 @@ class TransformersEngine:
         """One forward over ids [B, n], the rows and log-probabilities that the spans want started to the host."""
         width = ids.shape[1]
         columns = np.concatenate([index * width + span.probe_columns for index, span in enumerate(spans)])
-        targets = np.concatenate([span.probe_targets for span in spans])
+        targets = np.concatenate([span.scored for span in spans])
         # Without a probe the head runs on one row: no model's code is asked to take none.
         keep = _to_device(columns if len(columns) else np.zeros(1, dtype=np.int64), self._device)
         logits = self._forward(ids, keep=keep, mask=mask, chunk_of=chunk_of)[0, : len(columns)].float()
-        chosen = logits.gather(1, _to_device(targets, self._device)[:, None])[:, 0]
-        logprobs = _to_host(chosen - logits.logsumexp(dim=1))
+        chosen = logits.gather(1, _to_device(targets, self._device))
+        logprobs = _to_host(chosen - logits.logsumexp(dim=1, keepdim=True))
         wanted = np.concatenate([index * width + span.columns for index, span in enumerate(spans)])
         rows = _to_host(self._take_hidden().index_select(0, _to_device(wanted, self._device)))
         by_rows = rows.split([span.hi - span.lo for span in spans])
@@ -309,7 +308,7 @@ def _span(request: Request, start: int, stop: int) -> _Span:
         columns=request.positions[lo:hi] - start,
         probes=probes,
         probe_columns=positions - start,
-        probe_targets=request.token_ids[positions + 1].astype(np.int64),
+        scored=request.scored[probes],
     )
 
 
@@ -319,7 +318,7 @@ def _land(flight: _Flight) -> Iterator[Ack]:
         flight.landed.synchronize()
     for request, pieces in zip(flight.batch, flight.pieces, strict=True):
         target = as_tensor(request.target.array)
-        logprobs = np.full(len(request.probes), np.nan, dtype=np.float32)
+        logprobs = np.full(request.scored.shape, np.nan, dtype=np.float32)
         num_rows = 0
         for piece in pieces:
             target[piece.lo : piece.hi] = piece.rows

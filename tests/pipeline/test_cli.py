@@ -1,6 +1,5 @@
 """The command line: what it loads, what it refuses in one line, what it hands to the stages."""
 
-import hashlib
 import importlib
 import json
 import os
@@ -14,84 +13,33 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+from tests.caches import make_cache
 from tests.conftest import Main
 
-from kdpipe.manifests.cache import Cache, write_head
+from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import DataError, TemporaryError
-from kdpipe.manifests.plan import (
-    PLAN_FILE,
-    SAMPLES_FILE,
-    EngineRecord,
-    Fingerprint,
-    Plan,
-    Samples,
-    SamplesWriter,
-    Settings,
-)
 from kdpipe.manifests.sample import Sample, content_id
-from kdpipe.manifests.shard import ShardWriter, commit_path, shard_path
-from kdpipe.manifests.teacher import HeadRecord
+from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.pipeline import cli, launch
 from kdpipe.pipeline.options import spread
-
-WIDTH, VOCABULARY = 5, 11
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     """A complete cache of three shards, one sample of 7 tokens each."""
-    folder = tmp_path / "cache"
-    for name in ("teacher", "shards", "commits", "tmp"):
-        (folder / name).mkdir(parents=True)
     supervised = np.array([0, 0, 1, 1, 1, 0, 1], dtype=bool)
-    writer = SamplesWriter(folder / SAMPLES_FILE, batch_tokens=0, every_row=False, shard_tokens=7)
-    for number in range(3):
-        ids = np.arange(7, dtype=np.int32) + number
-        writer.add(
-            Sample(content_id=content_id(number), source="d", line=number + 1, token_ids=ids, supervised=supervised)
+    samples = [
+        Sample(
+            content_id=content_id(number),
+            source="d",
+            line=number + 1,
+            token_ids=np.arange(7, dtype=np.int32) + number,
+            supervised=supervised,
         )
-    shards = writer.close()
-    head = HeadRecord(
-        architecture="Tiny",
-        hidden_size=WIDTH,
-        vocab_size=VOCABULARY,
-        head_rows=VOCABULARY,
-        dtype="float32",
-        tied=False,
-        has_bias=False,
-        softcap=None,
-        scale=1.0,
-    )
-    plan = Plan(
-        fingerprint=Fingerprint(teacher="t", tokenizer="k", template="c", data=writer.data_digest()),
-        settings=Settings(
-            max_length=7,
-            overlong="truncate",
-            supervise="all",
-            rows="supervised",
-            codec="raw",
-            dtype="float32",
-            seed=0,
-        ),
-        engine=EngineRecord(name="fake", version="0", determinism="bitwise", device="cpu", batch_tokens=0),
-        head=head,
-        num_samples=3,
-        num_tokens=21,
-        num_rows=12,
-        heldout_fraction=0.0,
-        counts={},
-        samples_digest=hashlib.sha256((folder / SAMPLES_FILE).read_bytes()).hexdigest(),
-        vocabulary_digest="v",
-        shards=shards,
-    )
-    (folder / PLAN_FILE).write_bytes(plan.to_bytes())
-    weight = np.ones((VOCABULARY, WIDTH), np.float32)
-    write_head(folder / "teacher", weight, None, dtype="float32", scratch_folder=folder / "tmp")
-    samples = Samples(folder, plan)
-    for number in range(3):
-        with ShardWriter(folder, plan, plan.digest(), number, samples.shard(number)) as shard:
-            shard.hidden[:] = number
-            shard.commit()
+        for number in range(3)
+    ]
+    folder = tmp_path / "cache"
+    make_cache(folder, samples=samples, hidden_size=5, dtype="float32", shard_tokens=7, heldout_fraction=0.0)
     return folder
 
 
@@ -212,7 +160,7 @@ def test_cache_info_prints_one_object(main: Main, cache: Path) -> None:
     code, out, err = main("cache", "info", cache, "--json")
     info = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
-    assert (info["num_rows"], info["shards"], info["complete"], info["hidden_size"]) == (12, 3, True, WIDTH)
+    assert (info["num_rows"], info["shards"], info["complete"], info["hidden_size"]) == (12, 3, True, 5)
     assert "num rows" in main("cache", "info", cache)[1]
 
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from kdpipe.stages.teacher.engine import Ack, Request, RowTarget
-from kdpipe.stages.teacher.gate import choose_probes
+from kdpipe.stages.teacher.gate import choose_probes, choose_scored
 
 NUMPY_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 VOCAB = 251
@@ -18,11 +18,15 @@ def make_request(sample: int, length: int, *, dtype: str = "float32", probes: in
     draw = np.random.default_rng(1000 + sample)
     keep = np.arange(length - 1) if every else np.flatnonzero(draw.random(length - 1) < 0.66)
     array = np.zeros((len(keep), WIDTH), NUMPY_DTYPES[dtype])
+    token_ids = draw.integers(3, VOCAB, length).astype(np.int32)
+    positions = keep.astype(np.int64)
+    chosen = choose_probes(sample, len(keep), probes)
     return Request(
         sample=sample,
-        token_ids=draw.integers(3, VOCAB, length).astype(np.int32),
-        positions=keep.astype(np.int64),
-        probes=choose_probes(sample, len(keep), probes),
+        token_ids=token_ids,
+        positions=positions,
+        probes=chosen,
+        scored=choose_scored(sample, token_ids, positions[chosen], VOCAB),
         target=RowTarget(array=array, path=Path("unused"), offset=0),
     )
 

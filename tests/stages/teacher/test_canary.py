@@ -11,9 +11,9 @@ from tests.stages.teacher.make_requests import make_request
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.stages.teacher import canary
-from kdpipe.stages.teacher.canary import check_head, recompute_logprobs
+from kdpipe.stages.teacher.canary import check_head, compare_rows
 from kdpipe.stages.teacher.describe import describe_teacher
-from kdpipe.stages.teacher.head import Head, read_head
+from kdpipe.stages.teacher.head import Head, chosen_logits, read_head
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
 SAMPLES = [make_request(0, 41).token_ids, make_request(1, 7).token_ids]
@@ -53,19 +53,22 @@ def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
         check_head(engine, smaller, SAMPLES, path=tmp_path)
 
 
-@pytest.mark.parametrize("chunk", [17, 251, 9999])
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi", "granite"])
-def test_logprobs_by_chunks_are_those_of_the_dense_softmax(
-    kind: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(canary, "CHUNK_ENTRIES", chunk)
+@pytest.mark.parametrize("kind", KINDS)
+def test_chosen_entries_are_those_of_the_models_own_logits(kind: str, tmp_path: Path) -> None:
     engine, head = opened(kind, tmp_path, "float32")
     rows, logits = engine.rows_and_logits(SAMPLES[0])
-    next_ids = np.append(SAMPLES[0][1:], 250)  # the last one is in the last chunk
-    dense = torch.log_softmax(logits.double(), dim=-1)
-    truth = dense[torch.arange(len(next_ids)), torch.from_numpy(next_ids).long()]
-    scores = recompute_logprobs(rows, head, next_ids)
-    assert np.abs(scores.logprobs - truth.numpy()).max() < 1e-5
-    chosen = logits.double()[torch.arange(len(next_ids)), torch.from_numpy(next_ids).long()].abs()
-    magnitude = chosen + (dense.exp() * logits.double().abs()).sum(dim=-1)
-    assert np.abs(scores.magnitude - magnitude.numpy()).max() < 1e-5
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 251, (len(rows), 5)))
+    assert (chosen_logits(rows, head, ids) - logits.gather(1, ids)).abs().max() < 1e-5 * logits.abs().max()
+
+
+def test_rows_of_another_implementation_are_measured_and_judged(tmp_path: Path) -> None:
+    own = [torch.randn(9, 5), torch.randn(3, 5)]
+    close = [rows * (1 + 1e-6) for rows in own]
+    assert compare_rows(close, own, dtype="float32", exact=True, path=tmp_path) == pytest.approx(1e-6, rel=0.2)
+    swapped = [own[0][:3], own[1]]
+    with pytest.raises(TeacherError, match="differ from transformers' own by 1"):
+        compare_rows(swapped[::-1], swapped, dtype="bfloat16", exact=True, path=tmp_path)
+    assert compare_rows(swapped[::-1], swapped, dtype="bfloat16", exact=False, path=tmp_path) > 1
+    own[1][1, 1] = torch.nan
+    with pytest.raises(TeacherError, match="by nan"):
+        compare_rows(own, close, dtype="float32", exact=False, path=tmp_path)

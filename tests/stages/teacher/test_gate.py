@@ -12,7 +12,7 @@ from tests.stages.teacher.make_requests import make_request
 from kdpipe.manifests.errors import GateError, TeacherError
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Request
-from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes
+from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes, choose_scored
 from kdpipe.stages.teacher.head import Head, read_head
 from kdpipe.stages.teacher.rows import checksum
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
@@ -58,9 +58,9 @@ def test_swapped_samples_are_caught(make_answer: Callable[[], Answer]) -> None:
         check_ack(requests[0], acks[0])
     for request, ack in zip(requests, acks, strict=True):
         check_ack(request, resealed(request, ack))
-    with pytest.raises(GateError, match=r"sample 0: row \d+ gives log p"):
+    with pytest.raises(GateError, match=r"sample 0: row \d+ puts the logits"):
         check_identity(requests, acks, head)
-    with pytest.raises(GateError, match=r"sample 1: row \d+ gives log p"):
+    with pytest.raises(GateError, match=r"sample 1: row \d+ puts the logits"):
         check_identity(requests[1:], acks[1:], head)
 
 
@@ -68,7 +68,9 @@ def test_swapped_samples_are_caught(make_answer: Callable[[], Answer]) -> None:
 def test_rows_shifted_by_one_are_caught(shift: int, make_answer: Callable[[], Answer]) -> None:
     requests, acks, head = make_answer()
     requests[2].target.array[:] = np.roll(requests[2].target.array, shift, axis=0)
-    with pytest.raises(GateError, match=r"sample 2: row \d+ gives log p = -?\d+\.\d+ .* the engine said -?\d"):
+    with pytest.raises(
+        GateError, match=r"sample 2: row \d+ puts the logits of tokens \d+ and \d+ -?\d+\.\d+ apart, the engine -?\d"
+    ):
         check_identity(requests, acks, head)
 
 
@@ -90,10 +92,10 @@ def test_rows_never_written_are_caught(make_answer: Callable[[], Answer]) -> Non
 
 def test_ack_without_a_probes_answer_is_caught(make_answer: Callable[[], Answer]) -> None:
     requests, acks, head = make_answer()
-    acks[1].probe_logprobs[2] = np.nan
+    acks[1].probe_logprobs[2, 5] = np.nan
     with pytest.raises(GateError, match=f"sample 1: row {requests[1].probes[2]}"):
         check_identity(requests, acks, head)
-    with pytest.raises(GateError, match="4 rows were probed, the engine answered for 3"):
+    with pytest.raises(GateError, match=r"\(4, 8\) ids were scored, the engine answered for \(3, 8\)"):
         check_ack(requests[0], replace(acks[0], probe_logprobs=acks[0].probe_logprobs[:3]))
 
 
@@ -136,5 +138,11 @@ def test_probes_hold_the_ends_and_are_spread_between() -> None:
 def test_probes_are_a_pure_function_of_the_sample() -> None:
     assert choose_probes(7, 1000, 5).tolist() == [0, 251, 555, 813, 999]
     assert choose_probes(7, 1000, 5).tolist() != choose_probes(8, 1000, 5).tolist()
-    with pytest.raises(ValueError, match="first and the last"):
-        choose_probes(7, 1000, 1)
+    assert choose_probes(7, 1000, 1).tolist() == [999]
+    ids = np.arange(50, 90, dtype=np.int32)
+    scored = choose_scored(7, ids, np.array([3, 38]), 1000)
+    assert scored.tolist() == choose_scored(7, ids, np.array([3, 38]), 1000).tolist()
+    assert scored[:, 0].tolist() == [54, 89]
+    assert set(scored[:, 1:5].flat) <= set(ids.tolist())
+    assert scored.max() < 1000
+    assert len(set(scored.flat)) > 10

@@ -1,0 +1,443 @@
+"""The teacher in SGLang: prompts of ids go to a host process, rows come straight into the shard's mapped file.
+
+    extraction --prompts--> host (sglang_host.py) --> schedulers --rows--> the shard's file
+               <--answers--                       <-- receipts, log-probabilities
+
+A prompt ends at the last row that is kept: a causal model needs nothing after it, and the log-probability of the next
+token comes from the one place where SGLang makes logits anyway. For other probed rows, of one sample in PROBE_EVERY, a
+shorter prompt is sent as well: scoring a whole prompt would cost the head on each of its tokens.
+Invariant: acks come in the order of the requests, each with the receipt of the sink; a silent, dead or confused engine
+is an error that names the request, never a wait without end.
+Cost: about 15 s to start on a CPU; then SGLang's own prefill. Measured by tools/bench/sglang_sink.py.
+"""
+
+# Shapes: n tokens of one sample, R rows kept of it, K rows probed, E teacher width.
+
+import importlib.metadata
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdpipe.manifests.errors import ConfigError, EngineError, GateError, KdpipeError, TeacherError
+from kdpipe.manifests.plan import SHARD_TOKENS
+from kdpipe.manifests.specs import Device, Dtype
+from kdpipe.stages.teacher.canary import compare_rows
+from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
+from kdpipe.stages.teacher.engine import Ack, Canary, EngineOptions, Request
+from kdpipe.stages.teacher.head import Head
+from kdpipe.stages.teacher.rows import TORCH_DTYPES, checksum
+from kdpipe.stages.teacher.session import Session
+from kdpipe.stages.teacher.sglang_host import SWITCH, Answer, Failed, Key, Prompt, Ready
+from kdpipe.stages.teacher.sink import Order, Receipt, runs_of
+from kdpipe.stages.teacher.transformers_engine import TransformersEngine
+
+TRIED = ("0.5.23",)
+"""Versions of SGLang that the tests ran with."""
+
+PROBE_EVERY = 128
+IN_FLIGHT_TOKENS = 2 * SHARD_TOKENS
+"""Tokens given to SGLang and not yet answered: it works on while a whole shard is sealed."""
+
+START_TIMEOUT_S = 1800.0
+"""A large teacher is read from a network disk in this time."""
+
+CPU_TOKENS = 65536
+"""Tokens of KV cache on a CPU, where SGLang would otherwise take a share of the machine's memory."""
+
+OURS = {
+    "model_path", "device", "dtype", "tp_size", "dp_size", "pp_size", "ep_size", "quantization", "mem_fraction_static",
+    "enable_deterministic_inference", "disable_radix_cache", "skip_tokenizer_init", "enable_return_hidden_states",
+}  # fmt: skip
+"""Arguments that this file decides; each has an option of its own, or rows would be wrong with another value."""
+
+HOST = "from kdpipe.stages.teacher.sglang_host import main; import sys; main(int(sys.argv[1]))"
+
+
+def library_version() -> str:
+    """Raises ConfigError where SGLang is absent or was not tried."""
+    try:
+        version = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            "sglang is not installed; on a GPU machine: pip install 'kdpipe[sglang]', without a GPU: make sglang",
+            where="--engine sglang",
+        ) from None
+    if version not in TRIED:
+        raise ConfigError(
+            f"sglang {version} is installed, kdpipe was tried with {' and '.join(TRIED)}; install one of these, "
+            "or use --engine transformers",
+            where="--engine sglang",
+        )
+    return f"sglang {version} torch {torch.__version__}"
+
+
+class SglangEngine:
+    """TeacherEngine over sglang.Engine in a process of its own, started by the first use."""
+
+    name = "sglang"
+    probe_every = PROBE_EVERY
+
+    def __init__(self, path: Path, *, dtype: Dtype, device: Device, options: EngineOptions | None = None) -> None:
+        """Nothing is started yet. Raises ConfigError as library_version and check_options do."""
+        self.version = library_version()
+        self._path, self._dtype, self._device = path, dtype, device
+        self._options = options or EngineOptions()
+        self._arguments = server_arguments(path, describe_teacher(path, dtype), device, self._options)
+        self._session: Session | None = None
+        self._link: Connection | None = None
+        self._folder: Path | None = None
+        self._scratch: Path | None = None
+
+    def canary(self, head: Head, samples: Sequence[np.ndarray]) -> Canary:
+        """Start SGLang and compare its rows with transformers' own; see TeacherEngine.canary."""
+        if self._device == "cpu":
+            self._launch()  # it starts while transformers runs; on a GPU each wants the memory for itself
+        logit_error, reference = self._reference(head, samples)
+        rows = self._canary_rows(head, samples)
+        if reference is None:
+            return Canary(logit_error=float("nan"), row_error=float("nan"), skipped="no room to load it twice")
+        error = compare_rows(
+            rows, reference, dtype=head.record.dtype, exact=self._options.quantization is None, path=self._path
+        )
+        return Canary(logit_error=logit_error, row_error=error)
+
+    def run(self, batches: Iterable[Sequence[Request]]) -> Iterator[Ack]:
+        """Run the batches; see TeacherEngine.run. SGLang batches by itself: a planned batch is only sent together."""
+        self._start()
+        ahead = iter(batches)
+        waiting: deque[Request] = deque()
+        answers: dict[Key, Answer] = {}
+        tokens, exhausted = 0, False
+        while True:
+            while tokens < IN_FLIGHT_TOKENS and not exhausted:
+                batch = next(ahead, None)
+                exhausted = batch is None
+                waiting.extend(batch or ())
+                tokens += sum(len(request.token_ids) for request in batch or ())
+                self._send([prompt for request in batch or () for prompt in prompts_of(request, self._dtype)])
+            if not waiting:
+                return
+            keys = keys_of(waiting[0])
+            while not all(key in answers for key in keys):
+                answer = self._receive(waiting, answers)
+                answers[answer.key] = answer
+            request = waiting.popleft()
+            tokens -= len(request.token_ids)
+            yield ack_of(request, [answers.pop(key) for key in keys])
+
+    def close(self) -> None:
+        """End SGLang and everything it started."""
+        if self._link is not None:
+            self._link.close()
+        if self._session is not None:
+            self._session.end()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._link = self._session = self._folder = None
+
+    def _launch(self) -> None:
+        """Start the host, unless it runs; `_start` waits for it."""
+        if self._session is not None:
+            return
+        self._folder = Path(tempfile.mkdtemp(prefix="kdpipe-sglang-"))
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._session = Session(
+                [sys.executable, "-c", HOST, str(theirs.fileno())],
+                env=host_environment(self._folder, self._device, self._options),
+                log=self._folder / "log",
+                pass_fds=[theirs.fileno()],
+            )
+        self._link = Connection(ours.detach())
+        self._ready = False
+        self._link.send(self._arguments)
+
+    def _start(self) -> None:
+        """SGLang, up and waiting. Raises ConfigError for arguments it refuses, TeacherError where it does not start."""
+        self._launch()
+        if self._ready:
+            return
+        try:
+            message = self._next(START_TIMEOUT_S, lambda: str(self._path))
+        except EngineError as err:  # not a matter of luck yet: nothing has run
+            raise TeacherError(f"while it started, {err.args[0]}", where=self._path) from None
+        if isinstance(message, Failed):
+            if message.refused:
+                raise ConfigError(message.message)
+            raise TeacherError(f"SGLang cannot run it{self._log_kept()}", where=self._path)
+        assert isinstance(message, Ready)
+        self._ready = True
+
+    def _send(self, prompts: list[Prompt]) -> None:
+        assert self._link is not None
+        if prompts:
+            try:
+                self._link.send(prompts)
+            except OSError:
+                raise self._gone(f"sample {prompts[0].key[0]}") from None
+
+    def _receive(self, waiting: Iterable[Request], answers: Mapping[Key, Answer]) -> Answer:
+        """The next answer. Raises EngineError naming the oldest request that has none."""
+
+        def who() -> str:
+            late = [request.sample for request in waiting if not all(key in answers for key in keys_of(request))]
+            return f"sample {late[0]} and {len(late) - 1} more"
+
+        message = self._next(self._options.timeout_s, who)
+        if isinstance(message, Failed):
+            raise EngineError(f"SGLang refused a request: {message.message}{self._log_kept()}", where=who())
+        assert isinstance(message, Answer)
+        return message
+
+    def _next(self, timeout_s: float, who: Callable[[], str]) -> Answer | Failed | Ready:
+        """The next message of the host. Raises EngineError where it is gone, or silent for too long."""
+        assert self._link is not None
+        assert self._session is not None
+        until = time.monotonic() + timeout_s
+        try:
+            while not self._link.poll(1.0):
+                self._session.look()
+                if time.monotonic() > until:
+                    raise EngineError(
+                        f"SGLang gave no sign for {timeout_s:g} s{self._log_kept()}; finished shards are kept, run "
+                        "the same command again, with a longer --engine-timeout if it was only slow",
+                        where=who(),
+                    )
+            message: Answer | Failed | Ready = self._link.recv()
+        except (EOFError, OSError):
+            raise self._gone(who()) from None
+        return message
+
+    def _gone(self, who: str) -> KdpipeError:
+        """The error for a host that is no longer there."""
+        return EngineError(
+            f"SGLang died{self._log_kept()}; finished shards are kept, run the same command again", where=who
+        )
+
+    def _log_kept(self) -> str:
+        """The last telling line of SGLang's output, and where all of it is kept; "" where there is none."""
+        assert self._folder is not None
+        log = self._folder / "log"
+        if not log.exists() or not log.stat().st_size:
+            return ""
+        kept = Path(tempfile.mkstemp(prefix="kdpipe-sglang-", suffix=".log")[1])
+        shutil.copy(log, kept)
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        telling = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Interrupt"))]
+        return f" ({(telling or lines)[-1][:200]}; all it said: {kept})"
+
+    def _reference(self, head: Head, samples: Sequence[np.ndarray]) -> tuple[float, list[torch.Tensor] | None]:
+        """The error of the head's formula, and transformers' own rows [n, E]; None without room to load it."""
+        if self._options.tp * self._options.pp > 1 and self._device == "cuda":
+            device: Device = "cpu"  # it did not fit on one GPU
+        else:
+            device = self._device
+        if not has_room(describe_teacher(self._path, self._dtype), device):
+            return float("nan"), None
+        engine = TransformersEngine(self._path, dtype=self._dtype, device=device)
+        try:
+            error = engine.canary(head, samples).logit_error
+            return error, [engine.rows_and_logits(token_ids)[0].cpu() for token_ids in samples]
+        finally:
+            engine.close()
+
+    def _canary_rows(self, head: Head, samples: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Rows [n, E] of whole samples, through the sink into a scratch file. Raises GateError without a receipt."""
+        self._start()
+        assert self._folder is not None
+        dtype = TORCH_DTYPES[self._dtype]
+        total = sum(len(token_ids) for token_ids in samples)
+        path = self._folder / "canary"
+        size = total * head.record.hidden_size
+        rows = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(total, -1)
+        rows.fill_(torch.nan)
+        first = np.cumsum([0, *(len(token_ids) for token_ids in samples)])
+        self._send(
+            [
+                Prompt(
+                    key=(number, len(token_ids) - 1),
+                    token_ids=token_ids,
+                    order=Order(
+                        path=str(path),
+                        offset=int(first[number]) * head.record.hidden_size * dtype.itemsize,
+                        width=head.record.hidden_size,
+                        dtype=self._dtype,
+                        runs=(0, len(token_ids)),
+                    ),
+                    scored=(0,),
+                )
+                for number, token_ids in enumerate(samples)
+            ]
+        )
+        for _ in samples:
+            message = self._next(self._options.timeout_s, lambda: "the canary samples")
+            if isinstance(message, Failed):
+                raise EngineError(f"SGLang refused a request: {message.message}{self._log_kept()}", where="the canary")
+            assert isinstance(message, Answer)
+            require_receipt(message, len(samples[message.key[0]]), where="the canary")
+        return list(rows.split([len(token_ids) for token_ids in samples]))
+
+
+def check_options(options: EngineOptions) -> None:
+    """Raises ConfigError for what SGLang cannot have, or must not."""
+    if options.pp > 1:
+        raise ConfigError(
+            "SGLang does not hand hidden states on between pipeline stages; use --tp, or --dp for several copies",
+            where="--pp",
+        )
+    for name, _ in options.arguments:
+        if name in OURS:
+            raise ConfigError(f"'{name}' is set by kdpipe; see kdpipe extract --help", where="--engine-arg")
+
+
+def server_arguments(path: Path, info: TeacherInfo, device: Device, options: EngineOptions) -> dict[str, Any]:
+    """SGLang's ServerArgs, pure."""
+    check_options(options)
+    given = {name: parsed(value) for name, value in options.arguments}
+    arguments: dict[str, Any] = {
+        "model_path": str(path),
+        "device": device,
+        "dtype": info.dtype,
+        "tp_size": options.tp,
+        "dp_size": options.dp,
+        "ep_size": options.ep,
+        "quantization": options.quantization,
+        "mem_fraction_static": options.mem_fraction,
+        "enable_deterministic_inference": options.deterministic,
+        # A prefix found in the radix cache has no hidden states; ids come from the plan, text never goes in.
+        "disable_radix_cache": True,
+        "skip_tokenizer_init": True,
+        "enable_return_hidden_states": True,
+        "log_level": "warning",
+        "random_seed": 0,
+    }
+    if device == "cpu":
+        arguments |= {
+            "attention_backend": "torch_native",
+            "sampling_backend": "pytorch",
+            "disable_cuda_graph": True,
+            "sleep_on_idle": True,
+            "max_total_tokens": max(CPU_TOKENS, 2 * (info.max_positions or 0)),
+        }
+    if info.max_positions is not None:
+        # Room for the one token that is made of each prompt and never read.
+        arguments["context_length"] = info.max_positions + 1
+    return {name: value for name, value in (arguments | given).items() if value is not None}
+
+
+def parsed(value: str) -> Any:
+    """A value of --engine-arg: JSON where it is JSON (4096, true, {"a": 1}), else the text as it is."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def host_environment(folder: Path, device: Device, options: EngineOptions) -> dict[str, str]:
+    """The environment of the host and all it starts."""
+    env = dict(os.environ) | {
+        SWITCH: "1",
+        "TMPDIR": str(folder),  # sockets that SGLang leaves behind go with it
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+    }
+    if device == "cpu":
+        ranks = options.tp * options.dp
+        env["SGLANG_USE_CPU_ENGINE"] = "1"
+        env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+        if ranks > 1:
+            env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(core_groups(ranks)))
+    return env
+
+
+def core_groups(ranks: int) -> list[str]:
+    """This process's cores dealt to the ranks in equal runs, as "0,1"; where there are fewer, ranks share them."""
+    cores = sorted(os.sched_getaffinity(0))
+    size = max(1, len(cores) // ranks)
+    return [",".join(str(cores[(rank * size + i) % len(cores)]) for i in range(size)) for rank in range(ranks)]
+
+
+def keys_of(request: Request) -> list[Key]:
+    """Of the prompts that a request becomes: one up to each probed row, the last of which goes up to its last row."""
+    return [(request.sample, int(position)) for position in request.positions[request.probes]]
+
+
+def prompts_of(request: Request, dtype: str) -> list[Prompt]:
+    """The request as SGLang gets it: cut after its last kept row, and once more after each other probed row.
+
+    The next token's log-probability comes from the place where SGLang makes logits anyway, and the shorter prompts know
+    nothing of the sink.
+    """
+    prompts = []
+    for key, scored in zip(keys_of(request), request.scored, strict=True):
+        last = key[1]
+        order = None
+        if last == request.positions[-1]:
+            order = Order(
+                path=str(request.target.path),
+                offset=request.target.offset,
+                width=request.target.array.shape[1],
+                dtype=dtype,
+                runs=runs_of(request.positions),
+            )
+        ids = request.token_ids[: last + 1]
+        prompts.append(Prompt(key=key, token_ids=ids, order=order, scored=tuple(scored.tolist())))
+    return prompts
+
+
+def ack_of(request: Request, answers: Sequence[Answer]) -> Ack:
+    """What the gate is told, of the answers to keys_of; a request without rows was never sent.
+
+    Raises GateError where the sink did not write what was ordered.
+    """
+    digest, num_rows = checksum(request.target.array[:0]), 0
+    if answers:
+        where = f"sample {request.sample}"
+        receipt = require_receipt(answers[-1], int(request.positions[-1]) + 1, where=where)
+        planned = request.target.array.nbytes
+        if receipt.num_bytes != planned:
+            raise GateError(
+                f"the plan has {planned} bytes of rows, the engine wrote {receipt.num_bytes}; "
+                "does it compute in another dtype?",
+                where=where,
+            )
+        digest, num_rows = receipt.checksum, receipt.num_rows
+    logprobs = np.array([answer.logprobs for answer in answers], np.float32).reshape(request.scored.shape)
+    return Ack(sample=request.sample, num_rows=num_rows, checksum=digest, probe_logprobs=logprobs)
+
+
+def require_receipt(answer: Answer, num_positions: int, *, where: str) -> Receipt:
+    """The sink's receipt, of the whole prompt. Raises GateError where there is none."""
+    if answer.receipt is None:
+        raise GateError(
+            "SGLang answered without the sink's receipt, so no row was written; is another plugin in its way? "
+            "(entry points sglang.srt.plugins, variable SGLANG_PLUGINS)",
+            where=where,
+        )
+    receipt = Receipt.from_floats(answer.receipt)
+    if receipt.num_positions != num_positions:
+        raise GateError(
+            f"the prompt has {num_positions} tokens, {receipt.num_positions} hidden states came by", where=where
+        )
+    return receipt
+
+
+def has_room(info: TeacherInfo, device: Device) -> bool:
+    """Whether transformers can load the teacher too, for a moment, with a fifth to spare."""
+    needed = info.num_params * TORCH_DTYPES[info.dtype].itemsize * 1.2
+    if device == "cuda":
+        return bool(needed < torch.cuda.mem_get_info()[0])
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return needed < available

@@ -1,0 +1,248 @@
+"""The process that SGLang lives in, and the plugin that SGLang loads: the only file that imports sglang.
+
+`main` runs in a process that sglang_engine.py starts, with a socket between the two. SGLang kills its parent and
+everything under it when one of its processes fails; here that is this host, and the extraction sees a closed socket
+instead of its own death. When the extraction dies, the host ends the engine.
+
+The plugin (entry point `sglang.srt.plugins`) puts the sink around the method that turns a prefill's hidden states into
+lists of floats. The method is private: `check_target` compares its signature before the engine starts, and a run goes
+on only with receipts from the sink. In an engine that the host did not start the plugin does nothing.
+Written for SGLang 0.5.23, from its source.
+"""
+
+# Shapes: n prompt tokens.
+
+import asyncio
+import inspect
+import os
+import pkgutil
+import shutil
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from kdpipe.manifests.errors import ConfigError, nearest
+from kdpipe.stages.teacher.session import end_session, members, shared_memory
+from kdpipe.stages.teacher.sink import Order, Sink
+
+SWITCH = "KDPIPE_SINK"
+"""Set to 1 by sglang_engine.py for its own host only: other SGLang engines of the environment stay as they are."""
+
+TARGET = (
+    "sglang.srt.managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor._append_prefill_hidden_states"
+)
+SIGNATURE = (
+    "self", "req", "logits_output", "hidden_state_offset", "capture_hidden_mode", "extend_input_len", "store",
+)  # fmt: skip
+
+
+Key = tuple[int, int]
+"""Sample, and position of the prompt's last token in it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One request on its way to SGLang.
+
+    key: by which its answer is known
+    token_ids: int32 [n]
+    order: what the sink writes; None where only the log-probability is asked for
+    scored: ids whose log-probability after the prompt is reported
+    """
+
+    key: Key
+    token_ids: np.ndarray
+    order: Order | None
+    scored: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What SGLang made of a prompt.
+
+    receipt: the sink's, as floats; None where there was no order, or the engine answered with something else
+    logprobs: log p(id | token_ids) of the scored ids, by the engine's own logits
+    """
+
+    key: Key
+    receipt: list[float] | None
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """The engine did not start, or a request raised. `refused`: the arguments are at fault."""
+
+    message: str
+    refused: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """The engine is up; `arguments` are what it runs with."""
+
+    arguments: dict[str, str]
+
+
+def register() -> None:
+    """Entry point of the plugin, called by SGLang in each of its processes."""
+    if os.environ.get(SWITCH) != "1":
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(TARGET, sink_hook(Sink()), HookType.AROUND)
+
+
+def sink_hook(sink: Sink) -> Callable[..., int]:
+    """The hook around TARGET: the sink takes this request's rows and the batch's offset moves on past them."""
+
+    def hook(
+        original: Callable[..., int],
+        self: Any,
+        *,
+        req: Any,
+        logits_output: Any,
+        hidden_state_offset: int,
+        capture_hidden_mode: Any,
+        extend_input_len: int,
+        store: bool = True,
+    ) -> int:
+        order = Order.from_params(req.sampling_params.custom_params)
+        if order is None or not capture_hidden_mode.is_full():
+            return original(
+                self,
+                req=req,
+                logits_output=logits_output,
+                hidden_state_offset=hidden_state_offset,
+                capture_hidden_mode=capture_hidden_mode,
+                extend_input_len=extend_input_len,
+                store=store,
+            )
+        end = hidden_state_offset + extend_input_len
+        # `store` is False for every chunk but the last, and for requests that were taken back or ended early.
+        middle = not store and req.inflight_middle_chunks > 0 and not req.finished() and not req.is_retracted
+        if not (store or middle):
+            sink.restart(req.rid)
+            return end
+        if _is_writer():
+            sink.take(req.rid, order, logits_output.hidden_states[hidden_state_offset:end])
+        if store:
+            # The other ranks of a group hold the same rows and write none; only rank 0 speaks to the client.
+            req.hidden_states.append(sink.finish(req.rid).to_floats())
+        return end
+
+    return hook
+
+
+def _is_writer() -> bool:
+    """Every rank of a tensor-parallel group holds the same hidden states after the final norm: its first writes."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return bool(get_parallel().attn_tp_rank == 0)
+
+
+def check_target() -> None:
+    """The method that the sink goes around must be what this file was written for. Raises ConfigError."""
+    owner, _, name = TARGET.rpartition(".")
+    found = getattr(pkgutil.resolve_name(owner), name, None)
+    signature = () if found is None else tuple(inspect.signature(found).parameters)
+    if signature != SIGNATURE:
+        got = "is gone" if found is None else f"takes ({', '.join(signature)})"
+        raise ConfigError(f"{name} {got}, expected ({', '.join(SIGNATURE)}); this SGLang was changed", where="sglang")
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Names of SGLang's own ServerArgs. Raises ConfigError naming the nearest one."""
+    from sglang.srt.server_args import ServerArgs
+
+    known = [name for name in ServerArgs.__annotations__ if not name.startswith("_")]
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(f"SGLang has no argument '{name}'{nearest(name, known)}", where="--engine-arg")
+
+
+def main(descriptor: int) -> None:
+    """Serve one engine until the other end of the socket closes."""
+    os.set_inheritable(descriptor, False)
+    link = Connection(descriptor)
+    arguments = link.recv()
+    answers: SimpleQueue[Answer | Failed] = SimpleQueue()
+    running: Future[Any] = Future()
+    threading.Thread(target=_receive, args=(link, running, answers), daemon=True).start()
+    try:
+        import sglang
+
+        check_target()
+        check_arguments(arguments)
+        engine = sglang.Engine(**arguments)
+    except ConfigError as err:
+        link.send(Failed(message=f"{err.where}: {err.args[0]}", refused=True))
+        return
+    except Exception as err:  # the process boundary: what went wrong is told to the other side, whatever it was
+        traceback.print_exc()
+        link.send(Failed(message=f"{type(err).__name__}: {err}"))
+        return
+    link.send(Ready(arguments={key: str(value) for key, value in arguments.items()}))
+    threading.Thread(target=_send, args=(link, answers), daemon=True).start()
+    running.set_result(engine)
+    engine.loop.run_forever()
+
+
+def _receive(link: Connection, running: "Future[Any]", answers: "SimpleQueue[Answer | Failed]") -> None:
+    """Prompts to the engine's event loop, without ever waiting for it; the end of everything when the socket closes."""
+    try:
+        while True:
+            prompts: list[Prompt] = link.recv()
+            engine = running.result()
+            for prompt in prompts:
+                asyncio.run_coroutine_threadsafe(_ask(engine, prompt, answers), engine.loop)
+    except (EOFError, OSError):
+        own = os.getpid()
+        end_session(own, shared_memory(members(own)), spare=own)
+        shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)  # a folder of this host's own, see sglang_engine.py
+        os._exit(0)
+
+
+def _send(link: Connection, answers: "SimpleQueue[Answer | Failed]") -> None:
+    """Answers back, in the order in which they came."""
+    while True:
+        try:
+            link.send(answers.get())
+        except OSError:
+            return  # the extraction is gone, which _receive sees too
+
+
+async def _ask(engine: Any, prompt: Prompt, answers: "SimpleQueue[Answer | Failed]") -> None:
+    try:
+        result = await engine.async_generate(
+            input_ids=prompt.token_ids.tolist(),
+            # One new token: with none SGLang runs nothing. At temperature 1 log-probabilities are the model's own.
+            sampling_params={"max_new_tokens": 1, "temperature": 1.0}
+            | ({"custom_params": prompt.order.to_params()} if prompt.order else {}),
+            return_hidden_states=prompt.order is not None,
+            return_logprob=True,
+            token_ids_logprob=list(prompt.scored),
+        )
+        answers.put(_answer(prompt, result["meta_info"]))
+    except Exception as err:  # the process boundary again; the request's failure is the other side's to judge
+        traceback.print_exc()
+        answers.put(Failed(message=f"{type(err).__name__}: {err}"))
+
+
+def _answer(prompt: Prompt, info: dict[str, Any]) -> Answer:
+    states = info.get("hidden_states") or []
+    is_receipt = len(states) == 1 and states[0] and not isinstance(states[0][0], list)
+    return Answer(
+        key=prompt.key,
+        receipt=states[0] if is_receipt else None,
+        logprobs=tuple(logprob for logprob, *_ in info["output_token_ids_logprobs"][0]),
+    )

@@ -1,0 +1,262 @@
+"""What it costs to get hidden states out of SGLang: prefill alone, SGLang's own way, and kdpipe's sink into a cache.
+
+    prefill   sglang.Engine.generate over the samples, no hidden states: the floor
+    stock     the same with return_hidden_states=True, lists made into tensors as every user of it must
+    kdpipe    the same samples through kdpipe's engine into a cache: gate, checksums, fsync and commit
+
+Two engines with the same arguments: a bare one for the first two, kdpipe's for the third. They take turns within one
+run and the idle one is stopped, because SGLang polls. Each repetition gives one ratio to its own prefill; the median is
+printed. Memory is taken in a pass of its own before those that are timed: the largest proportional set size of the
+engine's whole tree of processes, beyond its size at rest, and for kdpipe of the extracting process too.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is all Python adds
+
+TEACHER = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 1, "max_position_embeddings": 2048}
+HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8}
+
+
+def serve_bare(descriptor: int) -> None:
+    """A bare SGLang: answers (ids, with_states) with the seconds it took."""
+    import sglang
+    import torch
+
+    os.set_inheritable(descriptor, False)
+    link = Connection(descriptor)
+    engine = sglang.Engine(**link.recv())
+    link.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            ids, with_states = link.recv()
+            started = time.perf_counter()
+            answers = engine.generate(
+                input_ids=ids, sampling_params={"max_new_tokens": 1}, return_hidden_states=with_states
+            )
+            rows = [torch.tensor(answer["meta_info"]["hidden_states"][0]) for answer in answers if with_states]
+            assert all(len(found) == len(own) for found, own in zip(rows, ids, strict=bool(rows)))
+            link.send(time.perf_counter() - started)
+
+
+def proportional_bytes(pids: list[int]) -> int:
+    """Proportional set size of some processes together."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
+
+
+@contextmanager
+def peak_memory(pids: Callable[[], list[int]], found: list[int]) -> Iterator[None]:
+    """Append the largest growth of the processes' memory within the block, sampled every 50 ms, which slows them."""
+    rest = proportional_bytes(pids())
+    peak, over = rest, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.05):
+            peak = max(peak, proportional_bytes(pids()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        found.append(peak - rest)
+
+
+class Bench:
+    """The two engines, the plan, and the three ways."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        from tests.models import make_model, make_tokenizer
+
+        from kdpipe.manifests.plan import Samples
+        from kdpipe.manifests.progress import Silent
+        from kdpipe.manifests.specs import DataSpec, Dtype
+        from kdpipe.stages.extract import ExtractSpec
+        from kdpipe.stages.extract.planning import staged
+        from kdpipe.stages.teacher.describe import describe_teacher
+        from kdpipe.stages.teacher.engine import EngineOptions
+        from kdpipe.stages.teacher.session import Session, members
+        from kdpipe.stages.teacher.sglang_engine import SglangEngine, host_environment, server_arguments
+
+        sizes = TEACHER | HEADS | {"hidden_size": options.hidden, "num_hidden_layers": options.layers}
+        sizes["intermediate_size"] = options.hidden * 11 // 4
+        dtype: Dtype = "bfloat16"
+        teacher = make_model("llama", folder / "teacher", dtype=dtype, vocab_size=options.vocab, sizes=sizes)
+        make_tokenizer(teacher)
+        data = folder / "data.jsonl"
+        with open(data, "w") as file:
+            for number in range(options.samples):
+                file.write(json.dumps({"text": f"{number} " + "A teacher writes rows. " * options.tokens}) + "\n")
+        engine_options = EngineOptions(mem_fraction=0.4 if options.device == "cuda" else None)
+        spec = ExtractSpec(
+            teacher=teacher,
+            data=(data,),
+            data_spec=DataSpec(max_length=options.tokens, supervise="all"),
+            engine="sglang",
+            device=options.device,
+        )
+        self.folder, self.members = folder, members
+        with staged(spec, folder / "plan", Silent()) as plan:
+            self.head = plan.head
+            self.plan = plan.publish()
+        samples = Samples(self.plan.path, self.plan.plan)
+        self.ids = [
+            ids.values.to_pylist()
+            for number in range(len(self.plan.plan.shards))
+            for ids in samples.shard(number).column("token_ids")
+        ]
+        self.num_tokens = sum(map(len, self.ids))
+        ours, theirs = socket.socketpair()
+        arguments = server_arguments(teacher, describe_teacher(teacher), options.device, engine_options)
+        environment = host_environment(folder, options.device, engine_options)
+        environment.pop("KDPIPE_SINK")
+        self.bare = Session(
+            [sys.executable, __file__, "--serve-bare", str(theirs.fileno())],
+            env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            log=folder / "bare.log",
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self.link = Connection(ours.detach())
+        self.link.send(arguments)
+        assert self.link.recv() == "ready"
+        self._pause(self.bare, True)
+        self.engine = SglangEngine(teacher, dtype=dtype, device=options.device, options=engine_options)
+        self.engine.canary(self.head, [np.array(ids[:64], np.int32) for ids in self.ids[:2]])
+        self._pause(self.session, True)
+
+    @property
+    def session(self) -> Any:
+        return self.engine._session
+
+    def _pause(self, session: Any, paused: bool) -> None:
+        for pid in self.members(session._leader.pid):
+            os.kill(pid, signal.SIGSTOP if paused else signal.SIGCONT)
+
+    def time(self, way: str, number: int, memory: list[int] | None = None) -> float:
+        """Seconds of one pass over all samples; the peak of its memory is appended to `memory`."""
+        session = self.session if way == "kdpipe" else self.bare
+        own = [os.getpid()] if way == "kdpipe" else []
+        watched = contextlib.nullcontext()
+        if memory is not None:
+            watched = peak_memory(lambda: self.members(session._leader.pid) + own, memory)  # type: ignore[assignment]
+        self._pause(session, False)
+        time.sleep(0.2)
+        try:
+            with watched:
+                if way == "kdpipe":
+                    return self.extract(number)
+                self.link.send((self.ids, way == "stock"))
+                return float(self.link.recv())
+        finally:
+            self._pause(session, True)
+
+    def extract(self, number: int) -> float:
+        """Seconds until the last shard of a fresh cache is committed, the engine running beforehand."""
+        from kdpipe.manifests.cache import Cache
+        from kdpipe.manifests.progress import Silent
+        from kdpipe.stages.extract.shards import Filling
+
+        cache = shutil.copytree(self.plan.path, self.folder / f"cache-{number}")
+        started = time.perf_counter()
+        Filling(Cache.open(cache), self.engine, self.head, Silent()).run(range(len(self.plan.plan.shards)))
+        taken = time.perf_counter() - started
+        shutil.rmtree(cache)
+        return taken
+
+    def close(self) -> None:
+        for session in (self.bare, self.session):
+            self._pause(session, False)
+        self.engine.close()
+        self.bare.end()
+
+
+def measure(options: argparse.Namespace, repetitions: int) -> tuple[dict[str, list[float]], dict[str, list[int]], int]:
+    """Seconds of every repetition by way, bytes likewise, and tokens of a pass."""
+    times: dict[str, list[float]] = {"prefill": [], "stock": [], "kdpipe": []}
+    memory: dict[str, list[int]] = {way: [] for way in times}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        bench = Bench(Path(name), options)
+        try:
+            for way in times:
+                bench.time(way, 0)  # the first pass compiles kernels
+                bench.time(way, 0, memory[way])
+            for repetition in range(1, repetitions + 1):
+                order = list(times) if repetition % 2 else list(times)[::-1]
+                for way in order:
+                    times[way].append(bench.time(way, repetition))
+                print({way: round(taken[-1], 2) for way, taken in times.items()}, file=sys.stderr)
+        finally:
+            bench.close()
+        return times, memory, bench.num_tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=512, help="of a sample")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--folder", type=Path, help="where the cache is written; the system's temporary folder")
+    parser.add_argument("--serve-bare", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve_bare is not None:
+        serve_bare(options.serve_bare)
+        return
+    times, memory, num_tokens = measure(options, 3 if options.quick else 9)
+    ratios = {
+        way: round(statistics.median(a / b for a, b in zip(times[way], times["prefill"], strict=True)), 3)
+        for way in ("kdpipe", "stock")
+    }
+    case = f"{options.samples} x {options.tokens} tokens, hidden {options.hidden}, {options.layers} layers, bf16"
+    peaks = {way: max(grown) // 2**20 for way, grown in memory.items()}
+    records = [
+        ("time", "x prefill alone", ratios["kdpipe"], {"stock": ratios["stock"]}),
+        ("memory", "MiB over the engine at rest", peaks.pop("kdpipe"), peaks),
+        (
+            "throughput",
+            "tokens/s",
+            round(num_tokens / statistics.median(times["kdpipe"])),
+            {way: round(num_tokens / statistics.median(times[way])) for way in ("prefill", "stock")},
+        ),
+    ]
+    for metric, unit, ours, rivals in records:
+        record = {"bench": "sglang_sink", "case": case, "metric": metric, "unit": unit}
+        if options.json:
+            print(json.dumps(record | {"kdpipe": ours, "rivals": rivals}))
+        else:
+            print(f"{case}: {metric} {ours} {unit}, {rivals}")
+
+
+if __name__ == "__main__":
+    main()
