@@ -1,11 +1,13 @@
-"""kdpipe cache info|verify: from the records alone, without torch."""
+"""kdpipe cache info|verify|compare: from the files alone, without torch."""
 
+import dataclasses
 from pathlib import Path
 
 import click
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import CheckFailed, IncompleteError
+from kdpipe.manifests.compare import TOLERANCE, compare
+from kdpipe.manifests.errors import CheckFailed, DriftError, IncompleteError
 from kdpipe.pipeline.options import PATH, json_option
 from kdpipe.pipeline.output import show
 from kdpipe.pipeline.progress import EventLog, watch
@@ -16,11 +18,12 @@ cache_argument = click.argument("cache", type=PATH, metavar="CACHE")
 @click.group("cache", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Look at a cache or check every byte of it; needs no GPU and no torch.
+    """Look at a cache, check every byte of it, or compare two; needs no GPU and no torch.
 
     \b
-    kdpipe cache info   CACHE
-    kdpipe cache verify CACHE
+    kdpipe cache info    CACHE
+    kdpipe cache verify  CACHE
+    kdpipe cache compare CACHE OTHER
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -62,3 +65,37 @@ def verify(cache: Path, as_json: bool) -> None:
             raise
     determinism = opened.plan.engine.determinism
     show({"ok": True, "shards": shards, "shards_good": good, "determinism": determinism}, as_json=as_json)
+
+
+@command.command("compare")
+@cache_argument
+@click.argument("other", type=PATH, metavar="OTHER")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    help="Largest distance of a row, |a - b| / |a|.  [default: by dtype, "
+    + ", ".join(f"{bound:g} {dtype}" for dtype, bound in TOLERANCE.items())
+    + "]",
+)
+@json_option
+def compare_caches(cache: Path, other: Path, tolerance: float | None, as_json: bool) -> None:
+    """Measure how far the rows of two caches of the same samples are apart: another engine, another machine.
+
+    Exits 0 when no row is further than the tolerance, 3 when one is, 4 when they are not of the same samples.
+
+    \b
+    kdpipe cache compare CACHE OTHER
+    """
+    first, second = Cache.open(cache), Cache.open(other)
+    bound = TOLERANCE[second.plan.settings.dtype] if tolerance is None else tolerance
+    with watch("cache compare", EventLog(None)) as progress:
+        progress.begin("compare", total=first.plan.num_rows, unit="rows")
+        found = compare(first, second, progress.advance)
+        progress.end()
+    show(dataclasses.asdict(found) | {"tolerance": bound}, as_json=as_json)
+    if not found.worst_distance <= bound:
+        raise DriftError(
+            f"row {found.worst_row} of sample {found.worst_sample} is {found.worst_distance:.1e} from that of {cache} "
+            f"(allowed {bound:g}); were the teachers the same?",
+            where=other,
+        )

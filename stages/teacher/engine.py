@@ -59,6 +59,8 @@ class Ack:
 
     num_rows: rows written
     checksum: xxh3-64 of their bytes, taken by whoever wrote them
+    probe_rows: [K, E] the rows where probe_logprobs were taken, if that was another forward than the stored rows came
+        from; None where it was the same
     probe_logprobs: float32 [K, M], the engine's own log p(scored id | token_ids[:t+1]) at the probed positions t,
         over the teacher's whole (padded) vocabulary, by the engine's own logits path, not from the stored rows
     """
@@ -67,6 +69,7 @@ class Ack:
     num_rows: int
     checksum: int
     probe_logprobs: np.ndarray
+    probe_rows: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

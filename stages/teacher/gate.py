@@ -9,7 +9,8 @@ so a row is checked against a few columns of the head, whatever the vocabulary's
 each logit z of the engine went through r roundings of unit u (the matmul, a bias, a scale, three operations of a soft
 cap), so it is off by r*u*|z| at most, and the difference by r*u*(|z_v| + |z_y|); FLOAT32_SLACK is added for sums in
 another order. In bf16 that is about 0.1 nat for logits near 20; a wrong row would have to come that close in each of
-seven differences.
+seven differences. Where an engine takes log-probabilities in a forward of their own, that forward's rows are checked
+like this, and the stored ones must then be the same but for what the make-up of a batch does to them.
 """
 
 # Shapes: n tokens of a sample, R rows of it, K probed ones, M scored ids of each, E teacher width.
@@ -23,6 +24,7 @@ import torch
 
 from kdpipe.manifests.errors import GateError, TeacherError
 from kdpipe.manifests.teacher import HeadRecord
+from kdpipe.stages.teacher.canary import ROW_ERROR
 from kdpipe.stages.teacher.engine import Ack, Request
 from kdpipe.stages.teacher.head import Head, chosen_logits
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor, checksum, not_finite
@@ -97,7 +99,9 @@ def check_identity(requests: Sequence[Request], acks: Sequence[Ack], head: Head)
     """
     if not sum(len(request.probes) for request in requests):
         return 0.0
-    rows = torch.cat([as_tensor(request.target.array)[torch.from_numpy(request.probes)] for request in requests])
+    stored = np.concatenate([request.target.array[request.probes] for request in requests])
+    taken = np.concatenate([_probe_rows(request, ack) for request, ack in zip(requests, acks, strict=True)])
+    rows = as_tensor(taken)
     scored = torch.from_numpy(np.concatenate([request.scored for request in requests]))
     logits = chosen_logits(rows, head, scored).double().cpu().numpy()
     own = np.concatenate([ack.probe_logprobs for ack in acks]).astype(np.float64)
@@ -106,15 +110,38 @@ def check_identity(requests: Sequence[Request], acks: Sequence[Ack], head: Head)
     wrong = np.argwhere(~(difference <= allowed))  # a NaN is wrong too
     if len(wrong):
         at, column = wrong[0]
-        samples = np.concatenate([np.full(len(request.probes), request.sample) for request in requests])
-        row = np.concatenate([request.probes for request in requests])[at]
+        sample, row = _probe(requests, at)
         raise GateError(
             f"row {row} puts the logits of tokens {int(scored[at, column])} and {int(scored[at, 0])} "
             f"{logits[at, column] - logits[at, 0]:.5f} apart, the engine {own[at, column] - own[at, 0]:.5f} "
             f"(allowed {allowed[at, column]:.5f}); the row is of another token or sample",
-            where=f"sample {samples[at]}",
+            where=f"sample {sample}",
         )
+    _check_same(as_tensor(stored), rows, requests)
     return float(difference.max())
+
+
+def _probe(requests: Sequence[Request], at: int) -> tuple[int, int]:
+    """Sample and row of the at-th probe of all requests."""
+    return [(request.sample, int(row)) for request in requests for row in request.probes][at]
+
+
+def _probe_rows(request: Request, ack: Ack) -> np.ndarray:
+    return request.target.array[request.probes] if ack.probe_rows is None else ack.probe_rows
+
+
+def _check_same(stored: torch.Tensor, taken: torch.Tensor, requests: Sequence[Request]) -> None:
+    """Rows of two forwards of the same tokens, [K, E] each. Raises GateError naming sample and row."""
+    error = (stored.double() - taken.double()).norm(dim=1) / taken.double().norm(dim=1)
+    wrong = torch.nonzero(~(error <= ROW_ERROR[stored.dtype]))
+    if len(wrong):
+        at = int(wrong[0])
+        sample, row = _probe(requests, at)
+        raise GateError(
+            f"row {row} is {float(error[at]):.1e} from that of the prompt cut there (allowed "
+            f"{ROW_ERROR[stored.dtype]:.0e}); the row is of another token or sample",
+            where=f"sample {sample}",
+        )
 
 
 def rounding(record: HeadRecord) -> float:

@@ -2,10 +2,12 @@
 
 An engine is a tree of processes that outlive each other and leave named shared memory behind when they are killed.
 Invariant: after `end`, no process of the session lives and no shared memory that one of them made is left.
-Linux only: members are found by their session id in /proc, their shared memory by their own maps.
+Linux only: members are found by their session id in /proc, their shared memory by their own maps, and semaphores, which
+nobody need have mapped, by the name that `name_semaphores` gives them.
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
-OWN_NAMES = ("sem.mp-", "sgl_", "sglang_", "psm_", "torch_")
+OWN_NAMES = ("sgl_", "sglang_", "psm_", "torch_")
 """Names that Python's multiprocessing, SGLang and torch give; anything else that is mapped belongs to somebody else."""
 END_S = 20.0
 
@@ -55,7 +57,7 @@ class Session:
 def end_session(leader: int, shared: set[Path], *, spare: int | None = None) -> None:
     """Kill the members of the session that `leader` leads, all but `spare`; remove what they have in /dev/shm.
 
-    Python's resource trackers go last and by themselves: alone, they unlink the semaphores they were told of.
+    Python's resource trackers go last and by themselves: alone, they unlink what they were told of.
     """
     until = time.monotonic() + END_S
     # A member may have started another while its siblings were being listed.
@@ -67,9 +69,19 @@ def end_session(leader: int, shared: set[Path], *, spare: int | None = None) -> 
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-    for path in shared:
+    for path in {*shared, *SHARED_MEMORY.glob(f"sem.{semaphore_prefix(leader)}-*")}:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def name_semaphores() -> None:
+    """Called by the leader of a session: multiprocessing's semaphores, here and in all it starts, bear its name."""
+    # The only way in: SemLock makes names of it, and a child process takes its parent's _config over.
+    multiprocessing.current_process()._config["semprefix"] = f"/{semaphore_prefix(os.getpid())}"  # type: ignore[attr-defined]
+
+
+def semaphore_prefix(leader: int) -> str:
+    return f"kdpipe-{leader}"
 
 
 def is_resource_tracker(pid: int) -> bool:

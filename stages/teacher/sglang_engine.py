@@ -5,7 +5,8 @@
 
 A prompt ends at the last row that is kept: a causal model needs nothing after it, and the log-probability of the next
 token comes from the one place where SGLang makes logits anyway. For other probed rows, of one sample in PROBE_EVERY, a
-shorter prompt is sent as well: scoring a whole prompt would cost the head on each of its tokens.
+shorter prompt is sent as well, whose last row the gate compares: scoring a whole prompt would cost the head on each of
+its tokens.
 Invariant: acks come in the order of the requests, each with the receipt of the sink; a silent, dead or confused engine
 is an error that names the request, never a wait without end.
 Cost: about 15 s to start on a CPU; then SGLang's own prefill. Measured by tools/bench/sglang_sink.py.
@@ -56,6 +57,8 @@ START_TIMEOUT_S = 1800.0
 CPU_TOKENS = 65536
 """Tokens of KV cache on a CPU, where SGLang would otherwise take a share of the machine's memory."""
 
+SPARE_POSITIONS = 16
+
 OURS = {
     "model_path", "device", "dtype", "tp_size", "dp_size", "pp_size", "ep_size", "quantization", "mem_fraction_static",
     "enable_deterministic_inference", "disable_radix_cache", "skip_tokenizer_init", "enable_return_hidden_states",
@@ -98,7 +101,7 @@ class SglangEngine:
         self._session: Session | None = None
         self._link: Connection | None = None
         self._folder: Path | None = None
-        self._scratch: Path | None = None
+        self._run = 0
 
     def canary(self, head: Head, samples: Sequence[np.ndarray]) -> Canary:
         """Start SGLang and compare its rows with transformers' own; see TeacherEngine.canary."""
@@ -116,6 +119,9 @@ class SglangEngine:
     def run(self, batches: Iterable[Sequence[Request]]) -> Iterator[Ack]:
         """Run the batches; see TeacherEngine.run. SGLang batches by itself: a planned batch is only sent together."""
         self._start()
+        assert self._folder is not None
+        self._run += 1  # answers to a run that was given up may still be on their way
+        probes = ProbeFile(self._folder / f"probes-{self._run}")
         ahead = iter(batches)
         waiting: deque[Request] = deque()
         answers: dict[Key, Answer] = {}
@@ -126,16 +132,23 @@ class SglangEngine:
                 exhausted = batch is None
                 waiting.extend(batch or ())
                 tokens += sum(len(request.token_ids) for request in batch or ())
-                self._send([prompt for request in batch or () for prompt in prompts_of(request, self._dtype)])
+                self._send(
+                    [
+                        prompt
+                        for request in batch or ()
+                        for prompt in prompts_of(self._run, request, self._dtype, probes)
+                    ]
+                )
             if not waiting:
                 return
-            keys = keys_of(waiting[0])
+            keys = keys_of(self._run, waiting[0])
             while not all(key in answers for key in keys):
                 answer = self._receive(waiting, answers)
-                answers[answer.key] = answer
+                if answer.key[0] == self._run:
+                    answers[answer.key] = answer
             request = waiting.popleft()
             tokens -= len(request.token_ids)
-            yield ack_of(request, [answers.pop(key) for key in keys])
+            yield ack_of(request, [answers.pop(key) for key in keys], probes)
 
     def close(self) -> None:
         """End SGLang and everything it started."""
@@ -178,6 +191,8 @@ class SglangEngine:
                 raise ConfigError(message.message)
             raise TeacherError(f"SGLang cannot run it{self._log_kept()}", where=self._path)
         assert isinstance(message, Ready)
+        assert self._session is not None
+        self._session.look()
         self._ready = True
 
     def _send(self, prompts: list[Prompt]) -> None:
@@ -186,18 +201,19 @@ class SglangEngine:
             try:
                 self._link.send(prompts)
             except OSError:
-                raise self._gone(f"sample {prompts[0].key[0]}") from None
+                raise self._gone(f"sample {prompts[0].key[1]}") from None
 
     def _receive(self, waiting: Iterable[Request], answers: Mapping[Key, Answer]) -> Answer:
         """The next answer. Raises EngineError naming the oldest request that has none."""
 
         def who() -> str:
-            late = [request.sample for request in waiting if not all(key in answers for key in keys_of(request))]
+            pending = [{key[1] for key in keys_of(self._run, request) if key not in answers} for request in waiting]
+            late = [sample for samples in pending for sample in samples]
             return f"sample {late[0]} and {len(late) - 1} more"
 
         message = self._next(self._options.timeout_s, who)
         if isinstance(message, Failed):
-            raise EngineError(f"SGLang refused a request: {message.message}{self._log_kept()}", where=who())
+            raise GateError(f"SGLang refused a request: {message.message}", where=who())
         assert isinstance(message, Answer)
         return message
 
@@ -267,7 +283,7 @@ class SglangEngine:
         self._send(
             [
                 Prompt(
-                    key=(number, len(token_ids) - 1),
+                    key=(0, number, len(token_ids) - 1),
                     token_ids=token_ids,
                     order=Order(
                         path=str(path),
@@ -284,9 +300,9 @@ class SglangEngine:
         for _ in samples:
             message = self._next(self._options.timeout_s, lambda: "the canary samples")
             if isinstance(message, Failed):
-                raise EngineError(f"SGLang refused a request: {message.message}{self._log_kept()}", where="the canary")
+                raise GateError(f"SGLang refused a request: {message.message}", where="the canary")
             assert isinstance(message, Answer)
-            require_receipt(message, len(samples[message.key[0]]), where="the canary")
+            require_receipt(message, len(samples[message.key[1]]), where="the canary")
         return list(rows.split([len(token_ids) for token_ids in samples]))
 
 
@@ -328,12 +344,14 @@ def server_arguments(path: Path, info: TeacherInfo, device: Device, options: Eng
             "attention_backend": "torch_native",
             "sampling_backend": "pytorch",
             "disable_cuda_graph": True,
+            # Of memory that others use too; the cache itself is bounded by max_total_tokens.
+            "mem_fraction_static": options.mem_fraction or 0.5,
             "sleep_on_idle": True,
             "max_total_tokens": max(CPU_TOKENS, 2 * (info.max_positions or 0)),
         }
     if info.max_positions is not None:
-        # Room for the one token that is made of each prompt and never read.
-        arguments["context_length"] = info.max_positions + 1
+        # SGLang keeps six places of the context for itself; no position beyond the model's own is ever computed.
+        arguments["context_length"] = info.max_positions + SPARE_POSITIONS
     return {name: value for name, value in (arguments | given).items() if value is not None}
 
 
@@ -368,53 +386,71 @@ def core_groups(ranks: int) -> list[str]:
     return [",".join(str(cores[(rank * size + i) % len(cores)]) for i in range(size)) for rank in range(ranks)]
 
 
-def keys_of(request: Request) -> list[Key]:
+def keys_of(run: int, request: Request) -> list[Key]:
     """Of the prompts that a request becomes: one up to each probed row, the last of which goes up to its last row."""
-    return [(request.sample, int(position)) for position in request.positions[request.probes]]
+    return [(run, request.sample, int(position)) for position in request.positions[request.probes]]
 
 
-def prompts_of(request: Request, dtype: str) -> list[Prompt]:
-    """The request as SGLang gets it: cut after its last kept row, and once more after each other probed row.
+class ProbeFile:
+    """Where the last rows of shorter prompts land: a sparse file with a place for each."""
 
-    The next token's log-probability comes from the place where SGLang makes logits anyway, and the shorter prompts know
-    nothing of the sink.
-    """
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._places: dict[Key, int] = {}
+        self._end = 0
+        path.touch()
+
+    def order(self, key: Key, width: int, dtype: Dtype) -> Order:
+        """The order that writes a prompt's last row to a place of its own."""
+        self._places[key] = self._end
+        self._end += width * TORCH_DTYPES[dtype].itemsize
+        return Order(path=str(self.path), offset=self._places[key], width=width, dtype=dtype, runs=(key[2], key[2] + 1))
+
+    def row(self, key: Key, like: np.ndarray) -> np.ndarray:
+        """The row [E] of a prompt that was answered, in the dtype of `like` [R, E]."""
+        return np.fromfile(self.path, like.dtype, like.shape[1], offset=self._places.pop(key))
+
+
+def prompts_of(run: int, request: Request, dtype: Dtype, probes: ProbeFile) -> list[Prompt]:
+    """The request as SGLang gets it: cut after its last kept row, and once more after each other probed row."""
+    width = request.target.array.shape[1]
     prompts = []
-    for key, scored in zip(keys_of(request), request.scored, strict=True):
-        last = key[1]
-        order = None
-        if last == request.positions[-1]:
-            order = Order(
-                path=str(request.target.path),
-                offset=request.target.offset,
-                width=request.target.array.shape[1],
-                dtype=dtype,
-                runs=runs_of(request.positions),
-            )
-        ids = request.token_ids[: last + 1]
+    for key, scored in zip(keys_of(run, request), request.scored, strict=True):
+        order = probes.order(key, width, dtype)
+        if key[2] == request.positions[-1]:
+            path, offset, runs = str(request.target.path), request.target.offset, runs_of(request.positions)
+            order = Order(path=path, offset=offset, width=width, dtype=dtype, runs=runs)
+        ids = request.token_ids[: key[2] + 1]
         prompts.append(Prompt(key=key, token_ids=ids, order=order, scored=tuple(scored.tolist())))
     return prompts
 
 
-def ack_of(request: Request, answers: Sequence[Answer]) -> Ack:
+def ack_of(request: Request, answers: Sequence[Answer], probes: ProbeFile) -> Ack:
     """What the gate is told, of the answers to keys_of; a request without rows was never sent.
 
     Raises GateError where the sink did not write what was ordered.
     """
-    digest, num_rows = checksum(request.target.array[:0]), 0
-    if answers:
+    array = request.target.array
+    receipt = Receipt(num_positions=0, num_rows=0, num_bytes=0, checksum=checksum(array[:0]))
+    for answer in answers:
         where = f"sample {request.sample}"
-        receipt = require_receipt(answers[-1], int(request.positions[-1]) + 1, where=where)
-        planned = request.target.array.nbytes
+        receipt = require_receipt(answer, answer.key[2] + 1, where=where)
+        planned = array.nbytes if answer is answers[-1] else array[:1].nbytes
         if receipt.num_bytes != planned:
             raise GateError(
-                f"the plan has {planned} bytes of rows, the engine wrote {receipt.num_bytes}; "
+                f"{planned} bytes of rows were ordered, the engine wrote {receipt.num_bytes}; "
                 "does it compute in another dtype?",
                 where=where,
             )
-        digest, num_rows = receipt.checksum, receipt.num_rows
-    logprobs = np.array([answer.logprobs for answer in answers], np.float32).reshape(request.scored.shape)
-    return Ack(sample=request.sample, num_rows=num_rows, checksum=digest, probe_logprobs=logprobs)
+    return Ack(
+        sample=request.sample,
+        num_rows=receipt.num_rows,
+        checksum=receipt.checksum,
+        probe_rows=np.stack([*(probes.row(answer.key, array) for answer in answers[:-1]), array[-1]])
+        if answers
+        else None,
+        probe_logprobs=np.array([answer.logprobs for answer in answers], np.float32).reshape(request.scored.shape),
+    )
 
 
 def require_receipt(answer: Answer, num_positions: int, *, where: str) -> Receipt:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from kdpipe.manifests.errors import ConfigError, nearest
-from kdpipe.stages.teacher.session import end_session, members, shared_memory
+from kdpipe.stages.teacher.session import end_session, members, name_semaphores, shared_memory
 from kdpipe.stages.teacher.sink import Order, Sink
 
 SWITCH = "KDPIPE_SINK"
@@ -45,8 +45,8 @@ SIGNATURE = (
 )  # fmt: skip
 
 
-Key = tuple[int, int]
-"""Sample, and position of the prompt's last token in it."""
+Key = tuple[int, int, int]
+"""Number of the run it belongs to, sample, and position of the prompt's last token in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +173,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
 def main(descriptor: int) -> None:
     """Serve one engine until the other end of the socket closes."""
     os.set_inheritable(descriptor, False)
+    name_semaphores()
     link = Connection(descriptor)
     arguments = link.recv()
     answers: SimpleQueue[Answer | Failed] = SimpleQueue()

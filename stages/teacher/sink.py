@@ -118,12 +118,14 @@ class Sink:
         writing.num_positions += len(hidden)
         if hidden.shape[1] != order.width or str(hidden.dtype) != f"torch.{order.dtype}":
             return  # no row is written, which the receipt says
+        if (file := self._file(order.path)) is None:
+            return  # whoever ordered it has given up
         for start, stop in zip(order.runs[::2], order.runs[1::2], strict=True):
             rows = hidden[max(start - first, 0) : max(stop - first, 0)]
             if not len(rows):
                 continue
             data = as_array(rows.detach().cpu().contiguous()).view(np.uint8).reshape(-1).data
-            write_all(self._file(order.path), data, order.offset + writing.num_bytes)
+            write_all(file, data, order.offset + writing.num_bytes)
             writing.digest.update(data)
             writing.num_rows += len(rows)
             writing.num_bytes += len(data)
@@ -142,10 +144,13 @@ class Sink:
         """Forget a request that the engine took back; it comes again from its first position."""
         self._writing.pop(request, None)
 
-    def _file(self, path: str) -> int:
-        """The file, open for writing; it was allocated in full by whoever made it."""
+    def _file(self, path: str) -> int | None:
+        """The file, open for writing; it was allocated in full by whoever made it. None where it is gone."""
         if path not in self._files:
-            self._files[path] = os.open(path, os.O_WRONLY)
+            try:
+                self._files[path] = os.open(path, os.O_WRONLY)
+            except FileNotFoundError:
+                return None
         self._files.move_to_end(path)
         while len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])

@@ -1,0 +1,81 @@
+"""A session and its end: children of children, those that will not listen, and what they leave in /dev/shm."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kdpipe.stages.teacher.session import SHARED_MEMORY, Session, members, semaphore_prefix
+
+# The leader starts a child that ignores signals and makes a semaphore and a mapping, and then a grandchild.
+LEADER = """
+import mmap, multiprocessing, os, signal, subprocess, sys, time
+from kdpipe.stages.teacher.session import name_semaphores
+
+def child(lock, name):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with open(name, "w+b") as file:
+        file.truncate(4096)
+        kept = mmap.mmap(file.fileno(), 4096)
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print("up", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    name_semaphores()
+    context = multiprocessing.get_context("spawn")
+    lock = context.Lock()
+    context.Process(target=child, args=(lock, sys.argv[1])).start()
+    time.sleep(600)
+"""
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_everything_a_session_started_ends_with_it_and_its_shared_memory_too(tmp_path: Path) -> None:
+    script = tmp_path / "leader.py"
+    script.write_text(LEADER)
+    own = SHARED_MEMORY / f"sgl_test_{tmp_path.name}_{time.monotonic_ns()}"
+    strange = SHARED_MEMORY / f"somebody_elses_{time.monotonic_ns()}"
+    strange.touch()
+    try:
+        session = Session([sys.executable, str(script), str(own)], env={}, log=tmp_path / "log")
+        leader = session._leader.pid
+        wait_for(lambda: "up" in (tmp_path / "log").read_text())
+        wait_for(lambda: len(members(leader)) >= 4)  # leader, tracker, child, grandchild
+        semaphores = list(SHARED_MEMORY.glob(f"sem.{semaphore_prefix(leader)}-*"))
+        assert len(semaphores) == 1
+        assert session.exit_status is None
+        session.end()
+        session.end()
+        assert members(leader) == []
+        assert session.exit_status is not None
+        assert not own.exists()
+        assert not semaphores[0].exists()
+        assert strange.exists()
+    finally:
+        strange.unlink()
+
+
+def test_shared_memory_of_members_that_died_before_is_removed_once_seen(tmp_path: Path) -> None:
+    script = tmp_path / "leader.py"
+    script.write_text(LEADER)
+    own = SHARED_MEMORY / f"sgl_test_{tmp_path.name}_{time.monotonic_ns()}"
+    session = Session([sys.executable, str(script), str(own)], env={}, log=tmp_path / "log")
+    wait_for(lambda: "up" in (tmp_path / "log").read_text())
+    session.look()
+
+    for pid in members(session._leader.pid):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not members(session._leader.pid))
+    assert own.exists()
+    session.end()
+    assert not own.exists()
+    assert not list(SHARED_MEMORY.glob(f"sem.{semaphore_prefix(session._leader.pid)}-*"))

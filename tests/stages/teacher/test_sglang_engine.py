@@ -1,0 +1,280 @@
+"""The real SGLang, on CPU, against transformers: rows, order, chunks, ranks; what it starts is gone afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tests.conftest import Bench
+from tests.models import make_model
+from tests.stages.teacher.make_requests import NUMPY_DTYPES, WIDTH, make_request
+
+from kdpipe.manifests.errors import ConfigError, EngineError, KdpipeError, TeacherError
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.shard import commit_path
+from kdpipe.manifests.specs import DataSpec, Dtype
+from kdpipe.stages.extract import ExtractSpec, extract
+from kdpipe.stages.extract.planning import Staged, staged
+from kdpipe.stages.extract.shards import Filling, missing_shards
+from kdpipe.stages.teacher.describe import describe_teacher
+from kdpipe.stages.teacher.engine import Ack, EngineOptions, Request, RowTarget
+from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity
+from kdpipe.stages.teacher.head import read_head
+from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor
+from kdpipe.stages.teacher.session import SHARED_MEMORY, members
+from kdpipe.stages.teacher.sglang_engine import SglangEngine
+from kdpipe.stages.teacher.sglang_host import SWITCH
+
+pytestmark = pytest.mark.timeout(600)
+SIZES = {"max_position_embeddings": 600}
+LENGTHS = (1, 2, 3, 17, 600, 64, 128, 129, 300, 5, 511, 40, 1, 255, 600, 31, 90, 2, 470, 12)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    before = set(SHARED_MEMORY.iterdir())
+    yield
+    assert hosts() == []
+    assert set(SHARED_MEMORY.iterdir()) <= before
+
+
+def hosts() -> list[str]:
+    """Processes of engines that kdpipe started, by the switch in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            switched = entry.name.isdecimal() and f"{SWITCH}=1".encode() in (entry / "environ").read_bytes()
+            if switched and (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+def requests_into(path: Path, lengths: Sequence[int], dtype: str) -> list[Request]:
+    """Requests of these lengths whose rows lie one after the other in a file, which is full of ones before."""
+    made = [
+        make_request(sample, length, dtype=dtype, probes=3 if sample % 5 == 0 else 1)
+        for sample, length in enumerate(lengths)
+    ]
+    rows = sum(len(request.positions) for request in made)
+    np.ones((rows, WIDTH), NUMPY_DTYPES[dtype]).tofile(path)
+    array = np.memmap(path, NUMPY_DTYPES[dtype], "r+", shape=(rows, WIDTH))
+    placed, first = [], 0
+    for request in made:
+        count = len(request.positions)
+        target = RowTarget(array=array[first : first + count], path=path, offset=first * array.strides[0])
+        placed.append(
+            Request(
+                sample=request.sample,
+                token_ids=request.token_ids,
+                positions=request.positions,
+                probes=request.probes,
+                scored=request.scored,
+                target=target,
+            )
+        )
+        first += count
+    return placed
+
+
+@torch.inference_mode()
+def own_rows(folder: Path, dtype: str, requests: Sequence[Request]) -> torch.Tensor:
+    """Transformers' rows of all requests, each sample alone, as float64."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=TORCH_DTYPES[dtype]).eval()
+    return torch.cat(
+        [
+            model.model(torch.tensor(request.token_ids[None].astype(np.int64))).last_hidden_state[0][request.positions]
+            for request in requests
+        ]
+    ).double()
+
+
+def pass_the_gate(folder: Path, dtype: Dtype, requests: Sequence[Request], acks: Sequence[Ack]) -> None:
+    for request, ack in zip(requests, acks, strict=True):
+        check_ack(request, ack)
+        check_finite(request)
+    check_identity(requests, acks, read_head(folder, describe_teacher(folder, dtype), 251))
+
+
+@pytest.mark.parametrize("chunk", ["128", "-1"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_every_row_is_there_in_order_and_transformers_own(kind: str, dtype: Dtype, chunk: str, tmp_path: Path) -> None:
+    folder = make_model(kind, tmp_path / "teacher", dtype=dtype, sizes=SIZES)
+    requests = requests_into(tmp_path / "rows", LENGTHS, dtype)
+    options = EngineOptions(arguments=(("chunked_prefill_size", chunk),), timeout_s=120)
+    engine = SglangEngine(folder, dtype=dtype, device="cpu", options=options)
+    try:
+        head = read_head(folder, describe_teacher(folder, dtype), 251)
+        measured = engine.canary(head, [request.token_ids[:50] for request in requests[3:6]])
+        acks = list(engine.run([[request] for request in requests]))
+    finally:
+        engine.close()
+    assert [ack.sample for ack in acks] == list(range(len(LENGTHS)))
+    pass_the_gate(folder, dtype, requests, acks)
+    found = torch.cat([as_tensor(np.array(request.target.array)) for request in requests]).double()
+    truth = own_rows(folder, "float32", requests)
+    error = (found - truth).norm() / truth.norm()
+    if dtype == "float32":
+        assert error <= 1e-5
+        worst = ((found - truth).norm(dim=1) / truth.norm(dim=1)).max()
+        assert worst <= 1e-5
+        assert measured.row_error <= 1e-5
+    else:
+        theirs = (own_rows(folder, "bfloat16", requests) - truth).norm() / truth.norm()
+        assert error <= 1.1 * theirs
+        assert 0 < measured.row_error < 0.06
+
+
+@pytest.mark.parametrize("ranks", [{"tp": 2}, {"dp": 2}], ids=str)
+def test_several_ranks_write_each_row_once(ranks: dict[str, int], tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path / "teacher", sizes=SIZES)
+    requests = requests_into(tmp_path / "rows", LENGTHS, "float32")
+    engine = SglangEngine(folder, dtype="float32", device="cpu", options=EngineOptions(timeout_s=120, **ranks))
+    try:
+        acks = list(engine.run([requests[:7], requests[7:]]))
+    finally:
+        engine.close()
+    pass_the_gate(folder, "float32", requests, acks)
+    found = torch.cat([as_tensor(np.array(request.target.array)) for request in requests]).double()
+    truth = own_rows(folder, "float32", requests)
+    assert (found - truth).norm() <= 1e-5 * truth.norm()
+
+
+def test_arguments_that_sglang_does_not_know_or_cannot_use_are_told(tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path / "teacher")
+    engine = SglangEngine(
+        folder, dtype="float32", device="cpu", options=EngineOptions(arguments=(("chunked_prefil_size", "128"),))
+    )
+    with pytest.raises(ConfigError, match="did you mean 'chunked_prefill_size'"):
+        list(engine.run([]))
+    engine.close()
+    engine = SglangEngine(folder, dtype="float32", device="cpu", options=EngineOptions(deterministic=True))
+    with pytest.raises(TeacherError, match="deterministic inference"):
+        list(engine.run([]))
+    engine.close()
+    engine.close()
+
+
+# Faults inside the engine
+
+
+@pytest.fixture
+def fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file whose text is the fault of the engines that are started from here on."""
+    file = tmp_path / "fault"
+    monkeypatch.setenv("KDPIPE_FAULT", str(file))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "faults"))
+    return file
+
+
+def spec_of(bench: Bench, **options: float) -> ExtractSpec:
+    return ExtractSpec(
+        teacher=bench.teacher,
+        data=(bench.data,),
+        data_spec=DataSpec(max_length=33, supervise="all"),  # many samples of one length, which a swap needs
+        engine="sglang",
+        device="cpu",
+        options=EngineOptions(**options),  # type: ignore[arg-type]
+    )
+
+
+def fill(plan: Staged, engine: SglangEngine) -> None:
+    cache = plan.publish()
+    Filling(cache, engine, plan.head, Silent()).run(missing_shards(plan.plan, plan.cache, None))
+
+
+def test_what_the_engine_gets_wrong_is_caught_before_a_shard_is_committed(
+    bench: Bench, fault: Path, tmp_path: Path
+) -> None:
+    spec = spec_of(bench, timeout_s=120)
+    engine = SglangEngine(bench.teacher, dtype="float32", device="cpu", options=spec.options)
+    expected = {
+        "swap": "the row is of another token or sample",
+        "shift": "the row is of another token or sample",
+        "drop": "hidden states came by",
+        "nan": "is not finite",
+        "silent": "without the sink's receipt",
+        "misplace": "checksum",
+    }
+    try:
+        for name, message in expected.items():
+            fault.write_text(name)
+            with staged(spec, tmp_path / name, Silent()) as plan, pytest.raises(KdpipeError, match=message):
+                fill(plan, engine)
+            assert not list((tmp_path / name / "commits").iterdir()), name
+            assert not list((tmp_path / name / "shards").iterdir()), name
+        fault.write_text("")
+        with staged(spec, tmp_path / "swap", Silent()) as plan:
+            fill(plan, engine)
+        assert commit_path(tmp_path / "swap", 0).exists()
+    finally:
+        engine.close()
+
+
+def test_a_sink_that_did_not_load_stops_the_run_before_anything_is_written(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_PLUGINS", "somebody_elses")
+    with pytest.raises(KdpipeError, match="without the sink's receipt, so no row was written; is another plugin"):
+        extract(spec_of(bench, timeout_s=120), tmp_path / "cache", Silent())
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("die", r"sample \d+ and \d+ more: SGLang died"),
+        ("hang", r"sample \d+ and \d+ more: SGLang gave no sign for 8 s"),
+    ],
+)
+def test_an_engine_that_dies_or_hangs_is_named_and_the_run_can_go_on(
+    name: str, message: str, bench: Bench, fault: Path, tmp_path: Path
+) -> None:
+    spec = spec_of(bench, timeout_s=8)
+    engine = SglangEngine(bench.teacher, dtype="float32", device="cpu", options=spec.options)
+    with staged(spec, tmp_path / "cache", Silent()) as plan:
+        try:
+            list(engine.run([]))  # up, and well
+            fault.write_text(name)
+            with pytest.raises(EngineError, match=message) as caught:
+                fill(plan, engine)
+        finally:
+            engine.close()
+    assert caught.value.exit_code == 75
+    assert not list((tmp_path / "cache" / "commits").iterdir())
+    assert not list((tmp_path / "cache" / "tmp").iterdir())
+
+
+def test_the_engine_ends_with_a_killed_extraction(bench: Bench, fault: Path, tmp_path: Path) -> None:
+    fault.write_text("hang")
+    command = [
+        sys.executable,
+        "-c",
+        "from kdpipe.pipeline.cli import main; main()",
+        "extract",
+        "--teacher",
+        str(bench.teacher),
+        "--data",
+    ]
+    command += [str(bench.data), "--cache", str(tmp_path / "cache"), "--engine", "sglang", "--device", "cpu"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while len(hosts()) < 4 and time.monotonic() < until:  # host, tracker, scheduler, detokenizer
+        assert running.poll() is None
+        time.sleep(0.2)
+    time.sleep(2)
+    leader = os.getsid(int(hosts()[0]))
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    while members(leader) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert members(leader) == []
