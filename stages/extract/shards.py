@@ -42,6 +42,7 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
             progress.note("every shard is there already")
             return plan.publish()
         kind = ENGINES[plan.plan.engine.name]
+        progress.note(f"starting {plan.plan.engine.name} with the teacher")
         engine = kind.open(spec.teacher, plan.plan.settings.dtype, spec.resolved_device(), spec.options)
         try:
             _report(engine, engine.canary(plan.head, _canaries(Samples(plan.folder, plan.plan))), progress)

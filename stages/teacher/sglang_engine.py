@@ -248,11 +248,11 @@ class SglangEngine:
         log = self._folder / "log"
         if not log.exists() or not log.stat().st_size:
             return ""
-        kept = Path(tempfile.mkstemp(prefix="kdpipe-sglang-", suffix=".log")[1])
-        shutil.copy(log, kept)
+        with tempfile.NamedTemporaryFile(prefix="kdpipe-sglang-", suffix=".log", delete=False) as kept:
+            kept.write(log.read_bytes())
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         telling = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Interrupt"))]
-        return f" ({(telling or lines)[-1][:200]}; all it said: {kept})"
+        return f" ({(telling or lines)[-1][:200]}; all it said: {kept.name})"
 
     def _reference(self, head: Head, samples: Sequence[np.ndarray]) -> tuple[float, list[torch.Tensor] | None]:
         """The error of the head's formula, and transformers' own rows [n, E]; None without room to load it."""
@@ -367,7 +367,9 @@ def host_environment(folder: Path, device: Device, options: EngineOptions) -> di
     """The environment of the host and all it starts."""
     env = dict(os.environ) | {
         SWITCH: "1",
-        "TMPDIR": str(folder),  # sockets that SGLang leaves behind go with it
+        "TMPDIR": str(folder),  # sockets that SGLang leaves behind go with it; what torch compiled stays
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        or str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"),
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
     }
     if device == "cpu":

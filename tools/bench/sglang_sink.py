@@ -5,9 +5,10 @@
     kdpipe    the same samples through kdpipe's engine into a cache: gate, checksums, fsync and commit
 
 Two engines with the same arguments: a bare one for the first two, kdpipe's for the third. They take turns within one
-run and the idle one is stopped, because SGLang polls. Each repetition gives one ratio to its own prefill; the median is
-printed. Memory is taken in a pass of its own before those that are timed: the largest proportional set size of the
-engine's whole tree of processes, beyond its size at rest, and for kdpipe of the extracting process too.
+run and the idle one is stopped, because SGLang polls. Each pass of kdpipe's lies between two of prefill alone and is
+set against their mean; the median of these ratios is printed. SGLang's own way, which is slow, runs three times. Memory
+is taken in a pass of its own before those that are timed: the largest proportional set size of the engine's whole tree
+of processes, beyond its size at rest, and for kdpipe of the extracting process too.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -207,11 +209,12 @@ def measure(options: argparse.Namespace, repetitions: int) -> tuple[dict[str, li
             for way in times:
                 bench.time(way, 0)  # the first pass compiles kernels
                 bench.time(way, 0, memory[way])
+            times["prefill"].append(bench.time("prefill", 0))
             for repetition in range(1, repetitions + 1):
-                order = list(times) if repetition % 2 else list(times)[::-1]
-                for way in order:
-                    times[way].append(bench.time(way, repetition))
-                print({way: round(taken[-1], 2) for way, taken in times.items()}, file=sys.stderr)
+                times["kdpipe"].append(bench.time("kdpipe", repetition))
+                times["prefill"].append(bench.time("prefill", repetition))
+                print({way: round(taken[-1], 2) for way, taken in times.items() if taken}, file=sys.stderr)
+            times["stock"] = [bench.time("stock", 0) for _ in range(3)]
         finally:
             bench.close()
         return times, memory, bench.num_tokens
@@ -233,15 +236,14 @@ def main() -> None:
     if options.serve_bare is not None:
         serve_bare(options.serve_bare)
         return
-    times, memory, num_tokens = measure(options, 3 if options.quick else 9)
-    ratios = {
-        way: round(statistics.median(a / b for a, b in zip(times[way], times["prefill"], strict=True)), 3)
-        for way in ("kdpipe", "stock")
-    }
+    times, memory, num_tokens = measure(options, 5 if options.quick else 15)
+    floors = [(before + after) / 2 for before, after in pairwise(times["prefill"])]
+    ratio = statistics.median(own / floor for own, floor in zip(times["kdpipe"], floors, strict=True))
+    stock = statistics.median(times["stock"]) / statistics.median(times["prefill"])
     case = f"{options.samples} x {options.tokens} tokens, hidden {options.hidden}, {options.layers} layers, bf16"
     peaks = {way: max(grown) // 2**20 for way, grown in memory.items()}
     records = [
-        ("time", "x prefill alone", ratios["kdpipe"], {"stock": ratios["stock"]}),
+        ("time", "x prefill alone", round(ratio, 3), {"stock": round(stock, 3)}),
         ("memory", "MiB over the engine at rest", peaks.pop("kdpipe"), peaks),
         (
             "throughput",
