@@ -20,7 +20,14 @@ from kdpipe.manifests.shard import ShardWriter, adopt, commit_path
 from kdpipe.stages.extract.planning import ExtractSpec, Staged, staged
 from kdpipe.stages.teacher import ENGINES
 from kdpipe.stages.teacher.engine import Ack, Canary, Request, RowTarget, TeacherEngine
-from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes, choose_scored
+from kdpipe.stages.teacher.gate import (
+    check_ack,
+    check_finite,
+    check_identity,
+    choose_probes,
+    choose_scored,
+    is_probed_inside,
+)
 from kdpipe.stages.teacher.head import Head
 
 PROBES = 3
@@ -168,7 +175,8 @@ class Filling:
             array, offset = writer.rows(int(columns["first_row"][index]), num_rows)
             ids = token_ids[start:stop]
             positions = row_positions(supervised[start:stop], every=plan.settings.rows == "all")
-            probes = choose_probes(draw, num_rows, PROBES if draw % self._engine.probe_every == 0 else 1)
+            count = PROBES if is_probed_inside(draw, self._engine.probe_every) else 1
+            probes = choose_probes(draw, num_rows, count)
             request = Request(
                 sample=sample,
                 token_ids=ids,

@@ -49,6 +49,11 @@ def choose_probes(sample: int, num_rows: int, count: int) -> np.ndarray:
     return np.array([0, *inner, num_rows - 1], dtype=np.int64)
 
 
+def is_probed_inside(sample: int, every: int) -> bool:
+    """Whether a sample is one of `every` whose inner rows are probed too, drawn by a digest."""
+    return _draw(sample, -1) % every == 0
+
+
 def choose_scored(sample: int, token_ids: np.ndarray, positions: np.ndarray, vocab_size: int) -> np.ndarray:
     """The ids to score at each probed position: int64 [K, 1 + OWN_IDS + OTHER_IDS], a pure function.
 

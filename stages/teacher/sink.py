@@ -125,7 +125,10 @@ class Sink:
             if not len(rows):
                 continue
             data = as_array(rows.detach().cpu().contiguous()).view(np.uint8).reshape(-1).data
-            write_all(file, data, order.offset + writing.num_bytes)
+            at = order.offset + writing.num_bytes
+            write_all(file, data, at)
+            # The disk starts now, not when the shard is sealed; pages that others have mapped are kept.
+            os.posix_fadvise(file, at, len(data), os.POSIX_FADV_DONTNEED)
             writing.digest.update(data)
             writing.num_rows += len(rows)
             writing.num_bytes += len(data)

@@ -12,7 +12,14 @@ from tests.stages.teacher.make_requests import make_request
 from kdpipe.manifests.errors import GateError, TeacherError
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Request
-from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes, choose_scored
+from kdpipe.stages.teacher.gate import (
+    check_ack,
+    check_finite,
+    check_identity,
+    choose_probes,
+    choose_scored,
+    is_probed_inside,
+)
 from kdpipe.stages.teacher.head import Head, read_head
 from kdpipe.stages.teacher.rows import checksum
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
@@ -139,6 +146,8 @@ def test_probes_are_a_pure_function_of_the_sample() -> None:
     assert choose_probes(7, 1000, 5).tolist() == [0, 251, 555, 813, 999]
     assert choose_probes(7, 1000, 5).tolist() != choose_probes(8, 1000, 5).tolist()
     assert choose_probes(7, 1000, 1).tolist() == [999]
+    assert sum(is_probed_inside(sample, 128) for sample in range(12_800)) == pytest.approx(100, abs=30)
+    assert all(is_probed_inside(sample, 1) for sample in range(9))
     ids = np.arange(50, 90, dtype=np.int32)
     scored = choose_scored(7, ids, np.array([3, 38]), 1000)
     assert scored.tolist() == choose_scored(7, ids, np.array([3, 38]), 1000).tolist()
