@@ -62,7 +62,7 @@ def _sglang_version() -> str:
 
 
 def _sglang_determinism(device: Device, options: EngineOptions) -> Determinism:
-    from kdpipe.stages.teacher.sglang_engine import check_options
+    from kdpipe.stages.teacher.sglang_arguments import check_options
 
     check_options(options)
     return "bitwise" if options.deterministic else "tolerance"

@@ -15,8 +15,6 @@ Cost: about 15 s to start on a CPU; then SGLang's own prefill. Measured by tools
 # Shapes: n tokens of one sample, R rows kept of it, K rows probed, E teacher width.
 
 import importlib.metadata
-import json
-import os
 import shutil
 import socket
 import sys
@@ -26,7 +24,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +37,8 @@ from kdpipe.stages.teacher.engine import Ack, Canary, EngineOptions, Request
 from kdpipe.stages.teacher.head import Head
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, checksum
 from kdpipe.stages.teacher.session import Session
-from kdpipe.stages.teacher.sglang_host import SWITCH, Answer, Failed, Key, Prompt, Ready
+from kdpipe.stages.teacher.sglang_arguments import host_environment, server_arguments
+from kdpipe.stages.teacher.sglang_host import Answer, Failed, Key, Prompt, Ready
 from kdpipe.stages.teacher.sink import Order, Receipt, runs_of
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
@@ -53,17 +51,6 @@ IN_FLIGHT_TOKENS = 2 * SHARD_TOKENS
 
 START_TIMEOUT_S = 1800.0
 """A large teacher is read from a network disk in this time."""
-
-CPU_TOKENS = 65536
-"""Tokens of KV cache on a CPU, where SGLang would otherwise take a share of the machine's memory."""
-
-SPARE_POSITIONS = 16
-
-OURS = {
-    "model_path", "device", "dtype", "tp_size", "dp_size", "pp_size", "ep_size", "quantization", "mem_fraction_static",
-    "enable_deterministic_inference", "disable_radix_cache", "skip_tokenizer_init", "enable_return_hidden_states",
-}  # fmt: skip
-"""Arguments that this file decides; each has an option of its own, or rows would be wrong with another value."""
 
 HOST = "from kdpipe.stages.teacher.sglang_host import main; import sys; main(int(sys.argv[1]))"
 
@@ -93,7 +80,7 @@ class SglangEngine:
     probe_every = PROBE_EVERY
 
     def __init__(self, path: Path, *, dtype: Dtype, device: Device, options: EngineOptions | None = None) -> None:
-        """Nothing is started yet. Raises ConfigError as library_version and check_options do."""
+        """Nothing is started yet. Raises ConfigError for a version or options that cannot be."""
         self.version = library_version()
         self._path, self._dtype, self._device = path, dtype, device
         self._options = options or EngineOptions()
@@ -304,88 +291,6 @@ class SglangEngine:
             assert isinstance(message, Answer)
             require_receipt(message, len(samples[message.key[1]]), where="the canary")
         return list(rows.split([len(token_ids) for token_ids in samples]))
-
-
-def check_options(options: EngineOptions) -> None:
-    """Raises ConfigError for what SGLang cannot have, or must not."""
-    if options.pp > 1:
-        raise ConfigError(
-            "SGLang does not hand hidden states on between pipeline stages; use --tp, or --dp for several copies",
-            where="--pp",
-        )
-    for name, _ in options.arguments:
-        if name in OURS:
-            raise ConfigError(f"'{name}' is set by kdpipe; see kdpipe extract --help", where="--engine-arg")
-
-
-def server_arguments(path: Path, info: TeacherInfo, device: Device, options: EngineOptions) -> dict[str, Any]:
-    """SGLang's ServerArgs, pure."""
-    check_options(options)
-    given = {name: parsed(value) for name, value in options.arguments}
-    arguments: dict[str, Any] = {
-        "model_path": str(path),
-        "device": device,
-        "dtype": info.dtype,
-        "tp_size": options.tp,
-        "dp_size": options.dp,
-        "ep_size": options.ep,
-        "quantization": options.quantization,
-        "mem_fraction_static": options.mem_fraction,
-        "enable_deterministic_inference": options.deterministic,
-        # A prefix found in the radix cache has no hidden states; ids come from the plan, text never goes in.
-        "disable_radix_cache": True,
-        "skip_tokenizer_init": True,
-        "enable_return_hidden_states": True,
-        "log_level": "warning",
-        "random_seed": 0,
-    }
-    if device == "cpu":
-        arguments |= {
-            "attention_backend": "torch_native",
-            "sampling_backend": "pytorch",
-            "disable_cuda_graph": True,
-            # Of memory that others use too; the cache itself is bounded by max_total_tokens.
-            "mem_fraction_static": options.mem_fraction or 0.5,
-            "sleep_on_idle": True,
-            "max_total_tokens": max(CPU_TOKENS, 2 * (info.max_positions or 0)),
-        }
-    if info.max_positions is not None:
-        # SGLang keeps six places of the context for itself; no position beyond the model's own is ever computed.
-        arguments["context_length"] = info.max_positions + SPARE_POSITIONS
-    return {name: value for name, value in (arguments | given).items() if value is not None}
-
-
-def parsed(value: str) -> Any:
-    """A value of --engine-arg: JSON where it is JSON (4096, true, {"a": 1}), else the text as it is."""
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def host_environment(folder: Path, device: Device, options: EngineOptions) -> dict[str, str]:
-    """The environment of the host and all it starts."""
-    env = dict(os.environ) | {
-        SWITCH: "1",
-        "TMPDIR": str(folder),  # sockets that SGLang leaves behind go with it; what torch compiled stays
-        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-        or str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"),
-        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
-    }
-    if device == "cpu":
-        ranks = options.tp * options.dp
-        env["SGLANG_USE_CPU_ENGINE"] = "1"
-        env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-        if ranks > 1:
-            env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(core_groups(ranks)))
-    return env
-
-
-def core_groups(ranks: int) -> list[str]:
-    """This process's cores dealt to the ranks in equal runs, as "0,1"; where there are fewer, ranks share them."""
-    cores = sorted(os.sched_getaffinity(0))
-    size = max(1, len(cores) // ranks)
-    return [",".join(str(cores[(rank * size + i) % len(cores)]) for i in range(size)) for rank in range(ranks)]
 
 
 def keys_of(run: int, request: Request) -> list[Key]:

@@ -236,7 +236,7 @@ async def _ask(engine: Any, prompt: Prompt, answers: "SimpleQueue[Answer | Faile
         answers.put(_answer(prompt, result["meta_info"]))
     except Exception as err:  # the process boundary again; the request's failure is the other side's to judge
         traceback.print_exc()
-        answers.put(Failed(message=f"{type(err).__name__}: {err}"))
+        answers.put(Failed(message=f"sample {prompt.key[1]}: {type(err).__name__}: {err}"))
 
 
 def _answer(prompt: Prompt, info: dict[str, Any]) -> Answer:

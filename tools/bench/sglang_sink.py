@@ -104,7 +104,8 @@ class Bench:
         from kdpipe.stages.teacher.describe import describe_teacher
         from kdpipe.stages.teacher.engine import EngineOptions
         from kdpipe.stages.teacher.session import Session, members
-        from kdpipe.stages.teacher.sglang_engine import SglangEngine, host_environment, server_arguments
+        from kdpipe.stages.teacher.sglang_arguments import host_environment, server_arguments
+        from kdpipe.stages.teacher.sglang_engine import SglangEngine
 
         sizes = TEACHER | HEADS | {"hidden_size": options.hidden, "num_hidden_layers": options.layers}
         sizes["intermediate_size"] = options.hidden * 11 // 4
