@@ -22,6 +22,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from kdpipe.manifests.compare import row_distance
 from kdpipe.manifests.errors import GateError, TeacherError
 from kdpipe.manifests.teacher import HeadRecord
 from kdpipe.stages.teacher.canary import ROW_ERROR
@@ -104,9 +105,8 @@ def check_identity(requests: Sequence[Request], acks: Sequence[Ack], head: Head)
     """
     if not sum(len(request.probes) for request in requests):
         return 0.0
-    stored = np.concatenate([request.target.array[request.probes] for request in requests])
-    taken = np.concatenate([_probe_rows(request, ack) for request, ack in zip(requests, acks, strict=True)])
-    rows = as_tensor(taken)
+    pairs = list(zip(requests, acks, strict=True))
+    rows = as_tensor(np.concatenate([_probe_rows(request, ack) for request, ack in pairs]))
     scored = torch.from_numpy(np.concatenate([request.scored for request in requests]))
     logits = chosen_logits(rows, head, scored).double().cpu().numpy()
     own = np.concatenate([ack.probe_logprobs for ack in acks]).astype(np.float64)
@@ -122,7 +122,9 @@ def check_identity(requests: Sequence[Request], acks: Sequence[Ack], head: Head)
             f"(allowed {allowed[at, column]:.5f}); the row is of another token or sample",
             where=f"sample {sample}",
         )
-    _check_same(as_tensor(stored), rows, requests)
+    for request, ack in pairs:
+        if ack.probe_rows is not None:
+            _check_same(request, ack.probe_rows)
     return float(difference.max())
 
 
@@ -135,17 +137,16 @@ def _probe_rows(request: Request, ack: Ack) -> np.ndarray:
     return request.target.array[request.probes] if ack.probe_rows is None else ack.probe_rows
 
 
-def _check_same(stored: torch.Tensor, taken: torch.Tensor, requests: Sequence[Request]) -> None:
-    """Rows of two forwards of the same tokens, [K, E] each. Raises GateError naming sample and row."""
-    error = (stored.double() - taken.double()).norm(dim=1) / taken.double().norm(dim=1)
-    wrong = torch.nonzero(~(error <= ROW_ERROR[stored.dtype]))
+def _check_same(request: Request, taken: np.ndarray) -> None:
+    """The stored rows against those of another forward of the same tokens [K, E]. Raises GateError."""
+    allowed = ROW_ERROR[as_tensor(taken).dtype]
+    distance = row_distance(taken, request.target.array[request.probes])
+    wrong = np.flatnonzero(~(distance <= allowed))
     if len(wrong):
-        at = int(wrong[0])
-        sample, row = _probe(requests, at)
         raise GateError(
-            f"row {row} is {float(error[at]):.1e} from that of the prompt cut there (allowed "
-            f"{ROW_ERROR[stored.dtype]:.0e}); the row is of another token or sample",
-            where=f"sample {sample}",
+            f"row {request.probes[wrong[0]]} is {distance[wrong[0]]:.1e} from that of the prompt cut there (allowed "
+            f"{allowed:.0e}); the row is of another token or sample",
+            where=f"sample {request.sample}",
         )
 
 

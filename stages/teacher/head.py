@@ -16,6 +16,9 @@ from kdpipe.manifests.teacher import HeadRecord
 from kdpipe.stages.teacher.describe import TeacherInfo, checkpoint_files
 from kdpipe.stages.teacher.rows import TORCH_DTYPES
 
+COLUMN_ELEMENTS = 1 << 17
+"""fp32 elements of the head's columns that are gathered at a time."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Head:
@@ -57,8 +60,12 @@ def head_logits(rows: torch.Tensor, head: Head, start: int, stop: int) -> torch.
 
 def chosen_logits(rows: torch.Tensor, head: Head, ids: torch.Tensor) -> torch.Tensor:
     """Logits [R, M] in fp32 of rows [R, E] for other entries in each row, ids [R, M], by HeadRecord's formula."""
-    columns = head.weight[ids].float()
-    return _finished(torch.linalg.vecdot(columns, rows[:, None].float()), head, ids)
+    block = max(1, COLUMN_ELEMENTS // (ids.shape[1] * rows.shape[1]))
+    products = [
+        torch.linalg.vecdot(head.weight[entries].float(), some[:, None].float())
+        for some, entries in zip(rows.split(block), ids.split(block), strict=True)
+    ]
+    return _finished(torch.cat(products), head, ids)
 
 
 def _finished(logits: torch.Tensor, head: Head, entries: slice | torch.Tensor) -> torch.Tensor:

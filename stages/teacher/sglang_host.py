@@ -56,7 +56,7 @@ class Prompt:
     key: by which its answer is known
     token_ids: int32 [n]
     order: what the sink writes; None where only the log-probability is asked for
-    scored: ids whose log-probability after the prompt is reported
+    scored: ids whose log-probability after the prompt is reported; empty for none
     """
 
     key: Key
@@ -230,8 +230,8 @@ async def _ask(engine: Any, prompt: Prompt, answers: "SimpleQueue[Answer | Faile
             sampling_params={"max_new_tokens": 1, "temperature": 1.0}
             | ({"custom_params": prompt.order.to_params()} if prompt.order else {}),
             return_hidden_states=prompt.order is not None,
-            return_logprob=True,
-            token_ids_logprob=list(prompt.scored),
+            return_logprob=bool(prompt.scored),
+            token_ids_logprob=list(prompt.scored) or None,
         )
         answers.put(_answer(prompt, result["meta_info"]))
     except Exception as err:  # the process boundary again; the request's failure is the other side's to judge
@@ -245,5 +245,5 @@ def _answer(prompt: Prompt, info: dict[str, Any]) -> Answer:
     return Answer(
         key=prompt.key,
         receipt=states[0] if is_receipt else None,
-        logprobs=tuple(logprob for logprob, *_ in info["output_token_ids_logprobs"][0]),
+        logprobs=tuple(logprob for logprob, *_ in info["output_token_ids_logprobs"][0]) if prompt.scored else (),
     )

@@ -1,14 +1,14 @@
 """What it costs to get hidden states out of SGLang: prefill alone, SGLang's own way, and kdpipe's sink into a cache.
 
-    prefill   sglang.Engine.generate over the samples, no hidden states: the floor
+    prefill   SGLang over the samples, no hidden states, all handed over at once: the floor
     stock     the same with return_hidden_states=True, lists made into tensors as every user of it must
     kdpipe    the same samples through kdpipe's engine into a cache: gate, checksums, fsync and commit
 
-Two engines with the same arguments: a bare one for the first two, kdpipe's for the third. They take turns within one
-run and the idle one is stopped, because SGLang polls. Each pass of kdpipe's lies between two of prefill alone and is
-set against their mean; the median of these ratios is printed. SGLang's own way, which is slow, runs three times. Memory
-is taken in a pass of its own before those that are timed: the largest proportional set size of the engine's whole tree
-of processes, beyond its size at rest, and for kdpipe of the extracting process too.
+Prefill and kdpipe take turns on one engine, since two of the same arguments differ by several percent: each pass of
+kdpipe's lies between two of prefill alone and is set against their mean, and the median of these ratios is printed.
+SGLang's own way runs three times in an engine without kdpipe's plugin, which is stopped meanwhile because SGLang polls.
+Memory is taken in a pass of its own before those that are timed: the largest proportional set size of the engine's
+whole tree of processes, beyond its size at rest, and for kdpipe of the extracting process too.
 """
 
 import argparse
@@ -39,23 +39,24 @@ HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8}
 
 
 def serve_bare(descriptor: int) -> None:
-    """A bare SGLang: answers (ids, with_states) with the seconds it took."""
+    """A bare SGLang: takes ids, answers with the seconds that all their hidden states took."""
     import sglang
     import torch
 
+    from kdpipe.stages.teacher.session import name_semaphores
+
     os.set_inheritable(descriptor, False)
+    name_semaphores()
     link = Connection(descriptor)
     engine = sglang.Engine(**link.recv())
     link.send("ready")
     with contextlib.suppress(EOFError):
         while True:
-            ids, with_states = link.recv()
+            ids = link.recv()
             started = time.perf_counter()
-            answers = engine.generate(
-                input_ids=ids, sampling_params={"max_new_tokens": 1}, return_hidden_states=with_states
-            )
-            rows = [torch.tensor(answer["meta_info"]["hidden_states"][0]) for answer in answers if with_states]
-            assert all(len(found) == len(own) for found, own in zip(rows, ids, strict=bool(rows)))
+            answers = engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 1}, return_hidden_states=True)
+            rows = [torch.tensor(answer["meta_info"]["hidden_states"][0]) for answer in answers]
+            assert [len(found) for found in rows] == [len(own) for own in ids]
             link.send(time.perf_counter() - started)
 
 
@@ -164,7 +165,7 @@ class Bench:
 
     def time(self, way: str, number: int, memory: list[int] | None = None) -> float:
         """Seconds of one pass over all samples; the peak of its memory is appended to `memory`."""
-        session = self.session if way == "kdpipe" else self.bare
+        session = self.bare if way == "stock" else self.session
         own = [os.getpid()] if way == "kdpipe" else []
         watched = contextlib.nullcontext()
         if memory is not None:
@@ -175,10 +176,26 @@ class Bench:
             with watched:
                 if way == "kdpipe":
                     return self.extract(number)
-                self.link.send((self.ids, way == "stock"))
+                if way == "prefill":
+                    return self.prefill()
+                self.link.send(self.ids)
                 return float(self.link.recv())
         finally:
             self._pause(session, True)
+
+    def prefill(self) -> float:
+        """Seconds of the samples through kdpipe's engine with nothing asked for."""
+        from kdpipe.stages.teacher.sglang_host import Prompt
+
+        prompts = [
+            Prompt(key=(0, number, 0), token_ids=np.array(ids, np.int32), order=None, scored=())
+            for number, ids in enumerate(self.ids)
+        ]
+        started = time.perf_counter()
+        self.engine._send(prompts)
+        for _ in prompts:
+            self.engine._next(600.0, lambda: "prefill")
+        return time.perf_counter() - started
 
     def extract(self, number: int) -> float:
         """Seconds until the last shard of a fresh cache is committed, the engine running beforehand."""

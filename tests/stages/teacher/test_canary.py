@@ -11,6 +11,7 @@ from tests.stages.teacher.make_requests import make_request
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.stages.teacher import canary
+from kdpipe.stages.teacher import head as head_module
 from kdpipe.stages.teacher.canary import check_head, compare_rows
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.head import Head, chosen_logits, read_head
@@ -54,7 +55,10 @@ def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chosen_entries_are_those_of_the_models_own_logits(kind: str, tmp_path: Path) -> None:
+def test_chosen_entries_are_those_of_the_models_own_logits(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "COLUMN_ELEMENTS", 5 * 48 * 7)  # seven rows at a time
     engine, head = opened(kind, tmp_path, "float32")
     rows, logits = engine.rows_and_logits(SAMPLES[0])
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 251, (len(rows), 5)))

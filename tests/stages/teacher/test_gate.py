@@ -90,6 +90,20 @@ def test_row_lost_in_the_middle_is_caught(make_answer: Callable[[], Answer]) -> 
         check_identity(requests, acks, head)
 
 
+def test_a_row_unlike_that_of_a_prompt_cut_there_is_caught(make_answer: Callable[[], Answer]) -> None:
+    requests, acks, head = make_answer()
+    taken = requests[1].target.array[requests[1].probes].copy()
+    acks[1] = replace(acks[1], probe_rows=taken)
+    check_identity(requests, acks, head)
+    row = int(requests[1].probes[1])
+    requests[1].target.array[row] = requests[1].target.array[row - 1].copy()
+    with pytest.raises(GateError, match=f"sample 1: row {row} is .* from that of the prompt cut there"):
+        check_identity(requests, acks, head)
+    taken[0] = taken[2]
+    with pytest.raises(GateError, match="sample 1: row 0 puts the logits"):
+        check_identity(requests, acks, head)
+
+
 def test_rows_never_written_are_caught(make_answer: Callable[[], Answer]) -> None:
     requests, acks, head = make_answer()
     requests[1].target.array[:] = 0
