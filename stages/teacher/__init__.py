@@ -86,9 +86,7 @@ ENGINES: dict[str, EngineKind] = {
     ),
 }
 
-SGLANG_TRIED = {
-    "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
-}  # fmt: skip
+SGLANG_TRIED = {"LlamaForCausalLM", "Qwen3ForCausalLM"}
 """Architectures whose rows were compared with transformers' (tests/stages/teacher/test_sglang_engine.py)."""
 
 

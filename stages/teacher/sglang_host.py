@@ -88,9 +88,7 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ready:
-    """The engine is up; `arguments` are what it runs with."""
-
-    arguments: dict[str, str]
+    """The engine is up."""
 
 
 def register() -> None:
@@ -192,7 +190,7 @@ def main(descriptor: int) -> None:
         traceback.print_exc()
         link.send(Failed(message=f"{type(err).__name__}: {err}"))
         return
-    link.send(Ready(arguments={key: str(value) for key, value in arguments.items()}))
+    link.send(Ready())
     threading.Thread(target=_send, args=(link, answers), daemon=True).start()
     running.set_result(engine)
     engine.loop.run_forever()

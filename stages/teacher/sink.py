@@ -41,10 +41,6 @@ class Order:
     dtype: str
     runs: tuple[int, ...]
 
-    @property
-    def num_rows(self) -> int:
-        return sum(self.runs[1::2]) - sum(self.runs[::2])
-
     def to_params(self) -> dict[str, Any]:
         """As an engine's custom parameters, which may be scalars, lists of them and flat tables."""
         place = {"path": self.path, "offset": self.offset, "width": self.width, "dtype": self.dtype}

@@ -1,12 +1,16 @@
 """Requests with rows in plain memory, for tests of the engines and of the gate."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from kdpipe.manifests.specs import Dtype
+from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Request, RowTarget
-from kdpipe.stages.teacher.gate import choose_probes, choose_scored
+from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity, choose_probes, choose_scored
+from kdpipe.stages.teacher.head import read_head
 
 NUMPY_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 VOCAB = 251
@@ -29,6 +33,14 @@ def make_request(sample: int, length: int, *, dtype: str = "float32", probes: in
         scored=choose_scored(sample, token_ids, positions[chosen], VOCAB),
         target=RowTarget(array=array, path=Path("unused"), offset=0),
     )
+
+
+def pass_the_gate(folder: Path, dtype: Dtype, requests: Sequence[Request], acks: Sequence[Ack]) -> None:
+    """All three checks of the gate, with the head of the teacher in `folder`."""
+    for request, ack in zip(requests, acks, strict=True):
+        check_ack(request, ack)
+        check_finite(request)
+    check_identity(requests, acks, read_head(folder, describe_teacher(folder, dtype), VOCAB))
 
 
 def acks_by_sample(acks: list[Ack]) -> dict[int, Ack]:

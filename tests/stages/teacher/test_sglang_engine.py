@@ -14,7 +14,7 @@ import torch
 import transformers
 from tests.conftest import Bench
 from tests.models import make_model
-from tests.stages.teacher.make_requests import NUMPY_DTYPES, WIDTH, make_request
+from tests.stages.teacher.make_requests import NUMPY_DTYPES, WIDTH, make_request, pass_the_gate
 
 from kdpipe.manifests.errors import ConfigError, EngineError, KdpipeError, TeacherError
 from kdpipe.manifests.progress import Silent
@@ -24,8 +24,7 @@ from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.extract.planning import Staged, staged
 from kdpipe.stages.extract.shards import Filling, missing_shards
 from kdpipe.stages.teacher.describe import describe_teacher
-from kdpipe.stages.teacher.engine import Ack, EngineOptions, Request, RowTarget
-from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity
+from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
 from kdpipe.stages.teacher.head import read_head
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor
 from kdpipe.stages.teacher.session import SHARED_MEMORY, members
@@ -95,13 +94,6 @@ def own_rows(folder: Path, dtype: str, requests: Sequence[Request]) -> torch.Ten
             for request in requests
         ]
     ).double()
-
-
-def pass_the_gate(folder: Path, dtype: Dtype, requests: Sequence[Request], acks: Sequence[Ack]) -> None:
-    for request, ack in zip(requests, acks, strict=True):
-        check_ack(request, ack)
-        check_finite(request)
-    check_identity(requests, acks, read_head(folder, describe_teacher(folder, dtype), 251))
 
 
 @pytest.mark.parametrize("chunk", ["128", "-1"])

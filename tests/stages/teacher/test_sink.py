@@ -26,7 +26,6 @@ def test_runs_are_positions_and_survive_an_engines_parameters(tmp_path: Path) ->
     assert runs_of(np.array([3, 4, 5, 9])) == (3, 6, 9, 10)
     assert runs_of(np.array([], dtype=np.int64)) == ()
     order = make_order(tmp_path / "rows", [3, 4, 5, 9])
-    assert order.num_rows == 4
     assert Order.from_params(order.to_params()) == order
     assert Order.from_params(None) is None
     assert Order.from_params({"thinking_budget": 3}) is None

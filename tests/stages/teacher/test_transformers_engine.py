@@ -10,14 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tests.models import KINDS, make_model
-from tests.stages.teacher.make_requests import make_request
+from tests.stages.teacher.make_requests import make_request, pass_the_gate
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.stages.teacher import ENGINES
-from kdpipe.stages.teacher.describe import describe_teacher
-from kdpipe.stages.teacher.engine import Ack, EngineOptions, Request
-from kdpipe.stages.teacher.gate import check_ack, check_finite, check_identity
-from kdpipe.stages.teacher.head import read_head
+from kdpipe.stages.teacher.engine import EngineOptions, Request
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
@@ -58,13 +55,6 @@ def own_logprobs(model: Any, request: Request) -> np.ndarray:
 
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.double() - truth.double()).norm() / truth.double().norm())
-
-
-def pass_the_gate(folder: Path, dtype: str, requests: Sequence[Request], acks: Sequence[Ack]) -> None:
-    for request, ack in zip(requests, acks, strict=True):
-        check_ack(request, ack)
-        check_finite(request)
-    check_identity(requests, acks, read_head(folder, describe_teacher(folder, dtype), 251))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
