@@ -36,6 +36,15 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def file_system(descriptor: int) -> str:
+    """The type of file system a file lies on, "ext4" for example; "" where the table of mounts does not tell."""
+    device = os.fstat(descriptor).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo") as file:
+        mounts = [line.split() for line in file]
+    return next((mount[mount.index("-") + 1] for mount in mounts if mount[2] == number), "")
+
+
 def scratch_name(folder: Path, name: str) -> Path:
     """A name nobody else uses, in `folder`, for work that will be published as `name`."""
     return folder / f"{name}.{os.getpid()}-{uuid.uuid4().hex[:12]}"

@@ -55,6 +55,20 @@ class Part(click.ParamType):
         return int(index), int(count)
 
 
+class NameValue(click.ParamType):
+    """`NAME=VALUE`; a dash in the name is an underscore."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).partition("=")
+        if not (name and equals):
+            self.fail(f"'{value}' is not NAME=VALUE", param, ctx)
+        return name.replace("-", "_"), text
+
+
 def stack(*decorators: Decorator) -> Decorator:
     """Several option decorators as one, in the order they show in --help."""
 
@@ -144,8 +158,8 @@ engine_options = stack(
     click.option(
         "--engine-arg",
         "engine_args",
+        type=NameValue(),
         multiple=True,
-        metavar="NAME=VALUE",
         help="sglang: any further field of its ServerArgs, chunked_prefill_size=8192 for example; repeatable.",
     ),
     click.option(

@@ -60,7 +60,7 @@ def command(
     quantization: str | None,
     mem_fraction: float | None,
     deterministic: bool,
-    engine_args: tuple[str, ...],
+    engine_args: tuple[tuple[str, str], ...],
     engine_timeout: float,
     codec: Codec,
     device: DeviceChoice,
@@ -108,7 +108,7 @@ def command(
             mem_fraction=mem_fraction,
             deterministic=deterministic,
             timeout_s=engine_timeout,
-            arguments=tuple(name_and_value(text) for text in engine_args),
+            arguments=engine_args,
         ),
     )
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.jsonl"
@@ -116,11 +116,3 @@ def command(
     with results_only(), watch("extract", log, part=part) as progress:
         made = extract(spec, cache, progress, part=part)
     show(made.info(), as_json=as_json)
-
-
-def name_and_value(text: str) -> tuple[str, str]:
-    """NAME=VALUE as a pair."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise click.BadParameter(f"'{text}' is not NAME=VALUE", param_hint="--engine-arg")
-    return name.replace("-", "_"), value

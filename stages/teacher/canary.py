@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from kdpipe.manifests.compare import TOLERANCE
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.stages.teacher.head import Head, head_logits
 from kdpipe.stages.teacher.rows import TORCH_DTYPES
@@ -23,10 +24,6 @@ CHUNK_ENTRIES = 2048
 
 # What fp32 sums in another order differ by, relative to the logits' root mean square: measured 2e-7 to 1e-6.
 FLOAT32_ERROR = 1e-5
-
-# How far two implementations of one model may be apart, |difference| over |rows|. Measured between SGLang and
-# transformers: fp32 1e-7 to 8e-7, bf16 0.01 to 0.02; another model, or rows of another token, is at 1.
-ROW_ERROR = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.06}
 
 
 class ShowsLogits(Protocol):
@@ -65,11 +62,11 @@ def check_head(engine: ShowsLogits, head: Head, samples: Sequence[np.ndarray], *
 def compare_rows(
     rows: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], *, dtype: str, exact: bool, path: Path
 ) -> float:
-    """rms(rows - reference) / rms(reference) of the worst sample, [n, E] each. Raises TeacherError beyond ROW_ERROR.
+    """rms(rows - reference) / rms(reference) of the worst sample, [n, E] each. Raises TeacherError beyond TOLERANCE.
 
     exact: whether they come of the same weights; quantised ones are measured and not judged, short of NaN.
     """
-    allowed = ROW_ERROR[TORCH_DTYPES[dtype]] if exact else float("inf")
+    allowed = TOLERANCE[dtype] if exact else float("inf")
     errors = [
         float((ours.double() - own.double()).norm() / own.double().norm())
         for ours, own in zip(rows, reference, strict=True)

@@ -22,10 +22,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from kdpipe.manifests.compare import row_distance
+from kdpipe.manifests.compare import TOLERANCE, row_distance
 from kdpipe.manifests.errors import GateError, TeacherError
 from kdpipe.manifests.teacher import HeadRecord
-from kdpipe.stages.teacher.canary import ROW_ERROR
 from kdpipe.stages.teacher.engine import Ack, Request
 from kdpipe.stages.teacher.head import Head, chosen_logits
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor, checksum, not_finite
@@ -124,7 +123,7 @@ def check_identity(requests: Sequence[Request], acks: Sequence[Ack], head: Head)
         )
     for request, ack in pairs:
         if ack.probe_rows is not None:
-            _check_same(request, ack.probe_rows)
+            _check_same(request, ack.probe_rows, TOLERANCE[head.record.dtype])
     return float(difference.max())
 
 
@@ -137,9 +136,8 @@ def _probe_rows(request: Request, ack: Ack) -> np.ndarray:
     return request.target.array[request.probes] if ack.probe_rows is None else ack.probe_rows
 
 
-def _check_same(request: Request, taken: np.ndarray) -> None:
+def _check_same(request: Request, taken: np.ndarray, allowed: float) -> None:
     """The stored rows against those of another forward of the same tokens [K, E]. Raises GateError."""
-    allowed = ROW_ERROR[as_tensor(taken).dtype]
     distance = row_distance(taken, request.target.array[request.probes])
     wrong = np.flatnonzero(~(distance <= allowed))
     if len(wrong):

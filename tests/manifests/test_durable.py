@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kdpipe.manifests.durable import canonical, disk_error, publish, scratch_name, write_once
+from kdpipe.manifests.durable import canonical, disk_error, file_system, publish, scratch_name, write_once
 from kdpipe.manifests.errors import SpaceError
 
 
@@ -20,6 +20,15 @@ def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
 def test_numbers_json_does_not_know_are_refused() -> None:
     with pytest.raises(ValueError):
         canonical({"a": float("nan")})
+
+
+def test_the_file_system_is_that_of_the_mount() -> None:
+    with open("/proc/self/stat") as file:
+        assert file_system(file.fileno()) == "proc"
+    pipe = os.pipe()
+    assert file_system(pipe[0]) == ""
+    for descriptor in pipe:
+        os.close(descriptor)
 
 
 def test_the_first_write_stays(tmp_path: Path) -> None:

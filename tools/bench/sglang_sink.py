@@ -1,9 +1,11 @@
 """What it costs to get hidden states out of SGLang: prefill alone, SGLang's own way, and kdpipe's sink into a cache.
 
-    prefill   SGLang over the samples, no hidden states, all handed over at once: the floor
+    prefill   SGLang over the prompts, no hidden states, all handed over at once: the floor
     stock     the same with return_hidden_states=True, lists made into tensors as every user of it must
-    kdpipe    the same samples through kdpipe's engine into a cache: gate, checksums, fsync and commit
+    kdpipe    the same prompts through kdpipe's engine into a cache: gate, checksums, fsync and commit
 
+A sample is one token longer than its prompt: its last token is predicted and never computed, and each position of the
+prompt has its row in the cache.
 Prefill and kdpipe take turns on one engine, since two of the same arguments differ by several percent: each pass of
 kdpipe's lies between two of prefill alone and is set against their mean, and the median of these ratios is printed.
 SGLang's own way runs three times in an engine without kdpipe's plugin, which is stopped meanwhile because SGLang polls.
@@ -116,12 +118,12 @@ class Bench:
         data = folder / "data.jsonl"
         with open(data, "w") as file:
             for number in range(options.samples):
-                file.write(json.dumps({"text": f"{number} " + "A teacher writes rows. " * options.tokens}) + "\n")
+                file.write(json.dumps({"text": f"{number} " + "A teacher writes rows. " * (options.tokens + 1)}) + "\n")
         engine_options = EngineOptions(mem_fraction=0.4 if options.device == "cuda" else None)
         spec = ExtractSpec(
             teacher=teacher,
             data=(data,),
-            data_spec=DataSpec(max_length=options.tokens, supervise="all"),
+            data_spec=DataSpec(max_length=options.tokens + 1, supervise="all"),
             engine="sglang",
             device=options.device,
         )
@@ -131,7 +133,7 @@ class Bench:
             self.plan = plan.publish()
         samples = Samples(self.plan.path, self.plan.plan)
         self.ids = [
-            ids.values.to_pylist()
+            ids.values.to_pylist()[:-1]
             for number in range(len(self.plan.plan.shards))
             for ids in samples.shard(number).column("token_ids")
         ]
@@ -184,7 +186,7 @@ class Bench:
             self._pause(session, True)
 
     def prefill(self) -> float:
-        """Seconds of the samples through kdpipe's engine with nothing asked for."""
+        """Seconds of the prompts through kdpipe's engine with nothing asked for."""
         from kdpipe.stages.teacher.sglang_host import Prompt
 
         prompts = [
@@ -244,7 +246,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=512, help="of a sample")
+    parser.add_argument("--tokens", type=int, default=512, help="of a prompt")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--vocab", type=int, default=32768)
