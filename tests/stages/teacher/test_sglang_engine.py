@@ -127,7 +127,8 @@ def test_every_row_is_there_in_order_and_transformers_own(kind: str, dtype: Dtyp
 
 
 @pytest.mark.parametrize("ranks", [{"tp": 2}, {"dp": 2}], ids=str)
-def test_several_ranks_write_each_row_once(ranks: dict[str, int], tmp_path: Path) -> None:
+def test_of_several_ranks_the_first_writes_each_row(ranks: dict[str, int], fault: Path, tmp_path: Path) -> None:
+    fault.write_text("second rank")  # zeros there: two writers of equal rows would not show
     folder = make_model("llama", tmp_path / "teacher", sizes=SIZES)
     requests = requests_into(tmp_path / "rows", LENGTHS, "float32")
     engine = SglangEngine(folder, dtype="float32", device="cpu", options=EngineOptions(timeout_s=120, **ranks))
@@ -164,7 +165,7 @@ def fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file whose text is the fault of the engines that are started from here on."""
     file = tmp_path / "fault"
     monkeypatch.setenv("KDPIPE_FAULT", str(file))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "faults"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "faults"), prepend=os.pathsep)
     return file
 
 
