@@ -10,6 +10,7 @@ leave the backbone, logits never exist outside the fused loss. Weights, sums of 
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -174,7 +175,7 @@ class Student(torch.nn.Module):
             student_scale=head.scale,
             teacher_scale=teacher.head.scale,
             scale_t2=loss.scale_t2,
-            **loss.options,
+            **cast(dict[str, Any], loss.options),
         )
         return out.loss, out.kd, out.ce
 

@@ -1,29 +1,82 @@
-"""Blocks: a few rows of logits at a time, in fp32 scratch that is allocated once and stays in the processor's cache.
+"""Blocks: a few rows of raw logits become loss values and the gradient, in one pass through the processor's cache.
 
+`block_step` makes the function of a `Formula`: everything between the matrix products. It is compiled where the work is
+worth the seconds that takes and there is a compiler; else it runs operator by operator, to the same rounding.
 Invariant: a row's results do not depend on the rows beside it.
-Cost: five fp32 buffers [R, V] for one divergence, two more where cross-entropy needs a second softmax.
+Cost: what torch keeps between passes, some fp32 arrays [R, V].
 """
 
 # Shapes: R rows in a block, V shared vocabulary.
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdpipe.stages.loss.pointwise import Rows, normalise_
+from kdpipe.stages.loss.divergences import find
+from kdpipe.stages.loss.head import Finish
+from kdpipe.stages.loss.pointwise import Rows, normalised, one_hot
 from kdpipe.stages.loss.problem import IGNORED, Problem
 
-# fp32 elements of one buffer. 512 KiB a thread: the buffers of a block stay in L2 and L3, and an operator on one (some
-# 20 us) costs several times its dispatch. A GPU wants work to fill it.
-BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**23}
+# Entries of a block: its rows in bf16 and fp32 stay in a core's L2 while a compiled pass goes over them; operator by
+# operator, smaller ones cost less than the trips to memory. A GPU wants work to fill it.
+COMPILED_ENTRIES = {"cpu": 2**19, "cuda": 2**24}
+EAGER_ENTRIES = {"cpu": 2**17, "cuda": 2**23}
+
+# Entries of a whole problem from which on compiling pays: it takes 2 to 4 s once, and saves 3 ns an entry each time.
+WORTH_COMPILING = 2**24
 
 
-def rows_per_block(vocab_size: int, device: torch.device) -> int:
-    """R, at least one row for every thread."""
+class Block(NamedTuple):
+    """Values of a block [R] each, and its bias gradient [V] where that is wanted."""
+
+    kd: Tensor
+    ce: Tensor
+    bias: Tensor | None
+
+
+Step = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None], Block]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Formula:
+    """All that a compiled block depends on but shapes and dtypes. divergence is None where no teacher is needed."""
+
+    divergence: str | None
+    options: tuple[tuple[str, float], ...]
+    temperature: float
+    kd_weight: float
+    kd_scale: float
+    student: Finish
+    teacher: Finish
+    differentiate: bool
+    wants_bias: bool
+
+    @classmethod
+    def of(cls, problem: Problem, *, differentiate: bool, wants_bias: bool) -> "Formula":
+        return cls(
+            divergence=None if problem.teacher is None else problem.divergence.name,
+            options=tuple(problem.options.items()),
+            temperature=problem.temperature,
+            kd_weight=problem.kd_weight,
+            kd_scale=problem.kd_scale,
+            student=problem.student.head.finish,
+            teacher=Finish() if problem.teacher is None else problem.teacher.head.finish,
+            differentiate=differentiate,
+            wants_bias=wants_bias,
+        )
+
+
+def rows_per_block(vocab_size: int, device: torch.device, *, compiled: bool) -> int:
+    """R: at least one row, the same number for each thread."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    elements = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"])
-    return threads * max(1, elements // vocab_size)
+    sizes = COMPILED_ENTRIES if compiled else EAGER_ENTRIES
+    return threads * max(1, sizes.get(device.type, sizes["cuda"]) // vocab_size)
 
 
 def row_blocks(num_rows: int, size: int) -> Iterator[slice]:
@@ -31,63 +84,69 @@ def row_blocks(num_rows: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
 
-class LossBlock:
-    """Scratch for one block of rows and the way from raw logits to loss values and the gradient."""
+def pays_to_compile(problem: Problem) -> bool:
+    """Whether the problem is large and this machine can compile for its device."""
+    if problem.num_tokens * problem.vocab_size < WORTH_COMPILING or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return False
+    return problem.student.hidden.device.type != "cpu" or has_compiler()
 
-    def __init__(self, problem: Problem, *, differentiate: bool) -> None:
-        device = problem.student.hidden.device
-        self.problem = problem
-        self.rows = max(1, min(rows_per_block(problem.vocab_size, device), problem.num_tokens))
-        self._has_slope = differentiate and problem.student.head.softcap is not None
-        self._second_softmax = problem.labels is not None and problem.temperature != 1.0
-        # Rows' four, the gradient, two of the second softmax, the slope: each [R, V].
-        num_buffers = 5 + 2 * self._second_softmax + self._has_slope
-        shape = (num_buffers, self.rows, problem.vocab_size)
-        self._buffers = torch.empty(shape, dtype=torch.float32, device=device).unbind()
+
+@lru_cache(maxsize=1)
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+@lru_cache(maxsize=64)
+def block_step(formula: Formula, *, compiled: bool) -> Step:
+    """step(student_raw, teacher_raw, labels, weights, student_bias, teacher_bias) -> Block, in place of the raw logits.
+
+    student_raw [R, V] is overwritten by the gradient with respect to it, rounded to its dtype; teacher_raw [R, V].
+    labels int64 [R], IGNORED for none; weights fp32 [R] multiply a row's values and gradient. None stands for what
+    there is not.
+    """
+    divergence = None if formula.divergence is None else find(formula.divergence)
+    options = dict(formula.options)
 
     def step(
-        self, student_raw: Tensor, teacher_raw: Tensor | None, labels: Tensor | None, kd: Tensor, ce: Tensor
-    ) -> Tensor:
-        """Values of one block into kd [R] and ce [R]; returns the gradient of the raw student logits [R, V].
-
-        The gradient is scratch: it is valid until the next step."""
-        problem, num_rows = self.problem, student_raw.shape[0]
-        # Only a chunk's last block is short: slicing the others would cost some 20 us each.
-        buffers = self._buffers if num_rows == self.rows else [each[:num_rows] for each in self._buffers]
-        rows, grad = Rows(*buffers[:4]), buffers[4]
-        slope = buffers[-1] if self._has_slope else None
-        problem.student.head.finish_(rows.log_p_student.copy_(student_raw), slope)
-        log_p, p = rows.log_p_student, rows.p_student
-        if self._second_softmax:
-            log_p, p = buffers[5:7]
-            normalise_(log_p.copy_(rows.log_p_student), p)
-        normalise_(rows.log_p_student, rows.p_student, problem.temperature)
-        if problem.teacher is not None and teacher_raw is not None:
-            problem.teacher.head.finish_(rows.log_p_teacher.copy_(teacher_raw))
-            normalise_(rows.log_p_teacher, rows.p_teacher, problem.temperature)
-            kd.copy_(problem.divergence.value_and_grad(rows, grad, **problem.options))
-            multiply_(grad, problem.kd_weight * problem.kd_scale / problem.temperature)
-        else:
-            grad.zero_()
+        student_raw: Tensor,
+        teacher_raw: Tensor | None,
+        labels: Tensor | None,
+        weights: Tensor | None,
+        student_bias: Tensor | None,
+        teacher_bias: Tensor | None,
+    ) -> Block:
+        logits = formula.student.apply(student_raw.float(), student_bias)
+        log_p, p, _ = normalised(logits)
+        kd = ce = torch.zeros_like(log_p[:, 0])
+        gradient = torch.zeros_like(log_p)
+        if divergence is not None and teacher_raw is not None:
+            teacher_logits = formula.teacher.apply(teacher_raw.float(), teacher_bias)
+            if formula.temperature == 1.0:
+                log_p_student, p_student = log_p, p
+            else:
+                log_p_student, p_student, _ = normalised(logits / formula.temperature)
+                teacher_logits = teacher_logits / formula.temperature
+            log_p_teacher, p_teacher, _ = normalised(teacher_logits)
+            rows = Rows(log_p_teacher, p_teacher, log_p_student, p_student)
+            kd, gradient = divergence.value_and_grad(rows, **options)
+            kd = kd * formula.kd_scale
+            gradient = gradient * (formula.kd_weight * formula.kd_scale / formula.temperature)
         if labels is not None:
-            add_cross_entropy_(grad, log_p, p, labels, 1.0 - problem.kd_weight, ce)
-        if slope is not None:
-            grad.mul_(slope)
-        multiply_(grad, problem.student.head.scale)
-        return grad
+            labelled, target = labels != IGNORED, labels.clamp_min(0)[:, None]
+            ce = -log_p.gather(1, target).squeeze(-1) * labelled
+            if formula.kd_weight < 1.0:
+                gradient = gradient + (p - one_hot(target, p)) * (labelled * (1.0 - formula.kd_weight))[:, None]
+        if weights is not None:
+            kd, ce, gradient = kd * weights, ce * weights, gradient * weights[:, None]
+        if not formula.differentiate:
+            return Block(kd, ce, None)
+        gradient = formula.student.slope(logits, gradient)
+        bias = gradient.sum(0) if formula.wants_bias else None
+        student_raw.copy_(gradient)
+        return Block(kd, ce, bias)
 
-
-def multiply_(grad: Tensor, factor: float) -> None:
-    if factor != 1.0:
-        grad.mul_(factor)
-
-
-def add_cross_entropy_(grad: Tensor, log_p: Tensor, p: Tensor, labels: Tensor, weight: float, ce: Tensor) -> None:
-    """-log p[label] into ce [R], 0 where ignored; weight * (p - onehot) of labelled rows is added to grad [R, V]."""
-    labelled = labels != IGNORED
-    target = torch.where(labelled, labels, 0)[:, None]
-    ce.copy_(log_p.gather(1, target)[:, 0].neg_().masked_fill_(~labelled, 0.0))
-    if weight != 0.0:
-        row_weight = (labelled * weight)[:, None]
-        grad.addcmul_(p, row_weight)
-        grad.scatter_add_(1, target, -row_weight)
+    if not compiled:
+        return step
+    # One formula's shapes and dtypes are not to use up the recompilations of another's.
+    return torch.compile(step, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]

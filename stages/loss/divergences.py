@@ -30,15 +30,17 @@ class Divergence:
     """A divergence: dense definition, fused value and gradient, options.
 
     reference(log_p_teacher, log_p_student, **options) -> values [T]
-    value_and_grad(rows, grad, **options) -> values [R], gradient with respect to the scaled student logits into grad
+    value_and_grad(rows, **options) -> values [R], gradient [R, V] with respect to the scaled student logits
+    zero_at_equality: whether a student equal to its teacher has value 0
     """
 
     name: str
     formula: str
     source: str
     reference: Callable[..., Tensor]
-    value_and_grad: Callable[..., Tensor]
+    value_and_grad: Callable[..., tuple[Tensor, Tensor]]
     options: Mapping[str, Option] = field(default_factory=dict)
+    zero_at_equality: bool = True
 
     def resolve(self, given: Mapping[str, float]) -> dict[str, float]:
         """Every option with its value; ConfigError for an unknown name or a value out of range."""
@@ -56,6 +58,10 @@ class Divergence:
                 )
         return {name: given.get(name, option.default) for name, option in self.options.items()}
 
+
+SHARE = {"low": 0.0, "high": 1.0}
+INSIDE = {"low": 1e-6, "high": 1.0 - 1e-6}
+K = Option(default=64, low=1, high=65536, meaning="entries taken of a row")
 
 DIVERGENCES: Mapping[str, Divergence] = {
     divergence.name: divergence
@@ -81,7 +87,92 @@ DIVERGENCES: Mapping[str, Divergence] = {
             source="Agarwal et al. 2023 (GKD), arXiv 2306.13649; orientation and ends as in TRL",
             reference=dense.jsd,
             value_and_grad=pointwise.jsd,
-            options={"beta": Option(default=0.5, low=0.0, high=1.0, meaning="the teacher's share of M")},
+            options={"beta": Option(default=0.5, meaning="the teacher's share of M", **SHARE)},
+        ),
+        Divergence(
+            name="skew_kl",
+            formula="KL(T || alpha T + (1 - alpha) S)",
+            source="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
+            reference=dense.skew_kl,
+            value_and_grad=pointwise.skew_kl,
+            options={"alpha": Option(default=0.1, meaning="the teacher's share of the mixture", **INSIDE)},
+        ),
+        Divergence(
+            name="skew_reverse_kl",
+            formula="KL(S || alpha S + (1 - alpha) T)",
+            source="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
+            reference=dense.skew_reverse_kl,
+            value_and_grad=pointwise.skew_reverse_kl,
+            options={"alpha": Option(default=0.1, meaning="the student's share of the mixture", **INSIDE)},
+        ),
+        Divergence(
+            name="symmetric_kl",
+            formula="r KL(T || S) + (1 - r) KL(S || T), r = forward_share",
+            source="Jeffreys 1946; weights as in torchtune's SymmetricKLLoss",
+            reference=dense.symmetric_kl,
+            value_and_grad=pointwise.symmetric_kl,
+            options={"forward_share": Option(default=0.5, meaning="weight of the forward KL", **SHARE)},
+        ),
+        Divergence(
+            name="adaptive_kl",
+            formula="h / (h + t) KL(T || S) + t / (h + t) KL(S || T), h and t the sums of |T - S| over the teacher's "
+            "head and tail; the tail are the smallest probabilities whose sum is at most alpha; h, t are constants",
+            source="Wu et al. 2024, arXiv 2404.02657; head and tail as in KDFlow",
+            reference=dense.adaptive_kl,
+            value_and_grad=pointwise.adaptive_kl,
+            options={"alpha": Option(default=0.5, meaning="mass of the teacher's tail", **INSIDE)},
+        ),
+        Divergence(
+            name="tvd",
+            formula="sum |T - S| / 2",
+            source="Wen et al. 2023 (f-distill), arXiv 2307.15190",
+            reference=dense.tvd,
+            value_and_grad=pointwise.tvd,
+        ),
+        Divergence(
+            name="top1_ce",
+            formula="-T[i] log S[i], i the teacher's likeliest token",
+            source="KDFlow's top1_ce",
+            reference=dense.top1_ce,
+            value_and_grad=pointwise.top1_ce,
+            zero_at_equality=False,
+        ),
+        Divergence(
+            name="alpha_beta",
+            formula="sum (alpha T^(a+b) + beta S^(a+b) - (a+b) T^a S^b) / (a b (a+b)), a = alpha, b = beta, with its "
+            "limits at 0; (1, 0) is KL(T || S), (0, 1) is KL(S || T)",
+            source="Wang et al. 2025 (ABKD), arXiv 2505.04560; Cichocki et al. 2011",
+            reference=dense.alpha_beta,
+            value_and_grad=pointwise.alpha_beta,
+            options={
+                "alpha": Option(default=0.2, low=0.0, high=4.0, meaning="power of the teacher"),
+                "beta": Option(default=0.7, low=0.0, high=4.0, meaning="power of the student"),
+            },
+        ),
+        Divergence(
+            name="top_k_kl",
+            formula="KL(T' || S') over the teacher's k likeliest tokens and one bucket for all others",
+            source="top-k distillation, its missing mass kept in one bucket, as in TRL's and NeMo-RL's tail bucket",
+            reference=dense.top_k_kl,
+            value_and_grad=pointwise.top_k_kl,
+            options={"k": K},
+        ),
+        Divergence(
+            name="top_k_reverse_kl",
+            formula="KL(S' || T') over the teacher's k likeliest tokens and one bucket for all others",
+            source="as top_k_kl",
+            reference=dense.top_k_reverse_kl,
+            value_and_grad=pointwise.top_k_reverse_kl,
+            options={"k": K},
+        ),
+        Divergence(
+            name="hierarchical_ranking",
+            formula="hinge losses on the student's probabilities where they rank the k likeliest tokens of both models "
+            "otherwise than the teacher does; see dense.hierarchical_ranking",
+            source="KDFlow's hrl",
+            reference=dense.hierarchical_ranking,
+            value_and_grad=pointwise.hierarchical_ranking,
+            options={"k": Option(default=5, low=1, high=64, meaning="entries taken of a row")},
         ),
     )
 }

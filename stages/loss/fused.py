@@ -2,13 +2,13 @@
 
 The four matrix products (student logits, teacher logits, gradient of hidden, gradient of head) run on chunks of C
 tokens in the inputs' dtype. What lies between them is pointwise in V and runs on blocks of R rows small enough for the
-processor's cache, in fp32, whatever the inputs are (fp64 too: then only the products are fp64). The gradient is taken
-in the forward pass; backward multiplies it by the incoming scalar, one more rounding unless that is a power of two.
+processor's cache, in fp32, whatever the inputs are (fp64 too: then only the products are fp64), see blocks.py. The
+gradient is taken in the forward pass; backward multiplies it by the incoming scalar, one more rounding unless that is a
+power of two.
 Invariant: the result does not depend on C or R beyond summation order; no value is read back from the device.
 Cost over the inputs: two buffers [C, V] in the inputs' dtype, the gradients themselves, an fp32 sum [V, D] of the
 head's gradient where there is more than one chunk of less than fp32. Gradients in the forward pass are the idea of
-Liger Kernel, never holding all logits that of Cut Cross-Entropy; the cache-sized blocks make plain torch operators as
-cheap as one hand-written kernel on a CPU. Measured by tools/bench/loss.py.
+Liger Kernel, never holding all logits that of Cut Cross-Entropy. Measured by tools/bench/loss.py.
 """
 
 # Shapes: T tokens, V shared vocabulary, D student width, E teacher width, C tokens per chunk, R rows per block.
@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdpipe.manifests.errors import ConfigError
-from kdpipe.stages.loss.blocks import LossBlock, row_blocks
+from kdpipe.stages.loss.blocks import Formula, block_step, pays_to_compile, rows_per_block
 from kdpipe.stages.loss.gradients import StudentGradients
 from kdpipe.stages.loss.head import Head, Side
 from kdpipe.stages.loss.memory import zeros
-from kdpipe.stages.loss.problem import DistillLoss, Problem, pose, side
+from kdpipe.stages.loss.problem import IGNORED, DistillLoss, Problem, pose, side
 
 
 def fused_distill_loss(
@@ -46,6 +46,7 @@ def fused_distill_loss(
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
     scale_t2: bool = False,
+    token_weights: Tensor | None = None,
     **options: float,
 ) -> DistillLoss:
     """Sums over T tokens of divergence (kd), cross-entropy (ce) and kd_weight * kd + (1 - kd_weight) * ce (loss).
@@ -55,7 +56,8 @@ def fused_distill_loss(
     cross-entropy at temperature 1. Both heads are cut to vocab_size rows, by default those of the smaller head.
     kd and ce are fp32 and detached; loss has gradients to student_hidden, student_head and student_bias. ce is
     reported whenever labels are given. With kd_weight 0 no teacher is needed and kd is 0.
-    options are those of DIVERGENCES[divergence]; scale_t2 multiplies kd by temperature squared.
+    options are those of DIVERGENCES[divergence]; scale_t2 multiplies kd by temperature squared. token_weights [T]
+    multiply each token's kd and ce.
     ConfigError where sizes, dtypes or options do not fit. Dense definition: reference.reference_distill_loss.
     """
     problem = pose(
@@ -68,6 +70,7 @@ def fused_distill_loss(
         kd_weight=kd_weight,
         vocab_size=vocab_size,
         scale_t2=scale_t2,
+        token_weights=token_weights,
     )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens must be at least 1, got {chunk_tokens}; None chooses", where="loss")
@@ -114,25 +117,45 @@ class _Fused(torch.autograd.Function):
 def _run(problem: Problem, gradients: StudentGradients) -> tuple[Tensor, Tensor]:
     """Sums of kd and ce over all chunks; leaves the gradients in `gradients`."""
     hidden, size = problem.student.hidden, min(gradients.chunk_tokens, problem.num_tokens)
-    block = LossBlock(problem, differentiate=gradients.wanted)
-    kd = torch.zeros(problem.num_tokens, dtype=torch.float32, device=hidden.device)
-    ce = torch.zeros_like(kd)
+    compiled = pays_to_compile(problem)
+    formula = Formula.of(problem, differentiate=gradients.wanted, wants_bias=gradients.wants_bias)
+    step = block_step(formula, compiled=compiled)
+    # Every block has the same shape, so that one compilation does: rows beyond the last token are computed, not used.
+    num_rows = max(1, min(rows_per_block(problem.vocab_size, hidden.device, compiled=compiled), size))
+    size = -(-size // num_rows) * num_rows
     shape = (size, problem.vocab_size)
+    kd = torch.zeros(problem.num_tokens + num_rows, dtype=torch.float32, device=hidden.device)
+    ce = torch.zeros_like(kd)
+    labels = None if problem.labels is None else padded(problem.labels, num_rows, IGNORED)
+    weights = problem.weights
+    if weights is None and gradients.wants_bias:
+        weights = torch.ones(problem.num_tokens, dtype=torch.float32, device=hidden.device)
+    if weights is not None:
+        weights = padded(weights, num_rows, 0.0)
     # The student's buffer holds raw logits and then, block by block, the gradient with respect to them.
     student_buffer = zeros(shape, like=hidden)
     teacher_buffer = None if problem.teacher is None else zeros(shape, like=problem.teacher.hidden)
+    biases = problem.student.head.bias, None if problem.teacher is None else problem.teacher.head.bias
     for start in range(0, problem.num_tokens, max(size, 1)):
         stop = min(start + size, problem.num_tokens)
-        student_raw = problem.student.raw_logits(start, stop, student_buffer)
-        teacher_raw = None
+        problem.student.raw_logits(start, stop, student_buffer)
         if problem.teacher is not None and teacher_buffer is not None:
-            teacher_raw = problem.teacher.raw_logits(start, stop, teacher_buffer)
-        for rows in row_blocks(stop - start, block.rows):
-            tokens = slice(start + rows.start, start + rows.stop)
-            labels = None if problem.labels is None else problem.labels[tokens]
-            grad = block.step(
-                student_raw[rows], None if teacher_raw is None else teacher_raw[rows], labels, kd[tokens], ce[tokens]
+            problem.teacher.raw_logits(start, stop, teacher_buffer)
+        for first in range(0, stop - start, num_rows):
+            rows, tokens = slice(first, first + num_rows), slice(start + first, start + first + num_rows)
+            block = step(
+                student_buffer[rows],
+                None if teacher_buffer is None else teacher_buffer[rows],
+                None if labels is None else labels[tokens],
+                None if weights is None else weights[tokens],
+                *biases,
             )
-            gradients.add_block(grad, student_raw[rows])
-        gradients.add_chunk(start, student_raw)
-    return kd.sum() * problem.kd_scale, ce.sum()
+            kd[tokens], ce[tokens] = block.kd, block.ce
+            gradients.add_bias(block.bias)
+        gradients.add_chunk(start, student_buffer[: stop - start])
+    return kd[: problem.num_tokens].sum(), ce[: problem.num_tokens].sum()
+
+
+def padded(values: Tensor, count: int, fill: float) -> Tensor:
+    """`values` [T] and `count` more of `fill`."""
+    return torch.cat([values, values.new_full((count,), fill)])

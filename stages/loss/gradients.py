@@ -52,11 +52,14 @@ class StudentGradients:
         if weight and narrow and not self._one_chunk:
             self._part = rows.new_empty(min(self._head_rows, self._vocab), rows.shape[1])
 
-    def add_block(self, grad: Tensor, out: Tensor) -> None:
-        """Take the fp32 gradient with respect to a block of raw logits [R, V]; round it into `out` for add_chunk."""
-        if self._bias is not None:
-            self._bias.add_(grad.sum(0))
-        out.copy_(grad)
+    @property
+    def wants_bias(self) -> bool:
+        return self._bias is not None
+
+    def add_bias(self, grad: Tensor | None) -> None:
+        """Take a block's share of the bias gradient [V]."""
+        if self._bias is not None and grad is not None:
+            self._bias.add_(grad)
 
     def add_chunk(self, start: int, grad: Tensor) -> None:
         """Take the rounded gradient with respect to the raw logits [C, V] of tokens start .. start + C."""

@@ -3,7 +3,7 @@
 Definition, in the order of the transformers modelling files (Cohere, Granite, Gemma 2 and 3):
     logits = (hidden @ weight.T + bias) * scale;  if softcap: logits = softcap * tanh(logits / softcap)
 Cohere gives scale = logit_scale, Granite scale = 1 / logits_scaling, Gemma softcap = final_logit_softcapping.
-Invariant: a head owns no memory and is never changed; `finish_` changes the logits it is given.
+Invariant: a head owns no memory and is never changed.
 """
 
 # Shapes: T tokens, V vocabulary, D width, R rows in a block.
@@ -31,17 +31,29 @@ class Head:
         logits = torch.nn.functional.linear(hidden, self.weight[:vocab_size], bias) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def finish_(self, logits: Tensor, slope: Tensor | None = None) -> None:
-        """Bias, scale and softcap on raw fp32 logits [R, V], in place; `slope` receives the softcap's derivative."""
-        if self.bias is not None:
-            logits.add_(self.bias[: logits.shape[1]])
+    @property
+    def finish(self) -> "Finish":
+        return Finish(scale=self.scale, softcap=self.softcap)
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """What follows the matrix product: bias, scale and softcap, on fp32 logits [R, V]."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, raw: Tensor, bias: Tensor | None) -> Tensor:
+        logits = raw if bias is None else raw + bias[: raw.shape[1]]
         if self.scale != 1.0:
-            logits.mul_(self.scale)
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def slope(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient with respect to raw logits (and to the bias) from that with respect to finished ones."""
         if self.softcap is not None:
-            logits.div_(self.softcap).tanh_()
-            if slope is not None:
-                torch.mul(logits, logits, out=slope).neg_().add_(1.0)
-            logits.mul_(self.softcap)
+            gradient = gradient * (1.0 - (logits / self.softcap).square())
+        return gradient if self.scale == 1.0 else gradient * self.scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)

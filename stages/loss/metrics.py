@@ -16,7 +16,7 @@ from torch import Tensor
 import kdpipe.stages.loss.pointwise as pointwise
 from kdpipe.stages.loss.blocks import row_blocks, rows_per_block
 from kdpipe.stages.loss.head import Head, Side
-from kdpipe.stages.loss.pointwise import Rows, normalise_
+from kdpipe.stages.loss.pointwise import Rows, normalised
 from kdpipe.stages.loss.problem import IGNORED, checked_labels, shared_vocab
 
 CHUNK_TOKENS = 256
@@ -54,24 +54,16 @@ def token_metrics(
     num_tokens, device = student_hidden.shape[0], student_hidden.device
     labels = checked_labels(labels, num_tokens, vocab)
     size = max(1, min(CHUNK_TOKENS, num_tokens))
-    block_rows = min(rows_per_block(vocab, device), size)
+    block_rows = min(rows_per_block(vocab, device, compiled=False), size)
     logits = torch.empty(2, size, vocab, dtype=torch.float32, device=device)
-    scratch = torch.empty(3, block_rows, vocab, dtype=torch.float32, device=device)
     totals = torch.zeros(5, num_tokens, dtype=torch.float32, device=device)
     for start in range(0, num_tokens, size):
         stop = min(start + size, num_tokens)
         student_logits = wide_logits(students, start, stop, logits[0])
         teacher_logits = wide_logits(teachers, start, stop, logits[1])
         for block in row_blocks(stop - start, block_rows):
-            p_student, p_teacher, free = scratch[:, : block.stop - block.start]
-            rows = Rows(
-                log_p_teacher=teacher_logits[block],
-                p_teacher=p_teacher,
-                log_p_student=student_logits[block],
-                p_student=p_student,
-            )
             tokens = slice(start + block.start, start + block.stop)
-            measure_rows(rows, free, labels[tokens], totals[:, tokens])
+            totals[:, tokens] = measured(student_logits[block], teacher_logits[block], labels[tokens])
     labelled = labels != IGNORED
     forward, reverse, agree, ce, teacher_ce = totals.double().where(labelled, 0.0).sum(1)
     return TokenMetrics(
@@ -89,17 +81,21 @@ def wide_logits(side: Side, start: int, stop: int, out: Tensor) -> Tensor:
     hidden, logits = side.hidden[start:stop].float(), out[: stop - start]
     for entries in row_blocks(out.shape[1], HEAD_ROWS):
         logits[:, entries] = hidden @ side.head.weight[entries].float().T
-    side.head.finish_(logits)
-    return logits
+    return side.head.finish.apply(logits, side.head.bias)
 
 
-def measure_rows(rows: Rows, scratch: Tensor, labels: Tensor, out: Tensor) -> None:
-    """The five metrics of a block into out [5, R]; rows come with finished logits in place of log-probabilities."""
-    normalise_(rows.log_p_student, rows.p_student)
-    normalise_(rows.log_p_teacher, rows.p_teacher)
-    out[0] = pointwise.forward_kl(rows, scratch)
-    out[1] = pointwise.reverse_kl(rows, scratch)
-    out[2] = rows.log_p_student.argmax(-1) == rows.log_p_teacher.argmax(-1)
+def measured(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """The five metrics [5, R] of a block of finished logits [R, V]."""
+    log_p_student, p_student, _ = normalised(student_logits)
+    log_p_teacher, p_teacher, _ = normalised(teacher_logits)
+    rows = Rows(log_p_teacher, p_teacher, log_p_student, p_student)
     target = labels.clamp_min(0)[:, None]
-    out[3] = -rows.log_p_student.gather(1, target)[:, 0]
-    out[4] = -rows.log_p_teacher.gather(1, target)[:, 0]
+    return torch.stack(
+        [
+            pointwise.forward_kl(rows)[0],
+            pointwise.reverse_kl(rows)[0],
+            (log_p_student.argmax(-1) == log_p_teacher.argmax(-1)).float(),
+            -log_p_student.gather(1, target)[:, 0],
+            -log_p_teacher.gather(1, target)[:, 0],
+        ]
+    )

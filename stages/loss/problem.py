@@ -33,6 +33,7 @@ class Problem:
     student: Side
     teacher: Side | None
     labels: Tensor | None
+    weights: Tensor | None
     vocab_size: int
     divergence: Divergence
     options: Mapping[str, float]
@@ -62,6 +63,7 @@ def pose(
     kd_weight: float,
     vocab_size: int | None,
     scale_t2: bool,
+    token_weights: Tensor | None,
 ) -> Problem:
     """Check every argument against the others; ConfigError in one line where two disagree."""
     chosen = find(divergence)
@@ -79,10 +81,13 @@ def pose(
     vocab_size = shared_vocab(student, teacher, vocab_size)
     if labels is not None:
         labels = checked_labels(labels, student.hidden.shape[0], vocab_size)
+    if token_weights is not None:
+        token_weights = checked_weights(token_weights, student.hidden.shape[0])
     return Problem(
         student=student,
         teacher=teacher,
         labels=labels,
+        weights=token_weights,
         vocab_size=vocab_size,
         divergence=chosen,
         options=resolved,
@@ -121,3 +126,12 @@ def checked_labels(labels: Tensor, num_tokens: int, vocab_size: int) -> Tensor:
                 where="labels",
             )
     return labels.long()
+
+
+def checked_weights(weights: Tensor, num_tokens: int) -> Tensor:
+    """Weights as fp32 constants; refused with another shape or dtype."""
+    if weights.shape != (num_tokens,) or not weights.is_floating_point():
+        raise ConfigError(
+            f"expected {num_tokens} weights, got {weights.dtype} {list(weights.shape)}", where="token_weights"
+        )
+    return weights.detach().float()

@@ -32,6 +32,7 @@ def reference_distill_loss(
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
     scale_t2: bool = False,
+    token_weights: Tensor | None = None,
     **options: float,
 ) -> DistillLoss:
     """The same record as `fused_distill_loss` from the same arguments; chunk_tokens cannot matter and is not used."""
@@ -45,10 +46,11 @@ def reference_distill_loss(
         kd_weight=kd_weight,
         vocab_size=vocab_size,
         scale_t2=scale_t2,
+        token_weights=token_weights,
     )
     logits = dense_logits(problem.student, problem.vocab_size)
     kd = distillation(problem, logits)
-    ce = cross_entropy(logits, problem.labels)
+    ce = cross_entropy(problem, logits)
     return DistillLoss(kd=kd.detach(), ce=ce.detach(), loss=kd_weight * kd + (1.0 - kd_weight) * ce)
 
 
@@ -69,11 +71,17 @@ def distillation(problem: Problem, student_logits: Tensor) -> Tensor:
     log_p_teacher = torch.log_softmax(teacher_logits / problem.temperature, -1)
     log_p_student = torch.log_softmax(student_logits / problem.temperature, -1)
     values = problem.divergence.reference(log_p_teacher, log_p_student, **problem.options)
-    return values.sum() * problem.kd_scale
+    return weighted_sum(problem, values) * problem.kd_scale
 
 
-def cross_entropy(student_logits: Tensor, labels: Tensor | None) -> Tensor:
+def cross_entropy(problem: Problem, student_logits: Tensor) -> Tensor:
     """Sum over the labelled tokens of -log S[label] at temperature 1; 0 without labels."""
-    if labels is None:
+    if problem.labels is None:
         return student_logits.new_zeros(())
-    return torch.nn.functional.cross_entropy(student_logits, labels, ignore_index=IGNORED, reduction="sum")
+    values = torch.nn.functional.cross_entropy(student_logits, problem.labels, ignore_index=IGNORED, reduction="none")
+    return weighted_sum(problem, values)
+
+
+def weighted_sum(problem: Problem, values: Tensor) -> Tensor:
+    """Sum of values [T], each times its token's weight."""
+    return values.sum() if problem.weights is None else (values * problem.weights).sum()

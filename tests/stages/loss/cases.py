@@ -107,6 +107,7 @@ def naive(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     scale_t2: bool = False,
+    token_weights: Tensor | None = None,
     **arguments: Any,
 ) -> DistillLoss:
     """What one writes without thinking of memory: products in the inputs' dtype, the rest in fp32, autograd."""
@@ -121,11 +122,14 @@ def naive(
         logits[name] = each if cap is None else cap * torch.tanh(each / cap)
     log_p = {name: (each / temperature).log_softmax(-1) for name, each in logits.items()}
     options = {name: option.default for name, option in DIVERGENCES[divergence].options.items()} | arguments
-    kd = DIVERGENCES[divergence].reference(log_p["teacher"], log_p["student"], **options).sum()
+    kd = DIVERGENCES[divergence].reference(log_p["teacher"], log_p["student"], **options)
+    weights = torch.ones(len(kd)) if token_weights is None else token_weights
+    kd = (kd * weights).sum()
     kd = kd * (temperature**2 if scale_t2 else 1.0) * (kd_weight > 0)
     ce = kd.new_zeros(())
     if labels is not None:
-        ce = torch.nn.functional.cross_entropy(logits["student"], labels, reduction="sum")
+        ce = torch.nn.functional.cross_entropy(logits["student"], labels, reduction="none")
+        ce = (ce * weights).sum()
     return DistillLoss(kd=kd, ce=ce, loss=kd_weight * kd + (1 - kd_weight) * ce)
 
 

@@ -51,13 +51,48 @@ def test_temperature_divides_both_logits_and_t2_multiplies_the_sum() -> None:
     assert kd_of([0.8, 0.2], [0.5, 0.5], temperature=2.0, scale_t2=True) == pytest.approx(4 * expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", [name for name, each in DIVERGENCES.items() if each.zero_at_equality])
 def test_every_divergence_is_zero_for_equals_and_positive_otherwise(divergence: str) -> None:
-    assert kd_of([0.7, 0.2, 0.1], [0.7, 0.2, 0.1], divergence=divergence) == pytest.approx(0.0, abs=1e-15)
-    assert kd_of([0.7, 0.2, 0.1], [0.1, 0.2, 0.7], divergence=divergence) > 0.05
+    options = {"k": 2} if "k" in DIVERGENCES[divergence].options else {}
+    equal = kd_of([0.7, 0.2, 0.1], [0.7, 0.2, 0.1], divergence=divergence, **options)
+    assert equal == pytest.approx(0.0, abs=1e-14)
+    assert kd_of([0.7, 0.2, 0.1], [0.1, 0.2, 0.7], divergence=divergence, **options) > 0.05
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+T, S = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]
+BY_HAND = {
+    "skew_kl": 0.5 * math.log(0.5 / 0.23) + 0.3 * math.log(0.3 / 0.21) + 0.2 * math.log(0.2 / 0.56),
+    "skew_reverse_kl": 0.2 * math.log(0.2 / 0.47) + 0.2 * math.log(0.2 / 0.29) + 0.6 * math.log(0.6 / 0.24),
+    "symmetric_kl": 0.5 * (0.3 * math.log(0.5 / 0.2) + 0.1 * math.log(0.3 / 0.2) - 0.4 * math.log(0.2 / 0.6)),
+    "tvd": 0.4,
+    "top1_ce": -0.5 * math.log(0.2),
+    # the tail is {0.2, 0.3}: h = 0.3, t = 0.5
+    "adaptive_kl": 0.375 * (0.5 * math.log(2.5) + 0.3 * math.log(1.5) + 0.2 * math.log(1 / 3))
+    + 0.625 * (0.2 * math.log(0.4) + 0.2 * math.log(2 / 3) + 0.6 * math.log(3)),
+    "alpha_beta": sum(0.2 * t**0.9 + 0.7 * s**0.9 - 0.9 * t**0.2 * s**0.7 for t, s in zip(T, S, strict=True)) / 0.126,
+    "top_k_kl": 0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8),
+    "top_k_reverse_kl": 0.2 * math.log(0.2 / 0.5) + 0.8 * math.log(0.8 / 0.5),
+    # k = 2: teacher's first two are 0 and 1 (student 0.2, 0.2), the student's are 2 and 0 (0.6, 0.2; teacher 0.2, 0.5);
+    # pairs that count: student's 0.6 > 0.2 and > 0.5; for its 0.2 neither. (0.6 - 0.2) + (0.2 - 0.2).
+    "hierarchical_ranking": 0.4,
+}
+
+
+@pytest.mark.parametrize("divergence", BY_HAND)
+def test_values_by_hand(divergence: str) -> None:
+    options = {"top_k_kl": {"k": 1}, "top_k_reverse_kl": {"k": 1}, "hierarchical_ranking": {"k": 2}}.get(divergence, {})
+    assert kd_of(T, S, divergence=divergence, **options) == pytest.approx(BY_HAND[divergence], rel=1e-12)
+
+
+def test_alpha_beta_holds_its_relatives() -> None:
+    for alpha, beta, name in ((1.0, 0.0, "forward_kl"), (0.0, 1.0, "reverse_kl")):
+        found = kd_of(T, S, divergence="alpha_beta", alpha=alpha, beta=beta)
+        assert found == pytest.approx(kd_of(T, S, divergence=name), rel=1e-12)
+        near = kd_of(T, S, divergence="alpha_beta", alpha=max(alpha, 1e-6), beta=max(beta, 1e-6))
+        assert near == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "adaptive_kl"])  # weights are constants
 def test_gradients_agree_with_finite_differences(divergence: str) -> None:
     small = make_inputs(3, 7).to(torch.float64)
 
@@ -70,6 +105,7 @@ def test_gradients_agree_with_finite_differences(divergence: str) -> None:
             small.teacher_head,
             small.labels,
             divergence=divergence,
+            **({"k": 3} if "k" in DIVERGENCES[divergence].options else {}),  # type: ignore[arg-type]
             kd_weight=0.6,
             temperature=1.5,
             student_bias=bias,
