@@ -6,9 +6,11 @@ person can answer is one line on stderr and the exit code of its error; a traceb
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
 import click
 
@@ -22,7 +24,11 @@ COMMANDS = {
     "eval": "Measure a student on the held-out rows of a cache.",
     "cache": "Look at a cache or check every byte of it.",
 }
-INTERRUPTED = 130
+INTERRUPTED, TEMPORARY = 130, 75
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler sends it before it kills: what an interrupt cleans up is cleaned up."""
 
 
 class LazyGroup(click.Group):
@@ -100,6 +106,9 @@ def guard(run: Callable[[], object]) -> int:
         return InputError.exit_code
     except click.exceptions.Exit as done:
         return done.exit_code
+    except Terminated:
+        _say("terminated")
+        return TEMPORARY
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted")
         return INTERRUPTED
@@ -112,6 +121,10 @@ def guard(run: Callable[[], object]) -> int:
 def _say(text: str) -> None:
     # A rank that was ended in the middle of its progress line has left the cursor there.
     print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise Terminated
 
 
 def _invoke(args: list[str]) -> None:
@@ -132,6 +145,7 @@ def main(args: Sequence[str] | None = None) -> None:
     # transformers draws bars beside ours, and tells over many lines what our errors say in one.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(guard(lambda: _invoke(list(sys.argv[1:] if args is None else args))))
 
 

@@ -1,6 +1,7 @@
 """Options shared by several commands, and the command class that takes several values after one flag."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ class Part(click.ParamType):
                 f"'{value}' is not i/n with 1 <= i <= n: the first of four parts is 1/4, the last 4/4", param, ctx
             )
         return int(index), int(count)
+
+
+class Finite(click.FloatRange):
+    """A number in a range; `nan` and `inf`, which compare as nobody expects, are in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"'{value}' is not a number", param, ctx)
+        return number
 
 
 class NameValue(click.ParamType):
@@ -115,7 +126,7 @@ data_options = stack(
     ),
     click.option(
         "--heldout-fraction",
-        type=click.FloatRange(0, 1),
+        type=Finite(0, 1),
         help=f"Share of the samples kept for evaluation, chosen by content.  [default: {USUAL.heldout_fraction}]",
     ),
     click.option(
@@ -136,20 +147,17 @@ engine_options = stack(
         "--engine",
         type=click.Choice(["auto", "transformers", "sglang"]),
         default="auto",
-        help="What runs the teacher; auto takes sglang on a GPU where it is installed, else transformers; it says why.",
+        help="What runs the teacher; auto takes sglang on a GPU where version and architecture were tried, else "
+        "transformers; it says why.",
     ),
-    click.option(
-        "--tp", type=click.IntRange(min=1), default=1, help="sglang: GPUs that share each layer.  [default: 1]"
-    ),
-    click.option("--dp", type=click.IntRange(min=1), default=1, help="sglang: copies of the teacher.  [default: 1]"),
-    click.option("--pp", type=click.IntRange(min=1), default=1, help="sglang: pipeline stages.  [default: 1]"),
-    click.option(
-        "--ep", type=click.IntRange(min=1), default=1, help="sglang: GPUs that share the experts.  [default: 1]"
-    ),
+    click.option("--tp", type=click.IntRange(min=1), default=1, help="sglang: GPUs that share each layer."),
+    click.option("--dp", type=click.IntRange(min=1), default=1, help="sglang: copies of the teacher."),
+    click.option("--pp", type=click.IntRange(min=1), default=1, help="sglang: pipeline stages."),
+    click.option("--ep", type=click.IntRange(min=1), default=1, help="sglang: GPUs that share the experts."),
     click.option("--quantization", metavar="NAME", help="sglang: run the weights quantised, fp8 for example."),
     click.option(
         "--mem-fraction",
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        type=Finite(0, 1, min_open=True, max_open=True),
         help="sglang: share of a GPU's memory for weights and KV cache.  [default: sglang's choice]",
     ),
     click.option(
@@ -164,10 +172,10 @@ engine_options = stack(
     ),
     click.option(
         "--engine-timeout",
-        type=click.FloatRange(min=1),
+        type=Finite(min=1),
         default=600,
         metavar="SECONDS",
-        help="sglang: longest silence before it is given up.  [default: 600]",
+        help="sglang: longest silence before it is given up.",
     ),
 )
 device_option = click.option(

@@ -8,7 +8,7 @@ import click
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.compare import TOLERANCE, compare
 from kdpipe.manifests.errors import CheckFailed, DriftError, IncompleteError
-from kdpipe.pipeline.options import PATH, json_option
+from kdpipe.pipeline.options import PATH, Finite, json_option
 from kdpipe.pipeline.output import show
 from kdpipe.pipeline.progress import EventLog, watch
 
@@ -72,8 +72,8 @@ def verify(cache: Path, as_json: bool) -> None:
 @click.argument("other", type=PATH, metavar="OTHER")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
-    help="Largest distance of a row, |a - b| / |a|.  [default: by dtype, "
+    type=Finite(min=0),
+    help="Largest distance of a row, |a - b| / |a|.  [default: by the coarser dtype, "
     + ", ".join(f"{bound:g} {dtype}" for dtype, bound in TOLERANCE.items())
     + "]",
 )
@@ -87,7 +87,9 @@ def compare_caches(cache: Path, other: Path, tolerance: float | None, as_json: b
     kdpipe cache compare CACHE OTHER
     """
     first, second = Cache.open(cache), Cache.open(other)
-    bound = TOLERANCE[second.plan.settings.dtype] if tolerance is None else tolerance
+    bound = tolerance
+    if bound is None:
+        bound = max(TOLERANCE[each.plan.settings.dtype] for each in (first, second))
     with watch("cache compare", EventLog(None)) as progress:
         progress.begin("compare", total=first.plan.num_rows, unit="rows")
         found = compare(first, second, progress.advance)

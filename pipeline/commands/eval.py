@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
-from kdpipe.pipeline.options import PATH, ManyCommand, device_option, json_option, run_options, run_spec
+from kdpipe.pipeline.options import PATH, Finite, ManyCommand, device_option, json_option, run_options, run_spec
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
@@ -15,7 +15,7 @@ from kdpipe.pipeline.progress import EventLog, watch
 @click.option("--cache", type=PATH, required=True, metavar="FOLDER", help="A complete cache of its teacher.")
 @click.option(
     "--heldout-fraction",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     help="Share of the samples to measure on, chosen by content.  [default: the student's, else the cache's]",
 )
 @device_option

@@ -110,7 +110,7 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     tokenizer = load_tokenizer(spec.teacher, TeacherError)
     incidents: Counter[str] = Counter()
     num_samples = num_tokens = num_rows = num_heldout = 0
-    for sample in _samples(spec, tokenizer, lambda incident: incidents.update([incident.kind]), progress):
+    for sample in _samples(spec, info, tokenizer, lambda incident: incidents.update([incident.kind]), progress):
         num_samples += 1
         num_tokens += len(sample.token_ids)
         num_rows += len(row_positions(sample.supervised, every=spec.rows == "all"))
@@ -265,7 +265,7 @@ def _write_plan(
     for name in FOLDERS:
         (folder / name).mkdir()
     head = head_record(info, real_vocab_size(spec.teacher, tokenizer, info.head_rows))
-    written = _write_samples(spec, tokenizer, folder, progress, engine=engine, vocab_size=head.vocab_size)
+    written = _write_samples(spec, info, tokenizer, folder, progress, engine=engine, vocab_size=head.vocab_size)
     plan = Plan(
         fingerprint=_fingerprint(spec.teacher, tokenizer, written.data_digest),
         settings=Settings(
@@ -336,6 +336,7 @@ class Written:
 
 def _write_samples(
     spec: ExtractSpec,
+    info: TeacherInfo,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     progress: Progress,
@@ -353,7 +354,7 @@ def _write_samples(
             incidents[incident.kind] += 1
             log.write(json.dumps(asdict(incident)) + "\n")
 
-        for sample in _samples(spec, tokenizer, record, progress):
+        for sample in _samples(spec, info, tokenizer, record, progress):
             if (highest := int(sample.token_ids.max())) >= vocab_size:
                 raise DataError(
                     f"token id {highest} ({tokenizer.convert_ids_to_tokens(highest)}) has no row in the lm_head, "
@@ -373,10 +374,21 @@ def _write_samples(
 
 
 def _samples(
-    spec: ExtractSpec, tokenizer: PreTrainedTokenizerBase, record: Callable[[Incident], None], progress: Progress
+    spec: ExtractSpec,
+    info: TeacherInfo,
+    tokenizer: PreTrainedTokenizerBase,
+    record: Callable[[Incident], None],
+    progress: Progress,
 ) -> Iterator[Sample]:
+    """Every sample of the data. Raises DataError for one that is longer than the teacher takes."""
     progress.begin("prepare", total=None, unit="samples")
     for sample in prepare(spec.data, tokenizer, spec.data_spec, on_incident=record):
+        if info.max_positions is not None and len(sample.token_ids) > info.max_positions:
+            raise DataError(
+                f"{len(sample.token_ids)} tokens, the teacher takes {info.max_positions} (max_position_embeddings); "
+                f"--max-length {info.max_positions} cuts such samples, with --overlong drop it leaves them out",
+                where=f"{sample.source}:{sample.line}",
+            )
         progress.advance(1)
         yield sample
     progress.end()

@@ -6,9 +6,9 @@ processor's cache, in fp32, whatever the inputs are (fp64 too: then only the pro
 gradient is taken in the forward pass; backward multiplies it by the incoming scalar, one more rounding unless that is a
 power of two.
 Invariant: the result does not depend on C or R beyond summation order; no value is read back from the device.
-Cost over the inputs: two buffers [C, V] in the inputs' dtype, the gradients themselves, an fp32 sum [V, D] of the
-head's gradient where there is more than one chunk of less than fp32. Gradients in the forward pass are the idea of
-Liger Kernel, never holding all logits that of Cut Cross-Entropy. Measured by tools/bench/loss.py.
+Cost over the inputs: two buffers [C, V] in the inputs' dtype, which a CPU keeps; the gradients themselves; an fp32 sum
+[V, D] of the head's gradient where there is more than one chunk of less than fp32. Gradients in the forward pass are
+the idea of Liger Kernel, never holding all logits that of Cut Cross-Entropy. Measured by tools/bench/loss.py.
 """
 
 # Shapes: T tokens, V shared vocabulary, D student width, E teacher width, C tokens per chunk, R rows per block.
@@ -23,7 +23,7 @@ from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.loss.blocks import Formula, block_step, pays_to_compile, rows_per_block
 from kdpipe.stages.loss.gradients import StudentGradients
 from kdpipe.stages.loss.head import Head, Side
-from kdpipe.stages.loss.memory import zeros
+from kdpipe.stages.loss.memory import scratch, zeros
 from kdpipe.stages.loss.problem import IGNORED, DistillLoss, Problem, pose, side
 
 
@@ -106,12 +106,18 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # Not in place: the graph may be walked again (retain_graph), and .grad may take what is returned here.
-        scaled = (
-            None if grad is None else torch.mul(grad, grad_loss, out=zeros(grad.shape, like=grad, dtype=dtype))
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *scaled, None, None, None
+        # In place unless the graph may be walked again (retain_graph); autograd takes over what is returned.
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+
+        def scaled(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            if grad is None:
+                return None
+            if grad.dtype == dtype and not again:
+                return grad.mul_(grad_loss)
+            return torch.mul(grad, grad_loss, out=zeros(grad.shape, like=grad, dtype=dtype))
+
+        found = (scaled(grad, dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *found, None, None, None
 
 
 def _run(problem: Problem, gradients: StudentGradients) -> tuple[Tensor, Tensor]:
@@ -133,14 +139,16 @@ def _run(problem: Problem, gradients: StudentGradients) -> tuple[Tensor, Tensor]
     if weights is not None:
         weights = padded(weights, num_rows, 0.0)
     # The student's buffer holds raw logits and then, block by block, the gradient with respect to them.
-    student_buffer = zeros(shape, like=hidden)
-    teacher_buffer = None if problem.teacher is None else zeros(shape, like=problem.teacher.hidden)
+    student_buffer = scratch("student", shape, like=hidden)
+    teacher_buffer = None if problem.teacher is None else scratch("teacher", shape, like=problem.teacher.hidden)
     biases = problem.student.head.bias, None if problem.teacher is None else problem.teacher.head.bias
     for start in range(0, problem.num_tokens, max(size, 1)):
         stop = min(start + size, problem.num_tokens)
         problem.student.raw_logits(start, stop, student_buffer)
         if problem.teacher is not None and teacher_buffer is not None:
             problem.teacher.raw_logits(start, stop, teacher_buffer)
+            teacher_buffer[stop - start :].zero_()
+        student_buffer[stop - start :].zero_()
         for first in range(0, stop - start, num_rows):
             rows, tokens = slice(first, first + num_rows), slice(start + first, start + first + num_rows)
             block = step(

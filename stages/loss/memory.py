@@ -1,12 +1,15 @@
 """Memory for the large buffers of a step: on Linux CPUs anonymous mappings that ask for huge pages.
 
 A step touches some 200 MiB of fresh memory. In pages of 4 KiB that is 50,000 page faults, 8-12 % of a whole loss step
-where they were measured; in pages of 2 MiB it is a hundred. Other devices have torch's caching allocator.
-Invariant: the tensor owns its mapping and the memory goes back with the last view of it.
+where they were measured; in pages of 2 MiB it is a hundred. In a virtual machine that takes free memory back each of
+them is dear: 64 MiB took 7 to 140 ms. So what only lives within a step is kept for the next one (`scratch`). Other
+devices have torch's caching allocator.
+Invariant: a tensor of `zeros` owns its mapping and the memory goes back with the last view of it.
 """
 
 import math
 import mmap
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -24,3 +27,27 @@ def zeros(shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = Non
     mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=dtype).view(shape)
+
+
+class _Kept(threading.local):
+    """Of each thread: the buffer of every name."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+
+_kept = _Kept()
+
+
+def scratch(name: str, shape: Sequence[int], *, like: Tensor) -> Tensor:
+    """A contiguous tensor in the dtype and on the device of `like`, its contents whatever they are.
+
+    On a CPU it is this thread's buffer of that name, valid until the next call with the name; it grows and is kept.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    num_bytes = math.prod(shape) * like.dtype.itemsize
+    if name not in _kept.buffers or _kept.buffers[name].numel() < num_bytes:
+        _kept.buffers.pop(name, None)
+        _kept.buffers[name] = zeros((num_bytes,), like=like, dtype=torch.uint8)
+    return _kept.buffers[name][:num_bytes].view(like.dtype).view(shape)

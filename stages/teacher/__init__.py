@@ -64,7 +64,7 @@ def _sglang_version() -> str:
 def _sglang_determinism(device: Device, options: EngineOptions) -> Determinism:
     from kdpipe.stages.teacher.sglang_arguments import check_options
 
-    check_options(options)
+    check_options(options, device)
     return "bitwise" if options.deterministic else "tolerance"
 
 

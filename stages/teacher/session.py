@@ -1,6 +1,10 @@
 """A session: a child process, everything it starts, and everything they leave in /dev/shm.
 
-An engine is a tree of processes that outlive each other and leave named shared memory behind when they are killed.
+    this process --pipe--> guard --> command --> whatever it starts
+
+An engine is a tree of processes that outlive each other and leave named shared memory behind when they are killed. A
+guard of ours leads the session: it ends it when the command ends, and when the process that started it is gone, however
+that went (the pipe closes). It imports nothing of the engine's, so no handler of an engine's can end it first.
 Invariant: after `end`, no process of the session lives and no shared memory that one of them made is left.
 Linux only: members are found by their session id in /proc, their shared memory by their own maps, and semaphores, which
 nobody need have mapped, by the name that `name_semaphores` gives them.
@@ -9,8 +13,11 @@ nobody need have mapped, by the name that `name_semaphores` gives them.
 import contextlib
 import multiprocessing
 import os
+import select
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,37 +28,67 @@ OWN_NAMES = ("sgl_", "sglang_", "psm_", "torch_")
 END_S = 20.0
 
 
+GUARD = "from kdpipe.stages.teacher.session import guard; import sys; sys.exit(guard(sys.argv[1:]))"
+LOOK_S = 10.0
+"""Longest time between two looks of the guard at the session's shared memory; most of it is made at the start."""
+
+
 class Session:
-    """A command running in a session of its own; its output goes to `log`."""
+    """A command running in a session of its own, with a folder of its own that goes with it; output in its `log`."""
 
     def __init__(
-        self, command: Sequence[str], *, env: Mapping[str, str], log: Path, pass_fds: Sequence[int] = ()
+        self, command: Sequence[str], *, env: Mapping[str, str], folder: Path, pass_fds: Sequence[int] = ()
     ) -> None:
-        with open(log, "ab") as output:
-            self._leader = subprocess.Popen(
-                command,
+        ours, theirs = os.pipe()
+        self._line: int | None = theirs
+        given = ",".join(map(str, pass_fds))
+        with open(folder / "log", "ab") as output:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-c", GUARD, str(ours), given, str(folder), *command],
                 env=dict(env),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                pass_fds=tuple(pass_fds),
+                pass_fds=(ours, *pass_fds),
             )
-        self._shared: set[Path] = set()
+        os.close(ours)
+
+    @property
+    def id(self) -> int:
+        """By which `members` finds its processes."""
+        return self._guard.pid
 
     @property
     def exit_status(self) -> int | None:
         """Of the command; None while it runs."""
-        return self._leader.poll()
-
-    def look(self) -> None:
-        """Remember the shared memory in use now, so that it is found when its users are dead."""
-        self._shared |= shared_memory(members(self._leader.pid))
+        return self._guard.poll()
 
     def end(self) -> None:
-        """Kill what lives, reap the command, remove the shared memory. Running it twice is fine."""
-        end_session(self._leader.pid, self._shared)
-        self._leader.wait()
+        """End the command and all it started; remove their shared memory and the folder. Running it twice is fine."""
+        if self._line is not None:
+            os.close(self._line)
+            self._line = None
+        self._guard.wait()
+
+
+def guard(arguments: Sequence[str]) -> int:
+    """Run a command until it ends or the line to the starting process closes; leave nothing of it. Its exit status."""
+    line, given, folder = int(arguments[0]), arguments[1], Path(arguments[2])
+    command = subprocess.Popen(arguments[3:], pass_fds=[int(number) for number in given.split(",") if number])
+    for number in given.split(","):
+        if number:
+            os.close(int(number))
+    ended, started, shared = os.pidfd_open(command.pid), time.monotonic(), set[Path]()
+    ready: list[int] = []
+    while not ready:
+        pause = min(LOOK_S, 0.1 + (time.monotonic() - started) / 20)
+        ready = select.select([line, ended], [], [], pause)[0]
+        shared |= shared_memory(members(os.getpid()))
+    end_session(os.getpid(), shared, spare=os.getpid())
+    if line in ready:
+        shutil.rmtree(folder, ignore_errors=True)
+    return command.wait()
 
 
 def end_session(leader: int, shared: set[Path], *, spare: int | None = None) -> None:
@@ -75,9 +112,9 @@ def end_session(leader: int, shared: set[Path], *, spare: int | None = None) -> 
 
 
 def name_semaphores() -> None:
-    """Called by the leader of a session: multiprocessing's semaphores, here and in all it starts, bear its name."""
+    """Called by the command of a session: multiprocessing's semaphores, here and in all it starts, bear its name."""
     # The only way in: SemLock makes names of it, and a child process takes its parent's _config over.
-    multiprocessing.current_process()._config["semprefix"] = f"/{semaphore_prefix(os.getpid())}"  # type: ignore[attr-defined]
+    multiprocessing.current_process()._config["semprefix"] = f"/{semaphore_prefix(os.getsid(0))}"  # type: ignore[attr-defined]
 
 
 def semaphore_prefix(leader: int) -> str:

@@ -27,8 +27,13 @@ OURS = {
 """Arguments that this file decides; each has an option of its own, or rows would be wrong with another value."""
 
 
-def check_options(options: EngineOptions) -> None:
+def check_options(options: EngineOptions, device: Device) -> None:
     """Raises ConfigError for what SGLang cannot have, or must not."""
+    if options.deterministic and device == "cpu":
+        raise ConfigError(
+            "SGLang's attention on a CPU has no deterministic mode; --engine transformers repeats bit for bit there",
+            where="--deterministic",
+        )
     if options.pp > 1:
         raise ConfigError(
             "SGLang does not hand hidden states on between pipeline stages; use --tp, or --dp for several copies",
@@ -41,7 +46,7 @@ def check_options(options: EngineOptions) -> None:
 
 def server_arguments(path: Path, info: TeacherInfo, device: Device, options: EngineOptions) -> dict[str, Any]:
     """SGLang's ServerArgs, pure."""
-    check_options(options)
+    check_options(options, device)
     given = {name: parsed(value) for name, value in options.arguments}
     arguments: dict[str, Any] = {
         "model_path": str(path),
@@ -71,7 +76,7 @@ def server_arguments(path: Path, info: TeacherInfo, device: Device, options: Eng
             "max_total_tokens": max(CPU_TOKENS, 2 * (info.max_positions or 0)),
         }
     if info.max_positions is not None:
-        # SGLang keeps six places of the context for itself; no position beyond the model's own is ever computed.
+        # SGLang keeps six places of the context for itself; the plan has no sample longer than the model's own.
         arguments["context_length"] = info.max_positions + SPARE_POSITIONS
     return {name: value for name, value in (arguments | given).items() if value is not None}
 

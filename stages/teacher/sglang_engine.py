@@ -157,7 +157,7 @@ class SglangEngine:
             self._session = Session(
                 [sys.executable, "-c", HOST, str(theirs.fileno())],
                 env=host_environment(self._folder, self._device, self._options),
-                log=self._folder / "log",
+                folder=self._folder,
                 pass_fds=[theirs.fileno()],
             )
         self._link = Connection(ours.detach())
@@ -171,15 +171,13 @@ class SglangEngine:
             return
         try:
             message = self._next(START_TIMEOUT_S, lambda: str(self._path))
-        except EngineError as err:  # not a matter of luck yet: nothing has run
-            raise TeacherError(f"while it started, {err.args[0]}", where=self._path) from None
+        except EngineError as err:
+            raise self._never_ran("while it started", err) from None
         if isinstance(message, Failed):
-            if message.refused:
-                raise ConfigError(message.message)
-            raise TeacherError(f"SGLang cannot run it{self._log_kept()}", where=self._path)
+            if message.option:
+                raise ConfigError(message.message, where=message.option)
+            raise TeacherError(f"SGLang cannot run it{self._given()}{self._log_kept()}", where=self._path)
         assert isinstance(message, Ready)
-        assert self._session is not None
-        self._session.look()
         self._ready = True
 
     def _send(self, prompts: list[Prompt]) -> None:
@@ -207,15 +205,13 @@ class SglangEngine:
     def _next(self, timeout_s: float, who: Callable[[], str]) -> Answer | Failed | Ready:
         """The next message of the host. Raises EngineError where it is gone, or silent for too long."""
         assert self._link is not None
-        assert self._session is not None
         until = time.monotonic() + timeout_s
         try:
             while not self._link.poll(1.0):
-                self._session.look()
                 if time.monotonic() > until:
                     raise EngineError(
-                        f"SGLang gave no sign for {timeout_s:g} s{self._log_kept()}; finished shards are kept, run "
-                        "the same command again, with a longer --engine-timeout if it was only slow",
+                        f"SGLang gave no sign for {timeout_s:g} s{self._log_kept()}{self._advice()}, with a longer "
+                        "--engine-timeout if it was only slow",
                         where=who(),
                     )
             message: Answer | Failed | Ready = self._link.recv()
@@ -225,9 +221,19 @@ class SglangEngine:
 
     def _gone(self, who: str) -> KdpipeError:
         """The error for a host that is no longer there."""
-        return EngineError(
-            f"SGLang died{self._log_kept()}; finished shards are kept, run the same command again", where=who
-        )
+        return EngineError(f"SGLang died{self._log_kept()}{self._advice()}", where=who)
+
+    def _advice(self) -> str:
+        return "; finished shards are kept, run the same command again" if self._run else "; nothing was written"
+
+    def _never_ran(self, when: str, err: EngineError) -> TeacherError:
+        """The error for an engine that failed before the first sample: trying again would not help."""
+        return TeacherError(f"{when}, {err.args[0]}{self._given()}; --engine transformers may run it", where=self._path)
+
+    def _given(self) -> str:
+        """The options that may be at fault, for a message."""
+        given = ", ".join(f"{name} = {value}" for name, value in self._options.identity().items())
+        return f" with {given}" if given else ""
 
     def _log_kept(self) -> str:
         """The last telling line of SGLang's output, and where all of it is kept; "" where there is none."""
@@ -239,7 +245,7 @@ class SglangEngine:
             kept.write(log.read_bytes())
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         telling = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Interrupt"))]
-        return f" ({(telling or lines)[-1][:200]}; all it said: {kept.name})"
+        return f" ({(telling or lines)[-1][:400]}; all it said: {kept.name})"
 
     def _reference(self, head: Head, samples: Sequence[np.ndarray]) -> tuple[float, list[torch.Tensor] | None]:
         """The error of the head's formula, and transformers' own rows [n, E]; None without room to load it."""
@@ -285,7 +291,10 @@ class SglangEngine:
             ]
         )
         for _ in samples:
-            message = self._next(self._options.timeout_s, lambda: "the canary samples")
+            try:
+                message = self._next(self._options.timeout_s, lambda: "the canary samples")
+            except EngineError as err:
+                raise self._never_ran("on the first few samples", err) from None
             if isinstance(message, Failed):
                 raise GateError(f"SGLang refused a request: {message.message}", where="the canary")
             assert isinstance(message, Answer)

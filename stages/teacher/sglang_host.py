@@ -2,7 +2,7 @@
 
 `main` runs in a process that sglang_engine.py starts, with a socket between the two. SGLang kills its parent and
 everything under it when one of its processes fails; here that is this host, and the extraction sees a closed socket
-instead of its own death. When the extraction dies, the host ends the engine.
+instead of its own death. When the extraction dies, the guard of session.py ends host and engine.
 
 The plugin (entry point `sglang.srt.plugins`) puts the sink around the method that turns a prefill's hidden states into
 lists of floats. The method is private: `check_target` compares its signature before the engine starts, and a run goes
@@ -16,8 +16,6 @@ import asyncio
 import inspect
 import os
 import pkgutil
-import shutil
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable
@@ -30,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from kdpipe.manifests.errors import ConfigError, nearest
-from kdpipe.stages.teacher.session import end_session, members, name_semaphores, shared_memory
+from kdpipe.stages.teacher.session import name_semaphores
 from kdpipe.stages.teacher.sink import Order, Sink
 
 SWITCH = "KDPIPE_SINK"
@@ -80,10 +78,10 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """The engine did not start, or a request raised. `refused`: the arguments are at fault."""
+    """The engine did not start, or a request raised. `option`: the one at fault, where that is known."""
 
     message: str
-    refused: bool = False
+    option: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +182,7 @@ def main(descriptor: int) -> None:
         check_arguments(arguments)
         engine = sglang.Engine(**arguments)
     except ConfigError as err:
-        link.send(Failed(message=f"{err.where}: {err.args[0]}", refused=True))
+        link.send(Failed(message=str(err.args[0]), option=str(err.where)))
         return
     except Exception as err:  # the process boundary: what went wrong is told to the other side, whatever it was
         traceback.print_exc()
@@ -197,7 +195,7 @@ def main(descriptor: int) -> None:
 
 
 def _receive(link: Connection, running: "Future[Any]", answers: "SimpleQueue[Answer | Failed]") -> None:
-    """Prompts to the engine's event loop, without ever waiting for it; the end of everything when the socket closes."""
+    """Prompts to the engine's event loop, without ever waiting for it."""
     try:
         while True:
             prompts: list[Prompt] = link.recv()
@@ -205,10 +203,7 @@ def _receive(link: Connection, running: "Future[Any]", answers: "SimpleQueue[Ans
             for prompt in prompts:
                 asyncio.run_coroutine_threadsafe(_ask(engine, prompt, answers), engine.loop)
     except (EOFError, OSError):
-        own = os.getpid()
-        end_session(own, shared_memory(members(own)), spare=own)
-        shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)  # a folder of this host's own, see sglang_engine.py
-        os._exit(0)
+        return  # the extraction is gone: session.guard ends this process and all it started
 
 
 def _send(link: Connection, answers: "SimpleQueue[Answer | Failed]") -> None:

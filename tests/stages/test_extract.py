@@ -278,6 +278,17 @@ def test_refused_extraction_leaves_nothing_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_sample_longer_than_the_teacher_takes_is_named_before_anything_runs(tmp_path: Path) -> None:
+    sizes = {"max_position_embeddings": 30}
+    teacher = make_tokenizer(make_model("llama", tmp_path / "teacher", vocab_size=304, sizes=sizes))
+    spec = spec_for(tmp_path, teacher)
+    for run in (lambda: extract(spec, tmp_path / "cache", Silent()), lambda: forecast(spec, Silent())):
+        with pytest.raises(DataError, match=r"data.jsonl:\d+: \d+ tokens, the teacher takes 30 .* --max-length 30"):
+            run()
+    cut = dataclasses.replace(spec, data_spec=DataSpec(max_length=30))
+    assert max(len(sample.token_ids) for sample in extract(cut, tmp_path / "cache", Silent())) == 30
+
+
 def test_rows_that_turn_nan_later_stop_before_their_shard_is_committed(bench: Bench, tmp_path: Path) -> None:
     """The canary sees the first samples only; an id whose embedding is NaN comes later."""
     teacher = teacher_at(tmp_path / "teacher")

@@ -138,6 +138,8 @@ class Bench:
             for ids in samples.shard(number).column("token_ids")
         ]
         self.num_tokens = sum(map(len, self.ids))
+        bare = folder / "bare"
+        bare.mkdir()
         ours, theirs = socket.socketpair()
         arguments = server_arguments(teacher, describe_teacher(teacher), options.device, engine_options)
         environment = host_environment(folder, options.device, engine_options)
@@ -145,7 +147,7 @@ class Bench:
         self.bare = Session(
             [sys.executable, __file__, "--serve-bare", str(theirs.fileno())],
             env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
-            log=folder / "bare.log",
+            folder=bare,
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
@@ -162,7 +164,7 @@ class Bench:
         return self.engine._session
 
     def _pause(self, session: Any, paused: bool) -> None:
-        for pid in self.members(session._leader.pid):
+        for pid in self.members(session.id):
             os.kill(pid, signal.SIGSTOP if paused else signal.SIGCONT)
 
     def time(self, way: str, number: int, memory: list[int] | None = None) -> float:
@@ -171,7 +173,7 @@ class Bench:
         own = [os.getpid()] if way == "kdpipe" else []
         watched = contextlib.nullcontext()
         if memory is not None:
-            watched = peak_memory(lambda: self.members(session._leader.pid) + own, memory)  # type: ignore[assignment]
+            watched = peak_memory(lambda: self.members(session.id) + own, memory)  # type: ignore[assignment]
         self._pause(session, False)
         time.sleep(0.2)
         try:

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kdpipe.stages.teacher.session import SHARED_MEMORY, Session, members, semaphore_prefix
+from kdpipe.stages.teacher.session import LOOK_S, SHARED_MEMORY, Session, members, semaphore_prefix
 
 # The leader starts a child that ignores signals and makes a semaphore and a mapping, and then a grandchild.
 LEADER = """
@@ -40,16 +41,17 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def test_everything_a_session_started_ends_with_it_and_its_shared_memory_too(tmp_path: Path) -> None:
-    script = tmp_path / "leader.py"
+    script, folder = tmp_path / "leader.py", tmp_path / "own"
+    folder.mkdir()
     script.write_text(LEADER)
     own = SHARED_MEMORY / f"sgl_test_{tmp_path.name}_{time.monotonic_ns()}"
     strange = SHARED_MEMORY / f"somebody_elses_{time.monotonic_ns()}"
     strange.touch()
     try:
-        session = Session([sys.executable, str(script), str(own)], env={}, log=tmp_path / "log")
-        leader = session._leader.pid
-        wait_for(lambda: "up" in (tmp_path / "log").read_text())
-        wait_for(lambda: len(members(leader)) >= 4)  # leader, tracker, child, grandchild
+        session = Session([sys.executable, str(script), str(own)], env={}, folder=folder)
+        leader = session.id
+        wait_for(lambda: "up" in (folder / "log").read_text())
+        wait_for(lambda: len(members(leader)) >= 5)  # guard, command, tracker, child, grandchild
         semaphores = list(SHARED_MEMORY.glob(f"sem.{semaphore_prefix(leader)}-*"))
         assert len(semaphores) == 1
         assert session.exit_status is None
@@ -58,24 +60,49 @@ def test_everything_a_session_started_ends_with_it_and_its_shared_memory_too(tmp
         assert members(leader) == []
         assert session.exit_status is not None
         assert not own.exists()
+        assert not folder.exists()
         assert not semaphores[0].exists()
         assert strange.exists()
     finally:
         strange.unlink()
 
 
-def test_shared_memory_of_members_that_died_before_is_removed_once_seen(tmp_path: Path) -> None:
-    script = tmp_path / "leader.py"
+def test_a_command_that_is_killed_leaves_nothing_but_its_folder(tmp_path: Path) -> None:
+    script, folder = tmp_path / "leader.py", tmp_path / "own"
+    folder.mkdir()
     script.write_text(LEADER)
     own = SHARED_MEMORY / f"sgl_test_{tmp_path.name}_{time.monotonic_ns()}"
-    session = Session([sys.executable, str(script), str(own)], env={}, log=tmp_path / "log")
-    wait_for(lambda: "up" in (tmp_path / "log").read_text())
-    session.look()
-
-    for pid in members(session._leader.pid):
-        os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not members(session._leader.pid))
-    assert own.exists()
-    session.end()
+    session = Session([sys.executable, str(script), str(own)], env={}, folder=folder)
+    wait_for(lambda: "up" in (folder / "log").read_text())
+    time.sleep(2 * LOOK_S / 20)  # the guard's next look at so young a session
+    for pid in members(session.id):
+        if pid != session.id:
+            os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: session.exit_status is not None)
+    assert members(session.id) == []
     assert not own.exists()
-    assert not list(SHARED_MEMORY.glob(f"sem.{semaphore_prefix(session._leader.pid)}-*"))
+    assert not list(SHARED_MEMORY.glob(f"sem.{semaphore_prefix(session.id)}-*"))
+    assert (folder / "log").exists()
+    session.end()
+
+
+def test_a_session_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    script, folder = tmp_path / "leader.py", tmp_path / "own"
+    folder.mkdir()
+    script.write_text(LEADER)
+    own = SHARED_MEMORY / f"sgl_test_{tmp_path.name}_{time.monotonic_ns()}"
+    code = (
+        "import sys, time; from pathlib import Path; from kdpipe.stages.teacher.session import Session\n"
+        f"session = Session([sys.executable, {str(script)!r}, {str(own)!r}], env={{}}, folder=Path({str(folder)!r}))\n"
+        "print(session.id, flush=True); time.sleep(600)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    leader = int(starter.stdout.readline())
+    wait_for(lambda: "up" in (folder / "log").read_text())
+    starter.kill()
+    starter.wait()
+    wait_for(lambda: not members(leader))
+    assert not own.exists()
+    assert not folder.exists()
+    assert not list(SHARED_MEMORY.glob(f"sem.{semaphore_prefix(leader)}-*"))

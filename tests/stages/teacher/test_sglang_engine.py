@@ -150,11 +150,14 @@ def test_arguments_that_sglang_does_not_know_or_cannot_use_are_told(tmp_path: Pa
     with pytest.raises(ConfigError, match="did you mean 'chunked_prefill_size'"):
         list(engine.run([]))
     engine.close()
-    engine = SglangEngine(folder, dtype="float32", device="cpu", options=EngineOptions(deterministic=True))
-    with pytest.raises(TeacherError, match="deterministic inference"):
+    options = EngineOptions(quantization="nonsense")
+    engine = SglangEngine(folder, dtype="float32", device="cpu", options=options)
+    with pytest.raises(TeacherError, match=r"with quantization = nonsense .*Unknown quantization method"):
         list(engine.run([]))
     engine.close()
     engine.close()
+    with pytest.raises(ConfigError, match="--deterministic: SGLang's attention on a CPU"):
+        SglangEngine(folder, dtype="float32", device="cpu", options=EngineOptions(deterministic=True))
 
 
 # Faults inside the engine
@@ -247,27 +250,35 @@ def test_an_engine_that_dies_or_hangs_is_named_and_the_run_can_go_on(
     assert not list((tmp_path / "cache" / "tmp").iterdir())
 
 
-def test_the_engine_ends_with_a_killed_extraction(bench: Bench, fault: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=str)
+def test_the_engine_ends_with_a_killed_extraction(
+    number: signal.Signals, bench: Bench, fault: Path, tmp_path: Path
+) -> None:
     fault.write_text("hang")
-    command = [
-        sys.executable,
-        "-c",
-        "from kdpipe.pipeline.cli import main; main()",
-        "extract",
-        "--teacher",
-        str(bench.teacher),
-        "--data",
-    ]
-    command += [str(bench.data), "--cache", str(tmp_path / "cache"), "--engine", "sglang", "--device", "cpu"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while len(hosts()) < 4 and time.monotonic() < until:  # host, tracker, scheduler, detokenizer
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    arguments = ["--teacher", bench.teacher, "--data", bench.data, "--cache", tmp_path / "cache", "--device", "cpu"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "kdpipe.pipeline.cli", "extract", "--engine", "sglang", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(scratch)},
+    )
+    until = time.monotonic() + 180
+    while len(hosts()) < 5 and time.monotonic() < until:  # guard, host, tracker, scheduler, detokenizer
         assert running.poll() is None
         time.sleep(0.2)
-    time.sleep(2)
+    while not list(scratch.glob("*/canary")) and time.monotonic() < until:  # the engine is up
+        time.sleep(0.2)
+    time.sleep(1)
     leader = os.getsid(int(hosts()[0]))
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    running.send_signal(number)
+    _, said = running.communicate(timeout=60)
     while members(leader) and time.monotonic() < until:
         time.sleep(0.1)
     assert members(leader) == []
+    assert not list(scratch.glob("kdpipe-sglang-*"))
+    if number == signal.SIGTERM:
+        assert (running.returncode, said.splitlines()[-1]) == (75, "terminated")
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".cache")]
