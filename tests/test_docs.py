@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
-from tools import run_file_doc
+from tools import loss_doc, run_file_doc
 
 from kdpipe.manifests.specs import load
 from kdpipe.pipeline import cli
@@ -53,3 +53,7 @@ def test_readme_names_the_commands_there_are() -> None:
 
 def test_run_file_page_is_made_from_the_specs() -> None:
     assert (ROOT / "docs" / "run-file.md").read_text() == run_file_doc.page()
+
+
+def test_the_page_of_the_losses_is_what_their_table_says() -> None:
+    assert (ROOT / "docs" / "losses.md").read_text() == loss_doc.page()

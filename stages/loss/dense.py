@@ -116,8 +116,9 @@ def hierarchical_ranking(log_p_teacher: Tensor, log_p_student: Tensor, *, k: flo
     A pair of the second kind counts where the student's i-th probability exceeds the teacher's of the student's j-th.
     """
     teacher, student = log_p_teacher.exp(), log_p_student.exp()
-    of_teacher = teacher.topk(int(k), dim=-1).indices
-    of_student = student.topk(int(k), dim=-1).indices
+    k = min(int(k), teacher.shape[-1])
+    of_teacher = teacher.topk(k, dim=-1).indices
+    of_student = student.topk(k, dim=-1).indices
     student_t, student_s = student.gather(-1, of_teacher), student.gather(-1, of_student)
     counts = student_s[..., :, None] > teacher.gather(-1, of_student)[..., None, :]
     first = (student_t - student_t[..., :1]).clamp_min(0.0).sum(-1)

@@ -152,7 +152,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
         Divergence(
             name="top_k_kl",
             formula="KL(T' || S') over the teacher's k likeliest tokens and one bucket for all others",
-            source="top-k distillation, its missing mass kept in one bucket, as in TRL's and NeMo-RL's tail bucket",
+            source="top-k distillation with the mass outside kept, as one outcome more",
             reference=dense.top_k_kl,
             value_and_grad=pointwise.top_k_kl,
             options={"k": K},

@@ -166,7 +166,7 @@ def top_k_reverse_kl(rows: Rows, *, k: float) -> Result:
 
 
 def hierarchical_ranking(rows: Rows, *, k: float) -> Result:
-    places_t, places_s = (p.topk(int(k), dim=-1).indices for p in (rows.p_teacher, rows.p_student))
+    places_t, places_s = (p.topk(min(int(k), p.shape[1]), dim=-1).indices for p in (rows.p_teacher, rows.p_student))
     student_t, student_s = rows.p_student.gather(1, places_t), rows.p_student.gather(1, places_s)
     teacher_s = rows.p_teacher.gather(1, places_s)
     first = student_t - student_t[:, :1]

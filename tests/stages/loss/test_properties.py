@@ -1,0 +1,81 @@
+"""What holds for any two rows of logits, whatever the divergence."""
+
+# Shapes: T tokens, V vocabulary.
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss
+
+SIZES = {"num_tokens": st.integers(1, 5), "vocab": st.integers(6, 70), "scale": st.floats(0.1, 20.0)}
+SEEDS = st.integers(0, 2**31)
+# Their value is 0 wherever rankings agree, or outside of the entries they look at.
+BLIND = {"hierarchical_ranking", "top1_ce"}
+
+
+def logits_of(seed: int, num_tokens: int, vocab: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Teacher's and student's logits [T, V]."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher, student = torch.randn(2, num_tokens, vocab, generator=generator).mul(scale)
+    return teacher, student
+
+
+def kd_of(teacher: Tensor, student: Tensor, divergence: str, **arguments: Any) -> float:
+    eye = torch.eye(teacher.shape[1])
+    if "k" in DIVERGENCES[divergence].options:
+        arguments["k"] = 4
+    return float(fused_distill_loss(student, eye, teacher, eye, divergence=divergence, **arguments).kd)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, **SIZES)
+def test_it_is_never_negative_and_above_0_for_unequal_models(
+    divergence: str, seed: int, num_tokens: int, vocab: int, scale: float
+) -> None:
+    teacher, student = logits_of(seed, num_tokens, vocab, scale)
+    value = kd_of(teacher, student, divergence)
+    assert value >= 0.0
+    if divergence not in BLIND:
+        assert value > 0.0
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, shift=st.floats(-50.0, 50.0), **SIZES)
+def test_a_number_added_to_all_logits_of_a_row_changes_nothing(
+    divergence: str, seed: int, num_tokens: int, vocab: int, scale: float, shift: float
+) -> None:
+    teacher, student = logits_of(seed, num_tokens, vocab, scale)
+    moved = kd_of(teacher + shift, student - shift, divergence)
+    # The sum rounds the logits themselves.
+    assert moved == pytest.approx(kd_of(teacher, student, divergence), rel=1e-3, abs=1e-4 * num_tokens)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, **SIZES)
+def test_the_order_of_the_vocabulary_does_not_matter(
+    divergence: str, seed: int, num_tokens: int, vocab: int, scale: float
+) -> None:
+    teacher, student = logits_of(seed, num_tokens, vocab, scale)
+    order = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))
+    shuffled = kd_of(teacher[:, order], student[:, order], divergence)
+    assert shuffled == pytest.approx(kd_of(teacher, student, divergence), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, chunk_tokens=st.integers(1, 6), **SIZES)
+def test_it_is_the_sum_of_its_tokens_in_chunks_of_any_size(
+    divergence: str, seed: int, num_tokens: int, vocab: int, scale: float, chunk_tokens: int
+) -> None:
+    teacher, student = logits_of(seed, num_tokens, vocab, scale)
+    single = [kd_of(teacher[at : at + 1], student[at : at + 1], divergence) for at in range(num_tokens)]
+    whole = kd_of(teacher, student, divergence, chunk_tokens=chunk_tokens)
+    assert whole == pytest.approx(sum(single), rel=1e-5, abs=1e-7)
