@@ -9,8 +9,8 @@ HEAD = """# Losses
 
 The loss of a supervised token is `kd_weight * D(T, S) + (1 - kd_weight) * CE`. T and S are
 softmax(logits / temperature) of teacher and student over the vocabulary that both have, in fp32; the cross-entropy is
-taken at temperature 1. `scale_t2 = true` multiplies the divergence by temperature squared. A step divides the sum over its tokens once, by
-their number over all ranks and accumulation. The teacher's row is exact, so every divergence is of whole distributions.
+taken at temperature 1. `scale_t2 = true` multiplies the divergence by temperature squared. A step divides the sum over
+its tokens once, by their number over all ranks and accumulation. The teacher's row is exact, so every divergence is of whole distributions.
 
 ```
 kdpipe train --student S --cache C --output O --set loss.divergence=skew_kl loss.options.alpha=0.2 loss.temperature=2
@@ -28,8 +28,8 @@ Logarithms are natural. Probabilities that tie count in the order of the vocabul
 `fused_distill_loss` takes hidden states and heads. Four matrix products run on chunks of tokens, in the inputs' dtype;
 what lies between them is one pass over a few rows at a time, in fp32, compiled by torch.compile where the work is worth
 the seconds that takes (2^24 logits and more) and a compiler is there, else operator by operator.
-`TORCH_COMPILE_DISABLE=1` turns compiling off. No array of all tokens by all logits exists; the gradient is made in the forward pass. Measured by
-`tools/bench/loss.py --json`, against the four products alone.
+`TORCH_COMPILE_DISABLE=1` turns compiling off. No array of all tokens by all logits exists; the gradient is made in the
+forward pass. Measured by `tools/bench/loss.py --json`, against the four products alone.
 
 ## Adding a divergence
 
