@@ -10,7 +10,8 @@ HEAD = """# Losses
 The loss of a supervised token is `kd_weight * D(T, S) + (1 - kd_weight) * CE`. T and S are
 softmax(logits / temperature) of teacher and student over the vocabulary that both have, in fp32; the cross-entropy is
 taken at temperature 1. `scale_t2 = true` multiplies the divergence by temperature squared. A step divides the sum over
-its tokens once, by their number over all ranks and accumulation. The teacher's row is exact, so every divergence is of whole distributions.
+its tokens once, by their number over all ranks and accumulation. The teacher's row is exact, so every divergence is of
+whole distributions.
 
 ```
 kdpipe train --student S --cache C --output O --set loss.divergence=skew_kl loss.options.alpha=0.2 loss.temperature=2
