@@ -23,7 +23,7 @@ from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.loss.blocks import Formula, block_step, pays_to_compile, rows_per_block
 from kdpipe.stages.loss.gradients import StudentGradients
 from kdpipe.stages.loss.head import Head, Side
-from kdpipe.stages.loss.memory import scratch, zeros
+from kdpipe.stages.loss.memory import keep_heap, release_scratch, scratch, zeros
 from kdpipe.stages.loss.problem import IGNORED, DistillLoss, Problem, pose, side
 
 
@@ -124,6 +124,8 @@ def _run(problem: Problem, gradients: StudentGradients) -> tuple[Tensor, Tensor]
     """Sums of kd and ce over all chunks; leaves the gradients in `gradients`."""
     hidden, size = problem.student.hidden, min(gradients.chunk_tokens, problem.num_tokens)
     compiled = pays_to_compile(problem)
+    if hidden.device.type == "cpu":
+        keep_heap()
     formula = Formula.of(problem, differentiate=gradients.wanted, wants_bias=gradients.wants_bias)
     step = block_step(formula, compiled=compiled)
     # Every block has the same shape, so that one compilation does: rows beyond the last token are computed, not used.
@@ -161,6 +163,8 @@ def _run(problem: Problem, gradients: StudentGradients) -> tuple[Tensor, Tensor]
             kd[tokens], ce[tokens] = block.kd, block.ce
             gradients.add_bias(block.bias)
         gradients.add_chunk(start, student_buffer[: stop - start])
+    if size < problem.num_tokens:
+        release_scratch()  # the sum of the head's gradient needs the room in backward, and the chunks have paid for it
     return kd[: problem.num_tokens].sum(), ce[: problem.num_tokens].sum()
 
 

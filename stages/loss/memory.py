@@ -11,11 +11,13 @@ import math
 import mmap
 import threading
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 HUGE_PAGE_BYTES = 2 << 20
+LARGEST_KEPT_BYTES = 31 << 20
 
 
 def zeros(shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -51,3 +53,18 @@ def scratch(name: str, shape: Sequence[int], *, like: Tensor) -> Tensor:
         _kept.buffers.pop(name, None)
         _kept.buffers[name] = zeros((num_bytes,), like=like, dtype=torch.uint8)
     return _kept.buffers[name][:num_bytes].view(like.dtype).view(shape)
+
+
+def release_scratch() -> None:
+    """Give this thread's kept buffers back."""
+    _kept.buffers.clear()
+
+
+@cache
+def keep_heap() -> None:
+    """Have the allocator keep what a block frees, for the next block; called once, on a CPU.
+
+    glibc returns freed memory to the system above a threshold that starts at 128 KiB and rises to the largest chunk
+    freed so far, 32 MiB at most. Passes that keep some arrays [R, V] between them took up to half as long again.
+    """
+    torch.empty(LARGEST_KEPT_BYTES, dtype=torch.uint8)  # freed at once

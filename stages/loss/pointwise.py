@@ -237,4 +237,4 @@ def _(p: Tensor, alpha: float) -> Tensor:
 
 def first_of(chosen: Tensor, count: Tensor) -> Tensor:
     """The first `count` [R, 1] of the chosen entries of each row [R, V]."""
-    return chosen & (chosen.cumsum(-1) <= count)
+    return chosen & (chosen.cumsum(-1, dtype=torch.int32) <= count)

@@ -70,6 +70,7 @@ class Session:
             os.close(self._line)
             self._line = None
         self._guard.wait()
+        end_session(self.id, set())  # nothing is left to do, unless somebody killed the guard
 
 
 def guard(arguments: Sequence[str]) -> int:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss
+from kdpipe.stages.loss.memory import release_scratch
 
 Step = Callable[[], object]
 
@@ -134,10 +135,11 @@ def memory_case(case: Case) -> dict[str, object]:
 
 def print_peak(name: str, num_tokens: int, vocab_size: int, divergence: str) -> None:
     """In a fresh process: peak resident MiB of one step, over what is resident before it."""
-    # A tiny step first: libraries and compiled code are not the step's memory.
-    small, inputs = make_inputs(8, 64), make_inputs(num_tokens, vocab_size)
+    # A smaller step first: libraries and compiled code are not the step's memory, kept buffers are.
+    small, inputs = make_inputs(512, vocab_size), make_inputs(num_tokens, vocab_size)
     for each in (small, inputs):
         steps = {"kdpipe": partial(fused_step, divergence, each)} | rivals(divergence, each)
+        release_scratch()
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at the present size
         before = resident_kib("VmRSS")
         steps[name]()
