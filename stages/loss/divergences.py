@@ -31,7 +31,6 @@ class Divergence:
 
     reference(log_p_teacher, log_p_student, **options) -> values [T]
     value_and_grad(rows, **options) -> values [R], gradient [R, V] with respect to the scaled student logits
-    zero_at_equality: whether a student equal to its teacher has value 0
     """
 
     name: str
@@ -40,7 +39,6 @@ class Divergence:
     reference: Callable[..., Tensor]
     value_and_grad: Callable[..., tuple[Tensor, Tensor]]
     options: Mapping[str, Option] = field(default_factory=dict)
-    zero_at_equality: bool = True
 
     def resolve(self, given: Mapping[str, float]) -> dict[str, float]:
         """Every option with its value; ConfigError for an unknown name or a value out of range."""
@@ -135,7 +133,6 @@ DIVERGENCES: Mapping[str, Divergence] = {
             source="KDFlow's top1_ce",
             reference=dense.top1_ce,
             value_and_grad=pointwise.top1_ce,
-            zero_at_equality=False,
         ),
         Divergence(
             name="alpha_beta",

@@ -1,5 +1,6 @@
 """Two caches of the same samples: equal, apart by rounding, apart by a row, or not comparable."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tests.caches import fill_shard, make_cache, random_rows
 from tests.conftest import Main
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.compare import compare, row_distance
+from kdpipe.manifests.compare import TOLERANCE, compare, row_distance
 from kdpipe.manifests.errors import CacheError
 from kdpipe.manifests.plan import Plan
 from kdpipe.manifests.shard import commit_path, shard_path
@@ -57,6 +58,13 @@ def test_rounding_is_measured_and_a_wrong_row_is_named(cache: Path, tmp_path: Pa
     assert np.array_equal(bad, random_rows(Cache.open(wrong).plan, 0)[4])
     assert main("cache", "compare", cache, wrong, "--tolerance", "9")[0] == 0
     assert main("cache", "compare", cache, tmp_path / "close")[0] == 0
+
+
+def test_the_coarser_dtype_sets_the_tolerance_whichever_comes_first(cache: Path, tmp_path: Path, main: Main) -> None:
+    coarse = make_cache(tmp_path / "coarse", dtype="bfloat16").path
+    for pair in ((cache, coarse), (coarse, cache)):
+        out = main("cache", "compare", *pair, "--json")[1]
+        assert json.loads(out)["tolerance"] == TOLERANCE["bfloat16"]
 
 
 def test_nan_is_worse_than_anything() -> None:

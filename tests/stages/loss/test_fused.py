@@ -198,7 +198,7 @@ def test_logits_of_ten_thousand_stay_exact(divergence: str, magnitude: float) ->
     assert_no_further_than_naive(inputs, divergence=divergence, kd_weight=0.5, temperature=3.0)
 
 
-@pytest.mark.parametrize("divergence", [name for name, each in DIVERGENCES.items() if each.zero_at_equality])
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "top1_ce"])  # a cross-entropy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(divergence: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(dtype=dtype)
