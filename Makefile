@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv sglang demo test check bench clean
+.PHONY: venv sglang rivals demo test soak check bench clean
 
 venv: $(VENV)/.installed
 
@@ -22,16 +22,27 @@ $(VENV)/.sglang: $(VENV)/.installed tools/sglang-cpu/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps tools/sglang-cpu/placeholders
 	touch $@
 
+# What tests and benchmarks measure against; after SGLang, so that what both need is there in SGLang's versions.
+rivals: $(VENV)/.rivals
+
+$(VENV)/.rivals: $(VENV)/.sglang
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rivals]'
+	touch $@
+
 demo: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/demo/run.py --out .demo
 
-test: venv sglang
+test: venv sglang rivals
 	$(BIN)/python -m pytest
+
+# The long tests: large sizes, thousands of kills.
+soak: venv sglang rivals
+	$(BIN)/python -m pytest -m slow
 
 check: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/check
 
-bench: venv sglang
+bench: venv sglang rivals
 	for bench in tools/bench/[a-z]*.py; do $(BIN)/python $$bench --quick --json || exit 1; done
 
 clean:

@@ -5,10 +5,11 @@ nearest known key in its error.
 """
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdpipe.manifests.errors import ConfigError, nearest
 
@@ -41,9 +42,20 @@ class DataSpec(Spec):
     """Share of the samples kept out of training for evaluation, chosen by each sample's content."""
 
 
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "kdflow": {"divergence": "forward_kl", "temperature": 1.0, "kd_weight": 0.5, "scale_t2": False},
+    "trl": {"divergence": "jsd", "temperature": 1.0, "kd_weight": 1.0, "scale_t2": False, "options": {"beta": 0.5}},
+    "torchtune": {"divergence": "soft_cross_entropy", "temperature": 1.0, "kd_weight": 0.5, "scale_t2": False},
+    "distillkit": {"divergence": "forward_kl", "temperature": 1.0, "kd_weight": 0.5, "scale_t2": True},
+}
+"""Losses of other projects at their defaults; docs/losses.md says how their names map."""
+
+
 class LossSpec(Spec):
     """[loss]: what a student minimises: (1 - kd_weight) * CE + kd_weight * KD."""
 
+    preset: Literal["kdflow", "trl", "torchtune", "distillkit"] | None = None
+    """Start from the loss of another project, at its defaults; keys given beside it win."""
     divergence: str = "forward_kl"
     """Name of the divergence between teacher and student."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
@@ -54,8 +66,24 @@ class LossSpec(Spec):
     """Multiply the divergence by temperature squared (Hinton et al. 2015)."""
     chunk_tokens: Count | None = None
     """Tokens whose logits exist at a time; chosen from the sizes when not given."""
+    label_smoothing: Fraction = 0.0
+    """Share of the cross-entropy's target that is spread evenly over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    """Adds this times the squared logarithm of the student's softmax denominator; 1e-4 keeps logits from drifting."""
+    head_grad_fp32: bool = True
+    """Sum the head's gradient over chunks in float32; false saves memory and is as exact up to some 16 chunks."""
     options: dict[str, float] = {}
     """Options of the divergence, such as beta of jsd."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("preset") not in PRESETS:
+            return given
+        start = dict(PRESETS[given["preset"]])
+        if given.get("divergence", start["divergence"]) != start["divergence"]:
+            start.pop("options", None)  # they are of the preset's divergence
+        return start | given
 
 
 class TrainSpec(Spec):

@@ -22,8 +22,10 @@ import torch
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CacheError, ConfigError
 from kdpipe.manifests.sample import SampleView, row_positions
+from kdpipe.stages.draws import mixed, mixed_seed
 
-NO_LABEL = -100
+ROWS_A_SAMPLE = 2**32
+"""More than any sample has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -35,6 +37,7 @@ class PackedBatch:
     attention_mask: bool [S, L] where padded, None where packed
     rows: int64 [R], places in the flattened [S*L] whose next token is supervised
     labels: int64 [R], that next token
+    keys: int64 [R], of each row a number that no other row of the run has: what a sampled loss draws by
     teacher_rows: [R, E] in the cache's dtype; valid until the feed makes its next batch
     """
 
@@ -44,6 +47,7 @@ class PackedBatch:
     attention_mask: torch.Tensor | None
     rows: torch.Tensor
     labels: torch.Tensor
+    keys: torch.Tensor
     teacher_rows: torch.Tensor
 
     def to(self, device: torch.device) -> "PackedBatch":
@@ -61,18 +65,8 @@ def shuffle(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     A hash, not a random generator: the order cannot change with numpy's version, and a sample's rank does not depend
     on how many others there are.
     """
-    # splitmix64 (Steele, Lea, Flood 2014), applied to the three numbers one after the other.
-    key = _splitmix(np.array(seed & (2**64 - 1), dtype=np.uint64))
-    key = _splitmix(key ^ np.uint64(epoch))
-    return indices[np.argsort(_splitmix(key ^ indices.astype(np.uint64)), kind="stable")]
-
-
-def _splitmix(value: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        mixed = value + np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+    places = mixed(torch.from_numpy(indices.copy()) ^ mixed_seed(seed, epoch)).numpy().view(np.uint64)
+    return indices[np.argsort(places, kind="stable")]
 
 
 def num_steps(num_tokens: np.ndarray, batch_tokens: int) -> int:
@@ -191,6 +185,7 @@ class Packer:
             attention_mask=mask,
             rows=torch.from_numpy(rows),
             labels=torch.from_numpy(labels),
+            keys=torch.from_numpy(_row_keys(members, views)),
             teacher_rows=self._gather(views),
         )
 
@@ -203,6 +198,7 @@ class Packer:
             attention_mask=torch.ones(1, 1, dtype=torch.bool) if self._padded else None,
             rows=torch.zeros(0, dtype=torch.int64),
             labels=torch.zeros(0, dtype=torch.int64),
+            keys=torch.zeros(0, dtype=torch.int64),
             teacher_rows=self._buffer[:0],
         )
 
@@ -218,6 +214,13 @@ class Packer:
             self._bits[at:after] = view.rows.view(np.uint8)
             at = after
         return self._buffer[:total]
+
+
+def _row_keys(members: Sequence[int] | np.ndarray, views: Sequence[SampleView]) -> np.ndarray:
+    """A sample's number and a row's number within it as one, for every row."""
+    return np.concatenate(
+        [int(member) * ROWS_A_SAMPLE + np.arange(len(view.rows)) for member, view in zip(members, views, strict=True)]
+    )
 
 
 def _spread(values: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -10,7 +10,7 @@ leave the backbone, logits never exist outside the fused loss. Weights, sums of 
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from kdpipe.stages.feed import PackedBatch
 from kdpipe.stages.loss import Head, TokenMetrics, fused_distill_loss, token_metrics
 
 PROBE_LENGTHS = (5, 11, 3)
+LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked")
+"""What a training batch's forward pass tells of itself, sums over its tokens; see loss.Metrics."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -149,9 +151,12 @@ class Student(torch.nn.Module):
         )
 
     def forward(
-        self, batch: PackedBatch, teacher: TeacherHead, loss: LossSpec | None
-    ) -> tuple[torch.Tensor, ...] | TokenMetrics:
-        """(loss, kd, ce): sums over the supervised tokens, the first with gradients; metrics where loss is None."""
+        self, batch: PackedBatch, teacher: TeacherHead, loss: LossSpec | None, seed: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor] | TokenMetrics:
+        """The loss of the batch with its gradients, and LOSS_SUMS [8] for reading; metrics where loss is None.
+
+        seed: a sampled divergence draws by it; another one for every step.
+        """
         hidden, head = self.hidden(batch), self.head()
         if loss is None:
             return token_metrics(
@@ -163,10 +168,6 @@ class Student(torch.nn.Module):
             batch.teacher_rows,
             teacher.head.weight,
             batch.labels,
-            divergence=loss.divergence,
-            temperature=loss.temperature,
-            kd_weight=loss.kd_weight,
-            chunk_tokens=loss.chunk_tokens,
             vocab_size=teacher.vocab_size,
             student_bias=head.bias,
             teacher_bias=teacher.head.bias,
@@ -174,10 +175,13 @@ class Student(torch.nn.Module):
             teacher_softcap=teacher.head.softcap,
             student_scale=head.scale,
             teacher_scale=teacher.head.scale,
-            scale_t2=loss.scale_t2,
-            **cast(dict[str, Any], loss.options),
+            token_keys=batch.keys,
+            seed=seed,
+            **loss_arguments(loss),
         )
-        return out.loss, out.kd, out.ce
+        ranked = torch.full_like(out.kd, out.metrics.num_ranked)
+        seen = out.metrics.teacher_entropy, out.metrics.top1_agree, out.metrics.top_k_mass
+        return out.loss, torch.stack([out.loss.detach(), out.kd, out.ce, out.z, *seen, ranked])
 
     @torch.no_grad()
     def measure(self, batch: PackedBatch, teacher: TeacherHead) -> TokenMetrics:
@@ -185,6 +189,12 @@ class Student(torch.nn.Module):
         metrics = self(batch, teacher, None)
         assert isinstance(metrics, TokenMetrics)
         return metrics
+
+
+def loss_arguments(spec: LossSpec) -> dict[str, Any]:
+    """A run file's [loss] as arguments of fused_distill_loss."""
+    chosen = spec.model_dump(exclude={"preset", "options"})
+    return chosen | spec.options
 
 
 def backbone_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
@@ -224,6 +234,7 @@ def keeps_samples_apart(model: PreTrainedModel) -> bool:
             attention_mask=None,
             rows=nothing,
             labels=nothing,
+            keys=nothing,
             teacher_rows=nothing,
         )
 

@@ -31,10 +31,12 @@ from kdpipe.manifests.provenance import digest_model, num_bytes
 from kdpipe.manifests.run import RUN_FILE, RunInputs, RunRecord, read_run
 from kdpipe.manifests.specs import RunSpec
 from kdpipe.stages import evaluate
+from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.feed import Feed, Packer, Rows
 from kdpipe.stages.loss import find_divergence
 from kdpipe.stages.schedule import learning_rate
 from kdpipe.stages.student import (
+    LOSS_SUMS,
     Student,
     TeacherHead,
     check_student,
@@ -240,8 +242,9 @@ class Run:
         started = time.perf_counter()
         count = self.feed.num_supervised(step)
         sums = self._backward(step, count)
-        loss, kd, ce = (float(value) / count for value in sums[:3])
-        num_tokens = int(sums[3])
+        num_tokens = int(sums.pop("num_tokens"))
+        logged = _means(sums, count)
+        loss = logged["loss/mean"]
         norm = self._clip()
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise CheckFailed(
@@ -255,10 +258,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_tokens += num_tokens
-        return {
-            "loss/mean": loss,
-            "kd/mean": kd,
-            "ce/mean": ce,
+        return logged | {
             "grad_norm": norm,
             "lr": lr,
             "num_tokens": num_tokens,
@@ -266,19 +266,19 @@ class Run:
             "seconds": time.perf_counter() - started,
         }
 
-    def _backward(self, step: int, count: int) -> torch.Tensor:
-        """Gradients of a step's mean loss over `count` tokens; sums of loss, kd, ce and tokens over all ranks, [4]."""
-        last = self.job.spec.train.grad_accum - 1
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+    def _backward(self, step: int, count: int) -> dict[str, float]:
+        """Gradients of a step's mean loss over `count` tokens; LOSS_SUMS and num_tokens over all ranks."""
+        last, seed = self.job.spec.train.grad_accum - 1, mixed_seed(self.job.spec.train.seed, step)
+        total = torch.zeros(len(LOSS_SUMS) + 1, dtype=torch.float64, device=self.device)
         for micro, batch in enumerate(self.feed.step(step)):
             reduce_gradients(self.student, micro == last)
-            loss, kd, ce = self.student(batch.to(self.device), self.teacher, self.job.spec.loss)
+            loss, sums = self.student(batch.to(self.device), self.teacher, self.job.spec.loss, seed)
             (loss / count).backward()
             # The batch that keeps an idle rank in step has one token and nothing to learn from it.
             tokens = batch.seq_lens.sum() if len(batch.rows) else torch.zeros(())
-            sums += torch.stack([value.detach().double().to(self.device) for value in (loss, kd, ce, tokens)])
-        dist.all_reduce(sums)
-        return sums
+            total += torch.cat([sums.double(), tokens.double().to(self.device)[None]])
+        dist.all_reduce(total)
+        return dict(zip((*LOSS_SUMS, "num_tokens"), total.tolist(), strict=True))
 
     def _clip(self) -> float:
         """Clip the gradients to max_grad_norm (0: leave them); their global norm before."""
@@ -316,6 +316,15 @@ class Run:
             _move_in(scratch, output)
         dist.barrier()
         return record
+
+
+def _means(sums: dict[str, float], count: int) -> dict[str, float]:
+    """What a step logs of its LOSS_SUMS over `count` tokens; without a teacher nothing was ranked."""
+    ranked = sums["num_ranked"]
+    logged = {f"{name}/mean": sums[name] / count for name in ("loss", "kd", "ce", "teacher_entropy")}
+    if ranked:
+        logged |= {"top1_agreement": sums["top1_agree"] / ranked, "top_k_mass": sums["top_k_mass"] / ranked}
+    return logged
 
 
 def _move_in(scratch: Path, output: Path) -> None:

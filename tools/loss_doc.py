@@ -3,6 +3,7 @@
 python tools/loss_doc.py            prints the page; tests/test_docs.py compares it with the file
 """
 
+from kdpipe.manifests.specs import PRESETS
 from kdpipe.stages.loss import DIVERGENCES
 
 HEAD = """# Losses
@@ -21,8 +22,46 @@ kdpipe train --student S --cache C --output O --set loss.divergence=skew_kl loss
 |---|---|---|---|
 """
 
-TAIL = """
+MIDDLE = """
 Logarithms are natural. Probabilities that tie count in the order of the vocabulary wherever an order decides.
+
+`label_smoothing` is that of the cross-entropy. `z_loss` adds `z_loss * logsumexp(logits)^2` of every token to the loss,
+whatever `kd_weight` is. `sampled_kl` draws anew in every step, by `train.seed`, the step and the token alone: the same
+on one rank and on many.
+
+## Other projects' losses
+
+`kdpipe train --loss-preset NAME` (or `loss.preset`) starts from another project's loss at its defaults; any key of
+`[loss]` given beside it wins. `tests/stages/loss/test_presets.py` works the values out by hand,
+`tests/stages/loss/test_rivals.py` compares values and gradients with TRL's and Liger's own installed code.
+
+| preset | what it sets | how that project's names map |
+|---|---|---|
+"""
+
+MAPPING = {
+    "kdflow": "`kd_ratio` is `kd_weight`; `kl`, `rkl`, `skl`, `srkl`, `akl`, `hrl` are `forward_kl`, `reverse_kl`, "
+    "`skew_kl`, `skew_reverse_kl`, `adaptive_kl`, `hierarchical_ranking`; `skew_lambda`, `adaptive_alpha` are `alpha`, "
+    "`hrl_topk` is `k`; `jsd_beta` is 1 - `beta`. It applies no head bias, softcap or logit scale; kdpipe always does.",
+    "trl": "`beta` is `loss.options.beta`: 0 forward KL, 1 reverse KL. GKD's `temperature` (0.9) is that of sampling "
+    "alone: its trainer does not hand it to the loss (1.16.0). `DistillationTrainer`'s is the loss's, by default 1.",
+    "torchtune": "`kd_ratio` is `kd_weight`. `ForwardKLLoss` leaves out the teacher's entropy: `soft_cross_entropy`, "
+    "with forward KL's gradient. `ReverseKLLoss` is `reverse_kl`; `SymmetricKLLoss` is `symmetric_kl` with "
+    "`sym_kd_ratio` as `forward_share`, less that share of the entropy.",
+    "distillkit": "A loss function's `weight` over the sum of weights is `kd_weight`; `kl` and `jsd` are multiplied by "
+    "temperature squared; `kl`, `jsd` (`beta` 0.5), `tvd` have the same names.",
+}
+
+TAIL = """
+All of them, and kdpipe, divide the sum over supervised tokens once by their number over all ranks and accumulation.
+DistillKit and torchtune divide each micro-batch by its own tokens: with one micro-batch a step the values are equal.
+
+## What a step tells of itself
+
+Every step's event (`OUTPUT/events.jsonl`) has `loss/mean`, `kd/mean`, `ce/mean` and `teacher_entropy/mean` per
+supervised token, and `top1_agreement` and `top_k_mass` (the student's probability of the teacher's ten likeliest
+tokens) over every 16th token of each batch; entropy, agreement and mass are at the loss's temperature. They come from
+the same pass as the loss.
 
 ## How it is computed
 
@@ -65,7 +104,17 @@ def page() -> str:
         )
         cells = (f"`{divergence.name}`", divergence.formula, options or "none", divergence.source)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
-    return HEAD + "".join(lines) + TAIL
+    rows = []
+    for name, keys in PRESETS.items():
+        told = ", ".join(f"`{key} = {_toml(value)}`" for key, value in keys.items())
+        rows.append(f"| `{name}` | {told} | {MAPPING[name]} |\n")
+    return HEAD + "".join(lines) + MIDDLE + "".join(rows) + TAIL
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + " }"
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import click
 
 from kdpipe.manifests.errors import ConfigError, KdpipeError
 from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.specs import PRESETS
 from kdpipe.pipeline.options import PATH, ManyCommand, device_option, json_option, run_options, run_spec
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 @click.option(
     "--nproc", type=click.IntRange(min=1), help="Processes, one a GPU.  [default: 1 on cpu, all GPUs on cuda]"
 )
+@click.option(
+    "--loss-preset",
+    type=click.Choice(list(PRESETS)),
+    help="Start from another project's loss at its defaults, as loss.preset; docs/losses.md says what each is.",
+)
 @device_option
 @run_options
 @json_option
@@ -39,6 +45,7 @@ def command(
     caches: tuple[Path, ...],
     output: Path,
     nproc: int | None,
+    loss_preset: str | None,
     device: str,
     config: Path | None,
     sets: tuple[str, ...],
@@ -51,7 +58,7 @@ def command(
     \b
     kdpipe train --student models/small --cache /scratch/cache --output runs/a --set train.lr=3e-4 loss.temperature=2
     """
-    run = run_spec(config, sets)
+    run = run_spec(config, sets if loss_preset is None else (f'loss.preset="{loss_preset}"', *sets))
     from kdpipe.stages.train import TrainJob, check_job  # torch takes seconds: not for --help or a misspelt option
 
     under_torchrun = "RANK" in os.environ

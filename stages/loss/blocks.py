@@ -8,9 +8,7 @@ Cost: what torch keeps between passes, some fp32 arrays [R, V].
 
 # Shapes: R rows in a block, V shared vocabulary.
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,24 +21,17 @@ from kdpipe.stages.loss.head import Finish
 from kdpipe.stages.loss.pointwise import Rows, normalised, one_hot
 from kdpipe.stages.loss.problem import IGNORED, Problem
 
-# Entries of a block: its rows in bf16 and fp32 stay in a core's L2 while a compiled pass goes over them; operator by
-# operator, smaller ones cost less than the trips to memory. A GPU wants work to fill it.
-COMPILED_ENTRIES = {"cpu": 2**19, "cuda": 2**24}
-EAGER_ENTRIES = {"cpu": 2**17, "cuda": 2**23}
-
-# Entries of a whole problem from which on compiling pays: it takes 2 to 4 s once, and saves 3 ns an entry each time.
-WORTH_COMPILING = 2**24
+VALUES = ("kd", "ce", "z", "teacher_entropy")
 
 
 class Block(NamedTuple):
-    """Values of a block [R] each, and its bias gradient [V] where that is wanted."""
+    """The VALUES of a block's rows [4, R], and its bias gradient [V] where that is wanted."""
 
-    kd: Tensor
-    ce: Tensor
+    values: Tensor
     bias: Tensor | None
 
 
-Step = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None], Block]
+Step = Callable[..., Block]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +43,8 @@ class Formula:
     temperature: float
     kd_weight: float
     kd_scale: float
+    label_smoothing: float
+    z_loss: float
     student: Finish
     teacher: Finish
     differentiate: bool
@@ -65,6 +58,8 @@ class Formula:
             temperature=problem.temperature,
             kd_weight=problem.kd_weight,
             kd_scale=problem.kd_scale,
+            label_smoothing=problem.label_smoothing,
+            z_loss=problem.z_loss,
             student=problem.student.head.finish,
             teacher=Finish() if problem.teacher is None else problem.teacher.head.finish,
             differentiate=differentiate,
@@ -72,38 +67,13 @@ class Formula:
         )
 
 
-def rows_per_block(vocab_size: int, device: torch.device, *, compiled: bool) -> int:
-    """R: at least one row, the same number for each thread."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    sizes = COMPILED_ENTRIES if compiled else EAGER_ENTRIES
-    return threads * max(1, sizes.get(device.type, sizes["cuda"]) // vocab_size)
-
-
-def row_blocks(num_rows: int, size: int) -> Iterator[slice]:
-    """slice(0, size), slice(size, 2 * size) ... up to num_rows."""
-    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
-
-
-def pays_to_compile(problem: Problem) -> bool:
-    """Whether the problem is large and this machine can compile for its device."""
-    if problem.num_tokens * problem.vocab_size < WORTH_COMPILING or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        return False
-    return problem.student.hidden.device.type != "cpu" or has_compiler()
-
-
-@lru_cache(maxsize=1)
-def has_compiler() -> bool:
-    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
-
-
 @lru_cache(maxsize=64)
 def block_step(formula: Formula, *, compiled: bool) -> Step:
-    """step(student_raw, teacher_raw, labels, weights, student_bias, teacher_bias) -> Block, in place of the raw logits.
+    """step(student_raw, teacher_raw, labels, weights, draws, student_bias, teacher_bias) -> Block.
 
     student_raw [R, V] is overwritten by the gradient with respect to it, rounded to its dtype; teacher_raw [R, V].
-    labels int64 [R], IGNORED for none; weights fp32 [R] multiply a row's values and gradient. None stands for what
-    there is not.
+    labels int64 [R], IGNORED for none; weights fp32 [R] multiply a row's values and gradient; draws fp64 [R, K]. None
+    stands for what there is not.
     """
     divergence = None if formula.divergence is None else find(formula.divergence)
     options = dict(formula.options)
@@ -113,12 +83,14 @@ def block_step(formula: Formula, *, compiled: bool) -> Step:
         teacher_raw: Tensor | None,
         labels: Tensor | None,
         weights: Tensor | None,
+        draws: Tensor | None,
         student_bias: Tensor | None,
         teacher_bias: Tensor | None,
     ) -> Block:
         logits = formula.student.apply(student_raw.float(), student_bias)
-        log_p, p, _ = normalised(logits)
-        kd = ce = torch.zeros_like(log_p[:, 0])
+        log_p, p, log_total = normalised(logits)
+        z = log_total.square()
+        kd = ce = entropy = torch.zeros_like(z)
         gradient = torch.zeros_like(log_p)
         if divergence is not None and teacher_raw is not None:
             teacher_logits = formula.teacher.apply(teacher_raw.float(), teacher_bias)
@@ -128,23 +100,34 @@ def block_step(formula: Formula, *, compiled: bool) -> Step:
                 log_p_student, p_student, _ = normalised(logits / formula.temperature)
                 teacher_logits = teacher_logits / formula.temperature
             log_p_teacher, p_teacher, _ = normalised(teacher_logits)
-            rows = Rows(log_p_teacher, p_teacher, log_p_student, p_student)
-            kd, gradient = divergence.value_and_grad(rows, **options)
+            kd, gradient = divergence.value_and_grad(
+                Rows(log_p_teacher, p_teacher, log_p_student, p_student, draws), **options
+            )
             kd = kd * formula.kd_scale
             gradient = gradient * (formula.kd_weight * formula.kd_scale / formula.temperature)
+            entropy = -(p_teacher * log_p_teacher).sum(-1)
         if labels is not None:
-            labelled, target = labels != IGNORED, labels.clamp_min(0)[:, None]
+            labelled, target = (labels != IGNORED).float(), labels.clamp_min(0)[:, None]
+            smoothing = formula.label_smoothing
             ce = -log_p.gather(1, target).squeeze(-1) * labelled
+            if smoothing:
+                ce = (1.0 - smoothing) * ce - smoothing * log_p.mean(-1) * labelled
             if formula.kd_weight < 1.0:
-                gradient = gradient + (p - one_hot(target, p)) * (labelled * (1.0 - formula.kd_weight))[:, None]
+                wanted = one_hot(target, p)
+                if smoothing:
+                    wanted = (1.0 - smoothing) * wanted + smoothing / p.shape[1]
+                gradient = gradient + (p - wanted) * (labelled * (1.0 - formula.kd_weight))[:, None]
+        if formula.z_loss:
+            gradient = gradient + p * (2.0 * formula.z_loss * log_total)[:, None]
         if weights is not None:
-            kd, ce, gradient = kd * weights, ce * weights, gradient * weights[:, None]
+            kd, ce, z, gradient = kd * weights, ce * weights, z * weights, gradient * weights[:, None]
+        values = torch.stack([kd, ce, z, entropy])
         if not formula.differentiate:
-            return Block(kd, ce, None)
+            return Block(values, None)
         gradient = formula.student.slope(logits, gradient)
         bias = gradient.sum(0) if formula.wants_bias else None
         student_raw.copy_(gradient)
-        return Block(kd, ce, bias)
+        return Block(values, bias)
 
     if not compiled:
         return step

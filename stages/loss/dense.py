@@ -110,6 +110,24 @@ def bucketed(log_p_teacher: Tensor, log_p_student: Tensor, k: int) -> tuple[Tens
     return cut(log_p_teacher), cut(log_p_student)
 
 
+def soft_cross_entropy(log_p_teacher: Tensor, log_p_student: Tensor) -> Tensor:
+    """-sum T log S = KL(T || S) + entropy of T: the same gradient as forward_kl, never 0."""
+    return -(log_p_teacher.exp() * log_p_student).sum(-1)
+
+
+def sampled_kl(log_p_teacher: Tensor, log_p_student: Tensor, *, samples: float, power: float, draws: Tensor) -> Tensor:
+    """KL(T || S) of the sample's weights in T's place: mean over the sample of T / Q (log T - log S).
+
+    The sample is drawn with replacement from Q ~ T^power by `draws` [T, K], uniform in (0, 1), through Q's cumulative
+    sums. Its expectation over the draws is KL(T || S), that of its gradient KL's gradient; one value may be negative.
+    """
+    log_q = (power * log_p_teacher).log_softmax(-1)
+    reach = log_q.exp().double().cumsum(-1)
+    places = torch.searchsorted(reach, draws * reach[:, -1:], right=True)
+    weights = (log_p_teacher - log_q).gather(-1, places).exp()
+    return (weights * (log_p_teacher - log_p_student).gather(-1, places)).mean(-1)
+
+
 def hierarchical_ranking(log_p_teacher: Tensor, log_p_student: Tensor, *, k: float) -> Tensor:
     """Hinge losses on the student's probabilities: the teacher's first against its others, its K against the student's.
 

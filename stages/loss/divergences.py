@@ -4,7 +4,6 @@ To add one: its definition in dense.py, its fused twin in pointwise.py, a line h
 T teacher, S student, both softmax(logits / temperature).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -17,12 +16,19 @@ from kdpipe.manifests.errors import ConfigError, nearest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """A number a divergence takes: default, closed range, meaning."""
+    """A number a divergence takes: default, closed range, meaning, and whether it must be whole."""
 
     default: float
     low: float
     high: float
     meaning: str
+    whole: bool = False
+
+    def holds(self, value: object) -> bool:
+        """Whether it is a number of this range."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
+            return False  # nan is in no range
+        return not self.whole or value == int(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +45,8 @@ class Divergence:
     reference: Callable[..., Tensor]
     value_and_grad: Callable[..., tuple[Tensor, Tensor]]
     options: Mapping[str, Option] = field(default_factory=dict)
+    draws: str | None = None
+    """The option that says how many uniform numbers a token's draw takes; the dense definition takes them by name."""
 
     def resolve(self, given: Mapping[str, float]) -> dict[str, float]:
         """Every option with its value; ConfigError for an unknown name or a value out of range."""
@@ -49,17 +57,16 @@ class Divergence:
                 hint = nearest(name, self.options)
                 raise ConfigError(f"unknown option '{name}', it takes: {known}{hint}", where=where)
             option = self.options[name]
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not option.low <= value <= option.high:
-                raise ConfigError(
-                    f"{name} ({option.meaning}) must be in {option.low}..{option.high}, got {value!r}", where=where
-                )
+            if not option.holds(value):
+                kind = "a whole number" if option.whole else "a number"
+                wanted = f"{kind} in {option.low}..{option.high}"
+                raise ConfigError(f"{name} ({option.meaning}) must be {wanted}, got {value!r}", where=where)
         return {name: given.get(name, option.default) for name, option in self.options.items()}
 
 
-SHARE = {"low": 0.0, "high": 1.0}
-INSIDE = {"low": 1e-6, "high": 1.0 - 1e-6}
-K = Option(default=64, low=1, high=65536, meaning="entries taken of a row")
+INSIDE = 1e-6
+"""How far a share stays from 0 and 1 where the formula ends there."""
+K = Option(default=64, low=1, high=65536, meaning="entries taken of a row", whole=True)
 
 DIVERGENCES: Mapping[str, Divergence] = {
     divergence.name: divergence
@@ -70,6 +77,13 @@ DIVERGENCES: Mapping[str, Divergence] = {
             source="Hinton et al. 2015, arXiv 1503.02531",
             reference=dense.forward_kl,
             value_and_grad=pointwise.forward_kl,
+        ),
+        Divergence(
+            name="soft_cross_entropy",
+            formula="-sum T log S = KL(T || S) + the teacher's entropy",
+            source="Hinton et al. 2015, arXiv 1503.02531; torchtune's ForwardKLLoss",
+            reference=dense.soft_cross_entropy,
+            value_and_grad=pointwise.soft_cross_entropy,
         ),
         Divergence(
             name="reverse_kl",
@@ -85,7 +99,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
             source="Agarwal et al. 2023 (GKD), arXiv 2306.13649; orientation and ends as in TRL",
             reference=dense.jsd,
             value_and_grad=pointwise.jsd,
-            options={"beta": Option(default=0.5, meaning="the teacher's share of M", **SHARE)},
+            options={"beta": Option(default=0.5, low=0.0, high=1.0, meaning="the teacher's share of M")},
         ),
         Divergence(
             name="skew_kl",
@@ -93,7 +107,11 @@ DIVERGENCES: Mapping[str, Divergence] = {
             source="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
             reference=dense.skew_kl,
             value_and_grad=pointwise.skew_kl,
-            options={"alpha": Option(default=0.1, meaning="the teacher's share of the mixture", **INSIDE)},
+            options={
+                "alpha": Option(
+                    default=0.1, low=INSIDE, high=1.0 - INSIDE, meaning="the teacher's share of the mixture"
+                )
+            },
         ),
         Divergence(
             name="skew_reverse_kl",
@@ -101,7 +119,11 @@ DIVERGENCES: Mapping[str, Divergence] = {
             source="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
             reference=dense.skew_reverse_kl,
             value_and_grad=pointwise.skew_reverse_kl,
-            options={"alpha": Option(default=0.1, meaning="the student's share of the mixture", **INSIDE)},
+            options={
+                "alpha": Option(
+                    default=0.1, low=INSIDE, high=1.0 - INSIDE, meaning="the student's share of the mixture"
+                )
+            },
         ),
         Divergence(
             name="symmetric_kl",
@@ -109,7 +131,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
             source="Jeffreys 1946; weights as in torchtune's SymmetricKLLoss",
             reference=dense.symmetric_kl,
             value_and_grad=pointwise.symmetric_kl,
-            options={"forward_share": Option(default=0.5, meaning="weight of the forward KL", **SHARE)},
+            options={"forward_share": Option(default=0.5, low=0.0, high=1.0, meaning="weight of the forward KL")},
         ),
         Divergence(
             name="adaptive_kl",
@@ -118,7 +140,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
             source="Wu et al. 2024, arXiv 2404.02657; head and tail as in KDFlow",
             reference=dense.adaptive_kl,
             value_and_grad=pointwise.adaptive_kl,
-            options={"alpha": Option(default=0.5, meaning="mass of the teacher's tail", **INSIDE)},
+            options={"alpha": Option(default=0.5, low=INSIDE, high=1.0 - INSIDE, meaning="mass of the teacher's tail")},
         ),
         Divergence(
             name="tvd",
@@ -163,13 +185,26 @@ DIVERGENCES: Mapping[str, Divergence] = {
             options={"k": K},
         ),
         Divergence(
+            name="sampled_kl",
+            formula="mean over a sample of T / Q (log T - log S), the sample drawn with replacement from Q ~ T^power: "
+            "KL(T || S) and its gradient on average; one value may be below 0",
+            source="Anshumann et al. 2025 (Random Sampling KD), arXiv 2503.16870",
+            reference=dense.sampled_kl,
+            value_and_grad=pointwise.sampled_kl,
+            options={
+                "samples": Option(default=50, low=1, high=65536, meaning="tokens drawn of a row", whole=True),
+                "power": Option(default=1.0, low=0.0, high=4.0, meaning="of the teacher in what is drawn from"),
+            },
+            draws="samples",
+        ),
+        Divergence(
             name="hierarchical_ranking",
             formula="hinge losses on the student's probabilities where they rank the k likeliest tokens of both models "
             "otherwise than the teacher does; see dense.hierarchical_ranking",
             source="KDFlow's hrl",
             reference=dense.hierarchical_ranking,
             value_and_grad=pointwise.hierarchical_ranking,
-            options={"k": Option(default=5, low=1, high=64, meaning="entries taken of a row")},
+            options={"k": Option(default=5, low=1, high=64, meaning="entries taken of a row", whole=True)},
         ),
     )
 }

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdpipe.manifests.errors import ConfigError
-from kdpipe.stages.loss.blocks import Formula, block_step, pays_to_compile, rows_per_block
+from kdpipe.stages.loss.blocks import VALUES, Formula, block_step
 from kdpipe.stages.loss.gradients import StudentGradients
-from kdpipe.stages.loss.head import Head, Side
+from kdpipe.stages.loss.layout import Layout, row_blocks
 from kdpipe.stages.loss.memory import keep_heap, release_scratch, scratch, zeros
-from kdpipe.stages.loss.problem import IGNORED, DistillLoss, Problem, pose, side
+from kdpipe.stages.loss.problem import IGNORED, RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose
 
 
 def fused_distill_loss(
@@ -46,7 +46,12 @@ def fused_distill_loss(
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
     scale_t2: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     token_weights: Tensor | None = None,
+    token_keys: Tensor | None = None,
+    seed: int = 0,
+    head_grad_fp32: bool = True,
     **options: float,
 ) -> DistillLoss:
     """Sums over T tokens of divergence (kd), cross-entropy (ce) and kd_weight * kd + (1 - kd_weight) * ce (loss).
@@ -57,31 +62,55 @@ def fused_distill_loss(
     kd and ce are fp32 and detached; loss has gradients to student_hidden, student_head and student_bias. ce is
     reported whenever labels are given. With kd_weight 0 no teacher is needed and kd is 0.
     options are those of DIVERGENCES[divergence]; scale_t2 multiplies kd by temperature squared. token_weights [T]
-    multiply each token's kd and ce.
+    multiply what a token adds. label_smoothing is that of the cross-entropy; z_loss adds z_loss * logsumexp(logits)^2
+    of every token to the loss (PaLM, arXiv 2204.02311, with 1e-4).
+    A sampled divergence draws by seed and token_keys [T] int64, by default each token's place: the same seed and key
+    give the same draw in any batch. head_grad_fp32 sums the head's gradient over chunks in fp32; without it the sum is
+    in the head's own dtype, which saves an array [rows, D] and is as exact up to some 16 chunks.
     ConfigError where sizes, dtypes or options do not fit. Dense definition: reference.reference_distill_loss.
     """
     problem = pose(
-        Side(student_hidden, Head(student_head, student_bias, student_softcap, student_scale)),
-        side(teacher_hidden, teacher_head, teacher_bias, teacher_softcap, teacher_scale),
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
         labels,
         divergence=divergence,
-        options=options,
         temperature=temperature,
         kd_weight=kd_weight,
         vocab_size=vocab_size,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        student_scale=student_scale,
+        teacher_scale=teacher_scale,
         scale_t2=scale_t2,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
         token_weights=token_weights,
+        token_keys=token_keys,
+        seed=seed,
+        **options,
     )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens must be at least 1, got {chunk_tokens}; None chooses", where="loss")
-    loss, kd, ce = _Fused.apply(
-        student_hidden, student_head, student_bias, problem, chunk_tokens, torch.is_grad_enabled()
+    loss, sums, num_ranked = _Fused.apply(
+        student_hidden,
+        student_head,
+        student_bias,
+        problem,
+        chunk_tokens,
+        torch.promote_types(student_head.dtype, torch.float32) if head_grad_fp32 else student_head.dtype,
+        torch.is_grad_enabled(),
     )
-    return DistillLoss(kd=kd, ce=ce, loss=loss)
+    kd, ce, z, entropy, agree, mass = sums
+    metrics = Metrics(teacher_entropy=entropy, top1_agree=agree, top_k_mass=mass, num_ranked=num_ranked)
+    return DistillLoss(kd=kd, ce=ce, z=z, loss=loss, metrics=metrics)
 
 
 class _Fused(torch.autograd.Function):
-    """Gradients are made in forward and scaled in backward; kd and ce are for reading only."""
+    """Gradients are made in forward and scaled in backward; the other sums are for reading only."""
 
     @staticmethod
     def forward(
@@ -91,17 +120,21 @@ class _Fused(torch.autograd.Function):
         student_bias: Tensor | None,
         problem: Problem,
         chunk_tokens: int | None,
+        sum_dtype: torch.dtype,
         differentiate: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, int]:
         # Under no_grad the inputs still say requires_grad, hence the extra argument.
-        wants = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
-        gradients = StudentGradients(problem, chunk_tokens, hidden=wants[0], weight=wants[1], bias=wants[2])
-        kd, ce = _run(problem, gradients)
+        hidden, weight, bias = (differentiate and needed for needed in ctx.needs_input_grad[:3])
+        layout = Layout.of(problem, chunk_tokens, sums_head=weight and sum_dtype != student_head.dtype)
+        gradients = StudentGradients(
+            problem, sum_dtype, one_chunk=layout.num_chunks == 1, hidden=hidden, weight=weight, bias=bias
+        )
+        sums, num_ranked = _run(problem, layout, gradients)
         ctx.save_for_backward(*gradients.finish())
         bias_dtype = torch.float32 if student_bias is None else student_bias.dtype
         ctx.dtypes = (student_hidden.dtype, student_head.dtype, bias_dtype)
-        ctx.mark_non_differentiable(kd, ce)
-        return problem.kd_weight * kd + (1.0 - problem.kd_weight) * ce, kd, ce
+        ctx.mark_non_differentiable(sums)
+        return problem.total(*sums[:3]), sums, num_ranked
 
     @staticmethod
     @once_differentiable
@@ -117,57 +150,74 @@ class _Fused(torch.autograd.Function):
             return torch.mul(grad, grad_loss, out=zeros(grad.shape, like=grad, dtype=dtype))
 
         found = (scaled(grad, dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *found, None, None, None
+        return *found, None, None, None, None
 
 
-def _run(problem: Problem, gradients: StudentGradients) -> tuple[Tensor, Tensor]:
-    """Sums of kd and ce over all chunks; leaves the gradients in `gradients`."""
-    hidden, size = problem.student.hidden, min(gradients.chunk_tokens, problem.num_tokens)
-    compiled = pays_to_compile(problem)
+def _run(problem: Problem, layout: Layout, gradients: StudentGradients) -> tuple[Tensor, int]:
+    """Sums over all tokens of a block's VALUES and of what is ranked, [6], and how many tokens were ranked.
+
+    Leaves the gradients in `gradients`.
+    """
+    hidden, rows_a_block = problem.student.hidden, layout.block_rows
     if hidden.device.type == "cpu":
         keep_heap()
     formula = Formula.of(problem, differentiate=gradients.wanted, wants_bias=gradients.wants_bias)
-    step = block_step(formula, compiled=compiled)
-    # Every block has the same shape, so that one compilation does: rows beyond the last token are computed, not used.
-    num_rows = max(1, min(rows_per_block(problem.vocab_size, hidden.device, compiled=compiled), size))
-    size = -(-size // num_rows) * num_rows
-    shape = (size, problem.vocab_size)
-    kd = torch.zeros(problem.num_tokens + num_rows, dtype=torch.float32, device=hidden.device)
-    ce = torch.zeros_like(kd)
-    labels = None if problem.labels is None else padded(problem.labels, num_rows, IGNORED)
+    step = block_step(formula, compiled=layout.compiled)
+    # Rows beyond the last token are computed with the last block and not used.
+    values = torch.zeros(len(VALUES), problem.num_tokens + rows_a_block, dtype=torch.float32, device=hidden.device)
     weights = problem.weights
     if weights is None and gradients.wants_bias:
         weights = torch.ones(problem.num_tokens, dtype=torch.float32, device=hidden.device)
-    if weights is not None:
-        weights = padded(weights, num_rows, 0.0)
+    labels = None if problem.labels is None else padded(problem.labels, rows_a_block, IGNORED)
+    weights = None if weights is None else padded(weights, rows_a_block, 0.0)
+    draws = None if problem.draws is None else padded(problem.draws, rows_a_block, 0.5)
     # The student's buffer holds raw logits and then, block by block, the gradient with respect to them.
+    shape = (layout.chunk_tokens, problem.vocab_size)
     student_buffer = scratch("student", shape, like=hidden)
     teacher_buffer = None if problem.teacher is None else scratch("teacher", shape, like=problem.teacher.hidden)
     biases = problem.student.head.bias, None if problem.teacher is None else problem.teacher.head.bias
-    for start in range(0, problem.num_tokens, max(size, 1)):
-        stop = min(start + size, problem.num_tokens)
-        problem.student.raw_logits(start, stop, student_buffer)
+    ranks, num_ranked = torch.zeros(2, dtype=torch.float32, device=hidden.device), 0
+    for chunk in row_blocks(problem.num_tokens, layout.chunk_tokens):
+        size = chunk.stop - chunk.start
+        problem.student.raw_logits(chunk.start, chunk.stop, student_buffer)
+        student_buffer[size:].zero_()
         if problem.teacher is not None and teacher_buffer is not None:
-            problem.teacher.raw_logits(start, stop, teacher_buffer)
-            teacher_buffer[stop - start :].zero_()
-        student_buffer[stop - start :].zero_()
-        for first in range(0, stop - start, num_rows):
-            rows, tokens = slice(first, first + num_rows), slice(start + first, start + first + num_rows)
+            problem.teacher.raw_logits(chunk.start, chunk.stop, teacher_buffer)
+            teacher_buffer[size:].zero_()
+            some = slice(-chunk.start % RANKED_EVERY, size, RANKED_EVERY)
+            ranks += ranked(problem, student_buffer[some], teacher_buffer[some])
+            num_ranked += len(student_buffer[some])
+        for first in range(0, size, rows_a_block):
+            rows = slice(first, first + rows_a_block)
+            tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
             block = step(
                 student_buffer[rows],
                 None if teacher_buffer is None else teacher_buffer[rows],
                 None if labels is None else labels[tokens],
                 None if weights is None else weights[tokens],
+                None if draws is None else draws[tokens],
                 *biases,
             )
-            kd[tokens], ce[tokens] = block.kd, block.ce
+            values[:, tokens] = block.values
             gradients.add_bias(block.bias)
-        gradients.add_chunk(start, student_buffer[: stop - start])
-    if size < problem.num_tokens:
+        gradients.add_chunk(chunk.start, student_buffer[:size])
+    if layout.num_chunks > 1:
         release_scratch()  # the sum of the head's gradient needs the room in backward, and the chunks have paid for it
-    return kd[: problem.num_tokens].sum(), ce[: problem.num_tokens].sum()
+    return torch.cat([values[:, : problem.num_tokens].sum(1), ranks]), num_ranked
+
+
+def ranked(problem: Problem, student_raw: Tensor, teacher_raw: Tensor) -> Tensor:
+    """Of rows [R, V]: how often the likeliest tokens agree, and the student's mass on the teacher's TOP_K, [2]."""
+    if problem.teacher is None or not len(student_raw):
+        return torch.zeros(2, dtype=torch.float32, device=student_raw.device)
+    student, teacher = problem.student.head, problem.teacher.head
+    logits = student.finish.apply(student_raw.float(), student.bias) / problem.temperature
+    teacher_logits = teacher.finish.apply(teacher_raw.float(), teacher.bias)
+    places = teacher_logits.topk(min(TOP_K, logits.shape[1]), -1).indices
+    mass = (logits.gather(1, places) - logits.logsumexp(-1, keepdim=True)).exp().sum()
+    return torch.stack([(places[:, 0] == logits.argmax(-1)).sum(dtype=torch.float32), mass])
 
 
 def padded(values: Tensor, count: int, fill: float) -> Tensor:
-    """`values` [T] and `count` more of `fill`."""
-    return torch.cat([values, values.new_full((count,), fill)])
+    """`values` [T, ...] and `count` more of `fill`."""
+    return torch.cat([values, values.new_full((count, *values.shape[1:]), fill)])

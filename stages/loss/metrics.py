@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import kdpipe.stages.loss.pointwise as pointwise
-from kdpipe.stages.loss.blocks import row_blocks, rows_per_block
 from kdpipe.stages.loss.head import Head, Side
+from kdpipe.stages.loss.layout import row_blocks, rows_per_block
 from kdpipe.stages.loss.pointwise import Rows, normalised
 from kdpipe.stages.loss.problem import IGNORED, checked_labels, shared_vocab
 

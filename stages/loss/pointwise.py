@@ -21,12 +21,16 @@ BITS_OF_ONE = 30
 
 
 class Rows(NamedTuple):
-    """Both distributions over one block of rows, [R, V] fp32 each."""
+    """Both distributions over one block of rows, [R, V] fp32 each.
+
+    draws: what a sampled divergence draws with, uniform numbers [R, K] in fp64
+    """
 
     log_p_teacher: Tensor
     p_teacher: Tensor
     log_p_student: Tensor
     p_student: Tensor
+    draws: Tensor | None = None
 
 
 Result = tuple[Tensor, Tensor]
@@ -163,6 +167,24 @@ def top_k_reverse_kl(rows: Rows, *, k: float) -> Result:
     apart = torch.where(chosen, rows.log_p_student - rows.log_p_teacher, tails_apart)
     value = (rows.p_student * apart).sum(-1)
     return value, rows.p_student * (apart - value[:, None])
+
+
+def soft_cross_entropy(rows: Rows) -> Result:
+    return -(rows.p_teacher * rows.log_p_student).sum(-1), rows.p_student - rows.p_teacher
+
+
+def sampled_kl(rows: Rows, *, samples: float, power: float) -> Result:
+    assert rows.draws is not None
+    proposal = rows.p_teacher if power == 1.0 else (power * rows.log_p_teacher).exp()
+    # fp64: in fp32 an entry of 2e-8 adds nothing to a sum near 1, and would never be drawn.
+    reach = proposal.cumsum(-1, dtype=torch.float64)
+    places = torch.searchsorted(reach, rows.draws * reach[:, -1:], right=True)
+    gaps = (rows.log_p_teacher - rows.log_p_student).gather(1, places)
+    counted = torch.ones_like(gaps)
+    if power != 1.0:
+        counted = (rows.p_teacher / proposal).gather(1, places) * reach[:, -1:].float()
+    target = torch.zeros_like(rows.p_student).scatter_add(1, places, counted) / samples
+    return (counted * gaps).mean(-1), counted.mean(-1, keepdim=True) * rows.p_student - target
 
 
 def hierarchical_ranking(rows: Rows, *, k: float) -> Result:

@@ -6,11 +6,13 @@ Cost: several [T, V] arrays of each model.
 
 # Shapes: T tokens, V shared vocabulary, D student width, E teacher width.
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kdpipe.stages.loss.head import Head, Side
-from kdpipe.stages.loss.problem import IGNORED, DistillLoss, Problem, pose, side
+from kdpipe.stages.loss.problem import IGNORED, RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose
 
 
 def reference_distill_loss(
@@ -20,38 +22,31 @@ def reference_distill_loss(
     teacher_head: Tensor | None,
     labels: Tensor | None = None,
     *,
-    divergence: str = "forward_kl",
-    temperature: float = 1.0,
-    kd_weight: float = 1.0,
     chunk_tokens: int | None = None,
-    vocab_size: int | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    student_scale: float = 1.0,
-    teacher_scale: float = 1.0,
-    scale_t2: bool = False,
-    token_weights: Tensor | None = None,
-    **options: float,
+    head_grad_fp32: bool = True,
+    **arguments: Any,
 ) -> DistillLoss:
-    """The same record as `fused_distill_loss` from the same arguments; chunk_tokens cannot matter and is not used."""
-    problem = pose(
-        Side(student_hidden, Head(student_head, student_bias, student_softcap, student_scale)),
-        side(teacher_hidden, teacher_head, teacher_bias, teacher_softcap, teacher_scale),
-        labels,
-        divergence=divergence,
-        options=options,
-        temperature=temperature,
-        kd_weight=kd_weight,
-        vocab_size=vocab_size,
-        scale_t2=scale_t2,
-        token_weights=token_weights,
-    )
-    logits = dense_logits(problem.student, problem.vocab_size)
-    kd = distillation(problem, logits)
-    ce = cross_entropy(problem, logits)
-    return DistillLoss(kd=kd.detach(), ce=ce.detach(), loss=kd_weight * kd + (1.0 - kd_weight) * ce)
+    """The same record as `fused_distill_loss` from the same arguments; chunks and their sum's dtype cannot matter."""
+    problem = pose(student_hidden, student_head, teacher_hidden, teacher_head, labels, **arguments)
+    teacher_logits = None
+    if problem.teacher is not None:
+        with torch.no_grad():
+            teacher_logits = dense_logits(problem.teacher, problem.vocab_size)
+    return loss_of_logits(problem, dense_logits(problem.student, problem.vocab_size), teacher_logits)
+
+
+def loss_of_logits(problem: Problem, student_logits: Tensor, teacher_logits: Tensor | None) -> DistillLoss:
+    """The loss of logits [T, V] of both models, finished but not divided by the temperature."""
+    z = weighted_sum(problem, student_logits.logsumexp(-1).square())
+    ce = cross_entropy(problem, student_logits)
+    kd = nothing = student_logits.new_zeros(())
+    metrics = Metrics(teacher_entropy=nothing, top1_agree=nothing, top_k_mass=nothing, num_ranked=0)
+    if teacher_logits is not None:
+        log_p_teacher = torch.log_softmax(teacher_logits / problem.temperature, -1)
+        log_p_student = torch.log_softmax(student_logits / problem.temperature, -1)
+        kd = distillation(problem, log_p_teacher, log_p_student)
+        metrics = measured(log_p_teacher, log_p_student.detach())
+    return DistillLoss(kd=kd.detach(), ce=ce.detach(), z=z.detach(), loss=problem.total(kd, ce, z), metrics=metrics)
 
 
 def dense_logits(side: Side, vocab_size: int) -> Tensor:
@@ -62,24 +57,42 @@ def dense_logits(side: Side, vocab_size: int) -> Tensor:
     return head.logits(side.hidden.to(dtype), vocab_size)
 
 
-def distillation(problem: Problem, student_logits: Tensor) -> Tensor:
-    """Sum over tokens of the divergence at the temperature; 0 where kd_weight is 0."""
-    if problem.teacher is None:
-        return student_logits.new_zeros(())
-    with torch.no_grad():
-        teacher_logits = dense_logits(problem.teacher, problem.vocab_size)
-    log_p_teacher = torch.log_softmax(teacher_logits / problem.temperature, -1)
-    log_p_student = torch.log_softmax(student_logits / problem.temperature, -1)
-    values = problem.divergence.reference(log_p_teacher, log_p_student, **problem.options)
+def distillation(problem: Problem, log_p_teacher: Tensor, log_p_student: Tensor) -> Tensor:
+    """Sum over tokens of the divergence at the temperature."""
+    options: dict[str, Any] = dict(problem.options)
+    if problem.draws is not None:
+        options["draws"] = problem.draws
+    values = problem.divergence.reference(log_p_teacher, log_p_student, **options)
     return weighted_sum(problem, values) * problem.kd_scale
 
 
 def cross_entropy(problem: Problem, student_logits: Tensor) -> Tensor:
-    """Sum over the labelled tokens of -log S[label] at temperature 1; 0 without labels."""
+    """Sum over the labelled tokens of (1 - e) * -log S[label] + e * mean of -log S, e = label_smoothing.
+
+    At temperature 1; 0 without labels. Szegedy et al. 2015, arXiv 1512.00567, as in torch.nn.functional.cross_entropy.
+    """
     if problem.labels is None:
         return student_logits.new_zeros(())
-    values = torch.nn.functional.cross_entropy(student_logits, problem.labels, ignore_index=IGNORED, reduction="none")
+    values = torch.nn.functional.cross_entropy(
+        student_logits,
+        problem.labels,
+        ignore_index=IGNORED,
+        reduction="none",
+        label_smoothing=problem.label_smoothing,
+    )
     return weighted_sum(problem, values)
+
+
+def measured(log_p_teacher: Tensor, log_p_student: Tensor) -> Metrics:
+    """The metrics of rows [T, V]."""
+    log_t, log_s = log_p_teacher[::RANKED_EVERY], log_p_student[::RANKED_EVERY]
+    places = log_t.topk(min(TOP_K, log_t.shape[1]), dim=-1).indices
+    return Metrics(
+        teacher_entropy=-(log_p_teacher.exp() * log_p_teacher).sum(),
+        top1_agree=(places[:, 0] == log_s.argmax(-1)).sum(dtype=log_s.dtype),
+        top_k_mass=log_s.gather(-1, places).exp().sum(),
+        num_ranked=len(log_t),
+    )
 
 
 def weighted_sum(problem: Problem, values: Tensor) -> Tensor:

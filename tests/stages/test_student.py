@@ -43,6 +43,7 @@ def packed(*lengths: int) -> PackedBatch:
         attention_mask=None,
         rows=nothing,
         labels=nothing,
+        keys=nothing,
         teacher_rows=nothing,
     )
 
@@ -55,7 +56,7 @@ def gradients(
     student.zero_grad()
     total = torch.zeros(())
     for batch in batches:
-        value, _, _ = student(batch, teacher, loss)
+        value, _ = student(batch, teacher, loss)
         value.backward()
         total += value.detach()
     return {"loss": total} | {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}

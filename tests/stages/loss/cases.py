@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdpipe.stages.loss import DIVERGENCES, DistillLoss, reference_distill_loss
+from kdpipe.stages.loss import DistillLoss, reference_distill_loss
+from kdpipe.stages.loss.head import Side
+from kdpipe.stages.loss.problem import pose
+from kdpipe.stages.loss.reference import loss_of_logits
+
+CROSS_ENTROPIES = {"soft_cross_entropy", "top1_ce"}
+"""Their value at equality is an entropy, not 0."""
+SAMPLED = {"sampled_kl"}
+"""What holds for a divergence holds for it on average only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,39 +110,21 @@ def naive(
     teacher_hidden: Tensor,
     teacher_head: Tensor,
     labels: Tensor | None = None,
-    *,
-    divergence: str = "forward_kl",
-    temperature: float = 1.0,
-    kd_weight: float = 1.0,
-    scale_t2: bool = False,
-    token_weights: Tensor | None = None,
     **arguments: Any,
 ) -> DistillLoss:
     """What one writes without thinking of memory: products in the inputs' dtype, the rest in fp32, autograd."""
-    vocab_size = min(len(student_head), len(teacher_head))
-    logits = {}
-    for name, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
-        each = (hidden @ head[:vocab_size].T).float()
-        if f"{name}_bias" in arguments:
-            each = each + arguments.pop(f"{name}_bias")[:vocab_size].float()
-        each = each * arguments.pop(f"{name}_scale", 1.0)
-        cap = arguments.pop(f"{name}_softcap", None)
-        logits[name] = each if cap is None else cap * torch.tanh(each / cap)
-    log_p = {name: (each / temperature).log_softmax(-1) for name, each in logits.items()}
-    options = {name: option.default for name, option in DIVERGENCES[divergence].options.items()} | arguments
-    kd = DIVERGENCES[divergence].reference(log_p["teacher"], log_p["student"], **options)
-    weights = torch.ones(len(kd)) if token_weights is None else token_weights
-    kd = (kd * weights).sum()
-    kd = kd * (temperature**2 if scale_t2 else 1.0) * (kd_weight > 0)
-    ce = kd.new_zeros(())
-    if labels is not None:
-        ce = torch.nn.functional.cross_entropy(logits["student"], labels, reduction="none")
-        ce = (ce * weights).sum()
-    return DistillLoss(kd=kd, ce=ce, loss=kd_weight * kd + (1 - kd_weight) * ce)
+    problem = pose(student_hidden, student_head, teacher_hidden, teacher_head, labels, **arguments)
+
+    def logits(side: Side) -> Tensor:
+        raw = (side.hidden @ side.head.weight[: problem.vocab_size].T).float()
+        return side.head.finish.apply(raw, side.head.bias)
+
+    teacher = None if problem.teacher is None else logits(problem.teacher)
+    return loss_of_logits(problem, logits(problem.student), teacher)
 
 
 def errors(found: Outcome, right: Outcome) -> list[float]:
-    """Relative errors of kd, ce, loss and of each gradient, in that order; 0 where there is nothing to compare."""
-    pairs = [(getattr(found.out, name), getattr(right.out, name)) for name in ("kd", "ce", "loss")]
+    """Relative errors of kd, ce, z, loss and of each gradient, in that order; 0 where there is nothing to compare."""
+    pairs = [(getattr(found.out, name), getattr(right.out, name)) for name in ("kd", "ce", "z", "loss")]
     pairs += [(a, b) for a, b in zip(found.gradients, right.gradients, strict=True) if a is not None and b is not None]
     return [float((a.detach().double() - b.detach()).norm() / b.detach().norm().clamp_min(1e-9)) for a, b in pairs]

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.stages.loss.cases import Inputs, make_inputs
+from tests.stages.loss.cases import CROSS_ENTROPIES, SAMPLED, Inputs, make_inputs
 from torch import Tensor
 
-from kdpipe.stages.loss import DIVERGENCES, reference_distill_loss
+from kdpipe.stages.loss import DIVERGENCES, dense, reference_distill_loss
 
 
 def logits_as_given(teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
@@ -51,7 +51,7 @@ def test_temperature_divides_both_logits_and_t2_multiplies_the_sum() -> None:
     assert kd_of([0.8, 0.2], [0.5, 0.5], temperature=2.0, scale_t2=True) == pytest.approx(4 * expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "top1_ce"])  # a cross-entropy
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES.keys() - CROSS_ENTROPIES - SAMPLED))
 def test_every_divergence_is_zero_for_equals_and_positive_otherwise(divergence: str) -> None:
     options = {"k": 2} if "k" in DIVERGENCES[divergence].options else {}
     equal = kd_of([0.7, 0.2, 0.1], [0.7, 0.2, 0.1], divergence=divergence, **options)
@@ -66,6 +66,7 @@ BY_HAND = {
     "symmetric_kl": 0.5 * (0.3 * math.log(0.5 / 0.2) + 0.1 * math.log(0.3 / 0.2) - 0.4 * math.log(0.2 / 0.6)),
     "tvd": 0.4,
     "top1_ce": -0.5 * math.log(0.2),
+    "soft_cross_entropy": -0.8 * math.log(0.2) - 0.2 * math.log(0.6),
     # the tail is {0.2, 0.3}: h = 0.3, t = 0.5
     "adaptive_kl": 0.375 * (0.5 * math.log(2.5) + 0.3 * math.log(1.5) + 0.2 * math.log(1 / 3))
     + 0.625 * (0.2 * math.log(0.4) + 0.2 * math.log(2 / 3) + 0.6 * math.log(3)),
@@ -82,6 +83,38 @@ BY_HAND = {
 def test_values_by_hand(divergence: str) -> None:
     options = {"top_k_kl": {"k": 1}, "top_k_reverse_kl": {"k": 1}, "hierarchical_ranking": {"k": 2}}.get(divergence, {})
     assert kd_of(T, S, divergence=divergence, **options) == pytest.approx(BY_HAND[divergence], rel=1e-12)
+
+
+def test_a_sample_by_hand() -> None:
+    log_t, log_s = torch.tensor([T, S], dtype=torch.float64).log()[:, None]
+    draws = torch.tensor([[0.1, 0.6, 0.9, 0.85]], dtype=torch.float64)  # by T's sums 0.5, 0.8, 1: tokens 0, 1, 2, 2
+    gaps = [math.log(0.5 / 0.2), math.log(0.3 / 0.2), math.log(0.2 / 0.6)]
+    found = dense.sampled_kl(log_t, log_s, samples=4, power=1.0, draws=draws)
+    assert float(found) == pytest.approx((gaps[0] + gaps[1] + 2 * gaps[2]) / 4, rel=1e-12)
+    # power 0 draws every token alike, the same four here, and weighs them by 3 T.
+    found = dense.sampled_kl(log_t, log_s, samples=4, power=0.0, draws=draws)
+    assert float(found) == pytest.approx((1.5 * gaps[0] + 0.9 * gaps[1] + 1.2 * gaps[2]) / 4, rel=1e-12)
+
+
+def test_label_smoothing_and_z_loss_by_hand() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    log_total = math.log(math.exp(1) + math.exp(2) + math.exp(3))
+    out = reference_distill_loss(
+        *logits_as_given(logits, logits), torch.tensor([1]), kd_weight=0.25, label_smoothing=0.3, z_loss=0.01
+    )
+    ce = log_total - (0.7 * 2.0 + 0.1 * (1.0 + 2.0 + 3.0))
+    assert float(out.ce) == pytest.approx(ce, rel=1e-12)
+    assert float(out.z) == pytest.approx(log_total**2, rel=1e-12)
+    assert float(out.loss) == pytest.approx(0.75 * ce + 0.01 * log_total**2, rel=1e-12)
+
+
+def test_metrics_by_hand() -> None:
+    rows = [torch.tensor([each, [0.3, 0.4, 0.3]], dtype=torch.float64).log() for each in (T, S)]
+    metrics = reference_distill_loss(*logits_as_given(*rows)).metrics
+    entropy = -sum(p * math.log(p) for p in (0.5, 0.3, 0.2, 0.3, 0.4, 0.3))
+    assert float(metrics.teacher_entropy) == pytest.approx(entropy, rel=1e-12)
+    assert float(metrics.top1_agree) == 0.0  # of the first token
+    assert (float(metrics.top_k_mass), metrics.num_ranked) == (pytest.approx(1.0), 1)
 
 
 def test_alpha_beta_holds_its_relatives() -> None:
