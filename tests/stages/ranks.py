@@ -34,15 +34,15 @@ def train_and_record(job: TrainJob) -> dict[str, list[float]]:
 
 
 def first_gradients(job: TrainJob, out: Path) -> None:
-    """Gradients of the first step, gathered from all ranks, saved by rank 0 under the model's own names."""
+    """Gradients of the first step, gathered from all ranks, saved by rank 0 under the model's own names, and sums."""
     torch.set_num_threads(1)
     rows = Rows([Cache.open(path) for path in job.caches])
     with process_group(torch.device("cpu")) as (rank, world_size):
         run = Run(job, rows, torch.device("cpu"), rank=rank, world_size=world_size)
-        run._backward(0, run.feed.num_supervised(0))
+        sums = run._backward(0, run.feed.num_supervised(0))
         whole = {
             name: parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
             for name, parameter in run.student.named_parameters()
         }
         if int(os.environ.get("RANK", "0")) == 0:
-            torch.save(whole, out)
+            torch.save((whole, sums), out)

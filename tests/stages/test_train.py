@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from kdpipe.manifests.errors import CheckFailed, ConfigError, CorruptError, Kdpi
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import DataSpec, LossSpec, RunSpec, TrainSpec
 from kdpipe.pipeline.launch import launch
+from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.evaluate import evaluate_student
 from kdpipe.stages.feed import Feed, Rows
 from kdpipe.stages.loss import Head, reference_distill_loss
 from kdpipe.stages.schedule import learning_rate
-from kdpipe.stages.student import load_teacher_head
+from kdpipe.stages.student import load_teacher_head, loss_arguments
 from kdpipe.stages.train import TrainJob, check_job, train
 
 LOSS = LossSpec(kd_weight=0.5, temperature=1.5)
@@ -41,8 +43,8 @@ def job_for(
     )
 
 
-def dense_gradients(bench: Bench, student: Path) -> dict[str, torch.Tensor]:
-    """Float64 gradients of step 0 by transformers and the reference loss, each sample alone, unpacked."""
+def dense_gradients(bench: Bench, student: Path, loss: LossSpec) -> tuple[dict[str, torch.Tensor], float]:
+    """Float64 gradients and loss of step 0 by transformers and the reference loss, each sample alone, unpacked."""
     cache = Cache.open(bench.cache)
     rows = Rows([cache])
     training, _ = rows.split(None)
@@ -61,13 +63,29 @@ def dense_gradients(bench: Bench, student: Path) -> dict[str, torch.Tensor]:
             torch.tensor(view.rows).double(),
             teacher.head.weight.double(),
             ids[at + 1],
-            temperature=LOSS.temperature,
-            kd_weight=LOSS.kd_weight,
             vocab_size=teacher.vocab_size,
+            token_keys=int(member) * 2**32 + torch.arange(len(at)),
+            seed=mixed_seed(0, 0),
+            **loss_arguments(loss),
         )
         total, count = total + out.loss, count + len(at)
     (total / count).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, float(total.detach())
+
+
+def assert_gradients_are_dense(job: TrainJob, bench: Bench, ranks: int, folder: Path) -> None:
+    """Gradients and loss of the first step on so many ranks against float64."""
+    if ranks == 1:
+        first_gradients(job, folder / "grads.pt")
+    else:
+        launch(first_gradients, job, folder / "grads.pt", nproc=ranks)
+    ours, sums = torch.load(folder / "grads.pt", weights_only=True)
+    truth, loss = dense_gradients(bench, job.student, job.spec.loss)
+    assert sums["loss"] == pytest.approx(loss, rel=1e-6)
+    assert {name.removeprefix("model.") for name in ours} == truth.keys()
+    for name, gradient in truth.items():
+        error = (ours["model." + name].double() - gradient).norm() / gradient.norm()
+        assert error < 5e-6, name
 
 
 @pytest.fixture(scope="module")
@@ -83,20 +101,35 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_steps_gradients_equal_the_dense_reference(
     head: str, ranks: int, accumulate: int, checkpointing: bool, bench: Bench, tied: Path, tmp_path: Path
 ) -> None:
-    if ranks == 2 and (accumulate == 3) != checkpointing:
-        pytest.skip("every combination on one rank, the two corners on two: a launch takes seconds")
     student = tied if head == "tied" else bench.student
     job = job_for(bench, tmp_path, student=student, grad_accum=accumulate, grad_checkpointing=checkpointing)
-    if ranks == 1:
-        first_gradients(job, tmp_path / "grads.pt")
-    else:
-        launch(first_gradients, job, tmp_path / "grads.pt", nproc=2)
-    ours = torch.load(tmp_path / "grads.pt", weights_only=True)
-    truth = dense_gradients(bench, student)
-    assert {name.removeprefix("model.") for name in ours} == truth.keys()
-    for name, gradient in truth.items():
-        error = (ours["model." + name].double() - gradient).norm() / gradient.norm()
-        assert error < 5e-6, name
+    assert_gradients_are_dense(job, bench, ranks, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossSpec(preset="trl", temperature=2.0, kd_weight=0.8, scale_t2=True, label_smoothing=0.1, z_loss=1e-3),
+        LossSpec(divergence="sampled_kl", options={"samples": 20}),
+        LossSpec(kd_weight=0.0),
+    ],
+    ids=["everything", "sampled", "cross-entropy"],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_kind_of_loss_is_dense_on_ranks(
+    ranks: int, loss: LossSpec, bench: Bench, tied: Path, tmp_path: Path
+) -> None:
+    job = job_for(bench, tmp_path, student=tied, loss=loss, grad_accum=2, grad_checkpointing=True)
+    assert_gradients_are_dense(job, bench, ranks, tmp_path)
+
+
+def test_a_step_tells_entropy_agreement_and_mass(bench: Bench, tmp_path: Path) -> None:
+    recorder = Recorder()
+    train(job_for(bench, tmp_path, max_steps=2, batch_tokens=3000), recorder)
+    for name, top in (("teacher_entropy/mean", math.log(300)), ("top1_agreement", 1.0), ("top_k_mass", 1.0)):
+        assert all(0.0 <= value <= top for value in recorder.values("step", name)), name
+    assert recorder.values("step", "teacher_entropy/mean")[0] > 0.0
+    assert recorder.values("step", "top_k_mass")[0] > 0.0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

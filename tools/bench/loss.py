@@ -1,15 +1,18 @@
 """Time and memory of one loss step (value and gradients to hidden and head) against the matrix products alone.
 
 The floor is the four products a loss cannot do without: both models' logits, the gradients of hidden and head. The
-rivals are the dense formulas as users write them, eager and under torch.compile. One process, one thread, processor
-time; a round runs everything once, each ratio is taken within its round and the median over rounds is printed.
-Memory is the peak of resident memory over the inputs, each in a fresh process.
+rivals are the dense formulas as KDFlow and others write them, eager and under torch.compile, and the installed Liger
+(LigerFusedLinearJSDLoss, compiled) and TRL (generalized_jsd_loss on whole logits, and its fused loss) where they have
+the divergence. One process, one thread, processor time; a round runs everything once, each ratio is taken within its
+round and the median over rounds is printed. Memory is the peak of resident memory over the inputs, each in a fresh
+process. `make rivals` installs Liger and TRL; without them only the dense formulas are run.
 """
 
 # Shapes: T tokens, V vocabulary, D student width, E teacher width.
 
 import argparse
 import json
+import os
 import pathlib
 import shutil
 import statistics
@@ -19,10 +22,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdpipe.stages.draws import uniform
 from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss
 from kdpipe.stages.loss.memory import release_scratch
 
@@ -36,9 +42,10 @@ class Case:
     divergence: str
     num_tokens: int
     vocab_size: int
+    dtype: str = "bf16"
 
     def __str__(self) -> str:
-        return f"{self.divergence} bf16 N={self.num_tokens} D=512 E=1024 V={self.vocab_size}"
+        return f"{self.divergence} {self.dtype} N={self.num_tokens} D=512 E=1024 V={self.vocab_size}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +56,13 @@ class Inputs:
     teacher_head: Tensor
 
 
-def make_inputs(num_tokens: int, vocab_size: int) -> Inputs:
-    make = partial(torch.randn, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
+"""What of the table Liger and TRL have, by their beta."""
+
+
+def make_inputs(num_tokens: int, vocab_size: int, dtype: str = "bf16") -> Inputs:
+    make = partial(torch.randn, dtype=DTYPES[dtype], generator=torch.Generator().manual_seed(0))
     student, teacher = make(num_tokens, 512), make(num_tokens, 1024)
     heads = make(vocab_size, 512).mul_(0.08), make(vocab_size, 1024).mul_(0.06)
     return Inputs(student.requires_grad_(), heads[0].requires_grad_(), teacher, heads[1])
@@ -60,14 +72,49 @@ def dense_value(divergence: str, student: Tensor, teacher: Tensor) -> Tensor:
     """The divergence of two [T, V] logits by its dense definition, as KDFlow and others write it."""
     chosen = DIVERGENCES[divergence]
     log_s, log_t = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
-    return chosen.reference(log_t, log_s, **chosen.resolve({})).sum()
+    options: dict[str, Any] = dict(chosen.resolve({}))
+    if chosen.draws is not None:
+        options["draws"] = uniform(torch.arange(len(student)), int(options[chosen.draws]), 0)
+    return chosen.reference(log_t, log_s, **options).sum()
 
 
-def dense_step(value: Callable[[str, Tensor, Tensor], Tensor], divergence: str, inputs: Inputs) -> None:
+def dense_step(value: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> None:
     with torch.no_grad():
         teacher = inputs.teacher_hidden @ inputs.teacher_head.T
-    value(divergence, inputs.student_hidden @ inputs.student_head.T, teacher).backward()
+    value(inputs.student_hidden @ inputs.student_head.T, teacher).backward()
     drop_gradients(inputs)
+
+
+def liger_step(inputs: Inputs, beta: float) -> Step:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=True)
+    labels = torch.zeros(len(inputs.student_hidden), dtype=torch.int64)
+
+    def step() -> None:
+        hidden, head = inputs.student_hidden, inputs.student_head
+        loss(hidden, head, inputs.teacher_hidden, inputs.teacher_head, labels).backward()
+        drop_gradients(inputs)
+
+    return step
+
+
+def trl_steps(inputs: Inputs, beta: float) -> dict[str, Step]:
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    mask = torch.ones(1, len(inputs.student_hidden))
+
+    def whole(student: Tensor, teacher: Tensor) -> Tensor:
+        return GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=beta, reduction="sum")
+
+    def fused() -> None:
+        hidden = inputs.student_hidden[None], inputs.teacher_hidden[None]
+        _chunked_divergence_loss(*hidden, inputs.student_head, inputs.teacher_head, mask, beta)[0].backward()
+        drop_gradients(inputs)
+
+    return {"trl-gkd": partial(dense_step, whole, inputs), "trl-fused": fused}
 
 
 def fused_step(divergence: str, inputs: Inputs) -> None:
@@ -95,11 +142,17 @@ def floor_step(inputs: Inputs) -> Step:
     return step
 
 
-def rivals(divergence: str, inputs: Inputs) -> dict[str, Step]:
-    """Dense formulas; the compiled one only where a C++ compiler is found."""
-    steps: dict[str, Step] = {"dense-eager": partial(dense_step, dense_value, divergence, inputs)}
-    if shutil.which("g++"):
-        steps["dense-compiled"] = partial(dense_step, torch.compile(dense_value), divergence, inputs)
+def rivals(divergence: str, inputs: Inputs, *, quick: bool = False) -> dict[str, Step]:
+    """Whatever else can do it here; a compiled one only where a C++ compiler is found."""
+    value = partial(dense_value, divergence)
+    steps: dict[str, Step] = {} if quick else {"dense-eager": partial(dense_step, value, inputs)}
+    compiler = shutil.which("g++")
+    if compiler:
+        steps["dense-compiled"] = partial(dense_step, torch.compile(value), inputs)
+    if divergence in BETAS and not quick and find_spec("trl"):
+        steps |= trl_steps(inputs, BETAS[divergence])
+    if divergence in BETAS and compiler and find_spec("liger_kernel"):
+        steps["liger"] = liger_step(inputs, BETAS[divergence])
     return steps
 
 
@@ -109,10 +162,10 @@ def processor_time(step: Step) -> float:
     return time.process_time() - start
 
 
-def time_case(case: Case, rounds: int) -> dict[str, object]:
-    inputs = make_inputs(case.num_tokens, case.vocab_size)
+def time_case(case: Case, rounds: int, *, quick: bool = False) -> dict[str, object]:
+    inputs = make_inputs(case.num_tokens, case.vocab_size, case.dtype)
     steps: dict[str, Step] = {"floor": floor_step(inputs), "kdpipe": partial(fused_step, case.divergence, inputs)}
-    steps |= rivals(case.divergence, inputs)
+    steps |= rivals(case.divergence, inputs, quick=quick)
     for step in steps.values():
         step()
     times = [{name: processor_time(step) for name, step in steps.items()} for _ in range(rounds)]
@@ -124,8 +177,9 @@ def time_case(case: Case, rounds: int) -> dict[str, object]:
     return record(case, "time", "x floor", ratio)
 
 
-def memory_case(case: Case) -> dict[str, object]:
-    names = ["kdpipe", "dense-eager"] + ["dense-compiled"] * bool(shutil.which("g++"))
+def memory_case(case: Case, *, alone: bool = False) -> dict[str, object]:
+    """alone: of kdpipe only."""
+    names = ["kdpipe"] if alone else ["kdpipe", *rivals(case.divergence, make_inputs(1, 8))]
     peaks = {}
     for name in names:
         child = [sys.executable, __file__, "--peak", name, str(case.num_tokens), str(case.vocab_size), case.divergence]
@@ -157,6 +211,28 @@ def record(case: Case, metric: str, unit: str, values: dict[str, float]) -> dict
     return {**named, "kdpipe": values["kdpipe"], "rivals": others}
 
 
+def usual(divergence: str, dtype: str = "bf16") -> Case:
+    return Case(divergence=divergence, num_tokens=1024, vocab_size=32768, dtype=dtype)
+
+
+WIDE = Case(divergence="forward_kl", num_tokens=512, vocab_size=151936)
+QUICK = [partial(time_case, usual(name), 3, quick=True) for name in ("forward_kl", "jsd")]
+FULL = [
+    *(partial(time_case, usual(name), 7) for name in DIVERGENCES),
+    *(partial(time_case, usual(name, "fp32"), 5) for name in ("forward_kl", "jsd")),
+    partial(time_case, WIDE, 5),
+    *(
+        partial(memory_case, Case(divergence=name, num_tokens=count, vocab_size=32768))
+        for name in ("forward_kl", "jsd")
+        for count in (2048, 8192)
+    ),
+    *(
+        partial(memory_case, Case(divergence=name, num_tokens=8192, vocab_size=32768), alone=True)
+        for name in sorted(DIVERGENCES.keys() - {"forward_kl", "jsd"})
+    ),
+]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -168,14 +244,7 @@ def main() -> None:
         name, num_tokens, vocab_size, divergence = arguments.peak
         print_peak(name, int(num_tokens), int(vocab_size), divergence)
         return
-    names = ("forward_kl", "jsd") if arguments.quick else tuple(DIVERGENCES)
-    cases = [Case(divergence=name, num_tokens=1024, vocab_size=32768) for name in names]
-    measures = [partial(time_case, case, 3 if arguments.quick else 7) for case in cases]
-    if not arguments.quick:
-        measures.append(partial(time_case, Case(divergence="forward_kl", num_tokens=512, vocab_size=151936), 5))
-        sizes = (2048, 8192)
-        measures += [partial(memory_case, Case(divergence="forward_kl", num_tokens=n, vocab_size=32768)) for n in sizes]
-    for measure in measures:
+    for measure in QUICK if arguments.quick else FULL:
         line = measure()
         print(json.dumps(line) if arguments.json else "  ".join(str(value) for value in line.values()), flush=True)
 
