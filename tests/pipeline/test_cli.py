@@ -96,6 +96,8 @@ REFUSED = {
     "a bound that is none": (["extract", *DATA, "--cache", "c", "--engine-timeout", "nan"], "'nan' is not a number"),
     "a tolerance that is none": (["cache", "compare", "c", "d", "--tolerance", "inf"], "'inf' is not a number"),
     "an engine's argument that is none": (["extract", *DATA, "--cache", "c", "--engine-arg", "x"], "not NAME=VALUE"),
+    "an unknown preset": (["train", "--student", "s", "--cache", "c", "--output", "o", "--loss-preset", "tlr"], "trl"),
+    "a preset's key that is none": (["eval", "--student", "s", "--cache", "c", "--set", "loss.preset=x"], "kdflow"),
     "an argument too many": (["cache", "info", "c", "d"], "unexpected extra argument"),
     "no cache": (["cache", "info", "nowhere"], "PLAN.json is missing"),
     "no cache to verify": (["cache", "verify", "nowhere", "--json"], "PLAN.json is missing"),
@@ -306,6 +308,12 @@ def test_one_process_trains_in_this_one(main: Main, stages: list) -> None:
     (_, nproc), (job, progress) = stages
     assert (nproc, job.caches, job.spec.train.lr) == (1, (Path("c1"), Path("c2")), 0.5)
     assert (job.device, progress) == ("cpu", "ConsoleProgress")
+
+
+def test_a_loss_preset_is_where_the_loss_starts(main: Main, stages: list) -> None:
+    assert main(*TRAIN, "--loss-preset", "torchtune", "--set", "loss.kd_weight=0.9", "--json")[0] == 0
+    loss = stages[1][0].spec.loss
+    assert (loss.preset, loss.divergence, loss.kd_weight) == ("torchtune", "soft_cross_entropy", 0.9)
 
 
 def test_more_processes_are_launched_after_the_check(main: Main, stages: list, monkeypatch: pytest.MonkeyPatch) -> None:
