@@ -1,10 +1,13 @@
-"""The record a training run leaves beside its student: what it was made from and what came out.
+"""The records of a training run: of its finished student, and of each checkpoint on the way.
 
-`kdpipe.json` is written last, so a folder that has it holds a finished student.
+`kdpipe.json` is written last, so a folder that has it holds a finished student. A checkpoint's `checkpoint.json` is
+written after every file it names, and the folder gets its name after that.
 """
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -14,6 +17,19 @@ from kdpipe.manifests.plan import Record
 from kdpipe.manifests.specs import RunSpec
 
 RUN_FILE = "kdpipe.json"
+CHECKPOINT_FILE = "checkpoint.json"
+
+ELASTIC = (
+    "spec.train.grad_accum",
+    "spec.train.eval_every",
+    "spec.train.eval_tokens",
+    "spec.train.save_every",
+    "spec.train.keep",
+    "spec.loss.chunk_tokens",
+)
+"""Inputs that may change between a checkpoint and the run that goes on from it: the steps are the same with any."""
+
+R = TypeVar("R", bound=Record)
 
 
 class RunInputs(Record):
@@ -29,6 +45,14 @@ class RunInputs(Record):
     def digest(self) -> str:
         return hashlib.sha256(canonical(self.model_dump(mode="json"))).hexdigest()
 
+    def difference(self, other: "RunInputs", *, but: tuple[str, ...] = ()) -> str | None:
+        """The first key in which the other differs and both values, in words; None where none does."""
+        ours, theirs = (_leaves(one.model_dump(mode="json")) for one in (self, other))
+        for key in sorted((ours.keys() | theirs.keys()) - set(but)):
+            if ours.get(key) != theirs.get(key):
+                return f"its {key} is {theirs.get(key)}, this run's is {ours.get(key)}"
+        return None
+
 
 class RunRecord(Record):
     """kdpipe.json"""
@@ -36,16 +60,59 @@ class RunRecord(Record):
     inputs: RunInputs
     num_steps: int
     num_tokens: int
+    num_skipped: int
+    """Steps that were left out because their loss or gradient was not finite."""
     metrics: dict[str, int | float]
+
+
+class CheckpointFile(Record):
+    """What one rank wrote."""
+
+    num_bytes: int
+    digest: str
+    """xxh3-128"""
+
+
+class CheckpointRecord(Record):
+    """checkpoint.json: the state after `step` steps that is not in tensors. Random numbers are functions of the step.
+
+    files: of rank 0, 1 ...; a file's name follows from its rank
+    """
+
+    format_version: int = 1
+    inputs: RunInputs
+    step: int
+    num_tokens: int
+    num_skipped: int
+    lr_factor: float
+    """1, halved with each step left out under train.on_nonfinite = "halve"."""
+    files: tuple[CheckpointFile, ...]
 
 
 def read_run(folder: Path) -> RunRecord | None:
     """The record of the run whose student is in `folder`; None where it is not a student of ours."""
-    path = folder / RUN_FILE
+    return read_record(folder / RUN_FILE, RunRecord)
+
+
+def read_record(path: Path, kind: type[R]) -> R | None:
+    """The record at `path`, None where there is none. Raises LayoutError for another kind of file."""
     if not path.is_file():
         return None
     try:
-        return RunRecord.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except ValidationError as err:
         first = err.errors()[0]
         raise LayoutError(f"'{'.'.join(map(str, first['loc']))}': {first['msg']}", where=path) from None
+
+
+def _leaves(tree: dict[str, Any]) -> dict[str, object]:
+    """{"spec.train.lr": 0.0001, ...}"""
+
+    def walk(branch: dict[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
+        for key, value in branch.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(tree, ""))

@@ -26,8 +26,9 @@ from kdpipe.manifests import errors
 from kdpipe.manifests.errors import KdpipeError, TemporaryError
 
 LAUNCHER_LOGS = ("torch.distributed.elastic", "torch.multiprocessing")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-SHUTDOWN_S = 10
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
+SHUTDOWN_S = 100
+"""How long ranks have to finish their step and save it when they are asked to stop; Slurm kills after its KillWait."""
 BYSTANDER_S = 3.0
 """How long a rank waits before it dies of what may be another's death, so that the launcher sees that one first."""
 
@@ -50,6 +51,7 @@ def launch(function: Callable[..., object], *args: object, nproc: int) -> Any:
         max_restarts=0,
         start_method="spawn",
         shutdown_timeout=SHUTDOWN_S,
+        signals_to_handle=",".join(number.name for number in SIGNALS),
     )
     with tempfile.TemporaryDirectory(prefix="kdpipe-ranks-") as folder, _quiet(), _own_signals(), _threads(nproc):
         try:

@@ -2,15 +2,18 @@
 
     Feed.step(s) -> Student (hidden -> fused loss) -> backward -> clip -> AdamW -> next s
 
-Invariant: the samples of step s, its learning rate and its loss's divisor are pure functions of the run's inputs, so
-one rank and many see the same steps. Sums over supervised tokens are divided once, by those of all ranks.
+Invariant: the samples of step s, its learning rate, its random numbers and its loss's divisor are pure functions of the
+run's inputs, so one rank and many see the same steps, and a run that goes on from a checkpoint is the one that was
+never interrupted, bit for bit on the same ranks. Sums over supervised tokens are divided once, by those of all ranks.
 """
 
 import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,15 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.durable import canonical, disk_error, fsync_folder
-from kdpipe.manifests.errors import CheckFailed, ConfigError, SpaceError
+from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, write_once
+from kdpipe.manifests.errors import CheckFailed, ConfigError, SpaceError, TemporaryError
+from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.provenance import digest_model, num_bytes
-from kdpipe.manifests.run import RUN_FILE, RunInputs, RunRecord, read_run
+from kdpipe.manifests.run import ELASTIC, RUN_FILE, CheckpointRecord, RunInputs, RunRecord, read_run
 from kdpipe.manifests.specs import RunSpec
 from kdpipe.stages import evaluate
+from kdpipe.stages.checkpoint import CHECKPOINTS, Checkpoints
 from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.feed import Feed, Packer, Rows
 from kdpipe.stages.loss import find_divergence
@@ -49,8 +54,13 @@ from kdpipe.stages.student import (
     shard,
 )
 
-UNFINISHED = {"events.jsonl", "tmp"}
+UNFINISHED = {"events.jsonl", "tmp", CHECKPOINTS}
 """What an interrupted run leaves in its output."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_BYTES = 12
+"""Of a parameter in a checkpoint: fp32 weight and two moments."""
+MAX_SKIPPED = 20
+"""Steps in a row that are left out before a run is given up: it will not recover by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +71,7 @@ class TrainJob:
     caches: caches of one teacher
     output: folder the trained student is written to
     device: "auto", "cpu" or "cuda"
+    resume: "auto" goes on from the newest good checkpoint in output, "never" starts again, a path goes on from there
     """
 
     student: Path
@@ -68,6 +79,7 @@ class TrainJob:
     output: Path
     spec: RunSpec
     device: str = "auto"
+    resume: str = "auto"
 
 
 def check_job(job: TrainJob, nproc: int) -> None:
@@ -86,6 +98,7 @@ def check_job(job: TrainJob, nproc: int) -> None:
     device = pick_device(job.device)
     if device.type == "cuda" and nproc > torch.cuda.device_count():
         raise ConfigError(f"{nproc} ranks for {torch.cuda.device_count()} GPUs", where="--nproc")
+    _settle(job.output)
     if finished(job, rows) is None:
         _check_output(job)
 
@@ -101,9 +114,16 @@ def _check_output(job: TrainJob) -> None:
     there = output.absolute()
     while not there.exists():
         there = there.parent
-    needed, free = num_bytes(job.student), shutil.disk_usage(there).free
-    if needed > free:
-        raise SpaceError(f"the trained student takes {needed:,} bytes, {free:,} are free; free some room", where=output)
+    student, free = num_bytes(job.student), shutil.disk_usage(there).free
+    spec = job.spec.train
+    width = {torch.float32: 4}.get(checkpoint_dtype(job.student), 2)
+    kept = (spec.keep + 1) * student // width * STATE_BYTES if spec.save_every else 0
+    if student + kept > free:
+        raise SpaceError(
+            f"the trained student takes {student:,} bytes and its checkpoints {kept:,}, {free:,} are free; free some "
+            "room, lower train.keep, or make no checkpoints with train.save_every=0",
+            where=output,
+        )
 
 
 def finished(job: TrainJob, rows: Rows) -> RunRecord | None:
@@ -111,31 +131,20 @@ def finished(job: TrainJob, rows: Rows) -> RunRecord | None:
     record = read_run(job.output)
     if record is None:
         return None
-    inputs = _inputs(job, rows)
-    ours, theirs = (_leaves(one.model_dump(mode="json")) for one in (inputs, record.inputs))
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            raise ConfigError(
-                f"it holds the student of another run: its {key} is {theirs.get(key)}, this run's is {ours.get(key)}; "
-                "choose another --output or remove the folder",
-                where=job.output,
-            )
+    if difference := _inputs(job, rows).difference(record.inputs):
+        raise ConfigError(
+            f"it holds the student of another run: {difference}; choose another --output or remove the folder",
+            where=job.output,
+        )
     return record
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
-    """{"spec.train.lr": 0.0001, ...}"""
-    found: dict[str, object] = {}
-    for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 def train(job: TrainJob, progress: Progress) -> dict[str, object]:
     """Train as one rank of those the environment names (RANK, WORLD_SIZE; alone where it names none); final metrics.
 
-    Running a finished job again returns its metrics. Raises what check_job raises, and CheckFailed for a loss or
-    gradient that is not finite.
+    Running a finished job again returns its metrics, an interrupted one goes on from its checkpoint. Raises what
+    check_job raises, CheckFailed for a loss or gradient that is not finite, TemporaryError where SIGTERM or SIGUSR2
+    asked it to stop: the state is saved then.
     """
     device = pick_device(job.device)
     rows = Rows([Cache.open(path) for path in job.caches])
@@ -148,9 +157,34 @@ def train(job: TrainJob, progress: Progress) -> dict[str, object]:
         raise disk_error(err, job.output) from err
     with process_group(device) as (rank, world_size):
         run = Run(job, rows, device, rank=rank, world_size=world_size)
-        metrics = run.steps(progress)
+        with asked_to_stop() as asked:
+            run.resume(progress)
+            metrics = run.steps(progress, asked)
         record = run.save(metrics)
     return _result(record)
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[list[signal.Signals]]:
+    """A list that SIGTERM and SIGUSR2, as schedulers send them before they kill, add themselves to.
+
+    A second SIGTERM does what it did before. Only a main thread can have handlers; elsewhere the list stays empty.
+    """
+    asked: list[signal.Signals] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        asked.append(signal.Signals(number))
+        signal.signal(number, before[signal.Signals(number)])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            before[number] = signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -207,11 +241,71 @@ class Run:
         )
         wanted = max(round(self.feed.steps_per_epoch * spec.epochs), 1)
         self.num_steps = min(wanted, spec.max_steps or wanted)
-        self.num_tokens = 0
+        self.inputs = _inputs(job, rows)
+        self.checkpoints = Checkpoints(job.output, spec.keep, device)
+        self.done = self.num_tokens = self.num_skipped = self.skipped_in_a_row = 0
+        self.lr_factor, self.stopping = 1.0, False
 
-    def steps(self, progress: Progress) -> dict[str, float]:
-        """All steps, with evaluations on the way; the metrics of the last evaluation."""
-        spec = self.job.spec.train
+    def resume(self, progress: Progress) -> None:
+        """Take up the state of the checkpoint to go on from, where there is one. Collective."""
+        wanted = self.job.resume
+        if wanted == "never":
+            return
+        if wanted == "auto":
+            record = self.checkpoints.newest(progress)
+            if record is None:
+                return
+            path = self.checkpoints.path(record.step)
+        else:
+            path = Path(wanted)
+            record = self.checkpoints.read(path)
+        if difference := self.inputs.difference(record.inputs, but=ELASTIC):
+            raise ConfigError(
+                f"it is a checkpoint of another run: {difference}; choose another --output, or --resume never to "
+                "start again",
+                where=path,
+            )
+        self._make_moments(record.step - record.num_skipped)
+        self.checkpoints.load(self._state(), path)
+        self.done, self.num_tokens, self.num_skipped = record.step, record.num_tokens, record.num_skipped
+        self.lr_factor = record.lr_factor
+        progress.note(f"going on from the checkpoint of step {record.step}")
+        progress.event("resume", step=record.step, ranks_before=len(record.files))
+
+    def checkpoint(self, progress: Progress) -> None:
+        """Save the state as it is. Collective."""
+        started = time.perf_counter()
+        record = CheckpointRecord(
+            inputs=self.inputs,
+            step=self.done,
+            num_tokens=self.num_tokens,
+            num_skipped=self.num_skipped,
+            lr_factor=self.lr_factor,
+            files=(),
+        )
+        self._make_moments(self.done - self.num_skipped)
+        self.checkpoints.save(self._state(), record)
+        progress.event("checkpoint", step=self.done, seconds=time.perf_counter() - started)
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """Weights and moments by name, this rank's shards of them: all that a checkpoint has in tensors."""
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self.student.named_parameters():
+            state[f"weight.{name}"] = parameter.detach()
+            for moment in MOMENTS:
+                state[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        return state
+
+    def _make_moments(self, num_updates: int) -> None:
+        """AdamW's state of every parameter that has none yet, as it is after `num_updates` updates of zero."""
+        for parameter in self.student.parameters():
+            if not self.optimizer.state[parameter]:
+                updates = torch.tensor(float(num_updates), dtype=torch.float32, device=self.device)
+                moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+                self.optimizer.state[parameter] = {"step": updates, **moments}
+
+    def steps(self, progress: Progress, asked: Sequence[signal.Signals] = ()) -> dict[str, float]:
+        """All steps that are left, with evaluations and checkpoints on the way; the metrics of the last evaluation."""
         epoch_tokens = int(self.rows.num_tokens[self.training].sum())
         progress.event(
             "start", num_steps=self.num_steps, steps_per_epoch=self.feed.steps_per_epoch, ranks=self.world_size
@@ -219,15 +313,16 @@ class Run:
         if self.student.padded:
             progress.note("this model's layers cannot tell packed samples apart: batches are padded")
         total = epoch_tokens * self.num_steps // self.feed.steps_per_epoch
-        progress.begin("train", total=total, unit="tokens")
-        for step in range(self.num_steps):
-            fields = self.step(step)
-            progress.event("step", step=step + 1, **fields)
+        progress.begin("train", total=max(total - self.num_tokens, 0), unit="tokens")
+        while self.done < self.num_steps:
+            fields = self.step(self.done, asked)
+            self.done += 1
+            progress.event("step", step=self.done, **fields)
             progress.advance(
-                int(fields["num_tokens"]), f"step {step + 1}/{self.num_steps} loss {fields['loss/mean']:.4f}"
+                int(fields["num_tokens"]), f"step {self.done}/{self.num_steps} loss {fields['loss/mean']:.4f}"
             )
-            if spec.eval_every and (step + 1) % spec.eval_every == 0 and step + 1 < self.num_steps:
-                progress.event("eval", step=step + 1, **self.evaluate(Silent(), spec.eval_tokens))
+            if self.done < self.num_steps:
+                self._between_steps(progress, asked)
         progress.end()
         if not len(self.heldout):
             return {}
@@ -237,25 +332,38 @@ class Run:
         progress.event("eval", step=self.num_steps, **metrics)
         return metrics
 
-    def step(self, step: int) -> dict[str, float]:
+    def _between_steps(self, progress: Progress, asked: Sequence[signal.Signals]) -> None:
+        """What is due after this step. Raises TemporaryError where a rank was asked to stop."""
+        spec = self.job.spec.train
+        if spec.save_every and (self.stopping or self.done % spec.save_every == 0):
+            self.checkpoint(progress)
+        if self.stopping:
+            name = asked[0].name if asked else "a signal to another rank"
+            saved = (
+                f"its state after step {self.done} is saved" if spec.save_every else "train.save_every=0 saves nothing"
+            )
+            raise TemporaryError(f"stopped by {name}, {saved}; run the same command again", where=self.job.output)
+        if spec.eval_every and self.done % spec.eval_every == 0:
+            progress.event("eval", step=self.done, **self.evaluate(Silent(), spec.eval_tokens))
+
+    def step(self, step: int, asked: Sequence[signal.Signals] = ()) -> dict[str, float]:
         """One optimizer step; what to log of it. Raises CheckFailed where loss or gradient is not finite."""
         started = time.perf_counter()
+        # Random numbers are functions of the step, so that none have to be saved.
+        torch.manual_seed(mixed_seed(self.job.spec.train.seed, step, self.rank))
         count = self.feed.num_supervised(step)
-        sums = self._backward(step, count)
-        num_tokens = int(sums.pop("num_tokens"))
+        sums = self._backward(step, count, asked)
+        num_tokens, self.stopping = int(sums.pop("num_tokens")), sums.pop("stopping") > 0
         logged = _means(sums, count)
-        loss = logged["loss/mean"]
         norm = self._clip()
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise CheckFailed(
-                f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite; are the student's weights? "
-                "Try a lower train.lr, train.dtype=float32 or a longer warm-up",
-                where=f"step {step + 1}",
-            )
-        lr = learning_rate(step, self.num_steps, self.job.spec.train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        lr = self.lr_factor * learning_rate(step, self.num_steps, self.job.spec.train)
+        if np.isfinite(logged["loss/mean"]) and np.isfinite(norm):
+            self.skipped_in_a_row = 0
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        else:
+            self._leave_out(step, logged["loss/mean"], norm)
         self.optimizer.zero_grad()
         self.num_tokens += num_tokens
         return logged | {
@@ -263,22 +371,38 @@ class Run:
             "lr": lr,
             "num_tokens": num_tokens,
             "num_supervised": count,
+            "num_skipped": self.num_skipped,
             "seconds": time.perf_counter() - started,
         }
 
-    def _backward(self, step: int, count: int) -> dict[str, float]:
-        """Gradients of a step's mean loss over `count` tokens; LOSS_SUMS and num_tokens over all ranks."""
+    def _leave_out(self, step: int, loss: float, norm: float) -> None:
+        """A step that is not finite, by train.on_nonfinite. Raises CheckFailed where it says stop."""
+        policy = self.job.spec.train.on_nonfinite
+        self.num_skipped += 1
+        self.skipped_in_a_row += 1
+        if policy == "stop" or self.skipped_in_a_row > MAX_SKIPPED:
+            raise CheckFailed(
+                f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite; are the student's weights? "
+                "Try a lower train.lr, train.dtype=float32, a longer warm-up, or train.on_nonfinite=skip",
+                where=f"step {step + 1}",
+            )
+        if policy == "halve":
+            self.lr_factor *= 0.5
+
+    def _backward(self, step: int, count: int, asked: Sequence[signal.Signals] = ()) -> dict[str, float]:
+        """Gradients of a step's mean loss over `count` tokens; LOSS_SUMS, num_tokens and stopping over all ranks."""
         last, seed = self.job.spec.train.grad_accum - 1, mixed_seed(self.job.spec.train.seed, step)
-        total = torch.zeros(len(LOSS_SUMS) + 1, dtype=torch.float64, device=self.device)
+        total = torch.zeros(len(LOSS_SUMS) + 2, dtype=torch.float64, device=self.device)
         for micro, batch in enumerate(self.feed.step(step)):
             reduce_gradients(self.student, micro == last)
             loss, sums = self.student(batch.to(self.device), self.teacher, self.job.spec.loss, seed)
             (loss / count).backward()
             # The batch that keeps an idle rank in step has one token and nothing to learn from it.
             tokens = batch.seq_lens.sum() if len(batch.rows) else torch.zeros(())
-            total += torch.cat([sums.double(), tokens.double().to(self.device)[None]])
+            total[:-1] += torch.cat([sums.double(), tokens.double().to(self.device)[None]])
+        total[-1] = len(asked)
         dist.all_reduce(total)
-        return dict(zip((*LOSS_SUMS, "num_tokens"), total.tolist(), strict=True))
+        return dict(zip((*LOSS_SUMS, "num_tokens", "stopping"), total.tolist(), strict=True))
 
     def _clip(self) -> float:
         """Clip the gradients to max_grad_norm (0: leave them); their global norm before."""
@@ -309,12 +433,19 @@ class Run:
         except (OSError, SafetensorError) as err:
             raise SpaceError(f"the student could not be written: {err}", where=output) from err
         record = RunRecord(
-            inputs=_inputs(self.job, self.rows), num_steps=self.num_steps, num_tokens=self.num_tokens, metrics=metrics
+            inputs=self.inputs,
+            num_steps=self.num_steps,
+            num_tokens=self.num_tokens,
+            num_skipped=self.num_skipped,
+            metrics=metrics,
         )
         if self.rank == 0:
-            (scratch / RUN_FILE).write_bytes(canonical(record.model_dump(mode="json")))
+            _flush(scratch)
+            write_once(scratch / RUN_FILE, canonical(record.model_dump(mode="json")), scratch_folder=output)
+            failpoint("export:written")
             _move_in(scratch, output)
         dist.barrier()
+        self.checkpoints.remove()
         return record
 
 
@@ -327,14 +458,33 @@ def _means(sums: dict[str, float], count: int) -> dict[str, float]:
     return logged
 
 
-def _move_in(scratch: Path, output: Path) -> None:
-    """Move finished files to their place, flushed, the record last."""
-    for path in sorted(scratch.iterdir(), key=lambda path: path.name == RUN_FILE):
+def _flush(folder: Path) -> None:
+    """Put every file of a folder on the disk."""
+    for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        path.replace(output / path.name)
-    scratch.rmdir()
-    fsync_folder(output)
+
+
+def _settle(output: Path) -> None:
+    """Finish what a kill interrupted after the student was exported in full."""
+    if (output / "tmp" / RUN_FILE).is_file():
+        _move_in(output / "tmp", output)
+    if (output / RUN_FILE).is_file():
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+
+
+def _move_in(scratch: Path, output: Path) -> None:
+    """Move finished files to their place, the record last; the ranks of a launch may all do it at once."""
+    try:
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name == RUN_FILE):
+            with suppress(FileNotFoundError):  # another rank was first
+                path.replace(output / path.name)
+            failpoint("export:moved")
+        with suppress(FileNotFoundError):
+            scratch.rmdir()
+        fsync_folder(output)
+    except OSError as err:
+        raise disk_error(err, output) from err
 
 
 def _heldout_fraction(spec: RunSpec) -> float | None:

@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     "--nproc", type=click.IntRange(min=1), help="Processes, one a GPU.  [default: 1 on cpu, all GPUs on cuda]"
 )
 @click.option(
+    "--resume",
+    default="auto",
+    metavar="auto|never|PATH",
+    help="What an interrupted run does: go on from the newest good checkpoint in OUTPUT, start again, or go on from "
+    "the checkpoint at PATH.",
+)
+@click.option(
     "--loss-preset",
     type=click.Choice(list(PRESETS)),
     help="Start from another project's loss at its defaults, as loss.preset; docs/losses.md says what each is.",
@@ -45,6 +52,7 @@ def command(
     caches: tuple[Path, ...],
     output: Path,
     nproc: int | None,
+    resume: str,
     loss_preset: str | None,
     device: str,
     config: Path | None,
@@ -54,6 +62,8 @@ def command(
     """Train a student from one or more caches; the teacher is not needed.
 
     Prints the final metrics. Events go to OUTPUT/events.jsonl. Under torchrun it is one rank of that launch.
+    Interrupted? The same command again goes on from its last checkpoint; SIGTERM and SIGUSR2 finish the step, save and
+    exit 75.
 
     \b
     kdpipe train --student models/small --cache /scratch/cache --output runs/a --set train.lr=3e-4 loss.temperature=2
@@ -71,7 +81,7 @@ def command(
         nproc = max(gpus, 1)
     elif device == "cuda" and nproc > gpus:
         raise ConfigError(f"{nproc} processes, one a GPU, but there are {gpus} GPUs", where="--nproc")
-    job = TrainJob(student=student, caches=caches, output=output, spec=run, device=device)
+    job = TrainJob(student=student, caches=caches, output=output, spec=run, device=device, resume=resume)
     with results_only():
         check_job(job, nproc)
         if nproc == 1 or under_torchrun:

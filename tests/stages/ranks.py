@@ -1,11 +1,13 @@
 """What a rank of a test does: functions of a module, so that spawned processes find them."""
 
 import os
+import signal
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from kdpipe.manifests import failpoints
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.progress import Silent
 from kdpipe.stages.feed import Rows
@@ -17,6 +19,10 @@ class Recorder(Silent):
 
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, object]]] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def event(self, kind: str, **fields: object) -> None:
         self.events.append((kind, fields))
@@ -46,3 +52,43 @@ def first_gradients(job: TrainJob, out: Path) -> None:
         }
         if int(os.environ.get("RANK", "0")) == 0:
             torch.save((whole, sums), out)
+
+
+class Logged(Silent):
+    """Writes the steps' losses and gradient norms, in hexadecimal, to a file that kills leave whole lines in."""
+
+    def __init__(self, path: Path, kill: str) -> None:
+        self._path, self._kill = path, kill
+
+    def event(self, kind: str, **fields: object) -> None:
+        if kind == "step":
+            numbers = [float(str(fields[name])).hex() for name in ("loss/mean", "grad_norm", "lr")]
+            with open(self._path, "a") as file:
+                file.write(f"{fields['step']} {' '.join(numbers)}\n")
+        if self._kill == f"{kind}:{fields.get('step')}":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until(job: TrainJob, kill: str) -> None:
+    """Train, logging steps to OUTPUT.log; die at the event "step:7", or at the failpoint "checkpoint:named#2"."""
+    torch.set_num_threads(1)
+    failpoints.arm(kill)
+    train(job, Logged(job.output.with_suffix(".log"), kill))
+
+
+def read_steps(output: Path) -> dict[int, str]:
+    """What OUTPUT.log says of each step; that of a step that was taken twice must be the same both times."""
+    steps: dict[int, str] = {}
+    for line in output.with_suffix(".log").read_text().splitlines():
+        number, _, told = line.partition(" ")
+        assert steps.setdefault(int(number), told) == told, f"step {number} was another one the second time"
+    return steps
+
+
+def train_logged(job: TrainJob) -> dict[int, float]:
+    """Train as this rank; the loss of every step it took."""
+    torch.set_num_threads(1)
+    recorder = Recorder()
+    train(job, recorder)
+    steps = (int(step) for step in recorder.values("step", "step"))
+    return dict(zip(steps, recorder.values("step", "loss/mean"), strict=True))

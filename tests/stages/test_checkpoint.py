@@ -1,0 +1,270 @@
+"""Checkpoints: a run killed anywhere goes on bit for bit, a damaged checkpoint is passed over."""
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+from tests.conftest import Bench
+from tests.stages.ranks import Recorder, read_steps, train_logged, train_until
+from tests.stages.test_train import job_for
+
+from kdpipe.manifests.errors import ConfigError, CorruptError, TemporaryError
+from kdpipe.manifests.run import CHECKPOINT_FILE
+from kdpipe.pipeline.launch import launch
+from kdpipe.stages.checkpoint import file_name
+from kdpipe.stages.train import Run, TrainJob, asked_to_stop, check_job, train
+
+STEPS = 12
+FAILPOINTS = ("written", "digested", "recorded", "flushed", "named", "pruned")
+
+
+def small_job(bench: Bench, output: Path, **changes: object) -> TrainJob:
+    """12 steps over two epochs and a bit."""
+    return job_for(bench, output, **{"max_steps": STEPS, "batch_tokens": 900, "epochs": 9, "save_every": 3} | changes)
+
+
+@pytest.fixture(scope="module")
+def server() -> ForkServerContext:
+    """Processes that start in a moment, torch and transformers loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kdpipe.stages.train", "tests.stages.ranks"])
+    return context
+
+
+@pytest.fixture
+def run(server: ForkServerContext) -> Callable[..., int]:
+    """Train in a process of its own, killed where it is told to be; its exit code."""
+
+    def start(job: TrainJob, *, kill: str = "") -> int:
+        process = server.Process(target=train_until, args=(job, kill))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, "the run hangs"
+        return process.exitcode
+
+    return start
+
+
+def weights(output: Path) -> bytes:
+    return (output / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(bench: Bench, server: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The output of the run that was never interrupted, made once for each grad_accum."""
+    made: dict[int, Path] = {}
+
+    def output(accumulate: int = 1) -> Path:
+        if accumulate not in made:
+            made[accumulate] = tmp_path_factory.mktemp("whole") / "out"
+            job = small_job(bench, made[accumulate], grad_accum=accumulate)
+            process = server.Process(target=train_until, args=(job, ""))
+            process.start()
+            process.join(120)
+            assert process.exitcode == 0
+        return made[accumulate]
+
+    return output
+
+
+def assert_same(output: Path, whole: Path) -> None:
+    """Every step's loss, norm and rate, and the final weights: bit for bit."""
+    assert read_steps(output) == read_steps(whole)
+    assert weights(output) == weights(whole)
+    assert not (output / "checkpoints").exists()
+    assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("step", [1, 3, 7, STEPS])
+def test_a_run_killed_after_a_step_goes_on_bit_for_bit(
+    step: int, accumulate: int, bench: Bench, run: Callable[..., int], whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = small_job(bench, tmp_path / "out", grad_accum=accumulate)
+    assert run(job, kill=f"step:{step}") == -signal.SIGKILL
+    assert run(job) == 0
+    assert_same(job.output, whole(accumulate))
+
+
+@pytest.mark.parametrize(
+    "place", [*(f"checkpoint:{name}#2" for name in FAILPOINTS), "export:written", "export:moved#2"]
+)
+def test_a_run_killed_while_it_saves_goes_on_bit_for_bit(
+    place: str, bench: Bench, run: Callable[..., int], whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = small_job(bench, tmp_path / "out")
+    assert run(job, kill=place) == -signal.SIGKILL
+    check_job(job, 1)
+    assert run(job) == 0
+    assert_same(job.output, whole())
+
+
+def test_a_run_killed_five_times_goes_on_bit_for_bit(
+    bench: Bench, run: Callable[..., int], whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = small_job(bench, tmp_path / "out")
+    for place in ("step:2", "step:4", "checkpoint:digested", "checkpoint:named", "step:9"):
+        assert run(job, kill=place) == -signal.SIGKILL
+    assert run(job) == 0
+    assert_same(job.output, whole())
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
+    "a bit flipped": lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
+    "cut short": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "gone": lambda data: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", [CHECKPOINT_FILE, file_name(0)])
+def test_a_damaged_checkpoint_is_passed_over(
+    name: str, damage: str, bench: Bench, run: Callable[..., int], whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = small_job(bench, tmp_path / "out")
+    assert run(job, kill="step:8") == -signal.SIGKILL
+    victim = job.output / "checkpoints" / "000006" / name
+    left = DAMAGE[damage](victim.read_bytes())
+    victim.unlink()
+    if left is not None:
+        victim.write_bytes(left)
+    notes = Recorder()
+    train(job, notes)
+    assert any("checkpoint of step 6 is damaged" in text for text in notes.notes), notes.notes
+    assert ("resume", 3) in [(kind, fields.get("step")) for kind, fields in notes.events]
+    assert weights(job.output) == weights(whole())
+
+
+def test_other_ranks_and_accumulation_go_on_with_the_same_steps(
+    bench: Bench, run: Callable[..., int], whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = small_job(bench, tmp_path / "out")
+    assert run(job, kill="step:7") == -signal.SIGKILL
+    wide = small_job(bench, job.output, grad_accum=2, save_every=2, keep=1)
+    found = launch(train_logged, wide, nproc=2)
+    right = {step: float.fromhex(told.split()[0]) for step, told in read_steps(whole()).items()}
+    assert sorted(found) == list(range(7, STEPS + 1))
+    assert all(loss == pytest.approx(right[step], rel=2e-5) for step, loss in found.items())
+
+
+def test_two_ranks_killed_go_on_bit_for_bit(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = small_job(bench, tmp_path / "whole" / "out")
+    launch(train_until, job, "", nproc=2)
+    other = dataclasses.replace(job, output=tmp_path / "other" / "out")
+    for place in ("step:5", "checkpoint:recorded"):
+        with pytest.raises(TemporaryError, match="SIGKILL"):
+            launch(train_until, other, place, nproc=2)
+    launch(train_until, other, "", nproc=2)
+    assert_same(other.output, job.output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_finishes_the_step_and_saves(
+    number: signal.Signals, bench: Bench, whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = small_job(bench, tmp_path / "out", save_every=100)
+
+    class Sender(Recorder):
+        def event(self, kind: str, **fields: object) -> None:
+            super().event(kind, **fields)
+            if (kind, fields.get("step")) == ("step", 4):
+                os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(TemporaryError, match=f"stopped by {number.name}, its state after step 5 is saved"):
+        train(job, Sender())
+    assert signal.getsignal(number) == before
+    recorder = Recorder()
+    train(job, recorder)
+    assert recorder.values("step", "step") == list(range(6, STEPS + 1))
+    assert weights(job.output) == weights(whole())
+
+
+def test_asked_twice_it_does_not_wait() -> None:
+    with asked_to_stop() as asked:
+        previous = signal.signal(signal.SIGUSR2, signal.getsignal(signal.SIGUSR2))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) != previous
+
+
+def test_a_checkpoint_of_another_run_is_refused(bench: Bench, run: Callable[..., int], tmp_path: Path) -> None:
+    job = small_job(bench, tmp_path / "out")
+    assert run(job, kill="step:4") == -signal.SIGKILL
+    other = small_job(bench, job.output, lr=5e-4)
+    with pytest.raises(ConfigError, match=r"checkpoint of another run: its spec\.train\.lr is 0\.001, this run's is"):
+        train(other, Recorder())
+    with pytest.raises(CorruptError, match=r"checkpoint\.json is missing"):
+        train(dataclasses.replace(job, resume=str(tmp_path)), Recorder())
+    recorder = Recorder()
+    train(dataclasses.replace(other, resume="never"), recorder)
+    assert recorder.values("step", "step") == list(range(1, STEPS + 1))
+
+
+def test_a_run_goes_on_from_a_named_checkpoint(
+    bench: Bench, run: Callable[..., int], whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = small_job(bench, tmp_path / "out")
+    assert run(job, kill="step:7") == -signal.SIGKILL
+    shutil.move(job.output / "checkpoints" / "000003", tmp_path / "mine")
+    elsewhere = dataclasses.replace(job, output=tmp_path / "elsewhere", resume=str(tmp_path / "mine"))
+    recorder = Recorder()
+    train(elsewhere, recorder)
+    assert recorder.values("step", "step")[0] == 4
+    assert weights(elsewhere.output) == weights(whole())
+
+
+def test_only_the_newest_are_kept_and_none_when_it_is_done(
+    bench: Bench, run: Callable[..., int], tmp_path: Path
+) -> None:
+    job = small_job(bench, tmp_path / "out", save_every=1, keep=3)
+    assert run(job, kill="step:9") == -signal.SIGKILL
+    folder = job.output / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir() if path.name != "tmp") == ["000006", "000007", "000008"]
+    train(job, Recorder())
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(("policy", "factor"), [("skip", 1.0), ("halve", 0.25)])
+def test_a_step_that_is_not_finite_is_left_out(
+    policy: str, factor: float, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, own = [], Run._clip
+
+    def clip(self: Run) -> float:
+        calls.append(own(self))
+        return float("nan") if len(calls) in (3, 5) else calls[-1]
+
+    monkeypatch.setattr(Run, "_clip", clip)
+    job = small_job(bench, tmp_path, on_nonfinite=policy, schedule="constant", warmup_ratio=0.0)
+    recorder = Recorder()
+    train(job, recorder)
+    assert recorder.values("step", "num_skipped") == [0, 0, 1, 1, *([2] * 8)]
+    assert recorder.values("step", "lr")[-1] == pytest.approx(1e-3 * factor)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_soak_a_run_killed_at_every_one_of_60_steps(
+    accumulate: int, bench: Bench, run: Callable[..., int], tmp_path: Path
+) -> None:
+    def job(name: str) -> TrainJob:
+        return small_job(bench, tmp_path / name / "out", max_steps=60, epochs=99, grad_accum=accumulate, save_every=7)
+
+    assert run(job("whole")) == 0
+    for step in range(1, 61):
+        killed = job(str(step))
+        for kill in ("step:1", "checkpoint:recorded", f"step:{step}")[-(step % 3 + 1) :]:
+            run(killed, kill=kill)
+        assert run(killed) == 0
+        assert_same(killed.output, job("whole").output)
+        shutil.rmtree(killed.output.parent)
