@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kdpipe.manifests.errors import InputError, KdpipeError, SpaceError
+from kdpipe.manifests.failpoints import failpoint
 
 MOMENT_S = 2.0
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -34,6 +35,16 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Put every file below a folder on the disk, and every name."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def file_system(descriptor: int) -> str:
@@ -83,15 +94,18 @@ def sweep(scratch: Iterable[Path]) -> None:
 def publish(scratch: Path, final: Path) -> bool:
     """Give a finished, flushed file its final name; False if that name is taken (nothing is replaced).
 
-    The scratch name is gone afterwards in both cases.
+    The scratch name is gone afterwards in both cases. Failpoints: FOLDER:linked, FOLDER:unlinked, FOLDER:published.
     """
     try:
         os.link(scratch, final)
         fresh = True
     except FileExistsError:
         fresh = False
+    failpoint(f"{final.parent.name}:linked")
     scratch.unlink()
+    failpoint(f"{final.parent.name}:unlinked")
     fsync_folder(final.parent)
+    failpoint(f"{final.parent.name}:published")
     return fresh
 
 
@@ -103,7 +117,9 @@ def write_once(final: Path, data: bytes, *, scratch_folder: Path) -> bool:
             hold(file.fileno())
             file.write(data)
             file.flush()
+            failpoint(f"{final.parent.name}:written")
             os.fsync(file.fileno())
+            failpoint(f"{final.parent.name}:flushed")
             return publish(scratch, final)
     except OSError as err:
         scratch.unlink(missing_ok=True)

@@ -19,8 +19,18 @@ import pyarrow as pa
 import xxhash
 from pydantic import ValidationError
 
-from kdpipe.manifests.durable import canonical, disk_error, file_system, hold, publish, scratch_name, write_once
+from kdpipe.manifests.durable import (
+    canonical,
+    disk_error,
+    file_system,
+    fsync_folder,
+    hold,
+    publish,
+    scratch_name,
+    write_once,
+)
 from kdpipe.manifests.errors import CorruptError, DriftError, IncompleteError, LayoutError
+from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.plan import Plan, Record
 from kdpipe.manifests.sample import ID_BYTES, SampleView
 from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out
@@ -103,6 +113,7 @@ class ShardWriter:
         except OSError as err:
             self.__exit__()
             raise disk_error(err, shard_path(folder, index)) from err
+        failpoint("shard:allocated")
         self._has_cheap_holes = file_system(self._file) in CHEAP_HOLES
         self._map = mmap.mmap(self._file, self.layout.num_bytes)
         self._bytes = np.frombuffer(self._map, np.uint8)
@@ -134,11 +145,13 @@ class ShardWriter:
         digest = xxhash.xxh3_128_hexdigest(self._bytes[self.layout.body :].data)
         sealed = shard_layout(self._plan, self._plan_digest, self._index, digest)
         self._bytes[: sealed.body] = np.frombuffer(sealed.header, np.uint8)
+        failpoint("shard:digested")
         record = Commit(shard=self._index, plan=self._plan_digest, num_bytes=sealed.num_bytes, digest=digest)
         final = shard_path(self._folder, self._index)
         try:
             self._map.flush()
             os.fsync(self._file)
+            failpoint("shard:flushed")
             fresh = publish(self.path, final)
         except OSError as err:
             raise disk_error(err, final) from err
@@ -212,6 +225,7 @@ def adopt(folder: Path, plan: Plan, plan_digest: str, index: int) -> bool:
             where=path,
         )
     record = Commit(shard=index, plan=plan_digest, num_bytes=layout.num_bytes, digest=digest)
+    fsync_folder(path.parent)  # the kill may have come before the name was on the disk
     write_once(commit_path(folder, index), canonical(record.model_dump()), scratch_folder=folder / "tmp")
     return True
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, write_once
+from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, fsync_tree, write_once
 from kdpipe.manifests.errors import CheckFailed, ConfigError, SpaceError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress, Silent
@@ -440,7 +440,7 @@ class Run:
             metrics=metrics,
         )
         if self.rank == 0:
-            _flush(scratch)
+            fsync_tree(scratch)
             write_once(scratch / RUN_FILE, canonical(record.model_dump(mode="json")), scratch_folder=output)
             failpoint("export:written")
             _move_in(scratch, output)
@@ -456,13 +456,6 @@ def _means(sums: dict[str, float], count: int) -> dict[str, float]:
     if ranked:
         logged |= {"top1_agreement": sums["top1_agree"] / ranked, "top_k_mass": sums["top_k_mass"] / ranked}
     return logged
-
-
-def _flush(folder: Path) -> None:
-    """Put every file of a folder on the disk."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
 
 
 def _settle(output: Path) -> None:

@@ -1,5 +1,6 @@
 """What most tests of the stages start from: a tiny teacher, its cache, a student; made once for all of them."""
 
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,32 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     spec = ExtractSpec(teacher=teacher, data=(data,), data_spec=DataSpec(max_length=128, heldout_fraction=0.25))
     extract(spec, folder / "cache", Silent())
     return Bench(teacher=teacher, student=student, data=data, cache=folder / "cache")
+
+
+Apart = Callable[..., int]
+
+
+@pytest.fixture(scope="session")
+def apart() -> Apart:
+    """Run a function of a module in a process of its own, which starts in a moment; its exit code.
+
+    apart(function, *args, kill_after=SECONDS) kills it with SIGKILL then, if it still runs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kdpipe.stages.train", "kdpipe.stages.extract", "tests.stages.ranks"])
+
+    def run(function: Callable[..., object], *args: object, kill_after: float | None = None) -> int:
+        process = context.Process(target=function, args=args)
+        process.start()
+        process.join(120 if kill_after is None else kill_after)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            assert kill_after is not None, "the process hangs"
+        assert process.exitcode is not None
+        return process.exitcode
+
+    return run
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache, write_head
-from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, hold, scratch_name, sweep
+from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, fsync_tree, hold, scratch_name, sweep
 from kdpipe.manifests.errors import CacheError, ConfigError, DataError, SpaceError, TeacherError
+from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.plan import (
     PLAN_FILE,
     SAMPLES_FILE,
@@ -140,19 +141,24 @@ class Staged:
     """A plan ready to be put in place, or found in place already.
 
     folder: where it lies now: beside the cache, or the cache itself where that exists
+    made: folders whose entries are new because the cache's parents were missing
     """
 
     plan: Plan
     head: Head
     folder: Path
     cache: Path
+    made: tuple[Path, ...] = ()
 
     def publish(self) -> Cache:
         """Put the staged folder in place, unless a cache of the same plan is there; the cache, open."""
         if self.folder != self.cache:
             try:
                 os.rename(self.folder, self.cache)
-                fsync_folder(self.cache.parent)
+                failpoint("plan:renamed")
+                for above in (self.cache.absolute().parent, *self.made):
+                    fsync_folder(above)
+                failpoint("plan:published")
             except OSError:
                 # Another writer of the same plan was quicker, or the name is taken by something else.
                 require_same(self.plan, self.cache)
@@ -189,7 +195,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
             yield Staged(plan=plan, head=head, folder=cache, cache=cache)
             return
         _place_head(head, folder)
-        yield Staged(plan=plan, head=head, folder=folder, cache=cache)
+        yield Staged(plan=plan, head=head, folder=folder, cache=cache, made=tuple(above.parent for above in made))
     except OSError as err:
         raise disk_error(err, cache) from err
     finally:
@@ -292,9 +298,9 @@ def _write_plan(
     tokenizer.save_pretrained(str(folder / "teacher"))
     (folder / "teacher" / "head.json").write_bytes(canonical(head.model_dump()))
     (folder / PLAN_FILE).write_bytes(plan.to_bytes())
-    for path in (path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    failpoint("plan:written")
+    fsync_tree(folder)
+    failpoint("plan:flushed")
     return plan
 
 

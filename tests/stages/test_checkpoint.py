@@ -1,16 +1,14 @@
 """Checkpoints: a run killed anywhere goes on bit for bit, a damaged checkpoint is passed over."""
 
 import dataclasses
-import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
-from tests.conftest import Bench
+from tests.conftest import Apart, Bench
 from tests.stages.ranks import Recorder, read_steps, train_logged, train_until
 from tests.stages.test_train import job_for
 
@@ -29,26 +27,10 @@ def small_job(bench: Bench, output: Path, **changes: object) -> TrainJob:
     return job_for(bench, output, **{"max_steps": STEPS, "batch_tokens": 900, "epochs": 9, "save_every": 3} | changes)
 
 
-@pytest.fixture(scope="module")
-def server() -> ForkServerContext:
-    """Processes that start in a moment, torch and transformers loaded."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kdpipe.stages.train", "tests.stages.ranks"])
-    return context
-
-
 @pytest.fixture
-def run(server: ForkServerContext) -> Callable[..., int]:
+def run(apart: Apart) -> Callable[..., int]:
     """Train in a process of its own, killed where it is told to be; its exit code."""
-
-    def start(job: TrainJob, *, kill: str = "") -> int:
-        process = server.Process(target=train_until, args=(job, kill))
-        process.start()
-        process.join(120)
-        assert process.exitcode is not None, "the run hangs"
-        return process.exitcode
-
-    return start
+    return lambda job, kill="": apart(train_until, job, kill)
 
 
 def weights(output: Path) -> bytes:
@@ -56,7 +38,7 @@ def weights(output: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def whole(bench: Bench, server: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def whole(bench: Bench, apart: Apart, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The output of the run that was never interrupted, made once for each grad_accum."""
     made: dict[int, Path] = {}
 
@@ -64,10 +46,7 @@ def whole(bench: Bench, server: ForkServerContext, tmp_path_factory: pytest.Temp
         if accumulate not in made:
             made[accumulate] = tmp_path_factory.mktemp("whole") / "out"
             job = small_job(bench, made[accumulate], grad_accum=accumulate)
-            process = server.Process(target=train_until, args=(job, ""))
-            process.start()
-            process.join(120)
-            assert process.exitcode == 0
+            assert apart(train_until, job, "") == 0
         return made[accumulate]
 
     return output

@@ -1,0 +1,53 @@
+"""What a process of a durability test does: functions of a module, so that spawned processes find them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tests.chats import write_chats
+from tests.models import make_model, make_tokenizer
+
+from kdpipe.manifests import durable, failpoints
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.specs import DataSpec
+from kdpipe.stages.extract import ExtractSpec, extract, planning
+
+SHARD_TOKENS = 150
+
+
+def small_spec(folder: Path) -> ExtractSpec:
+    """Twelve chats and a teacher in `folder`, made where they are not there: five shards or so."""
+    teacher, data = folder / "teacher", folder / "data.jsonl"
+    if not data.exists():
+        make_tokenizer(make_model("qwen3", teacher, vocab_size=304))
+        write_chats(data, 12, longest=60)
+    return ExtractSpec(teacher=teacher, data=(data,), data_spec=DataSpec(max_length=200), device="cpu")
+
+
+def extract_small(
+    spec: ExtractSpec, cache: Path, kill: str = "", part: tuple[int, int] | None = None, moment: float = 0.0
+) -> None:
+    """Extract in shards of SHARD_TOKENS; die at the failpoint. What kills left is swept when `moment` seconds old."""
+    torch.set_num_threads(1)
+    planning.SamplesWriter.__init__.__kwdefaults__["shard_tokens"] = SHARD_TOKENS
+    durable.MOMENT_S = moment
+    failpoints.arm(kill)
+    extract(spec, cache, Silent(), part=part)
+
+
+def files(folder: Path, *, but: Callable[[Path], bool] = lambda path: False) -> dict[str, bytes]:
+    """Everything a cache is made of, without the logs of runs."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.parent.name != "runs" and not but(path)
+    }
+
+
+def committed_are_whole(cache: Path) -> int:
+    """Check every committed shard of a cache, complete or not; how many there are."""
+    opened = Cache.open(cache)
+    for number in opened.committed():
+        opened.shard(number).verify(opened.samples.shard(number))
+    return len(opened.committed())

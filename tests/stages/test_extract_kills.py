@@ -1,0 +1,94 @@
+"""Extraction killed anywhere: no torn file counts, and the next run ends with the very bytes of one never killed."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tests.conftest import Apart
+from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
+
+from kdpipe.manifests.plan import PLAN_FILE
+from kdpipe.stages.extract import ExtractSpec
+
+FAILPOINTS = [
+    "plan:written",
+    "plan:flushed",
+    "plan:renamed",
+    "plan:published",
+    *(f"teacher:{name}" for name in ("written", "flushed", "linked", "unlinked", "published")),
+    *(f"shard:{name}{nth}" for name in ("allocated", "digested", "flushed") for nth in ("", "#3")),
+    *(f"shards:{name}{nth}" for name in ("linked", "unlinked", "published") for nth in ("", "#3")),
+    *(
+        f"commits:{name}{nth}"
+        for name in ("written", "flushed", "linked", "unlinked", "published")
+        for nth in ("", "#3")
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ExtractSpec:
+    return small_spec(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def whole(spec: ExtractSpec, apart: Apart, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a cache whose extraction was never interrupted."""
+    cache = tmp_path_factory.mktemp("whole") / "cache"
+    assert apart(extract_small, spec, cache) == 0
+    made = files(cache)
+    assert sum(name.startswith("commits/") for name in made) > 4
+    return made
+
+
+def assert_goes_on(spec: ExtractSpec, cache: Path, apart: Apart, whole: dict[str, bytes]) -> None:
+    """What is committed is whole, and the next run finishes it and leaves nothing else."""
+    before = files(cache) if cache.exists() else {}
+    if (cache / PLAN_FILE).exists():
+        committed_are_whole(cache)
+    for name, data in before.items():
+        if not name.startswith("tmp/"):
+            assert whole[name] == data, f"{name} is torn"
+    assert apart(extract_small, spec, cache) == 0
+    assert files(cache) == whole
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name], "something is left beside the cache"
+
+
+@pytest.mark.parametrize("place", FAILPOINTS)
+def test_killed_at_every_failpoint(
+    place: str, spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    cache = tmp_path / "a" / "cache"
+    assert apart(extract_small, spec, cache, place) == -signal.SIGKILL
+    assert_goes_on(spec, cache, apart, whole)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.timeout(600)
+def test_killed_at_random_moments(
+    count: int, spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Up to three kills a cache, anywhere in its making; a run that is quicker than its kill starts another cache."""
+    started = time.monotonic()
+    assert apart(extract_small, spec, tmp_path / "timed" / "cache") == 0
+    seconds = time.monotonic() - started
+    draw, killed, number = random.Random(count), 0, 0
+    while killed < count:
+        cache = tmp_path / str(number) / "cache"
+        number += 1
+        for _ in range(draw.randrange(1, 4)):
+            if apart(extract_small, spec, cache, kill_after=draw.uniform(0.02, seconds)) == 0:
+                break
+            killed += 1
+        assert_goes_on(spec, cache, apart, whole)
+
+
+def test_a_kill_loses_one_shard_at_most(
+    spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    for done in range(1, 5):
+        assert apart(extract_small, spec, cache, "commits:published") == -signal.SIGKILL
+        assert committed_are_whole(cache) == done
