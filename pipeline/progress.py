@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from io import FileIO
+from io import BufferedWriter
 from pathlib import Path
 from typing import TextIO
 
@@ -38,7 +38,7 @@ class EventLog:
     def __init__(self, path: Path | None, *, after: Path | None = None, once: str | None = None) -> None:
         self._path, self._after, self._once = path, after, once
         self._waiting: list[str] = []
-        self._file: FileIO | None = None
+        self._file: BufferedWriter | None = None
 
     def write(self, kind: str, fields: dict[str, object]) -> None:
         if self._path is None:
@@ -51,8 +51,9 @@ class EventLog:
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+                self._file = open(self._path, "ab")  # noqa: SIM115 - lives as long as the run
             self._file.write("".join(self._waiting).encode())
+            self._file.flush()
         except OSError as err:
             raise disk_error(err, self._path) from err
         self._waiting.clear()

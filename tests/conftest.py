@@ -1,6 +1,8 @@
 """What most tests of the stages start from: a tiny teacher, its cache, a student; made once for all of them."""
 
 import multiprocessing
+import multiprocessing.forkserver
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +45,25 @@ Apart = Callable[..., int]
 
 
 @pytest.fixture(scope="session")
-def apart() -> Apart:
+def failing_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tests/faults/failing.c, compiled."""
+    library = tmp_path_factory.mktemp("faults") / "failing.so"
+    source = Path(__file__).parent / "faults" / "failing.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
+def apart(failing_library: Path) -> Apart:
     """Run a function of a module in a process of its own, which starts in a moment; its exit code.
 
     apart(function, *args, kill_after=SECONDS) kills it with SIGKILL then, if it still runs.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kdpipe.stages.train", "kdpipe.stages.extract", "tests.stages.ranks"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LD_PRELOAD", str(failing_library))  # it does nothing until it is armed
+        multiprocessing.forkserver.ensure_running()
 
     def run(function: Callable[..., object], *args: object, kill_after: float | None = None) -> int:
         process = context.Process(target=function, args=args)

@@ -1,5 +1,6 @@
 """What a process of a durability test does: functions of a module, so that spawned processes find them."""
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tests.models import make_model, make_tokenizer
 
 from kdpipe.manifests import durable, failpoints
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import KdpipeError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.stages.extract import ExtractSpec, extract, planning
@@ -51,3 +53,20 @@ def committed_are_whole(cache: Path) -> int:
     for number in opened.committed():
         opened.shard(number).verify(opened.samples.shard(number))
     return len(opened.committed())
+
+
+def extract_failing(spec: ExtractSpec, cache: Path, nth: int, number: int, told: Path) -> None:
+    """Extract while the n-th system call on the cache's folder fails with this errno, 0: writes half.
+
+    `told` gets how many calls there were and the error, if one was raised that is for a person; any other is a bug.
+    """
+    library = ctypes.CDLL(None)
+    library.failing_arm(str(cache.parent).encode(), nth, number, int(not number))
+    error = ""
+    try:
+        extract_small(spec, cache)
+    except KdpipeError as err:
+        error = str(err)
+    count = library.failing_count()
+    library.failing_arm(b"", 0, 0, 0)
+    told.write_text(f"{count}\n{error}")

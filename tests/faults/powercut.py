@@ -1,0 +1,87 @@
+"""A disk that keeps only what was flushed: what a power cut would leave, step by step, while real code runs.
+
+    with PowerCut(folder) as disk: ...code...; disk.restore(elsewhere)
+
+os.fsync of a file puts its contents at that moment on the disk, os.fsync of a folder its names. Everything else
+(writes, links, renames, removals) is lost unless a later flush covers it. `skip` makes one place flush nothing.
+"""
+
+import os
+import stat
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+Place = tuple[str, str]
+"""Function that asked for a flush, and the folder it flushed or flushed a file in: "publish", "shards"."""
+
+
+@dataclass(eq=False)
+class PowerCut:
+    """Watches os.fsync while the block runs; `folder` and what is in it already counts as on the disk."""
+
+    folder: Path
+    skip: Place | None = None
+    after_flush: Callable[["PowerCut"], None] | None = None
+    contents: dict[int, bytes] = field(default_factory=dict)
+    names: dict[int, dict[str, int]] = field(default_factory=dict)
+    kinds: dict[int, bool] = field(default_factory=dict)
+    places: list[Place] = field(default_factory=list)
+
+    def __enter__(self) -> "PowerCut":
+        for path in (self.folder, *self.folder.rglob("*")):
+            self._keep(path)
+        self._own, os.fsync = os.fsync, self._fsync
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.fsync = self._own
+
+    def _fsync(self, descriptor: int) -> None:
+        self._own(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        place = self._place(path)
+        if place not in self.places:
+            self.places.append(place)
+        if place == self.skip or self.folder not in (path, *path.parents):
+            return
+        self._keep(Path(f"/proc/self/fd/{descriptor}"))
+        if self.after_flush is not None:
+            self.after_flush(self)
+
+    def _place(self, path: Path) -> Place:
+        frame = sys._getframe(2)
+        if frame.f_code.co_name == "fsync_folder" and frame.f_back is not None:
+            frame = frame.f_back
+        function = frame.f_code.co_qualname
+        if function == "fsync_tree":
+            return function, "folders" if path.is_dir() else "files"
+        return function, path.name if path.is_dir() else path.parent.name
+
+    def _keep(self, path: Path) -> None:
+        status = path.stat()
+        folder = stat.S_ISDIR(status.st_mode)
+        self.kinds[status.st_ino] = folder
+        if folder:
+            with os.scandir(path) as entries:
+                self.names[status.st_ino] = {entry.name: entry.inode() for entry in entries}
+                for inode, there in ((entry.inode(), entry.is_dir()) for entry in os.scandir(path)):
+                    self.kinds.setdefault(inode, there)
+        else:
+            self.contents[status.st_ino] = path.read_bytes()
+
+    def restore(self, target: Path) -> None:
+        """Make in `target` what the disk holds: a name whose file was never flushed is an empty file."""
+        self._restore(self.folder.stat().st_ino, target)
+
+    def _restore(self, inode: int, target: Path) -> None:
+        if not self.kinds[inode]:
+            target.write_bytes(self.contents.get(inode, b""))
+            return
+        target.mkdir()
+        for name, child in self.names.get(inode, {}).items():
+            self._restore(child, target / name)

@@ -1,0 +1,113 @@
+"""A power cut at every flush of an extraction: no committed shard is lost, and the next run ends with the same bytes.
+
+Every flush of the protocol is needed: without any one of them a cut would lose something, and this test would fail.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.faults.powercut import Place, PowerCut
+from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import KdpipeError
+from kdpipe.manifests.plan import PLAN_FILE
+from kdpipe.manifests.shard import Commit, ShardWriter
+from kdpipe.stages.extract import ExtractSpec
+
+FLUSHES: list[Place] = [
+    ("fsync_tree", "files"),
+    ("fsync_tree", "folders"),
+    ("Staged.publish", "new"),
+    ("Staged.publish", "live"),
+    ("write_once", "tmp"),
+    ("publish", "teacher"),
+    ("ShardWriter.commit", "tmp"),
+    ("publish", "shards"),
+    ("publish", "commits"),
+]
+"""Every flush of an extraction into a cache whose parent folder is new as well."""
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ExtractSpec:
+    return small_spec(tmp_path_factory.mktemp("inputs"))
+
+
+class Promises:
+    """What extraction has said is safe: shards whose commit() returned, and the cache once it is published."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, disk: PowerCut, scratch: Path) -> None:
+        self.disk, self.scratch, self.count = disk, scratch, 0
+        own = ShardWriter.commit
+
+        def commit(writer: ShardWriter) -> Commit:
+            record = own(writer)
+            self.count += 1
+            self.check()
+            return record
+
+        monkeypatch.setattr(ShardWriter, "commit", commit)
+
+    def check(self) -> None:
+        """After a cut right now, every promised shard is there and whole."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.disk.restore(self.scratch)
+        (cache,) = [path.parent for path in self.scratch.rglob(PLAN_FILE) if path.parent.name == "cache"]
+        opened = Cache.open(cache)
+        opened.verify_samples()
+        opened.head()
+        assert committed_are_whole(cache) >= self.count
+
+
+def test_no_cut_loses_a_committed_shard_or_the_way_on(
+    spec: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "live").mkdir()
+    extract_small(spec, tmp_path / "whole" / "cache")
+    whole = files(tmp_path / "whole" / "cache")
+    cuts = []
+
+    def cut(disk: PowerCut) -> None:
+        left = tmp_path / f"cut{len(cuts)}"
+        disk.restore(left)
+        cuts.append(left)
+
+    with PowerCut(tmp_path / "live", after_flush=cut) as disk:
+        promises = Promises(monkeypatch, disk, tmp_path / "now")
+        extract_small(spec, tmp_path / "live" / "new" / "cache")
+        promises.check()
+    monkeypatch.undo()
+    assert promises.count > 4
+    assert len(cuts) > 30
+    for left in cuts:
+        cache = left / "new" / "cache"
+        if (cache / PLAN_FILE).exists():
+            committed_are_whole(cache)
+        extract_small(spec, cache)
+        assert files(cache) == whole, left.name
+        shutil.rmtree(left)
+
+
+@pytest.mark.parametrize("place", FLUSHES, ids="-".join)
+def test_every_flush_is_needed(
+    place: Place, spec: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "live").mkdir()
+
+    def extract_and_check() -> None:
+        with PowerCut(tmp_path / "live", skip=place) as disk:
+            promises = Promises(monkeypatch, disk, tmp_path / "now")
+            extract_small(spec, tmp_path / "live" / "new" / "cache")
+            promises.check()
+
+    with pytest.raises((AssertionError, KdpipeError, ValueError)):
+        extract_and_check()
+
+
+def test_the_list_of_flushes_is_whole(spec: ExtractSpec, tmp_path: Path) -> None:
+    (tmp_path / "live").mkdir()
+    with PowerCut(tmp_path / "live") as disk:
+        extract_small(spec, tmp_path / "live" / "new" / "cache")
+    assert sorted(disk.places) == sorted(FLUSHES)
