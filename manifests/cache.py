@@ -23,7 +23,7 @@ from kdpipe.manifests.durable import write_once
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Plan, Samples, read_plan
 from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
-from kdpipe.manifests.shard import Shard, commit_path, read_commit, shard_path
+from kdpipe.manifests.shard import Shard, commit_path, read_commit
 from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out, parse
 
 HEAD_FILE = "head.safetensors"
@@ -190,21 +190,6 @@ class Cache:
                 f"sha256 {digest}, {PLAN_FILE} says {self.plan.samples_digest}",
                 where=self.path / SAMPLES_FILE,
             )
-
-    def verify(self) -> Iterator[int]:
-        """Check every committed byte; yields the number of each shard found good.
-
-        Raises CorruptError or LayoutError at the first damage, IncompleteError at the end if shards are missing.
-        """
-        self.verify_samples()
-        self.head()
-        for number in range(len(self.plan.shards)):
-            if commit_path(self.path, number).exists():
-                self.shard(number).verify(self.samples.shard(number))
-                yield number
-            elif shard_path(self.path, number).exists():
-                continue  # linked, not committed: a writer is at work or was killed; extract settles it
-        self.require_complete()
 
 
 def _select(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:

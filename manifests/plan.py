@@ -249,12 +249,15 @@ class Samples:
             )
 
     def shard(self, index: int) -> pa.RecordBatch:
-        """The samples of one shard, zero-copy."""
-        return self._reader.get_batch(index)
+        """The samples of one shard, zero-copy. Raises LayoutError where the file is damaged there."""
+        try:
+            return self._reader.get_batch(index)
+        except (OSError, pa.ArrowException) as err:
+            raise LayoutError(f"not readable as Arrow: {err}", where=self.path) from None
 
     def column(self, name: str) -> np.ndarray:
         """A fixed-width column of all samples as one array: content_id as uint8 [N, 16], the others as they are."""
-        parts = [self._reader.get_batch(index).column(name) for index in range(self._reader.num_record_batches)]
+        parts = [self.shard(index).column(name) for index in range(self._reader.num_record_batches)]
         if name == "content_id":
             raw = [np.frombuffer(part.buffers()[1], np.uint8)[: len(part) * ID_BYTES] for part in parts]
             return np.concatenate(raw).reshape(-1, ID_BYTES)

@@ -30,6 +30,7 @@ from kdpipe.manifests.shard import Commit, ShardWriter
 from kdpipe.manifests.specs import Dtype
 from kdpipe.manifests.teacher import HeadRecord
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
+from kdpipe.manifests.verify import Level, examine
 
 FOLDERS = ("shards", "commits", "tmp", "teacher", "runs")
 
@@ -193,3 +194,14 @@ def make_cache(
         fill_shard(folder, index, seed=seed)
     add_head(folder, seed=seed)
     return cache
+
+
+def verified(folder: Path, level: Level = "full") -> list[int]:
+    """Numbers of the shards found good; raises the first finding that is not."""
+    good = []
+    for finding in examine(Cache.open(folder), level):
+        if finding.error is not None:
+            raise finding.error
+        if isinstance(finding.part, int):
+            good.append(finding.part)
+    return good

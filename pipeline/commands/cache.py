@@ -1,4 +1,4 @@
-"""kdpipe cache info|verify|compare: from the files alone, without torch."""
+"""kdpipe cache info|verify|repair|gc|compare: from the files alone, without torch."""
 
 import dataclasses
 from pathlib import Path
@@ -8,6 +8,7 @@ import click
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.compare import TOLERANCE, compare
 from kdpipe.manifests.errors import CheckFailed, DriftError, IncompleteError
+from kdpipe.manifests.verify import QUARANTINE, Finding, Level, collect_garbage, examine, repair
 from kdpipe.pipeline.options import PATH, Finite, json_option
 from kdpipe.pipeline.output import show
 from kdpipe.pipeline.progress import EventLog, watch
@@ -18,11 +19,13 @@ cache_argument = click.argument("cache", type=PATH, metavar="CACHE")
 @click.group("cache", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Look at a cache, check every byte of it, or compare two; needs no GPU and no torch.
+    """Look at a cache, check or repair it, or compare two; needs no GPU and no torch.
 
     \b
     kdpipe cache info    CACHE
     kdpipe cache verify  CACHE
+    kdpipe cache repair  CACHE
+    kdpipe cache gc      CACHE
     kdpipe cache compare CACHE OTHER
     """
     if ctx.invoked_subcommand is None:
@@ -43,28 +46,93 @@ def info(cache: Path, as_json: bool) -> None:
 
 @command.command("verify")
 @cache_argument
+@click.option(
+    "--quick", "level", flag_value="quick", help="Sizes, headers, tables and the first rows of every shard: seconds."
+)
+@click.option("--full", "level", flag_value="full", default="full", help="Every byte against its checksums.")
+@click.option("--deep", "level", flag_value="deep", help="Also that rows are finite and masks, ids and rows agree.")
 @json_option
-def verify(cache: Path, as_json: bool) -> None:
-    """Check every byte of a cache against its checksums, digests and plan.
+def verify(cache: Path, level: Level, as_json: bool) -> None:
+    """Check a cache against its checksums, digests and plan; by default every byte. Tells all damage, not the first.
 
-    Exits 0 when all is good, 1 at the first damage, 2 when shards are still missing.
+    Exits 0 when all is good, 1 where there is damage (`kdpipe cache repair` puts it aside), 2 when only shards are
+    missing.
 
     \b
     kdpipe cache verify CACHE
     """
     opened = Cache.open(cache)
-    shards, good = len(opened.plan.shards), 0
+    findings = _looked_at(opened, level)
+    shards = [finding for finding in findings if isinstance(finding.part, int)]
+    errors = [finding.error for finding in findings if finding.error is not None]
+    errors.sort(key=lambda error: not isinstance(error, CheckFailed))
+    told: dict[str, object] = {
+        "ok": not errors,
+        "level": level,
+        "shards": len(shards),
+        "shards_good": sum(finding.error is None for finding in shards),
+        "shards_missing": sum(isinstance(finding.error, IncompleteError) for finding in shards),
+        "determinism": opened.plan.engine.determinism,
+    }
+    if errors:
+        told |= {"error": str(errors[0]), "problems": [str(error) for error in errors]}
+    show(told, as_json=as_json)
+    damage = [error for error in errors if isinstance(error, CheckFailed)]
+    for error in damage[1:]:
+        click.echo(str(error), err=True)
+    if damage:
+        raise damage[0]
+    if errors:  # something is missing: the head, or shards
+        opened.head()
+        opened.require_complete()
+
+
+def _looked_at(opened: Cache, level: Level) -> list[Finding]:
+    """Every finding, with progress."""
+    found = []
     with watch("cache verify", EventLog(None)) as progress:
-        progress.begin("verify", total=shards, unit="shards")
-        try:
-            for _ in opened.verify():
-                good += 1
+        progress.begin("verify", total=len(opened.plan.shards), unit="shards")
+        for finding in examine(opened, level):
+            found.append(finding)
+            if isinstance(finding.part, int):
                 progress.advance(1)
-        except (CheckFailed, IncompleteError) as err:
-            show({"ok": False, "shards": shards, "shards_good": good, "error": str(err)}, as_json=as_json)
-            raise
-    determinism = opened.plan.engine.determinism
-    show({"ok": True, "shards": shards, "shards_good": good, "determinism": determinism}, as_json=as_json)
+    return found
+
+
+@command.command("repair")
+@cache_argument
+@click.option("--deep", "level", flag_value="deep", default="full", help="Look as `verify --deep` does.")
+@json_option
+def repair_cache(cache: Path, level: Level, as_json: bool) -> None:
+    """Check every byte and put what is damaged into CACHE/quarantine; the same `kdpipe extract` then makes it again.
+
+    Only damaged shards and a damaged head are moved, nothing is deleted. Exits 0 when nothing is damaged, 2 when the
+    cache now lacks what was put aside.
+
+    \b
+    kdpipe cache repair CACHE
+    """
+    opened = Cache.open(cache)
+    with watch("cache repair", EventLog(None)):
+        damaged = repair(opened, level)
+    show({"put_aside": len(damaged), "problems": [str(finding.error) for finding in damaged]}, as_json=as_json)
+    if damaged:
+        raise IncompleteError(
+            f"{len(damaged)} damaged parts are in {QUARANTINE}/; run the same kdpipe extract again", where=cache
+        )
+
+
+@command.command("gc")
+@cache_argument
+@json_option
+def gc(cache: Path, as_json: bool) -> None:
+    """Remove what no reader needs: CACHE/quarantine, and what killed writers left in CACHE/tmp.
+
+    \b
+    kdpipe cache gc CACHE
+    """
+    Cache.open(cache)
+    show({"bytes_freed": collect_garbage(cache)}, as_json=as_json)
 
 
 @command.command("compare")

@@ -18,9 +18,8 @@ import torch
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.caches import fill_shard, make_plan, make_samples, random_rows
+from tests.caches import fill_shard, make_plan, make_samples, random_rows, verified
 
-from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import canonical
 from kdpipe.manifests.errors import CorruptError, DriftError, IncompleteError, KdpipeError, LayoutError, SpaceError
 from kdpipe.manifests.plan import Samples, read_plan
@@ -70,7 +69,7 @@ def test_the_golden_shard_reads_as_it_was_written() -> None:
     assert shard.token_ids.tolist() == [10, 11, 12, 13, 20, 30, 31, 32, 33, 34, 35]
     for index, (first, after) in enumerate(((0, 2), (2, 2), (2, 7))):
         np.testing.assert_array_equal(shard.sample(index).rows, golden_rows(7)[first:after])
-    assert list(Cache.open(GOLDEN).verify()) == [0]
+    assert verified(GOLDEN) == [0]
 
 
 def test_the_same_rows_are_written_as_the_golden_bytes(golden: Path) -> None:
@@ -199,7 +198,7 @@ def test_a_broken_golden_shard_is_refused_by_name(
     assert says in str(caught.value)
     assert str(golden) in str(caught.value)
     with pytest.raises(error):
-        list(Cache.open(golden).verify())
+        verified(golden)
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -173,7 +173,14 @@ def test_verify_counts_the_good_shards(main: Main, cache: Path) -> None:
     code, out, err = main("cache", "verify", cache, "--json")
     assert (code, json.loads(out)) == (
         0,
-        {"ok": True, "shards": 3, "shards_good": 3, "determinism": "bitwise"},
+        {
+            "ok": True,
+            "level": "full",
+            "shards": 3,
+            "shards_good": 3,
+            "shards_missing": 0,
+            "determinism": "bitwise",
+        },
     )
     assert err.splitlines()[0] == "verify: 0% 0/3 shards"
 

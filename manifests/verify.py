@@ -1,0 +1,150 @@
+"""Verify and repair: every part of a cache against what was written, all damage told, and what is broken put aside.
+
+    for finding in examine(cache, "full"): finding.part, finding.error
+
+Levels, each holding the one before: quick (sizes, headers, tables, the first rows of every shard), full (every byte),
+deep (rows are finite, ids and masks agree with them). Repair moves a broken shard to quarantine/, commit record first,
+so that the next `kdpipe extract` makes it again and nothing else.
+Invariant: a moment after any step of a repair, what has a commit record has a file.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from kdpipe.manifests.cache import HEAD_FILE, Cache
+from kdpipe.manifests.durable import disk_error, fsync_folder, sweep
+from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError, KdpipeError
+from kdpipe.manifests.plan import SAMPLES_FILE
+from kdpipe.manifests.sample import row_positions
+from kdpipe.manifests.shard import BLOCK, Shard, commit_path, shard_path
+
+Level = Literal["quick", "full", "deep"]
+QUARANTINE = "quarantine"
+FINITE_ROWS = 1024
+"""Rows looked at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Finding:
+    """One part of a cache that was looked at: "samples", "head" or a shard's number; error is None where it is good."""
+
+    part: str | int
+    error: KdpipeError | None
+
+    @property
+    def damaged(self) -> bool:
+        return isinstance(self.error, CheckFailed)
+
+
+def examine(cache: Cache, level: Level = "full") -> Iterator[Finding]:
+    """Look at samples.arrow, the head and every shard; a finding for each, whatever became of the others."""
+    samples = None if level == "quick" else Finding(part="samples", error=_error(cache.verify_samples))
+    if samples is not None:
+        yield samples
+    yield Finding(part="head", error=_error(cache.head))
+    for number in range(len(cache.plan.shards)):
+        yield check(cache, number, level, against_samples=samples is not None and samples.error is None)
+
+
+def check(cache: Cache, number: int, level: Level, *, against_samples: bool = True) -> Finding:
+    """Look at one shard; against_samples: samples.arrow is good, so that a shard's tables can be compared with it."""
+    return Finding(part=number, error=_error(lambda: _check_shard(cache, number, level, against_samples)))
+
+
+def _error(look: Callable[[], object]) -> KdpipeError | None:
+    try:
+        look()
+    except KdpipeError as err:
+        return err
+    return None
+
+
+def _check_shard(cache: Cache, number: int, level: Level, against_samples: bool) -> None:
+    if not commit_path(cache.path, number).exists():
+        # linked, not committed: a writer is at work or was killed; extract settles it
+        raise IncompleteError(
+            "not extracted yet; run the same kdpipe extract again", where=shard_path(cache.path, number)
+        )
+    shard = Shard(cache.path, cache.plan, cache.plan_digest, number)  # size, header, tables
+    if level == "quick":
+        shard.check(shard.layout.body, shard.layout.body + min(BLOCK, shard.hidden.nbytes))
+        return
+    shard.verify(cache.samples.shard(number) if against_samples else None)
+    if level == "deep":
+        _check_rows(shard, every=cache.plan.settings.rows == "all")
+
+
+def _check_rows(shard: Shard, *, every: bool) -> None:
+    """Every sample has the rows its mask asks for, and all are finite."""
+    for index in range(len(shard.row_offsets) - 1):
+        view = shard.sample(index)
+        wanted = len(row_positions(view.supervised, every=every))
+        if len(view.rows) != wanted:
+            raise CorruptError(f"sample {index} of it has {len(view.rows)} rows, its mask {wanted}", where=shard.path)
+    for first in range(0, len(shard.hidden), FINITE_ROWS):
+        rows = shard.hidden[first : first + FINITE_ROWS]
+        bad = np.flatnonzero(~np.isfinite(rows.astype(np.float32)).all(1))
+        if len(bad):
+            raise CorruptError(f"row {first + int(bad[0])} is not finite", where=shard.path)
+
+
+def repair(cache: Cache, level: Level = "full") -> list[Finding]:
+    """Put every damaged shard and a damaged head aside; what was found damaged. Raises what cannot be repaired.
+
+    Nothing is deleted: quarantine/ keeps it until `collect_garbage`.
+    """
+    damaged = [finding for finding in examine(cache, level) if finding.damaged]
+    for finding in damaged:
+        if finding.part == "samples":
+            raise CorruptError(
+                f"{finding.error.args[0] if finding.error else ''}; it says which sample is where, so nothing here can "
+                "be trusted: extract into another folder",
+                where=cache.path / SAMPLES_FILE,
+            )
+    for finding in damaged:
+        if isinstance(finding.part, int):
+            put_aside(cache.path, commit_path(cache.path, finding.part), shard_path(cache.path, finding.part))
+        else:
+            put_aside(cache.path, cache.teacher_folder / HEAD_FILE)
+    return damaged
+
+
+def put_aside(folder: Path, *paths: Path) -> None:
+    """Move files to quarantine/ in this order, each under a name that is free there."""
+    try:
+        (folder / QUARANTINE).mkdir(exist_ok=True)
+        for path in paths:
+            names = (folder / QUARANTINE / f"{path.name}{f'.{count}' if count else ''}" for count in range(10_000))
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(next(name for name in names if not name.exists()))
+            fsync_folder(path.parent)
+        fsync_folder(folder / QUARANTINE)
+        fsync_folder(folder)
+    except OSError as err:
+        raise disk_error(err, folder / QUARANTINE) from err
+
+
+def collect_garbage(folder: Path) -> int:
+    """Remove quarantine/ and what killed writers left in tmp/; bytes freed. What a living writer holds is left."""
+
+    def size(path: Path) -> int:
+        if path.is_dir():
+            return sum(size(each) for each in path.iterdir())
+        return path.stat().st_size if path.exists() else 0
+
+    scratch = list((folder / "tmp").glob("*"))
+    before = {path: size(path) for path in (*scratch, folder / QUARANTINE)}
+    sweep(scratch)
+    try:
+        if (folder / QUARANTINE).is_dir():
+            shutil.rmtree(folder / QUARANTINE)
+    except OSError as err:
+        raise disk_error(err, folder / QUARANTINE) from err
+    return sum(taken for path, taken in before.items() if not os.path.lexists(path))

@@ -1,0 +1,157 @@
+"""Verify finds and names every damage there is; repair puts it aside and nothing else; gc removes what no one needs."""
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.caches import fill_shard, make_cache, random_rows, verified
+
+from kdpipe.manifests import durable
+from kdpipe.manifests.cache import HEAD_FILE, Cache
+from kdpipe.manifests.durable import hold
+from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError
+from kdpipe.manifests.plan import SAMPLES_FILE, Plan
+from kdpipe.manifests.shard import commit_path, shard_path
+from kdpipe.manifests.verify import Level, check, collect_garbage, examine, put_aside, repair
+
+SOAK = [pytest.mark.slow, pytest.mark.timeout(7200)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    make_cache(tmp_path / "c")
+    return tmp_path / "c"
+
+
+def flip(path: Path, at: int, bit: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= bit
+    path.write_bytes(data)
+
+
+def damaged(folder: Path, level: Level = "full") -> list[str | int]:
+    return [finding.part for finding in examine(Cache.open(folder), level) if finding.damaged]
+
+
+def test_all_damage_is_told_not_the_first(cache: Path) -> None:
+    flip(shard_path(cache, 1), -9)
+    flip(shard_path(cache, 3), 5000)
+    flip(cache / "teacher" / HEAD_FILE, -1)
+    flip(cache / SAMPLES_FILE, 900)
+    commit_path(cache, 2).unlink()
+    findings = {finding.part: finding.error for finding in examine(Cache.open(cache))}
+    assert list(findings) == ["samples", "head", 0, 1, 2, 3]
+    assert findings[0] is None
+    assert isinstance(findings[2], IncompleteError)
+    assert all(isinstance(findings[part], CorruptError) for part in ("samples", "head", 1, 3))
+
+
+@pytest.mark.parametrize("name", ["header", "size", "row_offsets", "sample_ids", "crc32c table's end", "first rows"])
+def test_a_quick_look_finds(name: str, cache: Path) -> None:
+    path = shard_path(cache, 1)
+    tensors = Cache.open(cache).shard(1).layout.tensors
+    if name == "size":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        at = {"header": 70, "crc32c table's end": -1, "first rows": tensors["hidden"].begin}
+        flip(path, at[name] if name in at else tensors[name].begin)
+    assert damaged(cache, "quick") == [1]
+
+
+def test_a_deep_look_finds_rows_that_are_not_finite(tmp_path: Path) -> None:
+    def rows(plan: Plan, index: int) -> np.ndarray:
+        made = random_rows(plan, index)
+        if index == 2:
+            made[-1, -1] = np.inf
+        return made
+
+    make_cache(tmp_path / "c")
+    for path in (commit_path(tmp_path / "c", 2), shard_path(tmp_path / "c", 2)):
+        path.unlink()
+    fill_shard(tmp_path / "c", 2, rows=rows)
+    assert (damaged(tmp_path / "c", "full"), damaged(tmp_path / "c", "deep")) == ([], [2])
+
+
+def test_repair_puts_the_damaged_aside_and_touches_nothing_else(cache: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    bad = {shard_path(cache, 1), commit_path(cache, 1), cache / "teacher" / HEAD_FILE}
+    good_bytes = {path: path.read_bytes() for path in bad}
+    flip(shard_path(cache, 1), -9)
+    flip(cache / "teacher" / HEAD_FILE, -1)
+    assert [finding.part for finding in repair(Cache.open(cache))] == ["head", 1]
+    for path, changed in before.items():
+        assert path.exists() == (path not in bad)
+        if path.exists():
+            assert path.stat().st_mtime_ns == changed
+    assert {path.name for path in (cache / "quarantine").iterdir()} == {path.name for path in bad}
+    with pytest.raises(IncompleteError):
+        verified(cache)
+    shutil.copy(cache / "quarantine" / HEAD_FILE, cache / "teacher" / HEAD_FILE)
+    flip(cache / "teacher" / HEAD_FILE, -1)
+    fill_shard(cache, 1)
+    assert all(path.read_bytes() == data for path, data in good_bytes.items())
+    assert repair(Cache.open(cache)) == []
+
+
+def test_a_part_damaged_again_does_not_replace_what_was_put_aside(cache: Path) -> None:
+    for _ in range(3):
+        flip(shard_path(cache, 0), -9)
+        repair(Cache.open(cache))
+        fill_shard(cache, 0)
+    assert len(list((cache / "quarantine").iterdir())) == 6
+    assert verified(cache)
+
+
+def test_a_cache_without_its_table_of_samples_cannot_be_repaired(cache: Path) -> None:
+    flip(cache / SAMPLES_FILE, 900)
+    flip(shard_path(cache, 1), -9)
+    with pytest.raises(CorruptError, match="extract into another folder"):
+        repair(Cache.open(cache))
+    assert shard_path(cache, 1).exists()
+
+
+def test_garbage_is_what_was_put_aside_and_what_nobody_holds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "MOMENT_S", 0.0)
+    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    put_aside(cache, shard_path(cache, 1))
+    taken = sum(path.stat().st_size for path in (cache / "quarantine").iterdir())
+    (cache / "tmp" / "000009.safetensors.1-a").write_bytes(b"x" * 1000)
+    with open(cache / "tmp" / "000010.safetensors.2-b", "wb") as living:
+        hold(living.fileno())
+        assert collect_garbage(cache) == taken + 1000
+        assert [path.name for path in (cache / "tmp").iterdir()] == ["000010.safetensors.2-b"]
+    assert not (cache / "quarantine").exists()
+    assert all(path.read_bytes() == data for path, data in before.items() if path != shard_path(cache, 1))
+
+
+@pytest.mark.parametrize(("bits", "bursts"), [(1500, 300), pytest.param(10_000, 1000, marks=SOAK)])
+def test_flipped_bits_and_bursts_are_all_found_and_located(bits: int, bursts: int, cache: Path) -> None:
+    """Every bit of header, tables and checksums, and random ones of the rows: the damaged shard and no other."""
+    path, draw = shard_path(cache, 1), random.Random(bits)
+    good, layout = path.read_bytes(), Cache.open(cache).shard(1).layout
+    text_ends = good.index(b"}}", 8) + 2
+    hidden = layout.tensors["hidden"]
+    rows = range(hidden.begin, layout.tensors["row_offsets"].begin)
+    places = [*range(text_ends), *range(rows.stop, len(good))]
+    flips = [[(at, 1 << bit)] for at in places for bit in range(8)]
+    if len(flips) > 20 * bits:
+        flips = draw.sample(flips, 20 * bits)
+    flips += [[(draw.choice(rows), 1 << draw.randrange(8))] for _ in range(bits)]
+    for _ in range(bursts):
+        first = draw.randrange(len(good))
+        flips.append(
+            [(at, draw.randrange(1, 256)) for at in range(first, min(first + draw.randrange(2, 64), len(good)))]
+        )
+    opened = Cache.open(cache)
+    for flipped in flips:
+        data = bytearray(good)
+        for at, bit in flipped:
+            data[at] ^= bit
+        path.write_bytes(data)
+        error = check(opened, 1, "full").error
+        assert isinstance(error, CheckFailed), flipped
+        assert error.where == str(path)
+    path.write_bytes(good)
+    assert verified(cache)
