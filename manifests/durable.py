@@ -7,6 +7,7 @@ Cost: one fsync for the file and one for its folder. A crash can only leave name
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from kdpipe.manifests.errors import InputError, KdpipeError, SpaceError
 from kdpipe.manifests.failpoints import failpoint
 
 MOMENT_S = 2.0
+QUARANTINE = "quarantine"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -92,9 +94,9 @@ def sweep(scratch: Iterable[Path]) -> None:
 
 
 def publish(scratch: Path, final: Path) -> bool:
-    """Give a finished, flushed file its final name; False if that name is taken (nothing is replaced).
+    """Give a finished, flushed file its final name; False if that name is taken: then both files are left alone.
 
-    The scratch name is gone afterwards in both cases. Failpoints: FOLDER:linked, FOLDER:unlinked, FOLDER:published.
+    Either way the name is on the disk afterwards. Failpoints: FOLDER:linked, FOLDER:unlinked, FOLDER:published.
     """
     try:
         os.link(scratch, final)
@@ -102,7 +104,8 @@ def publish(scratch: Path, final: Path) -> bool:
     except FileExistsError:
         fresh = False
     failpoint(f"{final.parent.name}:linked")
-    scratch.unlink()
+    if fresh:
+        scratch.unlink()
     failpoint(f"{final.parent.name}:unlinked")
     fsync_folder(final.parent)
     failpoint(f"{final.parent.name}:published")
@@ -120,10 +123,31 @@ def write_once(final: Path, data: bytes, *, scratch_folder: Path) -> bool:
             failpoint(f"{final.parent.name}:written")
             os.fsync(file.fileno())
             failpoint(f"{final.parent.name}:flushed")
-            return publish(scratch, final)
+            fresh = publish(scratch, final)
+        scratch.unlink(missing_ok=True)
+        return fresh
     except OSError as err:
         scratch.unlink(missing_ok=True)
         raise disk_error(err, final) from err
+
+
+def put_aside(folder: Path, *paths: Path) -> list[Path]:
+    """Move files to folder/quarantine in this order, each under a name that is free there; where they are now."""
+    aside = []
+    try:
+        (folder / QUARANTINE).mkdir(exist_ok=True)
+        for path in paths:
+            names = (folder / QUARANTINE / f"{path.name}{f'.{count}' if count else ''}" for count in itertools.count())
+            name = next(name for name in names if not name.exists())
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(name)
+                aside.append(name)
+            fsync_folder(path.parent)
+        fsync_folder(folder / QUARANTINE)
+        fsync_folder(folder)
+    except OSError as err:
+        raise disk_error(err, folder / QUARANTINE) from err
+    return aside
 
 
 def disk_error(err: OSError, where: Path) -> KdpipeError:

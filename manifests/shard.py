@@ -20,12 +20,14 @@ import xxhash
 from pydantic import ValidationError
 
 from kdpipe.manifests.durable import (
+    QUARANTINE,
     canonical,
     disk_error,
     file_system,
     fsync_folder,
     hold,
     publish,
+    put_aside,
     scratch_name,
     write_once,
 )
@@ -157,10 +159,12 @@ class ShardWriter:
             raise disk_error(err, final) from err
         if not fresh:
             self._agree(record, final)
+            self.path.unlink(missing_ok=True)
         data = canonical(record.model_dump())
         if not write_once(commit_path(self._folder, self._index), data, scratch_folder=self._folder / "tmp"):
             first = read_commit(self._folder, self._plan_digest, self._index)
             if first != record:
+                put_aside(self._folder, final)  # it was put in place just now, where the committed one was gone
                 raise DriftError(f"committed with digest {first.digest}, this run gave {digest}", where=final)
         return record
 
@@ -169,9 +173,10 @@ class ShardWriter:
         with open(final, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as there:
             same = there[:] == self._map[:] if len(there) == len(self._map) else False
         if not same:
+            (aside,) = put_aside(self._folder, self.path)
             raise DriftError(
-                f"a shard with other bytes is in place, this run gave digest {record.digest}; the first one stays. "
-                "Was the teacher, its engine or the machine changed?",
+                f"a shard with other bytes is in place, this run gave digest {record.digest}; the first one stays, the "
+                f"other is {QUARANTINE}/{aside.name}. Was the teacher, its engine or the machine changed?",
                 where=final,
             )
 

@@ -8,7 +8,6 @@ so that the next `kdpipe extract` makes it again and nothing else.
 Invariant: a moment after any step of a repair, what has a commit record has a file.
 """
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,14 +18,13 @@ from typing import Literal
 import numpy as np
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache
-from kdpipe.manifests.durable import disk_error, fsync_folder, sweep
+from kdpipe.manifests.durable import QUARANTINE, disk_error, put_aside, sweep
 from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError, KdpipeError
 from kdpipe.manifests.plan import SAMPLES_FILE
 from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import BLOCK, Shard, commit_path, shard_path
 
 Level = Literal["quick", "full", "deep"]
-QUARANTINE = "quarantine"
 FINITE_ROWS = 1024
 """Rows looked at a time."""
 
@@ -114,21 +112,6 @@ def repair(cache: Cache, level: Level = "full") -> list[Finding]:
         else:
             put_aside(cache.path, cache.teacher_folder / HEAD_FILE)
     return damaged
-
-
-def put_aside(folder: Path, *paths: Path) -> None:
-    """Move files to quarantine/ in this order, each under a name that is free there."""
-    try:
-        (folder / QUARANTINE).mkdir(exist_ok=True)
-        for path in paths:
-            names = (folder / QUARANTINE / f"{path.name}{f'.{count}' if count else ''}" for count in range(10_000))
-            with contextlib.suppress(FileNotFoundError):
-                path.rename(next(name for name in names if not name.exists()))
-            fsync_folder(path.parent)
-        fsync_folder(folder / QUARANTINE)
-        fsync_folder(folder)
-    except OSError as err:
-        raise disk_error(err, folder / QUARANTINE) from err
 
 
 def collect_garbage(folder: Path) -> int:

@@ -7,8 +7,9 @@ import click
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.compare import TOLERANCE, compare
+from kdpipe.manifests.durable import QUARANTINE
 from kdpipe.manifests.errors import CheckFailed, DriftError, IncompleteError
-from kdpipe.manifests.verify import QUARANTINE, Finding, Level, collect_garbage, examine, repair
+from kdpipe.manifests.verify import Finding, Level, collect_garbage, examine, repair
 from kdpipe.pipeline.options import PATH, Finite, json_option
 from kdpipe.pipeline.output import show
 from kdpipe.pipeline.progress import EventLog, watch

@@ -47,7 +47,7 @@ from kdpipe.stages.teacher.engine import EngineOptions
 from kdpipe.stages.teacher.head import Head, head_record, read_head
 from kdpipe.stages.teacher.rows import as_array
 
-FOLDERS = ("shards", "commits", "tmp", "runs", "teacher")
+FOLDERS = ("shards", "commits", "claims", "tmp", "runs", "teacher")
 CUDA_BATCH_TOKENS = 16384
 SMALL_FILES = 16 << 20
 """Bytes kept free for tokenizer, plan and logs."""

@@ -6,12 +6,14 @@ asks for them, so it works on while the last one is sealed.
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.claims import Claims
 from kdpipe.manifests.errors import GateError
 from kdpipe.manifests.plan import Plan, Samples
 from kdpipe.manifests.progress import Progress
@@ -30,6 +32,7 @@ from kdpipe.stages.teacher.gate import (
 )
 from kdpipe.stages.teacher.head import Head
 
+WAIT_S = 2.0
 PROBES = 3
 """Rows of a sample whose log-probability is recomputed: the first, one between, the last."""
 CANARIES = 3
@@ -54,10 +57,24 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         try:
             _report(engine, engine.canary(plan.head, _canaries(Samples(plan.folder, plan.plan))), progress)
             opened = plan.publish()
-            Filling(opened, engine, plan.head, progress).run(todo)
+            fill(opened, engine, plan.head, progress, todo)
         finally:
             engine.close()
         return opened
+
+
+def fill(cache: Cache, engine: TeacherEngine, head: Head, progress: Progress, todo: Sequence[int]) -> None:
+    """Run the engine over what nobody else is at work on, until every shard of `todo` is committed by somebody."""
+    with closing(Claims(cache.path)) as claims:
+        filling, waited = Filling(cache, engine, head, progress, claims), False
+        while todo:
+            filling.run(todo)
+            todo = [number for number in todo if not commit_path(cache.path, number).exists()]
+            if todo and all(claims.held_by_another(number) for number in todo):
+                if not waited:
+                    progress.note(f"waiting for other writers' {len(todo)} shards; a silent one's are taken over")
+                waited = True
+                time.sleep(WAIT_S)
 
 
 def _report(engine: TeacherEngine, canary: Canary, progress: Progress) -> None:
@@ -101,21 +118,27 @@ class OpenShard:
 class Filling:
     """Runs the engine over the missing shards and commits each when its last ack is in."""
 
-    def __init__(self, cache: Cache, engine: TeacherEngine, head: Head, progress: Progress) -> None:
+    def __init__(self, cache: Cache, engine: TeacherEngine, head: Head, progress: Progress, claims: Claims) -> None:
         self._cache, self._engine, self._head, self._progress = cache, engine, head, progress
+        self._claims = claims
         self._open: list[OpenShard] = []
 
     def run(self, todo: Sequence[int]) -> None:
+        """Fill those of the shards that can be claimed."""
         shards = self._cache.plan.shards
-        self._progress.begin("extract", total=sum(shards[number].num_tokens for number in todo), unit="tokens")
+        free = [number for number in todo if not self._claims.held_by_another(number)]
+        if not free:
+            return
+        self._progress.begin("extract", total=sum(shards[number].num_tokens for number in free), unit="tokens")
         started = time.perf_counter()
         try:
-            for ack in self._engine.run(self._batches(todo)):
+            for ack in self._engine.run(self._batches(free)):
                 shard = self._open[0]
                 request = shard.requests[len(shard.acks)]
                 check_ack(request, ack)
                 check_finite(request)
                 shard.acks.append(ack)
+                self._claims.keep()
                 self._progress.advance(len(request.token_ids), f"shard {shard.number + 1}/{len(shards)}")
                 if len(shard.acks) == len(shard.requests):
                     self._seal(shard, started)
@@ -137,6 +160,7 @@ class Filling:
         commit = shard.writer.commit()
         shard.writer.__exit__()
         self._open.remove(shard)
+        self._claims.drop(shard.number)
         self._progress.event(
             "shard",
             shard=shard.number,
@@ -151,6 +175,8 @@ class Filling:
         """The planned batches of every missing shard, made when the engine asks for them."""
         plan = self._cache.plan
         for number in todo:
+            if commit_path(self._cache.path, number).exists() or not self._claims.take(number):
+                continue
             samples = self._cache.samples.shard(number)
             writer = ShardWriter(self._cache.path, plan, self._cache.plan_digest, number, samples)
             batches = self._requests(number, writer)

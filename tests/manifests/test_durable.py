@@ -39,14 +39,15 @@ def test_the_first_write_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [final]
 
 
-def test_publishing_takes_the_scratch_name_away_whether_or_not_it_won(tmp_path: Path) -> None:
+def test_publishing_replaces_nothing_and_leaves_the_loser_to_its_owner(tmp_path: Path) -> None:
     final, outcomes = tmp_path / "shard", []
     for content in (b"first", b"second"):
         scratch = scratch_name(tmp_path, "shard")
         scratch.write_bytes(content)
         outcomes.append(publish(scratch, final))
     assert outcomes == [True, False]
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+    assert final.read_bytes() == b"first"
+    assert [path.read_bytes() for path in tmp_path.iterdir() if path != final] == [b"second"]
 
 
 def test_scratch_names_never_repeat(tmp_path: Path) -> None:

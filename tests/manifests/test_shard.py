@@ -271,10 +271,13 @@ def test_a_second_writer_with_other_bytes_is_drift_and_the_first_stays(tmp_path:
     if killed:
         commit_path(tmp_path, 0).unlink()
     before = shard_path(tmp_path, 0).read_bytes()
-    with pytest.raises(DriftError, match="the first one stays"):
-        fill_shard(tmp_path, 0, seed=1)
+    for _ in range(2):
+        with pytest.raises(DriftError, match="the first one stays, the other is quarantine/000000"):
+            fill_shard(tmp_path, 0, seed=1)
     assert shard_path(tmp_path, 0).read_bytes() == before
     assert list((tmp_path / "tmp").iterdir()) == []
+    first, second = (tmp_path / "quarantine").iterdir()
+    assert first.read_bytes() == second.read_bytes() != before
 
 
 def test_a_commit_record_without_its_shard_is_drift_for_other_bytes(tmp_path: Path) -> None:
@@ -283,6 +286,8 @@ def test_a_commit_record_without_its_shard_is_drift_for_other_bytes(tmp_path: Pa
     shard_path(tmp_path, 0).unlink()
     with pytest.raises(DriftError, match="committed with digest"):
         fill_shard(tmp_path, 0, seed=1)
+    assert not shard_path(tmp_path, 0).exists()
+    assert len(list((tmp_path / "quarantine").iterdir())) == 1
 
 
 def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from tests.models import make_model, make_tokenizer
 
 from kdpipe.manifests import durable, failpoints
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.claims import Claims
 from kdpipe.manifests.errors import KdpipeError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import DataSpec
-from kdpipe.stages.extract import ExtractSpec, extract, planning
+from kdpipe.stages.extract import ExtractSpec, extract, planning, shards
 
 SHARD_TOKENS = 150
 
@@ -28,14 +29,37 @@ def small_spec(folder: Path) -> ExtractSpec:
 
 
 def extract_small(
-    spec: ExtractSpec, cache: Path, kill: str = "", part: tuple[int, int] | None = None, moment: float = 0.0
+    spec: ExtractSpec,
+    cache: Path,
+    kill: str = "",
+    part: tuple[int, int] | None = None,
+    moment: float = 0.0,
+    claim: float = 600.0,
+    told: Path | None = None,
 ) -> None:
-    """Extract in shards of SHARD_TOKENS; die at the failpoint. What kills left is swept when `moment` seconds old."""
+    """Extract in shards of SHARD_TOKENS; die at the failpoint. What kills left is swept when `moment` seconds old.
+
+    claim: seconds a claim lives; told: gets a line for every shard this process committed
+    """
     torch.set_num_threads(1)
     planning.SamplesWriter.__init__.__kwdefaults__["shard_tokens"] = SHARD_TOKENS
     durable.MOMENT_S = moment
+    Claims.__init__.__kwdefaults__["seconds"] = claim
+    shards.WAIT_S = 0.05
     failpoints.arm(kill)
-    extract(spec, cache, Silent(), part=part)
+    extract(spec, cache, Committed(told), part=part)
+
+
+class Committed(Silent):
+    """Writes down which shards were committed."""
+
+    def __init__(self, told: Path | None) -> None:
+        self._told = told
+
+    def event(self, kind: str, **fields: object) -> None:
+        if kind == "shard" and self._told is not None:
+            with open(self._told, "a") as file:
+                file.write(f"{fields['shard']}\n")
 
 
 def files(folder: Path, *, but: Callable[[Path], bool] = lambda path: False) -> dict[str, bytes]:

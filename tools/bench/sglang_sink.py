@@ -205,11 +205,11 @@ class Bench:
         """Seconds until the last shard of a fresh cache is committed, the engine running beforehand."""
         from kdpipe.manifests.cache import Cache
         from kdpipe.manifests.progress import Silent
-        from kdpipe.stages.extract.shards import Filling
+        from kdpipe.stages.extract.shards import fill
 
         cache = shutil.copytree(self.plan.path, self.folder / f"cache-{number}")
         started = time.perf_counter()
-        Filling(Cache.open(cache), self.engine, self.head, Silent()).run(range(len(self.plan.plan.shards)))
+        fill(Cache.open(cache), self.engine, self.head, Silent(), range(len(self.plan.plan.shards)))
         taken = time.perf_counter() - started
         shutil.rmtree(cache)
         return taken

@@ -33,7 +33,7 @@ from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import RunSpec, TrainSpec
 from kdpipe.stages.extract import ExtractSpec, forecast
 from kdpipe.stages.extract.planning import staged
-from kdpipe.stages.extract.shards import Filling, missing_shards
+from kdpipe.stages.extract.shards import fill, missing_shards
 from kdpipe.stages.feed import PackedBatch, Rows
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 from kdpipe.stages.train import Run, TrainJob, process_group
@@ -81,7 +81,7 @@ class Sweep:
         def action() -> None:
             with staged(self.spec, self.folder / f"cache-{number}", Silent()) as plan:
                 todo = missing_shards(plan.plan, plan.folder, None)
-                Filling(plan.publish(), self.engine, plan.head, Silent()).run(todo)
+                fill(plan.publish(), self.engine, plan.head, Silent(), todo)
 
         return seconds(action)
 

@@ -1,0 +1,91 @@
+"""Claims: who is working on which shard, so that several writers of one cache share the work. Only advice.
+
+A claim is a file claims/NNNNNN.json, alive while its modification time is younger than CLAIM_S; its holder touches it
+on the way. What must hold without it (a writer that was stopped and wakes, two that claim at once) is the commit
+protocol's business: equal bytes are fine, others are refused.
+Invariant: nothing here is waited for without a bound, and a lost claim costs work, never bytes.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+from kdpipe.manifests.durable import scratch_name
+from kdpipe.manifests.shard import commit_path
+
+CLAIM_S = 600.0
+"""Longest silence of a writer at work; a shard takes seconds to minutes."""
+
+
+class Claims:
+    """The claims on one cache, as one writer sees them."""
+
+    def __init__(self, cache: Path, *, seconds: float = CLAIM_S) -> None:
+        self._cache, self._folder, self._seconds = cache, cache / "claims", seconds
+        self._mine: set[int] = set()
+        self._touched = time.monotonic()
+        self._folder.mkdir(exist_ok=True)
+        for path in self._folder.glob("*.json"):
+            if path.stem.isdecimal() and commit_path(cache, int(path.stem)).exists():
+                path.unlink(missing_ok=True)
+        self._ahead = self._clock_ahead()
+
+    def path(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.json"
+
+    def take(self, number: int) -> bool:
+        """Claim a shard; False where another writer is at work on it."""
+        if self.held_by_another(number):
+            return False
+        scratch = scratch_name(self._folder, self.path(number).name)
+        scratch.write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}))
+        scratch.replace(self.path(number))
+        self._mine.add(number)
+        return True
+
+    def held_by_another(self, number: int) -> bool:
+        """Whether a living claim of somebody else is on the shard."""
+        if number in self._mine:
+            return False
+        try:
+            age = time.time() + self._ahead - self.path(number).stat().st_mtime
+            holder = json.loads(self.path(number).read_text())
+        except (OSError, ValueError):
+            return False  # none, or gone by now
+        return age < self._seconds and not _is_dead(holder)
+
+    def keep(self) -> None:
+        """Say that this writer is alive; cheap enough for every sample."""
+        if time.monotonic() - self._touched < self._seconds / 20:
+            return
+        self._touched = time.monotonic()
+        for number in self._mine:
+            with contextlib.suppress(OSError):
+                os.utime(self.path(number))
+
+    def drop(self, number: int) -> None:
+        """The shard is committed, or given up."""
+        self._mine.discard(number)
+        self.path(number).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for number in list(self._mine):
+            self.drop(number)
+
+    def _clock_ahead(self) -> float:
+        """Seconds by which the file system's clock is ahead of this machine's: a server has its own."""
+        probe = scratch_name(self._folder, "clock")
+        probe.touch()
+        ahead = probe.stat().st_mtime - time.time()
+        probe.unlink()
+        return ahead
+
+
+def _is_dead(holder: object) -> bool:
+    """Whether a claim's holder was a process of this machine that is no more."""
+    if not isinstance(holder, dict) or holder.get("host") != platform.node() or not isinstance(holder.get("pid"), int):
+        return False
+    return not Path(f"/proc/{holder['pid']}").exists()

@@ -1,0 +1,82 @@
+"""Claims: one writer at a time on a shard, until it is silent for too long or known to be dead."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.caches import make_cache
+
+from kdpipe.manifests.claims import Claims
+from kdpipe.manifests.shard import commit_path
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    make_cache(tmp_path / "c")
+    for number in range(3):
+        commit_path(tmp_path / "c", number).unlink()
+    return tmp_path / "c"
+
+
+def backdate(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_a_claimed_shard_is_another_writers(cache: Path) -> None:
+    one, two = Claims(cache), Claims(cache)
+    assert one.take(1)
+    assert one.take(1)
+    assert two.held_by_another(1)
+    assert not two.take(1)
+    assert two.take(0)
+    one.drop(1)
+    assert two.take(1)
+
+
+def test_a_silent_writers_claim_is_taken_over_and_a_living_ones_is_not(cache: Path) -> None:
+    one, two = Claims(cache, seconds=100.0), Claims(cache, seconds=100.0)
+    one.take(1)
+    backdate(one.path(1), 90)
+    assert not two.take(1)
+    backdate(one.path(1), 110)
+    assert two.take(1)
+    backdate(two.path(1), 110)
+    two._touched -= 10
+    two.keep()
+    assert not Claims(cache, seconds=100.0).take(1)
+
+
+def test_a_dead_process_of_this_machine_holds_nothing(cache: Path) -> None:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    claims = Claims(cache)
+    for host, free in ((platform.node(), True), ("elsewhere", False)):
+        claims.path(2).write_text(json.dumps({"host": host, "pid": done.pid}))
+        assert claims.held_by_another(2) != free
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"host": 1}', "\0"])
+def test_a_claim_that_says_nothing_counts_by_its_age_or_not_at_all(cache: Path, content: str) -> None:
+    claims = Claims(cache, seconds=100.0)
+    claims.path(0).write_text(content)
+    claims.held_by_another(0)
+    backdate(claims.path(0), 200)
+    assert claims.take(0)
+
+
+def test_claims_of_committed_shards_are_swept_and_ones_own_when_it_closes(cache: Path) -> None:
+    claims = Claims(cache)
+    claims.take(0)
+    claims.path(3).write_text("{}")  # shard 3 is committed: its writer was killed a moment later
+    other = Claims(cache)
+    assert not claims.path(3).exists()
+    assert other.held_by_another(0)
+    claims.close()
+    other.close()
+    assert list((cache / "claims").iterdir()) == []

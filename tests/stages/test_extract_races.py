@@ -1,0 +1,79 @@
+"""Many writers of one plan at once, some killed, some stopped for longer than a claim lives: always the same one tree."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tests.conftest import Apart
+from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
+
+from kdpipe.manifests.durable import QUARANTINE
+from kdpipe.stages.extract import ExtractSpec
+
+CLAIM_S = 0.4
+WRITERS = 8
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ExtractSpec:
+    return small_spec(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize("races", [6, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
+@pytest.mark.timeout(600)
+def test_writers_that_race_are_killed_and_stopped_make_one_tree(
+    races: int, spec: ExtractSpec, apart: Apart, tmp_path: Path
+) -> None:
+    assert apart(extract_small, spec, tmp_path / "whole" / "cache") == 0
+    whole, draw = files(tmp_path / "whole" / "cache"), random.Random(races)
+    context = multiprocessing.get_context("forkserver")
+    for race in range(races):
+        cache = tmp_path / str(race) / "cache"
+        arguments = {"kill": "", "part": None, "moment": 30.0, "claim": CLAIM_S}
+        writers = [context.Process(target=extract_small, args=(spec, cache), kwargs=arguments) for _ in range(WRITERS)]
+        for writer in writers:
+            writer.start()
+        stopped = draw.sample(writers, 2)
+        for writer in stopped:
+            time.sleep(draw.uniform(0.0, 0.3))
+            if writer.is_alive() and writer.pid:
+                os.kill(writer.pid, signal.SIGSTOP)
+        victim = draw.choice([writer for writer in writers if writer not in stopped])
+        victim.kill()
+        for writer in writers:
+            if writer not in stopped:
+                writer.join(60)
+                assert writer.exitcode in ((-signal.SIGKILL, 0) if writer is victim else (0,)), "a writer failed"
+        committed_are_whole(cache)
+        time.sleep(CLAIM_S)
+        for writer in stopped:
+            if writer.is_alive() and writer.pid:
+                os.kill(writer.pid, signal.SIGCONT)
+            writer.join(60)
+            assert writer.exitcode == 0, "a writer that slept failed"
+        assert apart(extract_small, spec, cache) == 0  # sweeps what the killed one left
+        assert files(cache) == whole
+        assert not (cache / QUARANTINE).exists()
+
+
+def test_writers_share_the_work(spec: ExtractSpec, apart: Apart, tmp_path: Path) -> None:
+    """Each shard is made once where nobody fails: the runs' logs would otherwise name one twice."""
+    told = tmp_path / "told"
+    context = multiprocessing.get_context("forkserver")
+    writers = [
+        context.Process(target=extract_small, args=(spec, tmp_path / "cache"), kwargs={"told": told, "claim": 30.0})
+        for _ in range(4)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    made = told.read_text().split()
+    shards = len(files(tmp_path / "cache" / "shards"))
+    assert sorted(set(made)) == sorted(str(number) for number in range(shards))
+    assert len(made) <= shards + 1, "claims are there to share the work"
