@@ -7,9 +7,10 @@ nearest known key in its error.
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from kdpipe.manifests.errors import ConfigError, nearest
 
@@ -27,6 +28,15 @@ class Spec(BaseModel):
     """Base of every spec: immutable, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        values = value.values() if get_origin(wanted) is dict and isinstance(value, dict) else (value,)
+        if wanted is not bool and any(isinstance(each, bool) for each in values):
+            raise PydanticCustomError("number_expected", "expected a number, got true or false")
+        return value
 
 
 class DataSpec(Spec):
@@ -58,7 +68,7 @@ class LossSpec(Spec):
     """Start from the loss of another project, at its defaults; keys given beside it win."""
     divergence: str = "forward_kl"
     """Name of the divergence between teacher and student."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """Both models' logits are divided by it."""
     kd_weight: Fraction = 1.0
     """Weight of the divergence; the rest goes to cross entropy. 0 trains on cross entropy alone."""
@@ -78,7 +88,7 @@ class LossSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("preset") not in PRESETS:
+        if not isinstance(given, dict) or not isinstance(given.get("preset"), str) or given["preset"] not in PRESETS:
             return given
         start = dict(PRESETS[given["preset"]])
         if given.get("divergence", start["divergence"]) != start["divergence"]:

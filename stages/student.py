@@ -151,11 +151,11 @@ class Student(torch.nn.Module):
         )
 
     def forward(
-        self, batch: PackedBatch, teacher: TeacherHead, loss: LossSpec | None, seed: int = 0
+        self, batch: PackedBatch, teacher: TeacherHead, loss: LossSpec | None, seed: int = 0, scale: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor] | TokenMetrics:
         """The loss of the batch with its gradients, and LOSS_SUMS [8] for reading; metrics where loss is None.
 
-        seed: a sampled divergence draws by it; another one for every step.
+        seed: a sampled divergence draws by it; another one for every step. scale: multiplies the loss, not LOSS_SUMS
         """
         hidden, head = self.hidden(batch), self.head()
         if loss is None:
@@ -177,11 +177,12 @@ class Student(torch.nn.Module):
             teacher_scale=teacher.head.scale,
             token_keys=batch.keys,
             seed=seed,
+            loss_scale=scale,
             **loss_arguments(loss),
         )
         ranked = torch.full_like(out.kd, out.metrics.num_ranked)
         seen = out.metrics.teacher_entropy, out.metrics.top1_agree, out.metrics.top_k_mass
-        return out.loss, torch.stack([out.loss.detach(), out.kd, out.ce, out.z, *seen, ranked])
+        return out.loss, torch.stack([out.loss.detach() / scale, out.kd, out.ce, out.z, *seen, ranked])
 
     @torch.no_grad()
     def measure(self, batch: PackedBatch, teacher: TeacherHead) -> TokenMetrics:

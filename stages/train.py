@@ -395,8 +395,8 @@ class Run:
         total = torch.zeros(len(LOSS_SUMS) + 2, dtype=torch.float64, device=self.device)
         for micro, batch in enumerate(self.feed.step(step)):
             reduce_gradients(self.student, micro == last)
-            loss, sums = self.student(batch.to(self.device), self.teacher, self.job.spec.loss, seed)
-            (loss / count).backward()
+            loss, sums = self.student(batch.to(self.device), self.teacher, self.job.spec.loss, seed, 1.0 / count)
+            loss.backward()
             # The batch that keeps an idle rank in step has one token and nothing to learn from it.
             tokens = batch.seq_lens.sum() if len(batch.rows) else torch.zeros(())
             total[:-1] += torch.cat([sums.double(), tokens.double().to(self.device)[None]])
@@ -452,8 +452,9 @@ class Run:
 def _means(sums: dict[str, float], count: int) -> dict[str, float]:
     """What a step logs of its LOSS_SUMS over `count` tokens; without a teacher nothing was ranked."""
     ranked = sums["num_ranked"]
-    logged = {f"{name}/mean": sums[name] / count for name in ("loss", "kd", "ce", "teacher_entropy")}
+    logged = {f"{name}/mean": sums[name] / count for name in ("loss", "kd", "ce", "z")}
     if ranked:
+        logged["teacher_entropy/mean"] = sums["teacher_entropy"] / count
         logged |= {"top1_agreement": sums["top1_agree"] / ranked, "top_k_mass": sums["top_k_mass"] / ranked}
     return logged
 

@@ -23,7 +23,8 @@ kdpipe train --student S --cache C --output O --set loss.divergence=skew_kl loss
 """
 
 MIDDLE = """
-Logarithms are natural. Probabilities that tie count in the order of the vocabulary wherever an order decides.
+Logarithms are natural. Probabilities that tie count in the order of the vocabulary wherever an order decides. A value
+that is never negative is so to fp32 rounding of the log-probabilities, some 5e-7 a token.
 
 `label_smoothing` is that of the cross-entropy. `z_loss` adds `z_loss * logsumexp(logits)^2` of every token to the loss,
 whatever `kd_weight` is. `sampled_kl` draws anew in every step, by `train.seed`, the step and the token alone: the same
@@ -41,10 +42,12 @@ on one rank and on many.
 
 MAPPING = {
     "kdflow": "`kd_ratio` is `kd_weight`; `kl`, `rkl`, `skl`, `srkl`, `akl`, `hrl` are `forward_kl`, `reverse_kl`, "
-    "`skew_kl`, `skew_reverse_kl`, `adaptive_kl`, `hierarchical_ranking`; `skew_lambda`, `adaptive_alpha` are `alpha`, "
+    "`skew_kl`, `skew_reverse_kl`, `adaptive_kl`, `hierarchical_ranking` (theirs ignores the temperature); "
+    "`skew_lambda`, `adaptive_alpha` are `alpha`, "
     "`hrl_topk` is `k`; `jsd_beta` is 1 - `beta`. It applies no head bias, softcap or logit scale; kdpipe always does.",
     "trl": "`beta` is `loss.options.beta`: 0 forward KL, 1 reverse KL. GKD's `temperature` (0.9) is that of sampling "
-    "alone: its trainer does not hand it to the loss (1.16.0). `DistillationTrainer`'s is the loss's, by default 1.",
+    "alone: its trainer does not hand it to the loss (1.16.0). `DistillationTrainer` takes `temperature` 1 for the loss "
+    "and `beta` 1, reverse KL, by default: set `loss.options.beta=1`.",
     "torchtune": "`kd_ratio` is `kd_weight`. `ForwardKLLoss` leaves out the teacher's entropy: `soft_cross_entropy`, "
     "with forward KL's gradient. `ReverseKLLoss` is `reverse_kl`; `SymmetricKLLoss` is `symmetric_kl` with "
     "`sym_kd_ratio` as `forward_share`, less that share of the entropy.",
@@ -53,23 +56,27 @@ MAPPING = {
 }
 
 TAIL = """
-All of them, and kdpipe, divide the sum over supervised tokens once by their number over all ranks and accumulation.
-DistillKit and torchtune divide each micro-batch by its own tokens: with one micro-batch a step the values are equal.
+The values are those of a token, and so of the mean over a step's supervised tokens, which kdpipe, KDFlow and TRL divide
+once by their number over all ranks and accumulation. DistillKit and torchtune divide each micro-batch by its own
+number, and DistillKit takes the divergence at labelled positions where the cross-entropy is that of the one before.
 
 ## What a step tells of itself
 
-Every step's event (`OUTPUT/events.jsonl`) has `loss/mean`, `kd/mean`, `ce/mean` and `teacher_entropy/mean` per
-supervised token, and `top1_agreement` and `top_k_mass` (the student's probability of the teacher's ten likeliest
-tokens) over every 16th token of each batch; entropy, agreement and mass are at the loss's temperature. They come from
-the same pass as the loss.
+Every step's event (`OUTPUT/events.jsonl`) has, per supervised token, `loss/mean`, `kd/mean`, `ce/mean` and `z/mean` (what
+`z_loss` multiplies). With a teacher (`kd_weight` above 0) it has `teacher_entropy/mean` and, over every 16th token of
+each batch, `top1_agreement` (the student likes no token better than the teacher's likeliest) and `top_k_mass` (its
+probability of the teacher's ten likeliest); these three are at the loss's temperature. They come from the same pass as
+the loss.
 
 ## How it is computed
 
 `fused_distill_loss` takes hidden states and heads. Four matrix products run on chunks of tokens, in the inputs' dtype;
 what lies between them is one pass over a few rows at a time, in fp32, compiled by torch.compile where the work is worth
 the seconds that takes (2^24 logits and more) and a compiler is there, else operator by operator.
-`TORCH_COMPILE_DISABLE=1` turns compiling off. No array of all tokens by all logits exists; the gradient is made in the
-forward pass. Measured by `tools/bench/loss.py --json`, against the four products alone.
+`TORCH_COMPILE_DISABLE=1` turns compiling off. Of the logits only those of a chunk exist, of both models: 512 tokens on
+a CPU, 2048 on a GPU; batches of up to that and the student's width are one chunk, which then is both faster and smaller
+than an fp32 sum of the head's gradient over several. The gradient is made in the forward pass. Measured by
+`tools/bench/loss.py --json`, against the four products alone.
 
 ## Adding a divergence
 

@@ -52,7 +52,7 @@ def page() -> str:
         lines += [f"\n## [{table}]\n", "| key | default | meaning |", "|---|---|---|"]
         for key, field in model.model_fields.items():
             default = field.get_default(call_default_factory=True)
-            shown = "none" if default is None else str(list(default) if isinstance(default, tuple) else default)
+            shown = "not set" if default is None else str(list(default) if isinstance(default, tuple) else default)
             lines.append(f"| `{key}` | `{shown}` | {told[key]} |")
     return "\n".join(lines) + "\n"
 

@@ -8,13 +8,17 @@ Cost: what torch keeps between passes, some fp32 arrays [R, V].
 
 # Shapes: R rows in a block, V shared vocabulary.
 
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 
 from kdpipe.stages.loss.divergences import find
 from kdpipe.stages.loss.head import Finish
@@ -67,13 +71,15 @@ class Formula:
         )
 
 
-@lru_cache(maxsize=64)
-def block_step(formula: Formula, *, compiled: bool) -> Step:
-    """step(student_raw, teacher_raw, labels, weights, draws, student_bias, teacher_bias) -> Block.
+@lru_cache(maxsize=256)
+def block_step(formula: Formula, shape: Hashable, *, compiled: bool) -> Step:
+    """step(student_raw, teacher_raw, labels, weights, draws, student_bias, teacher_bias, scale) -> Block.
+
+    shape: whatever a compiled step is specialised to; each has its own, so that none meets torch's limit of recompiles
 
     student_raw [R, V] is overwritten by the gradient with respect to it, rounded to its dtype; teacher_raw [R, V].
     labels int64 [R], IGNORED for none; weights fp32 [R] multiply a row's values and gradient; draws fp64 [R, K]. None
-    stands for what there is not.
+    stands for what there is not. scale, a scalar, multiplies the gradient.
     """
     divergence = None if formula.divergence is None else find(formula.divergence)
     options = dict(formula.options)
@@ -86,6 +92,7 @@ def block_step(formula: Formula, *, compiled: bool) -> Step:
         draws: Tensor | None,
         student_bias: Tensor | None,
         teacher_bias: Tensor | None,
+        scale: Tensor,
     ) -> Block:
         logits = formula.student.apply(student_raw.float(), student_bias)
         log_p, p, log_total = normalised(logits)
@@ -124,12 +131,36 @@ def block_step(formula: Formula, *, compiled: bool) -> Step:
         values = torch.stack([kd, ce, z, entropy])
         if not formula.differentiate:
             return Block(values, None)
-        gradient = formula.student.slope(logits, gradient)
+        gradient = formula.student.slope(logits, gradient * scale)
         bias = gradient.sum(0) if formula.wants_bias else None
         student_raw.copy_(gradient)
         return Block(values, bias)
 
-    if not compiled:
-        return step
-    # One formula's shapes and dtypes are not to use up the recompilations of another's.
-    return torch.compile(step, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+    return Compiled(step) if compiled else step
+
+
+class Compiled:
+    """A step under torch.compile; where that fails, the step itself, with a warning.
+
+    Compiling is done by one thread at a time: two at once fail in torch 2.13.
+    """
+
+    _lock = threading.Lock()
+
+    def __init__(self, step: Step) -> None:
+        self._step, self._ready = step, False
+        # One formula's shapes and dtypes are not to use up the recompilations of another's.
+        self._compiled: Step = torch.compile(step, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+
+    def __call__(self, *arguments: Tensor | None) -> Block:
+        if self._ready:
+            return self._compiled(*arguments)
+        with self._lock:
+            try:
+                block = self._compiled(*arguments)
+            except (TorchDynamoException, InductorError) as err:
+                warnings.warn(f"torch.compile failed, losses take longer: {err}", stacklevel=2)
+                self._compiled = self._step
+                block = self._step(*arguments)
+            self._ready = True
+            return block

@@ -135,8 +135,7 @@ def hierarchical_ranking(log_p_teacher: Tensor, log_p_student: Tensor, *, k: flo
     """
     teacher, student = log_p_teacher.exp(), log_p_student.exp()
     k = min(int(k), teacher.shape[-1])
-    of_teacher = teacher.topk(k, dim=-1).indices
-    of_student = student.topk(k, dim=-1).indices
+    of_teacher, of_student = (p.sort(dim=-1, descending=True, stable=True).indices[..., :k] for p in (teacher, student))
     student_t, student_s = student.gather(-1, of_teacher), student.gather(-1, of_student)
     counts = student_s[..., :, None] > teacher.gather(-1, of_student)[..., None, :]
     first = (student_t - student_t[..., :1]).clamp_min(0.0).sum(-1)

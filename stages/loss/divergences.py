@@ -4,14 +4,21 @@ To add one: its definition in dense.py, its fused twin in pointwise.py, a line h
 T teacher, S student, both softmax(logits / temperature).
 """
 
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from torch import Tensor
 
 import kdpipe.stages.loss.dense as dense
 import kdpipe.stages.loss.pointwise as pointwise
 from kdpipe.manifests.errors import ConfigError, nearest
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Python's and numpy's numbers; True is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,12 +30,18 @@ class Option:
     high: float
     meaning: str
     whole: bool = False
+    smallest: float = 0.0
+    """A number between 0 and this is refused: the formula would lose what it is to keep."""
 
     def holds(self, value: object) -> bool:
         """Whether it is a number of this range."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
+        if not is_number(value) or not self.low <= value <= self.high or 0.0 < abs(value) < self.smallest:
             return False  # nan is in no range
         return not self.whole or value == int(value)
+
+    def __str__(self) -> str:
+        gap = f"0 or {self.smallest:g}" if self.smallest else f"{self.low:g}"
+        return f"{'a whole number' if self.whole else 'a number'} in {gap}..{self.high:g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,10 +71,8 @@ class Divergence:
                 raise ConfigError(f"unknown option '{name}', it takes: {known}{hint}", where=where)
             option = self.options[name]
             if not option.holds(value):
-                kind = "a whole number" if option.whole else "a number"
-                wanted = f"{kind} in {option.low}..{option.high}"
-                raise ConfigError(f"{name} ({option.meaning}) must be {wanted}, got {value!r}", where=where)
-        return {name: given.get(name, option.default) for name, option in self.options.items()}
+                raise ConfigError(f"{name} ({option.meaning}) must be {option}, got {value!r}", where=where)
+        return {name: float(given.get(name, option.default)) for name, option in self.options.items()}
 
 
 INSIDE = 1e-6
@@ -164,8 +175,8 @@ DIVERGENCES: Mapping[str, Divergence] = {
             reference=dense.alpha_beta,
             value_and_grad=pointwise.alpha_beta,
             options={
-                "alpha": Option(default=0.2, low=0.0, high=4.0, meaning="power of the teacher"),
-                "beta": Option(default=0.7, low=0.0, high=4.0, meaning="power of the student"),
+                "alpha": Option(default=0.2, low=0.0, high=4.0, meaning="power of the teacher", smallest=1e-3),
+                "beta": Option(default=0.7, low=0.0, high=4.0, meaning="power of the student", smallest=1e-3),
             },
         ),
         Divergence(
@@ -212,8 +223,9 @@ DIVERGENCES: Mapping[str, Divergence] = {
 
 def find(name: str) -> Divergence:
     """The divergence of this name; ConfigError names the nearest known one."""
-    if name not in DIVERGENCES:
+    if not isinstance(name, str) or name not in DIVERGENCES:
         raise ConfigError(
-            f"unknown divergence '{name}', known: {', '.join(DIVERGENCES)}{nearest(name, DIVERGENCES)}", where="loss"
+            f"unknown divergence '{name}', known: {', '.join(DIVERGENCES)}{nearest(str(name), DIVERGENCES)}",
+            where="loss",
         )
     return DIVERGENCES[name]

@@ -1,10 +1,10 @@
-"""The fused loss: from hidden states and heads to loss and gradients, chunk by chunk, no [T, V] array of either model.
+"""The fused loss: from hidden states and heads to loss and gradients, chunk by chunk.
 
 The four matrix products (student logits, teacher logits, gradient of hidden, gradient of head) run on chunks of C
 tokens in the inputs' dtype. What lies between them is pointwise in V and runs on blocks of R rows small enough for the
 processor's cache, in fp32, whatever the inputs are (fp64 too: then only the products are fp64), see blocks.py. The
-gradient is taken in the forward pass; backward multiplies it by the incoming scalar, one more rounding unless that is a
-power of two.
+gradient is taken in the forward pass, loss_scale included; backward multiplies it by the incoming scalar, one more
+rounding unless that is a power of two.
 Invariant: the result does not depend on C or R beyond summation order; no value is read back from the device.
 Cost over the inputs: two buffers [C, V] in the inputs' dtype, which a CPU keeps; the gradients themselves; an fp32 sum
 [V, D] of the head's gradient where there is more than one chunk of less than fp32. Gradients in the forward pass are
@@ -48,6 +48,7 @@ def fused_distill_loss(
     scale_t2: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    loss_scale: Tensor | float = 1.0,
     token_weights: Tensor | None = None,
     token_keys: Tensor | None = None,
     seed: int = 0,
@@ -64,6 +65,7 @@ def fused_distill_loss(
     options are those of DIVERGENCES[divergence]; scale_t2 multiplies kd by temperature squared. token_weights [T]
     multiply what a token adds. label_smoothing is that of the cross-entropy; z_loss adds z_loss * logsumexp(logits)^2
     of every token to the loss (PaLM, arXiv 2204.02311, with 1e-4).
+    loss_scale multiplies the loss, not kd, ce and z; 1 / tokens there, not afterwards, saves the gradients a rounding.
     A sampled divergence draws by seed and token_keys [T] int64, by default each token's place: the same seed and key
     give the same draw in any batch. head_grad_fp32 sums the head's gradient over chunks in fp32; without it the sum is
     in the head's own dtype, which saves an array [rows, D] and is as exact up to some 16 chunks.
@@ -88,13 +90,19 @@ def fused_distill_loss(
         scale_t2=scale_t2,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        loss_scale=loss_scale,
         token_weights=token_weights,
         token_keys=token_keys,
         seed=seed,
         **options,
     )
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ConfigError(f"chunk_tokens must be at least 1, got {chunk_tokens}; None chooses", where="loss")
+    if chunk_tokens is not None and not (type(chunk_tokens) is int and chunk_tokens >= 1):
+        raise ConfigError(f"chunk_tokens must be a whole number from 1 on, got {chunk_tokens!r}", where="loss")
+    if student_hidden.dtype == torch.float16 and torch.is_grad_enabled():
+        raise ConfigError(
+            "float16 loses small gradients before a scaler sees them; give the student's in bfloat16 or float32",
+            where="student",
+        )
     loss, sums, num_ranked = _Fused.apply(
         student_hidden,
         student_head,
@@ -146,7 +154,8 @@ class _Fused(torch.autograd.Function):
             if grad is None:
                 return None
             if grad.dtype == dtype and not again:
-                return grad.mul_(grad_loss)
+                # On a CPU looking is free, and most often there is nothing to do.
+                return grad if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0 else grad.mul_(grad_loss)
             return torch.mul(grad, grad_loss, out=zeros(grad.shape, like=grad, dtype=dtype))
 
         found = (scaled(grad, dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
@@ -162,7 +171,11 @@ def _run(problem: Problem, layout: Layout, gradients: StudentGradients) -> tuple
     if hidden.device.type == "cpu":
         keep_heap()
     formula = Formula.of(problem, differentiate=gradients.wanted, wants_bias=gradients.wants_bias)
-    step = block_step(formula, compiled=layout.compiled)
+    teacher_dtype = None if problem.teacher is None else problem.teacher.hidden.dtype
+    given = (problem.labels is None, problem.weights is None, problem.draws is None)
+    shape = (layout.block_rows, problem.vocab_size, hidden.dtype, teacher_dtype, hidden.device, given)
+    step = block_step(formula, shape if layout.compiled else None, compiled=layout.compiled)
+    scale = torch.as_tensor(problem.loss_scale, dtype=torch.float32, device=hidden.device)
     # Rows beyond the last token are computed with the last block and not used.
     values = torch.zeros(len(VALUES), problem.num_tokens + rows_a_block, dtype=torch.float32, device=hidden.device)
     weights = problem.weights
@@ -172,9 +185,9 @@ def _run(problem: Problem, layout: Layout, gradients: StudentGradients) -> tuple
     weights = None if weights is None else padded(weights, rows_a_block, 0.0)
     draws = None if problem.draws is None else padded(problem.draws, rows_a_block, 0.5)
     # The student's buffer holds raw logits and then, block by block, the gradient with respect to them.
-    shape = (layout.chunk_tokens, problem.vocab_size)
-    student_buffer = scratch("student", shape, like=hidden)
-    teacher_buffer = None if problem.teacher is None else scratch("teacher", shape, like=problem.teacher.hidden)
+    whole = (layout.chunk_tokens, problem.vocab_size)
+    student_buffer = scratch("student", whole, like=hidden)
+    teacher_buffer = None if problem.teacher is None else scratch("teacher", whole, like=problem.teacher.hidden)
     biases = problem.student.head.bias, None if problem.teacher is None else problem.teacher.head.bias
     ranks, num_ranked = torch.zeros(2, dtype=torch.float32, device=hidden.device), 0
     for chunk in row_blocks(problem.num_tokens, layout.chunk_tokens):
@@ -197,6 +210,7 @@ def _run(problem: Problem, layout: Layout, gradients: StudentGradients) -> tuple
                 None if weights is None else weights[tokens],
                 None if draws is None else draws[tokens],
                 *biases,
+                scale,
             )
             values[:, tokens] = block.values
             gradients.add_bias(block.bias)
@@ -215,7 +229,8 @@ def ranked(problem: Problem, student_raw: Tensor, teacher_raw: Tensor) -> Tensor
     teacher_logits = teacher.finish.apply(teacher_raw.float(), teacher.bias)
     places = teacher_logits.topk(min(TOP_K, logits.shape[1]), -1).indices
     mass = (logits.gather(1, places) - logits.logsumexp(-1, keepdim=True)).exp().sum()
-    return torch.stack([(places[:, 0] == logits.argmax(-1)).sum(dtype=torch.float32), mass])
+    agree = logits.gather(1, places[:, :1]) == logits.amax(-1, keepdim=True)
+    return torch.stack([agree.sum(dtype=torch.float32), mass])
 
 
 def padded(values: Tensor, count: int, fill: float) -> Tensor:

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from kdpipe.manifests.errors import ConfigError
+from kdpipe.stages.loss.divergences import is_number
+
+DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +47,7 @@ class Finish:
     softcap: float | None = None
 
     def apply(self, raw: Tensor, bias: Tensor | None) -> Tensor:
-        logits = raw if bias is None else raw + bias[: raw.shape[1]]
+        logits = raw if bias is None else raw + bias[: raw.shape[1]].to(raw.dtype)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -74,6 +77,9 @@ class Side:
             shapes = f"{list(self.hidden.shape)} and {list(weight.shape)}"
             raise ConfigError(f"expected hidden [T, width] and head [rows, width], got {shapes}", where=owner)
         rows, width = weight.shape
+        for tensor in (self.hidden, weight, *([] if bias is None else [bias])):
+            if tensor.dtype not in DTYPES:
+                raise ConfigError(f"expected floating-point numbers, got {tensor.dtype}", where=owner)
         if self.hidden.shape[1] != width:
             raise ConfigError(
                 f"hidden states are {self.hidden.shape[1]} wide, the head takes {width}; are they of one model?",
@@ -83,9 +89,11 @@ class Side:
             raise ConfigError(
                 f"hidden states are {self.hidden.dtype}, the head is {weight.dtype}; cast one of them", where=owner
             )
-        if not 0 < vocab_size <= rows:
+        if not isinstance(vocab_size, int) or not 0 < vocab_size <= rows:
             raise ConfigError(f"the head has {rows} rows, vocab_size is {vocab_size}; use 1..{rows}", where=owner)
         if bias is not None and bias.shape != (rows,):
             raise ConfigError(f"expected a bias of {rows} numbers, got {list(bias.shape)}", where=owner)
-        if softcap is not None and not softcap > 0:
-            raise ConfigError(f"softcap must be above 0, got {softcap}; None means no softcap", where=owner)
+        if softcap is not None and not (is_number(softcap) and 0 < softcap < float("inf")):
+            raise ConfigError(f"softcap must be a number above 0, got {softcap!r}; None means no softcap", where=owner)
+        if not (is_number(self.head.scale) and 0 < abs(self.head.scale) < float("inf")):
+            raise ConfigError(f"scale must be a number other than 0, got {self.head.scale!r}", where=owner)

@@ -140,11 +140,14 @@ def alpha_beta(rows: Rows, *, alpha: float, beta: float) -> Result:
         pulled = (student - teacher) / alpha
         value = (teacher * (log_t - log_s) / alpha + pulled / alpha).sum(-1)
     else:
-        both = alpha + beta
-        mixed, student = (alpha * log_t + beta * log_s).exp(), (both * log_s).exp()
-        pulled = (student - mixed) / alpha
-        teacher_part, student_part = (both * log_t).exp() / (beta * both), student / (alpha * both)
-        value = (teacher_part + student_part - mixed / (alpha * beta)).sum(-1)
+        # Of the larger probability's power, times what expm1 keeps of 1 less the ratio's: 0 where both are equal.
+        both, apart = alpha + beta, log_s - log_t
+        student_larger, distance = apart > 0.0, apart.abs()
+        top = (both * torch.maximum(log_t, log_s)).exp()
+        whole = (-both * distance).expm1()
+        part = (-torch.where(student_larger, alpha, beta) * distance).expm1()
+        value = (top * (torch.where(student_larger, alpha, beta) * whole - both * part)).sum(-1) / (alpha * beta * both)
+        pulled = top * torch.where(student_larger, -part, (1.0 + part) * (-alpha * distance).expm1()) / alpha
     return value, pulled - rows.p_student * pulled.sum(-1, keepdim=True)
 
 
@@ -188,7 +191,7 @@ def sampled_kl(rows: Rows, *, samples: float, power: float) -> Result:
 
 
 def hierarchical_ranking(rows: Rows, *, k: float) -> Result:
-    places_t, places_s = (p.topk(min(int(k), p.shape[1]), dim=-1).indices for p in (rows.p_teacher, rows.p_student))
+    places_t, places_s = (likeliest(p, min(int(k), p.shape[1])) for p in (rows.p_teacher, rows.p_student))
     student_t, student_s = rows.p_student.gather(1, places_t), rows.p_student.gather(1, places_s)
     teacher_s = rows.p_teacher.gather(1, places_s)
     first = student_t - student_t[:, :1]
@@ -211,6 +214,14 @@ def top(log_p: Tensor, k: int) -> Tensor:
     last = log_p.topk(k, dim=-1).values[:, -1:]
     above = log_p > last
     return above | first_of(log_p == last, k - above.sum(-1, keepdim=True))
+
+
+def likeliest(p: Tensor, k: int) -> Tensor:
+    """Places of the K likeliest entries of each row [R, K], falling; equals in the vocabulary's order."""
+    rising = torch.arange(p.shape[1], 0, -1, device=p.device, dtype=torch.int32)
+    places = (top(p, k) * rising).topk(k, dim=-1).indices  # in the vocabulary's order: topk's own is any among equals
+    order = p.gather(1, places).sort(dim=-1, descending=True, stable=True).indices
+    return places.gather(1, order)
 
 
 def log_tail(log_p: Tensor, chosen: Tensor) -> Tensor:

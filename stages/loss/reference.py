@@ -89,7 +89,7 @@ def measured(log_p_teacher: Tensor, log_p_student: Tensor) -> Metrics:
     places = log_t.topk(min(TOP_K, log_t.shape[1]), dim=-1).indices
     return Metrics(
         teacher_entropy=-(log_p_teacher.exp() * log_p_teacher).sum(),
-        top1_agree=(places[:, 0] == log_s.argmax(-1)).sum(dtype=log_s.dtype),
+        top1_agree=(log_s.gather(-1, places[:, :1]) == log_s.amax(-1, keepdim=True)).sum(dtype=log_s.dtype),
         top_k_mass=log_s.gather(-1, places).exp().sum(),
         num_ranked=len(log_t),
     )

@@ -101,3 +101,12 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
 def test_no_override_whatever_gives_anything_but_a_spec_or_our_error(key: str, value: str) -> None:
     with contextlib.suppress(ConfigError):
         load(None, (f"{key}={value}",))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["loss.temperature=true", "loss.kd_weight=false", "loss.options.k=true", "train.lr=true", "loss.preset=[1]"],
+)
+def test_what_is_no_number_or_name_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0].removesuffix(".k")):
+        load(None, (override,))

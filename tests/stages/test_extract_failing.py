@@ -14,8 +14,8 @@ from kdpipe.stages.extract import ExtractSpec
 
 HALF = 0
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EDQUOT": errno.EDQUOT, "EINTR": errno.EINTR, "half": HALF}
-STRIDE = 23
-"""The usual tests fail every 23rd call, each error at its own; the long ones all of them."""
+STRIDE = 61
+"""The usual tests fail every 61st call, each error at its own; the long ones all of them."""
 
 
 @pytest.fixture(scope="module")

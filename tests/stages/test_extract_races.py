@@ -1,4 +1,4 @@
-"""Many writers of one plan at once, some killed, some stopped for longer than a claim lives: always the same one tree."""
+"""Many writers of one plan at once, some killed, some stopped for longer than a claim lives: the same tree always."""
 
 import multiprocessing
 import os

@@ -3,18 +3,20 @@
 import copy
 import gc
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from tests.stages.loss.cases import CROSS_ENTROPIES, SAMPLED, Inputs, errors, make_inputs, naive, outcome, truth
+from torch._dynamo.exc import TorchDynamoException
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.draws import uniform
-from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss, layout
+from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss, layout, reference_distill_loss
 from kdpipe.stages.loss.layout import chunk_size, has_compiler
 from kdpipe.stages.loss.memory import HUGE_PAGE_BYTES, zeros
-from kdpipe.stages.loss.pointwise import Rows, normalised
+from kdpipe.stages.loss.pointwise import Rows, likeliest, normalised
 
 # Relative slack by dtype: what summation order alone may change.
 SLACK = {torch.float32: 3e-7, torch.bfloat16: 2e-4}
@@ -391,6 +393,118 @@ def test_cross_entropy_is_reported_beside_a_pure_divergence() -> None:
         assert float(unlabelled.out.ce) == 0.0
 
 
+def test_a_student_in_float16_is_refused_where_gradients_are_wanted() -> None:
+    inputs = make_inputs(dtype=torch.float16)
+    tensors = (inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head)
+    with pytest.raises(ConfigError, match="float16 loses small gradients"):
+        fused_distill_loss(*tensors)
+    with torch.no_grad():
+        found = fused_distill_loss(*tensors).kd
+    torch.testing.assert_close(found, truth(inputs).out.kd.float(), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("count", [507, 3, 4096])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_mean_taken_by_loss_scale_is_no_further_than_the_naive_one(count: int, scale: float) -> None:
+    """A division afterwards would round bf16 gradients once more."""
+    inputs = make_inputs(dtype=torch.bfloat16)
+    arguments: dict[str, Any] = {"divergence": "jsd", "student_scale": scale}
+
+    def gradients(function: Any, some: Inputs, **more: Any) -> list[torch.Tensor]:
+        tensors = (some.student_hidden, some.student_head, some.teacher_hidden, some.teacher_head)
+        return list(torch.autograd.grad(function(*tensors, **arguments, **more).loss, some.leaves[:2]))
+
+    right = gradients(reference_distill_loss, inputs.to(torch.float64), loss_scale=1 / count)
+    ours = gradients(fused_distill_loss, inputs, loss_scale=1 / count)
+    theirs = gradients(naive, inputs, loss_scale=1 / count)
+    for found, rival, exact in zip(ours, theirs, right, strict=True):
+        assert (found.double() - exact).norm() <= 1.02 * (rival.double() - exact).norm()
+
+
+def test_loss_scale_multiplies_the_loss_and_nothing_else() -> None:
+    inputs = make_inputs()
+    plain, scaled = (outcome(fused_distill_loss, inputs, kd_weight=0.5, loss_scale=each) for each in (1.0, 0.125))
+    assert float(scaled.out.loss.detach()) == pytest.approx(float(plain.out.loss.detach()) / 8, rel=1e-6)
+    assert torch.equal(scaled.out.kd, plain.out.kd)
+    assert torch.equal(scaled.gradients[0] * 8, plain.gradients[0])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_equal_models_agree_on_every_token_ties_or_not(divergence: str) -> None:
+    inputs = make_inputs(320, 3000, dtype=torch.bfloat16)
+    twin = (inputs.student_hidden, inputs.student_head)
+    assert len((twin[0] @ twin[1].T).amax(1).unique()) < 100
+    with torch.no_grad():
+        metrics = fused_distill_loss(*twin, *twin, divergence=divergence).metrics
+    assert float(metrics.top1_agree) == metrics.num_ranked == 20
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_the_likeliest_are_taken_in_order_and_equals_in_the_vocabularys(k: int) -> None:
+    p = torch.randint(0, 30, (20, 500), generator=torch.Generator().manual_seed(k)).float()
+    assert torch.equal(likeliest(p, k), p.sort(dim=-1, descending=True, stable=True).indices[:, :k])
+
+
+@pytest.mark.slow  # it compiles ten times
+def test_more_shapes_of_one_formula_than_torch_recompiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "WORTH_COMPILING", 0)
+    inputs = make_inputs(11, 33)
+    plain = truth(inputs).out.kd.float()
+    for chunk_tokens in range(1, 11):
+        found = outcome(fused_distill_loss, inputs, chunk_tokens=chunk_tokens).out.kd
+        torch.testing.assert_close(found, plain)
+
+
+def test_threads_may_compile_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "WORTH_COMPILING", 0)
+    inputs, names = make_inputs(13, 35), ("tvd", "jsd", "reverse_kl")
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda name: outcome(fused_distill_loss, inputs, divergence=name).out.kd, names))
+    for name, kd in zip(names, found, strict=True):
+        torch.testing.assert_close(kd, truth(inputs, divergence=name).out.kd.float())
+
+
+def test_where_compiling_fails_the_plain_step_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Any:
+        def run(*_: object) -> None:
+            raise TorchDynamoException("no compiler today")
+
+        return run
+
+    monkeypatch.setattr(layout, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(torch, "compile", broken)
+    inputs = make_inputs(17, 39)
+    with pytest.warns(UserWarning, match="losses take longer: no compiler today"):
+        found = outcome(fused_distill_loss, inputs)
+    assert max(errors(found, truth(inputs))) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_bias_may_be_of_another_precision(divergence: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(dtype=torch.bfloat16)
+    wide = make_inputs(dtype=dtype)
+    arguments: dict[str, Any] = {"divergence": divergence, "kd_weight": 0.5, "temperature": 1.5}
+    tensors = (inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head, inputs.labels)
+    for biases in (
+        {"student_bias": wide.student_bias},
+        {"teacher_bias": wide.teacher_bias},
+        {"student_bias": wide.student_bias, "teacher_bias": wide.teacher_bias},
+    ):
+        found = fused_distill_loss(*tensors, **arguments, **biases)
+        right = naive(*tensors, **arguments, **{name: bias.float() for name, bias in biases.items()})
+        torch.testing.assert_close(found.kd, right.kd, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES.keys() - CROSS_ENTROPIES - SAMPLED))
+def test_equal_models_have_no_loss_whatever_the_vocabulary(divergence: str) -> None:
+    logits = torch.randn(16, 32771, generator=torch.Generator().manual_seed(0)) * 3
+    rows = Rows(*normalised(logits)[:2], *normalised(logits)[:2])
+    value, gradient = DIVERGENCES[divergence].value_and_grad(rows, **DIVERGENCES[divergence].resolve({}))
+    assert value.abs().max() < 3e-7  # of log-probabilities near 15
+    assert gradient.abs().max() < 1e-7
+
+
 def test_kd_and_ce_are_fp32_and_carry_no_gradient() -> None:
     out = outcome(fused_distill_loss, make_inputs(dtype=torch.bfloat16), kd_weight=0.5).out
     assert (out.kd.dtype, out.ce.dtype, out.loss.dtype) == (torch.float32,) * 3
@@ -454,17 +568,29 @@ def test_large_buffers_give_their_memory_back() -> None:
         ({"divergence": "foward_kl"}, "did you mean 'forward_kl'"),
         ({"divergence": "jsd", "betta": 0.5}, "did you mean 'beta'"),
         ({"beta": 0.5}, "unknown option 'beta', it takes: none"),
-        ({"divergence": "jsd", "beta": 1.5}, "must be a number in 0.0..1.0, got 1.5"),
+        ({"divergence": "jsd", "beta": 1.5}, "must be a number in 0..1, got 1.5"),
         ({"divergence": "top_k_kl", "k": 2.5}, "must be a whole number in 1..65536, got 2.5"),
-        ({"label_smoothing": 1.5}, "label_smoothing must be in 0..1"),
-        ({"z_loss": -1.0}, "z_loss must be at least 0"),
-        ({"divergence": "sampled_kl", "token_keys": torch.arange(3)}, "expected 507 int64 keys"),
-        ({"kd_weight": 1.5}, "kd_weight must be in 0..1"),
+        ({"label_smoothing": 1.5}, "label_smoothing must be a number in 0..1"),
+        ({"z_loss": -1.0}, "z_loss must be a number in 0..1e+06"),
+        ({"token_keys": torch.arange(3)}, "expected 507 int64 keys, got torch.int64 [3]"),
+        ({"divergence": "alpha_beta", "alpha": 1e-6}, "must be a number in 0 or 0.001..4, got 1e-06"),
+        ({"divergence": ["jsd"]}, "unknown divergence"),
+        ({"temperature": "hot"}, "temperature must be a number in 0.001..1000, got 'hot'"),
+        ({"temperature": 1e-40}, "temperature must be a number in 0.001..1000, got 1e-40"),
+        ({"kd_weight": True}, "kd_weight must be a number"),
+        ({"student_softcap": math.inf}, "softcap must be a number above 0"),
+        ({"teacher_scale": math.nan}, "scale must be a number other than 0"),
+        ({"chunk_tokens": 2.5}, "chunk_tokens must be a whole number"),
+        ({"vocab_size": 2.5}, "vocab_size is 2.5"),
+        ({"seed": "a"}, "seed must be a whole number, got 'a'"),
+        ({"token_weights": torch.full((507,), math.nan)}, "every weight must be finite"),
+        ({"token_weights": torch.ones(507, dtype=torch.int64)}, "expected 507 floating-point weights, got torch.int64"),
+        ({"kd_weight": 1.5}, "kd_weight must be a number in 0..1"),
         ({"kd_weight": 0.5, "labels": False}, "needs labels"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be a number in 0.001..1000"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be a whole number from 1 on"),
         ({"vocab_size": 252}, "the head has 251 rows, vocab_size is 252"),
-        ({"student_softcap": 0.0}, "softcap must be above 0"),
+        ({"student_softcap": 0.0}, "softcap must be a number above 0"),
         ({"student_bias": torch.zeros(250)}, "expected a bias of 251 numbers"),
     ],
 )
@@ -485,6 +611,10 @@ def test_a_wrong_argument_is_one_line_that_names_it(change: dict[str, Any], mess
         (2, None, "needs teacher_hidden and teacher_head"),
         (3, torch.zeros(251, 78), "E-CONFIG teacher: hidden states are 77 wide"),
         (4, torch.zeros(506, dtype=torch.int64), "expected 507 integer labels"),
+        (4, torch.ones(507, dtype=torch.bool), "expected 507 integer labels, got torch.bool"),
+        (4, [1] * 507, "expected 507 integer labels, got list"),
+        (0, torch.zeros(507, 123, dtype=torch.complex64), "expected floating-point numbers, got torch.complex64"),
+        (0, None, "expected a tensor, got NoneType"),
         (4, torch.full((507,), 251), "label 251 is outside the vocabulary of 251"),
         (4, torch.full((507,), -1), "label -1 is outside"),
     ],
