@@ -43,10 +43,10 @@ on one rank and on many.
 MAPPING = {
     "kdflow": "`kd_ratio` is `kd_weight`; `kl`, `rkl`, `skl`, `srkl`, `akl`, `hrl` are `forward_kl`, `reverse_kl`, "
     "`skew_kl`, `skew_reverse_kl`, `adaptive_kl`, `hierarchical_ranking` (theirs ignores the temperature); "
-    "`skew_lambda`, `adaptive_alpha` are `alpha`, "
-    "`hrl_topk` is `k`; `jsd_beta` is 1 - `beta`. It applies no head bias, softcap or logit scale; kdpipe always does.",
+    "`skew_lambda`, `adaptive_alpha` are `alpha`, `hrl_topk` is `k`; `jsd_beta` is 1 - `beta`. It applies no head bias, "
+    "softcap or logit scale; kdpipe always does.",
     "trl": "`beta` is `loss.options.beta`: 0 forward KL, 1 reverse KL. GKD's `temperature` (0.9) is that of sampling "
-    "alone: its trainer does not hand it to the loss (1.16.0). `DistillationTrainer` takes `temperature` 1 for the loss "
+    "alone: its trainer does not hand it to the loss (1.16.0). `DistillationTrainer` has `temperature` 1 for the loss "
     "and `beta` 1, reverse KL, by default: set `loss.options.beta=1`.",
     "torchtune": "`kd_ratio` is `kd_weight`. `ForwardKLLoss` leaves out the teacher's entropy: `soft_cross_entropy`, "
     "with forward KL's gradient. `ReverseKLLoss` is `reverse_kl`; `SymmetricKLLoss` is `symmetric_kl` with "
@@ -56,17 +56,17 @@ MAPPING = {
 }
 
 TAIL = """
-The values are those of a token, and so of the mean over a step's supervised tokens, which kdpipe, KDFlow and TRL divide
+The values are those of a token, and so of the mean over the supervised tokens of a step, which kdpipe, KDFlow and TRL
 once by their number over all ranks and accumulation. DistillKit and torchtune divide each micro-batch by its own
 number, and DistillKit takes the divergence at labelled positions where the cross-entropy is that of the one before.
 
 ## What a step tells of itself
 
-Every step's event (`OUTPUT/events.jsonl`) has, per supervised token, `loss/mean`, `kd/mean`, `ce/mean` and `z/mean` (what
-`z_loss` multiplies). With a teacher (`kd_weight` above 0) it has `teacher_entropy/mean` and, over every 16th token of
-each batch, `top1_agreement` (the student likes no token better than the teacher's likeliest) and `top_k_mass` (its
-probability of the teacher's ten likeliest); these three are at the loss's temperature. They come from the same pass as
-the loss.
+Every step's event (`OUTPUT/events.jsonl`) has, per supervised token, `loss/mean`, `kd/mean`, `ce/mean` and `z/mean`
+(what `z_loss` multiplies). With a teacher (`kd_weight` above 0) it has `teacher_entropy/mean` and, over every 16th
+token of each batch, `top1_agreement` (the student likes no token better than the teacher's likeliest) and `top_k_mass`
+(its probability of the teacher's ten likeliest); these three are at the loss's temperature. They come from the same
+pass as the loss.
 
 ## How it is computed
 
