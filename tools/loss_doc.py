@@ -43,8 +43,8 @@ on one rank and on many.
 MAPPING = {
     "kdflow": "`kd_ratio` is `kd_weight`; `kl`, `rkl`, `skl`, `srkl`, `akl`, `hrl` are `forward_kl`, `reverse_kl`, "
     "`skew_kl`, `skew_reverse_kl`, `adaptive_kl`, `hierarchical_ranking` (theirs ignores the temperature); "
-    "`skew_lambda`, `adaptive_alpha` are `alpha`, `hrl_topk` is `k`; `jsd_beta` is 1 - `beta`. It applies no head bias, "
-    "softcap or logit scale; kdpipe always does.",
+    "`skew_lambda`, `adaptive_alpha` are `alpha`, `hrl_topk` is `k`; `jsd_beta` is 1 - `beta`. It applies no head "
+    "bias, softcap or logit scale; kdpipe always does.",
     "trl": "`beta` is `loss.options.beta`: 0 forward KL, 1 reverse KL. GKD's `temperature` (0.9) is that of sampling "
     "alone: its trainer does not hand it to the loss (1.16.0). `DistillationTrainer` has `temperature` 1 for the loss "
     "and `beta` 1, reverse KL, by default: set `loss.options.beta=1`.",
