@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from kdpipe.manifests.errors import ConfigError, nearest
 
@@ -35,7 +34,7 @@ class Spec(BaseModel):
         wanted = cls.model_fields[info.field_name or ""].annotation
         values = value.values() if get_origin(wanted) is dict and isinstance(value, dict) else (value,)
         if wanted is not bool and any(isinstance(each, bool) for each in values):
-            raise PydanticCustomError("number_expected", "expected a number, got true or false")
+            raise ValueError("expected a number, got true or false")
         return value
 
 
