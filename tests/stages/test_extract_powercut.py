@@ -3,6 +3,7 @@
 Every flush of the protocol is needed: without any one of them a cut would lose something, and this test would fail.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.stages.extracting import committed_are_whole, extract_small, files, s
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import KdpipeError
 from kdpipe.manifests.plan import PLAN_FILE
-from kdpipe.manifests.shard import Commit, ShardWriter
+from kdpipe.manifests.shard import Commit, ShardWriter, commit_path, shard_path
 from kdpipe.stages.extract import ExtractSpec
 
 FLUSHES: list[Place] = [
@@ -88,6 +89,22 @@ def test_no_cut_loses_a_committed_shard_or_the_way_on(
         extract_small(spec, cache)
         assert files(cache) == whole, left.name
         shutil.rmtree(left)
+
+
+def test_a_shard_adopted_after_a_kill_survives_a_cut(spec: ExtractSpec, tmp_path: Path) -> None:
+    """A kill came after the shard was linked and before its name was flushed; the next run commits it."""
+    cache = tmp_path / "live" / "cache"
+    extract_small(spec, cache)
+    commit_path(cache, 1).unlink()
+    shard = shard_path(cache, 1)
+    os.link(shard, tmp_path / "aside")
+    shard.unlink()
+    with PowerCut(tmp_path / "live") as disk:
+        disk.contents[(tmp_path / "aside").stat().st_ino] = (tmp_path / "aside").read_bytes()  # flushed before the link
+        os.link(tmp_path / "aside", shard)
+        extract_small(spec, cache)
+        disk.restore(tmp_path / "left")
+    assert committed_are_whole(tmp_path / "left" / "cache") == committed_are_whole(cache)
 
 
 @pytest.mark.parametrize("place", FLUSHES, ids="-".join)

@@ -123,6 +123,19 @@ def test_every_kind_of_loss_is_dense_on_ranks(
     assert_gradients_are_dense(job, bench, ranks, tmp_path)
 
 
+def test_a_sampled_loss_draws_anew_in_every_step(bench: Bench, tmp_path: Path) -> None:
+    """The same samples in every step, weights that hardly move: only the draws differ."""
+    values = {}
+    for divergence in ("sampled_kl", "forward_kl"):
+        recorder = Recorder()
+        loss = LossSpec(divergence=divergence)
+        train(job_for(bench, tmp_path / divergence, loss=loss, lr=1e-12, batch_tokens=99999, epochs=3), recorder)
+        values[divergence] = recorder.values("step", "kd/mean")
+    assert values["forward_kl"] == pytest.approx([values["forward_kl"][0]] * 3, rel=1e-5)
+    assert len({round(value, 5) for value in values["sampled_kl"]}) == 3
+    assert values["sampled_kl"] == pytest.approx(values["forward_kl"], rel=0.05)
+
+
 def test_a_step_tells_entropy_agreement_and_mass(bench: Bench, tmp_path: Path) -> None:
     recorder = Recorder()
     train(job_for(bench, tmp_path, max_steps=2, batch_tokens=3000), recorder)
