@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 from tests.conftest import Apart, Bench
+from tests.models import make_tokenizer
 from tests.stages.ranks import Recorder, read_steps, train_logged, train_until
 from tests.stages.test_train import job_for
 
@@ -92,6 +94,22 @@ def test_a_run_killed_five_times_goes_on_bit_for_bit(
         assert run(job, kill=place) == -signal.SIGKILL
     assert run(job) == 0
     assert_same(job.output, whole())
+
+
+def test_dropout_goes_on_with_the_same_random_numbers(bench: Bench, run: Callable[..., int], tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(bench.student)
+    model.config.attention_dropout = 0.3
+    model.save_pretrained(tmp_path / "student")
+    make_tokenizer(tmp_path / "student")
+    jobs = [
+        small_job(bench, tmp_path / name / "out", student=tmp_path / "student") for name in ("whole", "killed", "dry")
+    ]
+    jobs[2] = small_job(bench, jobs[2].output)
+    assert run(jobs[0]) == run(jobs[2]) == 0
+    assert read_steps(jobs[0].output) != read_steps(jobs[2].output), "nothing was dropped"
+    assert run(jobs[1], kill="step:7") == -signal.SIGKILL
+    assert run(jobs[1]) == 0
+    assert_same(jobs[1].output, jobs[0].output)
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
