@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from kdpipe.manifests.durable import write_once
+from kdpipe.manifests.durable import open_regular, write_once
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Plan, Samples, read_plan
 from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
@@ -123,7 +123,7 @@ class Cache:
         """The teacher's lm_head, mapped. Raises LayoutError or CorruptError where the file is damaged."""
         path = self.teacher_folder / HEAD_FILE
         try:
-            with open(path, "rb") as file:
+            with open(open_regular(path), "rb") as file:
                 if not os.fstat(file.fileno()).st_size:
                     raise LayoutError("an empty file", where=path)
                 mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
@@ -183,7 +183,7 @@ class Cache:
 
     def verify_samples(self) -> None:
         """Check samples.arrow against the plan, 1.7 GB/s. Raises CorruptError."""
-        with open(self.path / SAMPLES_FILE, "rb") as file:
+        with open(open_regular(self.path / SAMPLES_FILE), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != self.plan.samples_digest:
             raise CorruptError(

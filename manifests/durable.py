@@ -11,12 +11,13 @@ import itertools
 import json
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from kdpipe.manifests.errors import InputError, KdpipeError, SpaceError
+from kdpipe.manifests.errors import InputError, KdpipeError, LayoutError, SpaceError
 from kdpipe.manifests.failpoints import failpoint
 
 MOMENT_S = 2.0
@@ -28,6 +29,29 @@ NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 def canonical(value: object) -> bytes:
     """JSON with sorted keys, two-space indent and a final newline: the same value always gives the same bytes."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor to read a regular file by. Raises LayoutError for a link, pipe or device: none is followed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as err:
+        if err.errno == errno.ELOOP:
+            raise LayoutError("not a regular file but a link", where=path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise LayoutError("not a regular file", where=path)
+    return descriptor
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """The contents of a regular file of at most `limit` bytes. Raises LayoutError for any other."""
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise LayoutError(f"{size:,} bytes, at most {limit:,} are expected", where=path)
+        return file.read(limit)
 
 
 def fsync_folder(folder: Path) -> None:

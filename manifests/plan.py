@@ -8,6 +8,7 @@ Format: FORMAT.md sections 1 and 2.
 # Shapes: N samples of a shard, n tokens of one sample, R rows of one sample.
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,13 +17,15 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdpipe.manifests.durable import canonical
+from kdpipe.manifests.durable import canonical, open_regular, read_small
 from kdpipe.manifests.errors import CacheError, LayoutError
 from kdpipe.manifests.sample import ID_BYTES, Sample, row_positions
 from kdpipe.manifests.specs import Codec, Dtype, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
 
 PLAN_FILE = "PLAN.json"
+MAX_PLAN_BYTES = 32 << 20
+"""Some 300,000 shards of 64 MiB."""
 SAMPLES_FILE = "samples.arrow"
 SHARD_TOKENS = 65536
 """Tokens a shard holds at most, and so the teacher's work that a kill can lose."""
@@ -47,7 +50,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Fingerprint(Record):
@@ -133,7 +136,7 @@ def read_plan(folder: Path) -> Plan:
     """The plan of a cache folder. Raises CacheError if there is none, LayoutError if it is not one we can read."""
     path = folder / PLAN_FILE
     try:
-        data = path.read_bytes()
+        data = read_small(path, MAX_PLAN_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise CacheError("no cache here: PLAN.json is missing; make one with: kdpipe extract", where=folder) from None
     try:
@@ -236,6 +239,7 @@ class Samples:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.path = folder / SAMPLES_FILE
         try:
+            os.close(open_regular(self.path))  # arrow would wait for ever at a pipe
             self._reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
         except (OSError, pa.ArrowException) as err:
             raise LayoutError(f"not readable as Arrow: {err}", where=self.path) from None

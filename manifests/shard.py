@@ -26,8 +26,10 @@ from kdpipe.manifests.durable import (
     file_system,
     fsync_folder,
     hold,
+    open_regular,
     publish,
     put_aside,
+    read_small,
     scratch_name,
     write_once,
 )
@@ -39,6 +41,7 @@ from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out
 
 BLOCK = 1 << 20
 NO_DIGEST = "0" * 32
+MAX_COMMIT_BYTES = 1 << 16
 
 
 class Commit(Record):
@@ -198,11 +201,14 @@ def read_commit(folder: Path, plan_digest: str, index: int) -> Commit:
     """The commit record of a shard. Raises IncompleteError where there is none, LayoutError where it is not ours."""
     path = commit_path(folder, index)
     try:
-        record = Commit.model_validate_json(path.read_bytes())
+        data = read_small(path, MAX_COMMIT_BYTES)
+        record = Commit.model_validate_json(data)
     except FileNotFoundError:
         raise IncompleteError("not extracted yet; run the same kdpipe extract again", where=path) from None
     except ValidationError as err:
         raise LayoutError(f"not a commit record: {err.errors()[0]['msg']}", where=path) from None
+    if canonical(record.model_dump()) != data:
+        raise LayoutError("it was edited after it was written", where=path)
     if record.shard != index or record.plan != plan_digest:
         raise LayoutError(
             f"it is for shard {record.shard} of plan {record.plan[:12]}, expected shard {index} of {plan_digest[:12]}",
@@ -218,7 +224,8 @@ def adopt(folder: Path, plan: Plan, plan_digest: str, index: int) -> bool:
     """
     path = shard_path(folder, index)
     try:
-        data = np.memmap(path, np.uint8, mode="r")
+        with open(open_regular(path), "rb") as file:
+            data = np.memmap(file, np.uint8, mode="r")
     except FileNotFoundError:
         return False
     digest = xxhash.xxh3_128_hexdigest(data[shard_layout(plan, plan_digest, index, NO_DIGEST).body :].data)
@@ -250,7 +257,7 @@ class Shard:
             )
         try:
             # A private mapping: nothing can write through it, and torch takes its arrays without complaint.
-            with open(self.path, "rb") as file:
+            with open(open_regular(self.path), "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != self.layout.num_bytes:
                     raise LayoutError(f"{size} bytes, the plan says {self.layout.num_bytes}", where=self.path)
