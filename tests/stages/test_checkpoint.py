@@ -4,10 +4,11 @@ import dataclasses
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from tests.conftest import Apart, Bench
 from tests.models import make_tokenizer
@@ -27,6 +28,15 @@ FAILPOINTS = ("written", "digested", "recorded", "flushed", "named", "pruned")
 def small_job(bench: Bench, output: Path, **changes: object) -> TrainJob:
     """12 steps over two epochs and a bit."""
     return job_for(bench, output, **{"max_steps": STEPS, "batch_tokens": 900, "epochs": 9, "save_every": 3} | changes)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes apart: how a sum is divided among threads decides its last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
