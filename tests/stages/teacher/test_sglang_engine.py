@@ -22,7 +22,7 @@ from kdpipe.manifests.shard import commit_path
 from kdpipe.manifests.specs import DataSpec, Dtype
 from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.extract.planning import Staged, staged
-from kdpipe.stages.extract.shards import Filling, missing_shards
+from kdpipe.stages.extract.shards import fill, missing_shards
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
 from kdpipe.stages.teacher.head import read_head
@@ -183,9 +183,8 @@ def spec_of(bench: Bench, **options: float) -> ExtractSpec:
     )
 
 
-def fill(plan: Staged, engine: SglangEngine) -> None:
-    cache = plan.publish()
-    Filling(cache, engine, plan.head, Silent()).run(missing_shards(plan.plan, plan.cache, None))
+def fill_from(engine: SglangEngine, plan: Staged) -> None:
+    fill(plan.publish(), engine, plan.head, Silent(), missing_shards(plan.plan, plan.cache, None))
 
 
 def test_what_the_engine_gets_wrong_is_caught_before_a_shard_is_committed(
@@ -205,12 +204,12 @@ def test_what_the_engine_gets_wrong_is_caught_before_a_shard_is_committed(
         for name, message in expected.items():
             fault.write_text(name)
             with staged(spec, tmp_path / name, Silent()) as plan, pytest.raises(KdpipeError, match=message):
-                fill(plan, engine)
+                fill_from(engine, plan)
             assert not list((tmp_path / name / "commits").iterdir()), name
             assert not list((tmp_path / name / "shards").iterdir()), name
         fault.write_text("")
         with staged(spec, tmp_path / "swap", Silent()) as plan:
-            fill(plan, engine)
+            fill_from(engine, plan)
         assert commit_path(tmp_path / "swap", 0).exists()
     finally:
         engine.close()
@@ -242,7 +241,7 @@ def test_an_engine_that_dies_or_hangs_is_named_and_the_run_can_go_on(
             list(engine.run([]))  # up, and well
             fault.write_text(name)
             with pytest.raises(EngineError, match=message) as caught:
-                fill(plan, engine)
+                fill_from(engine, plan)
         finally:
             engine.close()
     assert caught.value.exit_code == 75
