@@ -13,7 +13,6 @@ import platform
 import time
 from pathlib import Path
 
-from kdpipe.manifests.durable import scratch_name
 from kdpipe.manifests.shard import commit_path
 
 CLAIM_S = 600.0
@@ -28,9 +27,6 @@ class Claims:
         self._mine: set[int] = set()
         self._touched = time.monotonic()
         self._folder.mkdir(exist_ok=True)
-        for path in self._folder.glob("*.json"):
-            if path.stem.isdecimal() and commit_path(cache, int(path.stem)).exists():
-                path.unlink(missing_ok=True)
         self._ahead = self._clock_ahead()
 
     def path(self, number: int) -> Path:
@@ -40,10 +36,9 @@ class Claims:
         """Claim a shard; False where another writer is at work on it."""
         if self.held_by_another(number):
             return False
-        scratch = scratch_name(self._folder, self.path(number).name)
-        scratch.write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}))
-        scratch.replace(self.path(number))
         self._mine.add(number)
+        with contextlib.suppress(OSError):  # no room for advice: the work goes on
+            self.path(number).write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}))
         return True
 
     def held_by_another(self, number: int) -> bool:
@@ -69,7 +64,8 @@ class Claims:
     def drop(self, number: int) -> None:
         """The shard is committed, or given up."""
         self._mine.discard(number)
-        self.path(number).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path(number).unlink(missing_ok=True)
 
     def close(self) -> None:
         for number in list(self._mine):
@@ -77,11 +73,19 @@ class Claims:
 
     def _clock_ahead(self) -> float:
         """Seconds by which the file system's clock is ahead of this machine's: a server has its own."""
-        probe = scratch_name(self._folder, "clock")
-        probe.touch()
-        ahead = probe.stat().st_mtime - time.time()
-        probe.unlink()
-        return ahead
+        try:
+            os.utime(self._folder)
+            return self._folder.stat().st_mtime - time.time()
+        except OSError:
+            return 0.0
+
+
+def sweep_claims(cache: Path) -> None:
+    """Remove the claims on shards that are committed, as a kill right after the commit leaves them."""
+    for path in (cache / "claims").glob("*.json"):
+        if path.stem.isdecimal() and commit_path(cache, int(path.stem)).exists():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _is_dead(holder: object) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.claims import Claims
+from kdpipe.manifests.claims import Claims, sweep_claims
 from kdpipe.manifests.errors import GateError
 from kdpipe.manifests.plan import Plan, Samples
 from kdpipe.manifests.progress import Progress
@@ -47,6 +47,7 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
     """
     with staged(spec, cache, progress) as plan:
         todo = [number for number in missing_shards(plan.plan, plan.folder, part) if not _adopted(plan, number)]
+        sweep_claims(plan.folder)
         progress.event("plan", digest=plan.plan.digest(), num_shards=len(plan.plan.shards), missing=todo)
         if not todo:
             progress.note("every shard is there already")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.caches import make_cache
 
-from kdpipe.manifests.claims import Claims
+from kdpipe.manifests.claims import Claims, sweep_claims
 from kdpipe.manifests.shard import commit_path
 
 
@@ -74,6 +74,7 @@ def test_claims_of_committed_shards_are_swept_and_ones_own_when_it_closes(cache:
     claims = Claims(cache)
     claims.take(0)
     claims.path(3).write_text("{}")  # shard 3 is committed: its writer was killed a moment later
+    sweep_claims(cache)
     other = Claims(cache)
     assert not claims.path(3).exists()
     assert other.held_by_another(0)
