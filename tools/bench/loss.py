@@ -2,8 +2,8 @@
 
 The floor is the four products a loss cannot do without: both models' logits, the gradients of hidden and head. The
 rivals are the dense formulas as KDFlow and others write them, eager and under torch.compile, and the installed Liger
-(LigerFusedLinearJSDLoss, compiled) and TRL (generalized_jsd_loss on whole logits, and its fused loss) where they have
-the divergence. One process, one thread, processor time; a round runs everything once, each ratio is taken within its
+(LigerFusedLinearJSDLoss, compiled) and TRL (generalized_jsd_loss on whole logits; for forward KL its fused loss too,
+whose products are fp32 on a CPU) where they have the divergence. One process, one thread, processor time; a round runs everything once, each ratio is taken within its
 round and the median over rounds is printed. Memory is the peak of resident memory over the inputs, each in a fresh
 process. `make rivals` installs Liger and TRL; without them only the dense formulas are run.
 """
@@ -115,7 +115,8 @@ def trl_steps(inputs: Inputs, beta: float) -> dict[str, Step]:
         _chunked_divergence_loss(*hidden, inputs.student_head, inputs.teacher_head, mask, beta)[0].backward()
         drop_gradients(inputs)
 
-    return {"trl-gkd": partial(dense_step, whole, inputs), "trl-fused": fused}
+    steps: dict[str, Step] = {"trl-gkd": partial(dense_step, whole, inputs)}
+    return steps | ({"trl-fused": fused} if beta == 0.0 else {})
 
 
 def fused_step(divergence: str, inputs: Inputs) -> None:
