@@ -3,9 +3,10 @@
 The floor is the four products a loss cannot do without: both models' logits, the gradients of hidden and head. The
 rivals are the dense formulas as KDFlow and others write them, eager and under torch.compile, and the installed Liger
 (LigerFusedLinearJSDLoss, compiled) and TRL (generalized_jsd_loss on whole logits; for forward KL its fused loss too,
-whose products are fp32 on a CPU) where they have the divergence. One process, one thread, processor time; a round runs everything once, each ratio is taken within its
-round and the median over rounds is printed. Memory is the peak of resident memory over the inputs, each in a fresh
-process. `make rivals` installs Liger and TRL; without them only the dense formulas are run.
+whose products are fp32 on a CPU) where they have the divergence. One process, one thread, processor time; a round runs
+everything once, each ratio is taken within its round and the median over rounds is printed. Memory is the peak of
+resident memory over the inputs, each in a fresh process. `make rivals` installs Liger and TRL; without them only the
+dense formulas are run.
 """
 
 # Shapes: T tokens, V vocabulary, D student width, E teacher width.
