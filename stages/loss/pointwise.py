@@ -218,10 +218,9 @@ def top(log_p: Tensor, k: int) -> Tensor:
 
 def likeliest(p: Tensor, k: int) -> Tensor:
     """Places of the K likeliest entries of each row [R, K], falling; equals in the vocabulary's order."""
-    rising = torch.arange(p.shape[1], 0, -1, device=p.device, dtype=torch.int32)
-    places = (top(p, k) * rising).topk(k, dim=-1).indices  # in the vocabulary's order: topk's own is any among equals
-    order = p.gather(1, places).sort(dim=-1, descending=True, stable=True).indices
-    return places.gather(1, order)
+    # One key for value and place: topk's own choice among equals is any. Floats from 0 on are in their bits' order.
+    rising = torch.arange(p.shape[1], 0, -1, device=p.device)
+    return ((p.view(torch.int32).long() << 32) + rising).topk(k, dim=-1).indices
 
 
 def log_tail(log_p: Tensor, chosen: Tensor) -> Tensor:
