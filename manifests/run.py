@@ -4,14 +4,12 @@
 written after every file it names, and the folder gets its name after that.
 """
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from kdpipe.manifests.durable import canonical
 from kdpipe.manifests.errors import LayoutError
 from kdpipe.manifests.plan import Record
 from kdpipe.manifests.specs import RunSpec
@@ -41,9 +39,6 @@ class RunInputs(Record):
     """Fingerprint of every cache trained on."""
     heldout_fraction: float
     spec: RunSpec
-
-    def digest(self) -> str:
-        return hashlib.sha256(canonical(self.model_dump(mode="json"))).hexdigest()
 
     def difference(self, other: "RunInputs", *, but: tuple[str, ...] = ()) -> str | None:
         """The first key in which the other differs and both values, in words; None where none does."""

@@ -135,6 +135,14 @@ class Checkpoints:
         except (dcp.CheckpointException, RuntimeError) as err:
             raise KdpipeError(f"it does not fit this student: {err}", where=path) from err
 
+    def forget(self, *, after: int) -> None:
+        """Remove those of later steps, damaged or of a run that is started again: they would count as the newest."""
+        if self._rank == 0:
+            for step in self.numbers():
+                if step > after:
+                    shutil.rmtree(self.path(step), ignore_errors=True)
+        dist.barrier()
+
     def remove(self) -> None:
         """All of them: the run is finished."""
         if self._rank == 0:

@@ -98,7 +98,7 @@ def check_job(job: TrainJob, nproc: int) -> None:
     device = pick_device(job.device)
     if device.type == "cuda" and nproc > torch.cuda.device_count():
         raise ConfigError(f"{nproc} ranks for {torch.cuda.device_count()} GPUs", where="--nproc")
-    _settle(job.output)
+    _settle(job, rows)
     if finished(job, rows) is None:
         _check_output(job)
 
@@ -250,10 +250,13 @@ class Run:
         """Take up the state of the checkpoint to go on from, where there is one. Collective."""
         wanted = self.job.resume
         if wanted == "never":
+            self.checkpoints.forget(after=0)
             return
         if wanted == "auto":
             record = self.checkpoints.newest(progress)
             if record is None:
+                if self.checkpoints.numbers():
+                    progress.note("no checkpoint is whole: starting from the first step")
                 return
             path = self.checkpoints.path(record.step)
         else:
@@ -269,6 +272,7 @@ class Run:
         self.checkpoints.load(self._state(), path)
         self.done, self.num_tokens, self.num_skipped = record.step, record.num_tokens, record.num_skipped
         self.lr_factor = record.lr_factor
+        self.checkpoints.forget(after=self.done)
         progress.note(f"going on from the checkpoint of step {record.step}")
         progress.event("resume", step=record.step, ranks_before=len(record.files))
 
@@ -459,11 +463,12 @@ def _means(sums: dict[str, float], count: int) -> dict[str, float]:
     return logged
 
 
-def _settle(output: Path) -> None:
-    """Finish what a kill interrupted after the student was exported in full."""
-    if (output / "tmp" / RUN_FILE).is_file():
+def _settle(job: TrainJob, rows: Rows) -> None:
+    """Finish what a kill interrupted after this very run's student was exported in full; another's is left alone."""
+    output, inputs = job.output, _inputs(job, rows)
+    if (exported := read_run(output / "tmp")) is not None and exported.inputs == inputs:
         _move_in(output / "tmp", output)
-    if (output / RUN_FILE).is_file():
+    if (moved := read_run(output)) is not None and moved.inputs == inputs:
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
 
 

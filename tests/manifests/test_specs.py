@@ -100,7 +100,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_no_override_whatever_gives_anything_but_a_spec_or_our_error(key: str, value: str) -> None:
     with contextlib.suppress(ConfigError):
-        load(None, (f"{key}={value}",))
+        assert isinstance(load(None, (f"{key}={value}",)), RunSpec)
 
 
 @pytest.mark.parametrize(

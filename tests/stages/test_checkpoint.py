@@ -215,6 +215,27 @@ def test_a_checkpoint_of_another_run_is_refused(bench: Bench, run: Callable[...,
     assert recorder.values("step", "step") == list(range(1, STEPS + 1))
 
 
+def test_a_run_started_again_keeps_its_own_checkpoints(bench: Bench, run: Callable[..., int], tmp_path: Path) -> None:
+    """Later ones of the run before would be the newest, and its own would be pruned at once."""
+    job = small_job(bench, tmp_path / "out")
+    assert run(job, kill="step:10") == -signal.SIGKILL
+    again = dataclasses.replace(job, resume="never")
+    assert run(again, kill="step:4") == -signal.SIGKILL
+    assert sorted(path.name for path in (job.output / "checkpoints").iterdir() if path.name != "tmp") == ["000003"]
+
+
+def test_a_refused_run_leaves_anothers_student_and_checkpoints(
+    bench: Bench, run: Callable[..., int], tmp_path: Path
+) -> None:
+    job = small_job(bench, tmp_path / "out")
+    assert run(job, kill="export:written") == -signal.SIGKILL
+    before = sorted(job.output.rglob("*"))
+    with pytest.raises(ConfigError, match="another run"):
+        train(small_job(bench, job.output, lr=5e-4), Recorder())
+    check_job(small_job(bench, job.output, lr=5e-4), 1)
+    assert sorted(job.output.rglob("*")) == before
+
+
 def test_a_run_goes_on_from_a_named_checkpoint(
     bench: Bench, run: Callable[..., int], whole: Callable[..., Path], tmp_path: Path
 ) -> None:
