@@ -8,7 +8,6 @@ Cost: one open mapping a shard, kept for the life of the object. Format: FORMAT.
 
 # Shapes: N samples, n tokens and R rows of one sample, E teacher width, V rows of the teacher's head.
 
-import hashlib
 import mmap
 import os
 from bisect import bisect_right
@@ -21,7 +20,7 @@ import xxhash
 
 from kdpipe.manifests.durable import open_regular, write_once
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
-from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Plan, Samples, read_plan
+from kdpipe.manifests.plan import Plan, Samples, read_plan
 from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
 from kdpipe.manifests.shard import Shard, commit_path, read_commit
 from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out, parse
@@ -42,16 +41,22 @@ class Cache:
 
     def __init__(self, path: Path, plan: Plan) -> None:
         self.path, self.plan = path, plan
-        self.plan_digest = plan.digest()
         self.samples = Samples(path, plan)
         self._first = [shard.first_sample for shard in plan.shards]
         self._every_row = plan.settings.rows == "all"
         self._shards: dict[int, Shard] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> "Cache":
-        """Open the cache at `path`. Raises CacheError where there is none, LayoutError where it is not readable."""
-        return cls(Path(path), read_plan(Path(path)))
+    def open(cls, path: str | Path, *, fingerprint: str | None = None) -> "Cache":
+        """Open the cache at `path`: all that is in it, or what was before it grew where that has the fingerprint.
+
+        Raises CacheError where there is none, LayoutError where it is not readable.
+        """
+        plan = read_plan(Path(path))
+        if fingerprint is not None and plan.fingerprint.overall() != fingerprint:
+            earlier = (read_plan(Path(path), generation) for generation in reversed(range(plan.generation)))
+            plan = next((each for each in earlier if each.fingerprint.overall() == fingerprint), plan)
+        return cls(Path(path), plan)
 
     def __len__(self) -> int:
         return self.plan.num_samples
@@ -81,7 +86,7 @@ class Cache:
     def shard(self, number: int) -> Shard:
         """A committed shard, mapped once. Raises IncompleteError if it is not committed yet."""
         if number not in self._shards:
-            self._shards[number] = Shard(self.path, self.plan, self.plan_digest, number)
+            self._shards[number] = Shard(self.path, self.plan, number)
         return self._shards[number]
 
     def committed(self) -> list[int]:
@@ -159,7 +164,7 @@ class Cache:
         """What `kdpipe cache info --json` prints. Raises LayoutError where a commit record is not of this plan."""
         plan, committed = self.plan, self.committed()
         for number in committed:
-            read_commit(self.path, self.plan_digest, number)
+            read_commit(self.path, plan, number)
         return {
             "num_samples": plan.num_samples,
             "num_tokens": plan.num_tokens,
@@ -172,6 +177,7 @@ class Cache:
             "shards": len(plan.shards),
             "shards_committed": len(committed),
             "complete": len(committed) == len(plan.shards),
+            "times_grown": plan.generation,
             "fingerprint": plan.fingerprint.overall(),
             "teacher": plan.head.architecture,
             "engine": plan.engine.model_dump(),
@@ -180,16 +186,6 @@ class Cache:
             "num_heldout": int(self.heldout().sum()),
             "counts": plan.counts,
         }
-
-    def verify_samples(self) -> None:
-        """Check samples.arrow against the plan, 1.7 GB/s. Raises CorruptError."""
-        with open(open_regular(self.path / SAMPLES_FILE), "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != self.plan.samples_digest:
-            raise CorruptError(
-                f"sha256 {digest}, {PLAN_FILE} says {self.plan.samples_digest}",
-                where=self.path / SAMPLES_FILE,
-            )
 
 
 def _select(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """PLAN.json and samples.arrow: everything that is decided before the teacher starts.
 
+A cache that grew has one of each for every time it did, in grown/; the newest plan tells all that is in the cache.
 Invariant: both are written once and never changed; shard bounds and teacher batches are pure functions of the samples
 and the settings in them. PLAN.json holds no time, host, pid or path. Cost: memory of one shard's ids while planning.
 Format: FORMAT.md sections 1 and 2.
@@ -9,7 +10,10 @@ Format: FORMAT.md sections 1 and 2.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +22,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdpipe.manifests.durable import canonical, open_regular, read_small
-from kdpipe.manifests.errors import CacheError, LayoutError
+from kdpipe.manifests.errors import CacheError, CorruptError, LayoutError
 from kdpipe.manifests.sample import ID_BYTES, Sample, row_positions
 from kdpipe.manifests.specs import Codec, Dtype, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
@@ -27,6 +31,7 @@ PLAN_FILE = "PLAN.json"
 MAX_PLAN_BYTES = 32 << 20
 """Some 300,000 shards of 64 MiB."""
 SAMPLES_FILE = "samples.arrow"
+GROWN = "grown"
 SHARD_TOKENS = 65536
 """Tokens a shard holds at most, and so the teacher's work that a kill can lose."""
 
@@ -104,6 +109,15 @@ class ShardPlan(Record):
     num_rows: Count
 
 
+class Ancestor(Record):
+    """An earlier plan of a cache that grew: its shards are the first ones and carry its digest."""
+
+    plan: str
+    samples_digest: str
+    num_shards: Count
+    """Shards it has, those of the plans before it too."""
+
+
 class Plan(Record):
     """PLAN.json"""
 
@@ -123,22 +137,58 @@ class Plan(Record):
     vocabulary_digest: str
     """sha256 of the tokenizer's id-to-token table: what a student's tokenizer must agree with."""
     shards: tuple[ShardPlan, ...]
+    grown_from: tuple[Ancestor, ...]
+    """The plans before this one, oldest first; none in a cache that never grew."""
 
     def to_bytes(self) -> bytes:
         return canonical(self.model_dump(mode="json"))
 
+    @cached_property
     def digest(self) -> str:
-        """sha256 of PLAN.json; every shard and commit record carries it."""
+        """sha256 of PLAN.json; every shard and commit record that it brought carries it."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
+    @property
+    def generation(self) -> int:
+        """How often the cache grew."""
+        return len(self.grown_from)
 
-def read_plan(folder: Path) -> Plan:
-    """The plan of a cache folder. Raises CacheError if there is none, LayoutError if it is not one we can read."""
-    path = folder / PLAN_FILE
+    def digest_in(self, shard: int) -> str:
+        """Digest of the plan that brought a shard."""
+        return next((before.plan for before in self.grown_from if shard < before.num_shards), self.digest)
+
+    def brought(self) -> list[range]:
+        """Numbers of the shards that each generation brought."""
+        edges = [0, *(before.num_shards for before in self.grown_from), len(self.shards)]
+        return [range(*pair) for pair in pairwise(edges)]
+
+
+def plan_folder(cache: Path, generation: int) -> Path:
+    """Where PLAN.json and samples.arrow of a generation lie."""
+    return cache / GROWN / f"{generation:06d}" if generation else cache
+
+
+def newest_generation(cache: Path) -> int:
+    """How often the cache grew."""
+    generation = 0
+    while os.path.lexists(plan_folder(cache, generation + 1)):
+        generation += 1
+    return generation
+
+
+def read_plan(cache: Path, generation: int | None = None) -> Plan:
+    """A plan of a cache folder, the newest unless a generation is given.
+
+    Raises CacheError if there is none, LayoutError if it is not one we can read.
+    """
+    generation = newest_generation(cache) if generation is None else generation
+    path = plan_folder(cache, generation) / PLAN_FILE
     try:
         data = read_small(path, MAX_PLAN_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheError("no cache here: PLAN.json is missing; make one with: kdpipe extract", where=folder) from None
+        raise CacheError(
+            "no cache here: PLAN.json is missing; make one with: kdpipe extract", where=path.parent
+        ) from None
     try:
         plan = Plan.model_validate_json(data)
     except ValidationError as err:
@@ -147,6 +197,8 @@ def read_plan(folder: Path) -> Plan:
         raise LayoutError(f"'{place}': {first['msg']}; made by another version of kdpipe?", where=path) from None
     if plan.to_bytes() != data:
         raise LayoutError("PLAN.json was edited after it was written", where=path)
+    if plan.generation != generation or sorted(plan.brought(), key=lambda each: each.start) != plan.brought():
+        raise LayoutError(f"'grown_from': {plan.generation} earlier plans, expected {generation}", where=path)
     return plan
 
 
@@ -169,15 +221,31 @@ def cut_batches(num_tokens: Sequence[int], batch_tokens: int) -> np.ndarray:
     return batches
 
 
+def identity(content_id: bytes, token_ids: np.ndarray, supervised: np.ndarray) -> bytes:
+    """What makes a sample the one it is, as bytes: its id, number of tokens, token ids and mask."""
+    ids, mask = np.asarray(token_ids, "<i4").tobytes(), np.packbits(supervised).tobytes()
+    return content_id + len(token_ids).to_bytes(8, "little") + ids + mask
+
+
 class SamplesWriter:
     """Writes samples.arrow as samples arrive, one record batch a shard, and keeps the shards' bounds.
 
     writer = SamplesWriter(path, batch_tokens=0, every_row=False)
     for sample in samples: writer.add(sample)
     shards = writer.close()
+
+    after: the samples of the cache that these are added to; their shards come first
     """
 
-    def __init__(self, path: Path, *, batch_tokens: int, every_row: bool, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        batch_tokens: int,
+        every_row: bool,
+        shard_tokens: int = SHARD_TOKENS,
+        after: "Samples | None" = None,
+    ) -> None:
         self._batch_tokens, self._every_row, self._shard_tokens = batch_tokens, every_row, shard_tokens
         self._sink = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
@@ -185,18 +253,20 @@ class SamplesWriter:
         self._waiting_tokens = 0
         self._data = hashlib.sha256()
         self.shards: list[ShardPlan] = []
+        if after is not None:
+            self.shards += after.plan.shards
+            for each in after.identities():
+                self._data.update(each)
 
     def add(self, sample: Sample) -> None:
         if self._waiting and self._waiting_tokens + len(sample.token_ids) > self._shard_tokens:
             self._flush()
         self._waiting.append(sample)
         self._waiting_tokens += len(sample.token_ids)
-        self._data.update(sample.content_id + len(sample.token_ids).to_bytes(8, "little"))
-        self._data.update(np.asarray(sample.token_ids, "<i4").tobytes())
-        self._data.update(np.packbits(sample.supervised).tobytes())
+        self._data.update(identity(sample.content_id, sample.token_ids, sample.supervised))
 
     def close(self) -> tuple[ShardPlan, ...]:
-        """Finish the file; the bounds of its shards."""
+        """Finish the file; the bounds of all shards, those before it too."""
         if self._waiting:
             self._flush()
         self._writer.close()
@@ -234,35 +304,67 @@ class SamplesWriter:
 
 
 class Samples:
-    """samples.arrow, mapped: one record batch a shard; columns as numpy arrays without reading the token ids."""
+    """samples.arrow of every generation, mapped: one record batch a shard; columns as numpy arrays, ids not read."""
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self.path = folder / SAMPLES_FILE
-        try:
-            os.close(open_regular(self.path))  # arrow would wait for ever at a pipe
-            self._reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
-        except (OSError, pa.ArrowException) as err:
-            raise LayoutError(f"not readable as Arrow: {err}", where=self.path) from None
-        if self._reader.schema != SCHEMA:
-            # The columns that came are not named: in a damaged file their names need not be text.
-            raise LayoutError(f"its columns are not {', '.join(SCHEMA.names)}", where=self.path)
-        if self._reader.num_record_batches != len(plan.shards):
-            raise LayoutError(
-                f"{self._reader.num_record_batches} record batches, PLAN.json says {len(plan.shards)} shards",
-                where=self.path,
-            )
+    def __init__(self, cache: Path, plan: Plan) -> None:
+        self.plan = plan
+        self.paths = [plan_folder(cache, generation) / SAMPLES_FILE for generation in range(plan.generation + 1)]
+        brought = plan.brought()
+        self._first = [numbers.start for numbers in brought]
+        self._readers = [_open_samples(path, len(numbers)) for path, numbers in zip(self.paths, brought, strict=True)]
 
     def shard(self, index: int) -> pa.RecordBatch:
         """The samples of one shard, zero-copy. Raises LayoutError where the file is damaged there."""
+        generation = bisect_right(self._first, index) - 1
         try:
-            return self._reader.get_batch(index)
+            return self._readers[generation].get_batch(index - self._first[generation])
         except (OSError, pa.ArrowException) as err:
-            raise LayoutError(f"not readable as Arrow: {err}", where=self.path) from None
+            raise LayoutError(f"not readable as Arrow: {err}", where=self.paths[generation]) from None
 
     def column(self, name: str) -> np.ndarray:
         """A fixed-width column of all samples as one array: content_id as uint8 [N, 16], the others as they are."""
-        parts = [self.shard(index).column(name) for index in range(self._reader.num_record_batches)]
+        parts = [self.shard(index).column(name) for index in range(len(self.plan.shards))]
         if name == "content_id":
             raw = [np.frombuffer(part.buffers()[1], np.uint8)[: len(part) * ID_BYTES] for part in parts]
             return np.concatenate(raw).reshape(-1, ID_BYTES)
         return np.concatenate([part.to_numpy() for part in parts])
+
+    def identities(self) -> Iterator[bytes]:
+        """`identity` of every sample, in order; reads all ids."""
+        for index in range(len(self.plan.shards)):
+            batch = self.shard(index)
+            token_ids = batch.column("token_ids").values.to_numpy()
+            supervised = batch.column("supervised").values.to_numpy(zero_copy_only=False)
+            ends = np.cumsum(batch.column("num_tokens").to_numpy())
+            for content_id, begin, end in zip(
+                batch.column("content_id").to_pylist(), [0, *ends[:-1]], ends, strict=True
+            ):
+                yield identity(content_id, token_ids[begin:end], supervised[begin:end])
+
+    def verify(self) -> None:
+        """Check every file, and the plans before this one, against their digests in it, 1.7 GB/s.
+
+        Raises CorruptError.
+        """
+        expected = [(self.paths[-1], self.plan.samples_digest)]
+        for path, before in zip(self.paths, self.plan.grown_from, strict=False):
+            expected += [(path, before.samples_digest), (path.with_name(PLAN_FILE), before.plan)]
+        for path, digest in expected:
+            with open(open_regular(path), "rb") as file:
+                came = hashlib.file_digest(file, "sha256").hexdigest()
+            if came != digest:
+                raise CorruptError(f"sha256 {came}, {PLAN_FILE} says {digest}", where=path)
+
+
+def _open_samples(path: Path, num_shards: int) -> pa.ipc.RecordBatchFileReader:
+    try:
+        os.close(open_regular(path))  # arrow would wait for ever at a pipe
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    except (OSError, pa.ArrowException) as err:
+        raise LayoutError(f"not readable as Arrow: {err}", where=path) from None
+    if reader.schema != SCHEMA:
+        # The columns that came are not named: in a damaged file their names need not be text.
+        raise LayoutError(f"its columns are not {', '.join(SCHEMA.names)}", where=path)
+    if reader.num_record_batches != num_shards:
+        raise LayoutError(f"{reader.num_record_batches} record batches, PLAN.json says {num_shards} shards", where=path)
+    return reader

@@ -64,7 +64,7 @@ def commit_path(folder: Path, index: int) -> Path:
     return folder / "commits" / f"{index:06d}.json"
 
 
-def shard_layout(plan: Plan, plan_digest: str, index: int, digest: str) -> Layout:
+def shard_layout(plan: Plan, index: int, digest: str) -> Layout:
     """The layout of a shard: known before the teacher runs, save for the digest's 32 characters."""
     shard = plan.shards[index]
     width = plan.head.hidden_size
@@ -81,7 +81,13 @@ def shard_layout(plan: Plan, plan_digest: str, index: int, digest: str) -> Layou
             ("sample_ids", "U8", (shard.num_samples, ID_BYTES)),
             ("crc32c", "U32", (num_blocks,)),
         ],
-        {"format": "kdpipe-shard", "version": "1", "plan": plan_digest, "shard": str(index), "xxh3_128": digest},
+        {
+            "format": "kdpipe-shard",
+            "version": "1",
+            "plan": plan.digest_in(index),
+            "shard": str(index),
+            "xxh3_128": digest,
+        },
     )
 
 
@@ -104,9 +110,9 @@ class ShardWriter:
     the process. Leaving the `with` block without `commit` removes what was written.
     """
 
-    def __init__(self, folder: Path, plan: Plan, plan_digest: str, index: int, samples: pa.RecordBatch) -> None:
-        self._folder, self._plan, self._plan_digest, self._index = folder, plan, plan_digest, index
-        self.layout = shard_layout(plan, plan_digest, index, NO_DIGEST)
+    def __init__(self, folder: Path, plan: Plan, index: int, samples: pa.RecordBatch) -> None:
+        self._folder, self._plan, self._index = folder, plan, index
+        self.layout = shard_layout(plan, index, NO_DIGEST)
         self.path = scratch_name(folder / "tmp", shard_path(folder, index).name)
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -148,10 +154,10 @@ class ShardWriter:
         table = self.layout.tensors["crc32c"].view(self._bytes)
         table[:] = [crc32c.crc32c(self._bytes[begin:end]) for begin, end in blocks(self.layout)]
         digest = xxhash.xxh3_128_hexdigest(self._bytes[self.layout.body :].data)
-        sealed = shard_layout(self._plan, self._plan_digest, self._index, digest)
+        sealed = shard_layout(self._plan, self._index, digest)
         self._bytes[: sealed.body] = np.frombuffer(sealed.header, np.uint8)
         failpoint("shard:digested")
-        record = Commit(shard=self._index, plan=self._plan_digest, num_bytes=sealed.num_bytes, digest=digest)
+        record = _commit_of(self._plan, self._index, sealed, digest)
         final = shard_path(self._folder, self._index)
         try:
             self._map.flush()
@@ -165,7 +171,7 @@ class ShardWriter:
             self.path.unlink(missing_ok=True)
         data = canonical(record.model_dump())
         if not write_once(commit_path(self._folder, self._index), data, scratch_folder=self._folder / "tmp"):
-            first = read_commit(self._folder, self._plan_digest, self._index)
+            first = read_commit(self._folder, self._plan, self._index)
             if first != record:
                 put_aside(self._folder, final)  # it was put in place just now, where the committed one was gone
                 raise DriftError(f"committed with digest {first.digest}, this run gave {digest}", where=final)
@@ -197,7 +203,11 @@ class ShardWriter:
             view[...] = values[: view.size].reshape(view.shape)
 
 
-def read_commit(folder: Path, plan_digest: str, index: int) -> Commit:
+def _commit_of(plan: Plan, index: int, layout: Layout, digest: str) -> Commit:
+    return Commit(shard=index, plan=plan.digest_in(index), num_bytes=layout.num_bytes, digest=digest)
+
+
+def read_commit(folder: Path, plan: Plan, index: int) -> Commit:
     """The commit record of a shard. Raises IncompleteError where there is none, LayoutError where it is not ours."""
     path = commit_path(folder, index)
     try:
@@ -209,15 +219,16 @@ def read_commit(folder: Path, plan_digest: str, index: int) -> Commit:
         raise LayoutError(f"not a commit record: {err.errors()[0]['msg']}", where=path) from None
     if canonical(record.model_dump()) != data:
         raise LayoutError("it was edited after it was written", where=path)
-    if record.shard != index or record.plan != plan_digest:
+    expected = plan.digest_in(index)
+    if record.shard != index or record.plan != expected:
         raise LayoutError(
-            f"it is for shard {record.shard} of plan {record.plan[:12]}, expected shard {index} of {plan_digest[:12]}",
+            f"it is for shard {record.shard} of plan {record.plan[:12]}, expected shard {index} of {expected[:12]}",
             where=path,
         )
     return record
 
 
-def adopt(folder: Path, plan: Plan, plan_digest: str, index: int) -> bool:
+def adopt(folder: Path, plan: Plan, index: int) -> bool:
     """Commit a shard in place without a commit record, as a kill between the two leaves it; whether there was one.
 
     Its rows passed the gate before it was put in place. Raises CorruptError if its bytes are not those of its digest.
@@ -228,15 +239,15 @@ def adopt(folder: Path, plan: Plan, plan_digest: str, index: int) -> bool:
             data = np.memmap(file, np.uint8, mode="r")
     except FileNotFoundError:
         return False
-    digest = xxhash.xxh3_128_hexdigest(data[shard_layout(plan, plan_digest, index, NO_DIGEST).body :].data)
-    layout = shard_layout(plan, plan_digest, index, digest)
+    digest = xxhash.xxh3_128_hexdigest(data[shard_layout(plan, index, NO_DIGEST).body :].data)
+    layout = shard_layout(plan, index, digest)
     if len(data) != layout.num_bytes or data[: layout.body].tobytes() != layout.header:
         raise CorruptError(
             f"it has no commit record and its bytes have digest {digest}, which is not the one in its header; "
             "move it away and run the same kdpipe extract again",
             where=path,
         )
-    record = Commit(shard=index, plan=plan_digest, num_bytes=layout.num_bytes, digest=digest)
+    record = _commit_of(plan, index, layout, digest)
     fsync_folder(path.parent)  # the kill may have come before the name was on the disk
     write_once(commit_path(folder, index), canonical(record.model_dump()), scratch_folder=folder / "tmp")
     return True
@@ -245,10 +256,10 @@ def adopt(folder: Path, plan: Plan, plan_digest: str, index: int) -> bool:
 class Shard:
     """A committed shard, mapped read-only for as long as the object lives."""
 
-    def __init__(self, folder: Path, plan: Plan, plan_digest: str, index: int) -> None:
+    def __init__(self, folder: Path, plan: Plan, index: int) -> None:
         self.path = shard_path(folder, index)
-        commit = read_commit(folder, plan_digest, index)
-        self.layout = shard_layout(plan, plan_digest, index, commit.digest)
+        commit = read_commit(folder, plan, index)
+        self.layout = shard_layout(plan, index, commit.digest)
         self.digest = commit.digest
         if commit.num_bytes != self.layout.num_bytes:
             raise LayoutError(

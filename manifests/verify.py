@@ -43,7 +43,7 @@ class Finding:
 
 def examine(cache: Cache, level: Level = "full") -> Iterator[Finding]:
     """Look at samples.arrow, the head and every shard; a finding for each, whatever became of the others."""
-    samples = None if level == "quick" else Finding(part="samples", error=_error(cache.verify_samples))
+    samples = None if level == "quick" else Finding(part="samples", error=_error(cache.samples.verify))
     if samples is not None:
         yield samples
     yield Finding(part="head", error=_error(cache.head))
@@ -70,7 +70,7 @@ def _check_shard(cache: Cache, number: int, level: Level, against_samples: bool)
         raise IncompleteError(
             "not extracted yet; run the same kdpipe extract again", where=shard_path(cache.path, number)
         )
-    shard = Shard(cache.path, cache.plan, cache.plan_digest, number)  # size, header, tables
+    shard = Shard(cache.path, cache.plan, number)  # size, header, tables
     if level == "quick":
         shard.check(shard.layout.body, shard.layout.body + min(BLOCK, shard.hidden.nbytes))
         return

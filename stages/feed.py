@@ -112,7 +112,7 @@ class Rows:
     def __init__(self, caches: Sequence[Cache]) -> None:
         for cache in caches:
             cache.require_complete()
-            cache.verify_samples()
+            cache.samples.verify()
             ours, first = (
                 {
                     "teacher": one.plan.fingerprint.teacher[:12],

@@ -117,6 +117,7 @@ def make_plan(
         samples_digest=hashlib.sha256((folder / SAMPLES_FILE).read_bytes()).hexdigest(),
         vocabulary_digest="vocabulary",
         shards=shards,
+        grown_from=(),
     )
     write_once(folder / PLAN_FILE, plan.to_bytes(), scratch_folder=folder / "tmp")
     return plan
@@ -138,7 +139,7 @@ def fill_shard(
 ) -> Commit:
     """Write and commit one shard of a planned cache, of random rows unless `rows` gives others."""
     plan = read_plan(folder)
-    with ShardWriter(folder, plan, plan.digest(), index, Samples(folder, plan).shard(index)) as writer:
+    with ShardWriter(folder, plan, index, Samples(folder, plan).shard(index)) as writer:
         writer.hidden[:] = random_rows(plan, index, seed=seed) if rows is None else rows(plan, index)
         return writer.commit()
 

@@ -1,7 +1,9 @@
 """Planning an extraction: everything that can be decided, checked or refused before the teacher runs.
 
 Invariant: a cache folder appears under its name with its plan, samples, head and tokenizer all in it, or not at all.
-An existing one is left as it is, and must have been made from the same things.
+An existing one must have been made by the same teacher with the same settings; where the data has samples that it does
+not hold, it grows: a plan and samples.arrow of theirs appear in CACHE/grown, in the same way, and what was there is
+left as it is.
 """
 
 import contextlib
@@ -17,22 +19,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache, write_head
 from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, fsync_tree, hold, scratch_name, sweep
-from kdpipe.manifests.errors import CacheError, ConfigError, DataError, SpaceError, TeacherError
+from kdpipe.manifests.errors import CacheError, ConfigError, DataError, SpaceError, TeacherError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.plan import (
     PLAN_FILE,
     SAMPLES_FILE,
     SHARD_TOKENS,
+    Ancestor,
     EngineRecord,
     Fingerprint,
     Plan,
+    Samples,
     SamplesWriter,
     Settings,
     ShardPlan,
+    identity,
+    plan_folder,
+    read_plan,
 )
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json, digest_model
@@ -140,29 +148,50 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
 class Staged:
     """A plan ready to be put in place, or found in place already.
 
-    folder: where it lies now: beside the cache, or the cache itself where that exists
+    folder: where PLAN.json lies now, beside the cache; None where it is in place
     made: folders whose entries are new because the cache's parents were missing
     """
 
     plan: Plan
     head: Head
-    folder: Path
     cache: Path
+    folder: Path | None = None
     made: tuple[Path, ...] = ()
 
+    def samples(self) -> Samples:
+        """What there is to try the teacher on: the cache's samples, those of before where it grows."""
+        if self.folder is None or self.plan.generation:
+            return Samples(self.cache, read_plan(self.cache))
+        return Samples(self.folder, self.plan)
+
     def publish(self) -> Cache:
-        """Put the staged folder in place, unless a cache of the same plan is there; the cache, open."""
-        if self.folder != self.cache:
+        """Put the staged folder in place, unless the same plan is there; the cache, open.
+
+        Raises CacheError where another plan is, TemporaryError where another extraction made the cache grow.
+        """
+        if self.folder is not None:
+            place = plan_folder(self.cache, self.plan.generation)
             try:
-                os.rename(self.folder, self.cache)
-                failpoint("plan:renamed")
-                for above in (self.cache.absolute().parent, *self.made):
-                    fsync_folder(above)
-                failpoint("plan:published")
-            except OSError:
+                if self.plan.generation:
+                    place.parent.mkdir(exist_ok=True)
+                os.rename(self.folder, place)
+            except OSError as err:
                 # Another writer of the same plan was quicker, or the name is taken by something else.
-                require_same(self.plan, self.cache)
+                if not place.exists():
+                    raise disk_error(err, place) from err
+                self._agree(read_plan(self.cache, self.plan.generation))
+            failpoint("plan:renamed")
+            above = (place.parent, self.cache) if self.plan.generation else (self.cache.absolute().parent, *self.made)
+            for each in above:
+                fsync_folder(each)
+            failpoint("plan:published")
         return Cache.open(self.cache)
+
+    def _agree(self, existing: Plan) -> None:
+        """What another writer planned in the meantime must be the same."""
+        require_same(self.plan, existing, self.cache)
+        if self.plan != existing:
+            raise TemporaryError("another extraction put other samples there meanwhile; run it again", where=self.cache)
 
 
 @contextmanager
@@ -189,13 +218,15 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     try:
         plan = _write_plan(spec, info, engine, tokenizer, folder, progress, cache=cache)
         head = read_head(spec.teacher, info, plan.head.vocab_size)
-        if (cache / PLAN_FILE).exists():
-            require_same(plan, cache)
-            _place_head(head, cache)
-            yield Staged(plan=plan, head=head, folder=cache, cache=cache)
-            return
-        _place_head(head, folder)
-        yield Staged(plan=plan, head=head, folder=folder, cache=cache, made=tuple(above.parent for above in made))
+        is_new = (folder / PLAN_FILE).exists()
+        _place_head(head, folder if is_new and plan.generation == 0 else cache)
+        yield Staged(
+            plan=plan,
+            head=head,
+            cache=cache,
+            folder=folder if is_new else None,
+            made=tuple(above.parent for above in made),
+        )
     except OSError as err:
         raise disk_error(err, cache) from err
     finally:
@@ -215,37 +246,30 @@ def _place_head(head: Head, folder: Path) -> None:
         )
 
 
-def require_same(plan: Plan, cache: Path) -> None:
-    """The cache there must be of the same things. Raises CacheError naming the field and both values."""
-    existing = Cache.open(cache).plan
-    for group in ("settings", "fingerprint", "head", "engine"):
-        ours, theirs = getattr(plan, group).model_dump(), getattr(existing, group).model_dump()
-        for name, value in ours.items():
-            if theirs[name] != value:
-                raise CacheError(
-                    f"this cache was made with {group}.{name} = {theirs[name]!r}, this command asks for {value!r}; "
-                    "choose another --cache or repeat the first command",
-                    where=cache,
-                )
-    if plan.heldout_fraction != existing.heldout_fraction:
-        raise CacheError(
-            f"this cache was made with heldout_fraction = {existing.heldout_fraction}, this command asks for "
-            f"{plan.heldout_fraction}; training and evaluation can choose their own",
-            where=cache,
-        )
-    for name in Plan.model_fields:
-        if getattr(plan, name) != getattr(existing, name):
+def require_same(plan: Plan, existing: Plan, cache: Path) -> None:
+    """The cache there must be of the same teacher and settings. Raises CacheError naming the field and both values."""
+    wanted, there = (_identity(each) for each in (plan, existing))
+    for name, value in wanted.items():
+        if there[name] != value:
             raise CacheError(
-                f"this cache was made with {name} = {getattr(existing, name)!r}, this command gives "
-                f"{getattr(plan, name)!r}; are the data files named otherwise?",
+                f"this cache was made with {name} = {there[name]!r}, this command asks for {value!r}; "
+                "choose another --cache or repeat the first command",
                 where=cache,
             )
+
+
+def _identity(plan: Plan) -> dict[str, object]:
+    """Everything that is one for a whole cache, however often it grew."""
+    groups = {group: getattr(plan, group).model_dump() for group in ("settings", "fingerprint", "head", "engine")}
+    del groups["fingerprint"]["data"]
+    flat = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
+    return flat | {"heldout_fraction": plan.heldout_fraction, "vocabulary_digest": plan.vocabulary_digest}
 
 
 def require_room(plan: Plan, folder: Path, cache: Path) -> None:
     """Room in `folder` for the shards that `cache` lacks, for the head and the tokenizer. Raises SpaceError."""
     missing = [number for number in range(len(plan.shards)) if not commit_path(cache, number).exists()]
-    needed = SMALL_FILES + sum(shard_layout(plan, NO_DIGEST, number, NO_DIGEST).num_bytes for number in missing)
+    needed = SMALL_FILES + sum(shard_layout(plan, number, NO_DIGEST).num_bytes for number in missing)
     if not (cache / PLAN_FILE).exists():
         needed += plan.head.head_rows * plan.head.hidden_size * (4 if plan.head.dtype == "float32" else 2)
     place = os.statvfs(folder)
@@ -267,13 +291,59 @@ def _write_plan(
     *,
     cache: Path,
 ) -> Plan:
-    """Write samples.arrow, PLAN.json, tokenizer, head.json and the incidents into a fresh folder; the plan."""
-    for name in FOLDERS:
-        (folder / name).mkdir()
+    """Plan into a fresh folder, all that a new cache holds or what makes an existing one grow; the plan.
+
+    The plan of the cache itself where it holds every sample. Raises CacheError where it was made in another way.
+    """
+    plan = _plan_without_samples(spec, info, engine, tokenizer)
+    present = None
+    if (cache / PLAN_FILE).exists():
+        require_same(plan, read_plan(cache), cache)
+        present = Present(cache)
+    (folder / "runs").mkdir()
+    written = _write_samples(spec, info, tokenizer, folder, progress, plan=plan, present=present)
+    plan = plan.model_copy(
+        update={
+            "fingerprint": plan.fingerprint.model_copy(update={"data": written.data_digest}),
+            "num_samples": _total(written.shards, "num_samples"),
+            "num_tokens": _total(written.shards, "num_tokens"),
+            "num_rows": _total(written.shards, "num_rows"),
+            "counts": written.counts,
+            "samples_digest": written.samples_digest,
+            "shards": written.shards,
+            "grown_from": () if present is None else present.ancestors(),
+        }
+    )
+    if present is not None:
+        present.report(plan, progress)
+        if plan.num_samples == present.plan.num_samples:
+            require_room(present.plan, folder, cache)
+            return present.plan
+    require_room(plan, folder, cache)
+    if plan.generation == 0:
+        for name in FOLDERS:
+            (folder / name).mkdir(exist_ok=True)
+        tokenizer.save_pretrained(str(folder / "teacher"))
+        (folder / "teacher" / "head.json").write_bytes(canonical(plan.head.model_dump()))
+    (folder / PLAN_FILE).write_bytes(plan.to_bytes())
+    failpoint("plan:written")
+    fsync_tree(folder)
+    failpoint("plan:flushed")
+    return plan
+
+
+def _plan_without_samples(
+    spec: ExtractSpec, info: TeacherInfo, engine: EngineRecord, tokenizer: PreTrainedTokenizerBase
+) -> Plan:
+    """All of the plan that is decided before any data is read."""
     head = head_record(info, real_vocab_size(spec.teacher, tokenizer, info.head_rows))
-    written = _write_samples(spec, info, tokenizer, folder, progress, engine=engine, vocab_size=head.vocab_size)
-    plan = Plan(
-        fingerprint=_fingerprint(spec.teacher, tokenizer, written.data_digest),
+    return Plan(
+        fingerprint=Fingerprint(
+            teacher=digest_model(spec.teacher),
+            tokenizer=digest_json(json.loads(tokenizer.backend_tokenizer.to_str())),
+            template=digest_json(tokenizer.chat_template),
+            data="",
+        ),
         settings=Settings(
             max_length=spec.data_spec.max_length,
             overlong=spec.data_spec.overlong,
@@ -285,23 +355,55 @@ def _write_plan(
         ),
         engine=engine,
         head=head,
-        num_samples=_total(written.shards, "num_samples"),
-        num_tokens=_total(written.shards, "num_tokens"),
-        num_rows=_total(written.shards, "num_rows"),
+        num_samples=0,
+        num_tokens=0,
+        num_rows=0,
         heldout_fraction=spec.data_spec.heldout_fraction,
-        counts=written.counts,
-        samples_digest=written.samples_digest,
+        counts={},
+        samples_digest="",
         vocabulary_digest=vocabulary_digest(tokenizer),
-        shards=written.shards,
+        shards=(),
+        grown_from=(),
     )
-    require_room(plan, folder, cache)
-    tokenizer.save_pretrained(str(folder / "teacher"))
-    (folder / "teacher" / "head.json").write_bytes(canonical(head.model_dump()))
-    (folder / PLAN_FILE).write_bytes(plan.to_bytes())
-    failpoint("plan:written")
-    fsync_tree(folder)
-    failpoint("plan:flushed")
-    return plan
+
+
+class Present:
+    """What a cache holds before an extraction: its samples are left out, each as often as it is there.
+
+    Cost: about 100 bytes of memory a sample; every token id is read once.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self.plan = read_plan(cache)
+        self.samples = Samples(cache, self.plan)
+        self._left = Counter(xxhash.xxh3_128_digest(each) for each in self.samples.identities())
+        self.num_found = 0
+
+    def take(self, sample: Sample) -> bool:
+        """Whether the cache holds the sample, one more time than it was asked for before."""
+        key = xxhash.xxh3_128_digest(identity(sample.content_id, sample.token_ids, sample.supervised))
+        found = self._left[key] > 0
+        if found:
+            self._left[key] -= 1
+            self.num_found += 1
+        return found
+
+    def ancestors(self) -> tuple[Ancestor, ...]:
+        """What a plan that follows says it grew from."""
+        plan = self.plan
+        last = Ancestor(plan=plan.digest, samples_digest=plan.samples_digest, num_shards=len(plan.shards))
+        return (*plan.grown_from, last)
+
+    def report(self, plan: Plan, progress: Progress) -> None:
+        """Say what the data adds to the cache."""
+        added, others = plan.num_samples - self.plan.num_samples, self.plan.num_samples - self.num_found
+        if added:
+            shards = len(plan.shards) - len(self.plan.shards)
+            progress.note(
+                f"the cache grows: {added} new samples in {shards} new shards, {self.num_found} of the data's are there"
+            )
+        if others and self.num_found:
+            progress.note(f"{others} samples of the cache are not in this data; they stay")
 
 
 def _engine_record(spec: ExtractSpec, info: TeacherInfo, progress: Progress) -> EngineRecord:
@@ -332,7 +434,10 @@ def _engine_record(spec: ExtractSpec, info: TeacherInfo, progress: Progress) -> 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What samples.arrow holds, and what became of the records that were read."""
+    """What samples.arrow holds, and what became of the records that were read.
+
+    shards: all of the cache, those that were there before too
+    """
 
     shards: tuple[ShardPlan, ...]
     counts: dict[str, int]
@@ -347,33 +452,48 @@ def _write_samples(
     folder: Path,
     progress: Progress,
     *,
-    engine: EngineRecord,
-    vocab_size: int,
+    plan: Plan,
+    present: Present | None,
 ) -> Written:
-    """Write samples.arrow and runs/prepare.jsonl. Raises DataError for a token without a row in the head."""
+    """Write samples.arrow, those left out that are present, and runs/prepare.jsonl.
+
+    Raises DataError for a token without a row in the head.
+    """
     path = folder / SAMPLES_FILE
-    writer = SamplesWriter(path, batch_tokens=engine.batch_tokens, every_row=spec.rows == "all")
+    writer = SamplesWriter(
+        path,
+        batch_tokens=plan.engine.batch_tokens,
+        every_row=spec.rows == "all",
+        after=None if present is None else present.samples,
+    )
+    log_name = Path("runs") / "prepare.jsonl"
+    if present is not None:
+        log_name = plan_folder(Path(), present.plan.generation + 1) / log_name
+    kept = 0
     incidents: Counter[str] = Counter()
-    with open(folder / "runs" / "prepare.jsonl", "x", encoding="utf-8") as log:
+    with open(folder / "runs" / log_name.name, "x", encoding="utf-8") as log:
 
         def record(incident: Incident) -> None:
             incidents[incident.kind] += 1
             log.write(json.dumps(asdict(incident)) + "\n")
 
         for sample in _samples(spec, info, tokenizer, record, progress):
-            if (highest := int(sample.token_ids.max())) >= vocab_size:
+            if (highest := int(sample.token_ids.max())) >= plan.head.vocab_size:
                 raise DataError(
                     f"token id {highest} ({tokenizer.convert_ids_to_tokens(highest)}) has no row in the lm_head, "
-                    f"which has {vocab_size}; is it a token of another modality?",
+                    f"which has {plan.head.vocab_size}; is it a token of another modality?",
                     where=f"{sample.source}:{sample.line}",
                 )
+            kept += 1
+            if present is not None and present.take(sample):
+                continue
             # The name alone: the same data from another place is the same cache.
             writer.add(replace(sample, source=Path(sample.source).name))
     shards = writer.close()
-    counts = _counts(_total(shards, "num_samples"), incidents)
+    counts = _counts(kept, incidents)
     for kind, count in sorted(incidents.items()):
         what = kind.replace("_", " ")
-        progress.note(f"{count} of {counts['read']} samples {what}: see runs/prepare.jsonl in the cache")
+        progress.note(f"{count} of {counts['read']} samples {what}: see {log_name} in the cache")
     with open(path, "rb") as file:
         samples_digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Written(shards=shards, counts=counts, data_digest=writer.data_digest(), samples_digest=samples_digest)
@@ -398,15 +518,6 @@ def _samples(
         progress.advance(1)
         yield sample
     progress.end()
-
-
-def _fingerprint(teacher: Path, tokenizer: PreTrainedTokenizerBase, data: str) -> Fingerprint:
-    return Fingerprint(
-        teacher=digest_model(teacher),
-        tokenizer=digest_json(json.loads(tokenizer.backend_tokenizer.to_str())),
-        template=digest_json(tokenizer.chat_template),
-        data=data,
-    )
 
 
 def _counts(num_samples: int, incidents: Counter[str]) -> dict[str, int]:

@@ -15,7 +15,7 @@ import numpy as np
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.claims import Claims, sweep_claims
 from kdpipe.manifests.errors import GateError
-from kdpipe.manifests.plan import Plan, Samples
+from kdpipe.manifests.plan import PLAN_FILE, Plan, Samples
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import ShardWriter, adopt, commit_path
@@ -35,6 +35,8 @@ from kdpipe.stages.teacher.head import Head
 WAIT_S = 2.0
 PROBES = 3
 """Rows of a sample whose log-probability is recomputed: the first, one between, the last."""
+SEED_STRIDE = 1_000_003
+"""Between the draws of two seeds: odd, so that other samples are probed inside."""
 CANARIES = 3
 CANARY_TOKENS = 64
 
@@ -46,9 +48,9 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
     Raises the errors of planning, GateError, TeacherError for rows that are not finite, DriftError, SpaceError.
     """
     with staged(spec, cache, progress) as plan:
-        todo = [number for number in missing_shards(plan.plan, plan.folder, part) if not _adopted(plan, number)]
-        sweep_claims(plan.folder)
-        progress.event("plan", digest=plan.plan.digest(), num_shards=len(plan.plan.shards), missing=todo)
+        todo = [number for number in missing_shards(plan.plan, plan.cache, part) if not _adopted(plan, number)]
+        sweep_claims(plan.cache)
+        progress.event("plan", digest=plan.plan.digest, num_shards=len(plan.plan.shards), missing=todo)
         if not todo:
             progress.note("every shard is there already")
             return plan.publish()
@@ -56,7 +58,7 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         progress.note(f"starting {plan.plan.engine.name} with the teacher")
         engine = kind.open(spec.teacher, plan.plan.settings.dtype, spec.resolved_device(), spec.options)
         try:
-            _report(engine, engine.canary(plan.head, _canaries(Samples(plan.folder, plan.plan))), progress)
+            _report(engine, engine.canary(plan.head, _canaries(plan.samples())), progress)
             opened = plan.publish()
             fill(opened, engine, plan.head, progress, todo)
         finally:
@@ -96,14 +98,18 @@ def _report(engine: TeacherEngine, canary: Canary, progress: Progress) -> None:
 
 def _adopted(plan: Staged, number: int) -> bool:
     """Whether a shard was only in want of its commit record, in a cache that is in place already."""
-    return plan.folder == plan.cache and adopt(plan.cache, plan.plan, plan.plan.digest(), number)
+    return (plan.cache / PLAN_FILE).exists() and adopt(plan.cache, plan.plan, number)
 
 
-def missing_shards(plan: Plan, folder: Path, part: tuple[int, int] | None) -> list[int]:
-    """Numbers of the shards without a commit record, those of one part where one is asked for."""
+def missing_shards(plan: Plan, cache: Path, part: tuple[int, int] | None) -> list[int]:
+    """Numbers of the shards without a commit record, those of one part of each generation where one is asked for."""
     index, count = part or (1, 1)
-    first, last = ((len(plan.shards) * edge) // count for edge in (index - 1, index))
-    return [number for number in range(first, last) if not commit_path(folder, number).exists()]
+    return [
+        number
+        for brought in plan.brought()
+        for number in brought[len(brought) * (index - 1) // count : len(brought) * index // count]
+        if not commit_path(cache, number).exists()
+    ]
 
 
 @dataclass(slots=True, eq=False)
@@ -179,7 +185,7 @@ class Filling:
             if commit_path(self._cache.path, number).exists() or not self._claims.take(number):
                 continue
             samples = self._cache.samples.shard(number)
-            writer = ShardWriter(self._cache.path, plan, self._cache.plan_digest, number, samples)
+            writer = ShardWriter(self._cache.path, plan, number, samples)
             batches = self._requests(number, writer)
             self._open.append(
                 OpenShard(number=number, writer=writer, requests=[request for batch in batches for request in batch])
@@ -198,7 +204,7 @@ class Filling:
             stop = start + columns["num_tokens"][index]
             sample = plan.shards[number].first_sample + index
             num_rows = int(columns["num_rows"][index])
-            draw = sample + plan.settings.seed * plan.num_samples
+            draw = sample + plan.settings.seed * SEED_STRIDE
             array, offset = writer.rows(int(columns["first_row"][index]), num_rows)
             ids = token_ids[start:stop]
             positions = row_positions(supervised[start:stop], every=plan.settings.rows == "all")

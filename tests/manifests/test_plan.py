@@ -46,7 +46,7 @@ def test_no_budget_puts_every_sample_alone_in_order() -> None:
 
 def test_planning_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     plans = [make_plan(tmp_path / name, make_samples(30), batch_tokens=90) for name in ("one", "two")]
-    assert plans[0].digest() == plans[1].digest()
+    assert plans[0].digest == plans[1].digest
     for name in (PLAN_FILE, SAMPLES_FILE):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -54,7 +54,7 @@ def test_planning_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_plan_on_disk_is_the_plan_that_was_made(tmp_path: Path) -> None:
     plan = make_plan(tmp_path / "c", make_samples(30))
     assert read_plan(tmp_path / "c") == plan
-    assert read_plan(tmp_path / "c").digest() == plan.digest()
+    assert read_plan(tmp_path / "c").digest == plan.digest
 
 
 def test_a_plan_says_nothing_of_where_and_when_it_was_made(tmp_path: Path) -> None:

@@ -42,12 +42,12 @@ def golden_rows(count: int) -> np.ndarray:
 
 def open_shard(folder: Path, index: int = 0) -> Shard:
     plan = read_plan(folder)
-    return Shard(folder, plan, plan.digest(), index)
+    return Shard(folder, plan, index)
 
 
 def writer(folder: Path, index: int = 0) -> ShardWriter:
     plan = read_plan(folder)
-    return ShardWriter(folder, plan, plan.digest(), index, Samples(folder, plan).shard(index))
+    return ShardWriter(folder, plan, index, Samples(folder, plan).shard(index))
 
 
 def patch(path: Path, at: int, change: Callable[[int], int]) -> None:
@@ -143,7 +143,7 @@ def checksum_bit_flipped(folder: Path) -> None:
 
 def commit_of_another_plan(folder: Path) -> None:
     path = commit_path(folder, 0)
-    path.write_bytes(path.read_bytes().replace(read_plan(folder).digest().encode(), b"0" * 64))
+    path.write_bytes(path.read_bytes().replace(read_plan(folder).digest.encode(), b"0" * 64))
 
 
 def commit_of_another_shard(folder: Path) -> None:
@@ -244,7 +244,7 @@ def test_rows_land_in_any_order_and_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_every_size_is_known_before_the_teacher_runs(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, make_samples(21))
-    before = shard_layout(plan, plan.digest(), 1, "0" * 32).num_bytes
+    before = shard_layout(plan, 1, "0" * 32).num_bytes
     assert fill_shard(tmp_path, 1).num_bytes == before == shard_path(tmp_path, 1).stat().st_size
 
 
@@ -348,7 +348,7 @@ from kdpipe.manifests.shard import ShardWriter
 folder = pathlib.Path({str(tmp_path)!r})
 plan = read_plan(folder)
 try:
-    ShardWriter(folder, plan, plan.digest(), 0, Samples(folder, plan).shard(0))
+    ShardWriter(folder, plan, 0, Samples(folder, plan).shard(0))
 except SpaceError as err:
     print(err)
 """

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from tests.chats import write_chats
 from tests.models import make_model, make_tokenizer
@@ -41,13 +42,14 @@ def extract_small(
 
     claim: seconds a claim lives; told: gets a line for every shard this process committed
     """
-    torch.set_num_threads(1)
-    planning.SamplesWriter.__init__.__kwdefaults__["shard_tokens"] = SHARD_TOKENS
-    durable.MOMENT_S = moment
-    Claims.__init__.__kwdefaults__["seconds"] = claim
-    shards.WAIT_S = 0.05
-    failpoints.arm(kill)
-    extract(spec, cache, Committed(told), part=part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(planning.SamplesWriter.__init__.__kwdefaults__, "shard_tokens", SHARD_TOKENS)
+        patch.setattr(durable, "MOMENT_S", moment)
+        patch.setitem(Claims.__init__.__kwdefaults__, "seconds", claim)
+        patch.setattr(shards, "WAIT_S", 0.05)
+        torch.set_num_threads(1)
+        failpoints.arm(kill)
+        extract(spec, cache, Committed(told), part=part)
 
 
 class Committed(Silent):

@@ -189,7 +189,6 @@ def test_parts_make_the_same_cache_as_one_run(tmp_path: Path, monkeypatch: pytes
         ("teacher", "fingerprint.teacher"),
         ("tokenizer", "fingerprint.tokenizer"),
         ("template", "fingerprint.template"),
-        ("data", "fingerprint.data"),
         ("max_length", "settings.max_length"),
         ("heldout", "heldout_fraction"),
     ],
@@ -210,8 +209,6 @@ def test_cache_of_something_else_is_refused_naming_field_and_both_values(
         template = teacher / "chat_template.jinja"
         text = template.read_text() if template.exists() else config["chat_template"]
         template.write_text(text.replace("<|im_start|>{{", "<|im_start|> {{"))
-    elif change == "data":
-        write_chats(tmp_path / "data.jsonl", 12, seed=9, longest=60)
     elif change == "max_length":
         spec = dataclasses.replace(spec, data_spec=DataSpec(max_length=100, heldout_fraction=0.2))
     else:

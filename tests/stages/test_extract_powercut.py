@@ -57,7 +57,7 @@ class Promises:
         self.disk.restore(self.scratch)
         (cache,) = [path.parent for path in self.scratch.rglob(PLAN_FILE) if path.parent.name == "cache"]
         opened = Cache.open(cache)
-        opened.verify_samples()
+        opened.samples.verify()
         opened.head()
         assert committed_are_whole(cache) >= self.count
 

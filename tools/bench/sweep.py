@@ -80,7 +80,7 @@ class Sweep:
 
         def action() -> None:
             with staged(self.spec, self.folder / f"cache-{number}", Silent()) as plan:
-                todo = missing_shards(plan.plan, plan.folder, None)
+                todo = missing_shards(plan.plan, plan.cache, None)
                 fill(plan.publish(), self.engine, plan.head, Silent(), todo)
 
         return seconds(action)

@@ -1,0 +1,226 @@
+"""A cache that grows: the teacher runs on the new samples only, and no byte that was there is written again."""
+
+import dataclasses
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.caches import verified
+from tests.chats import write_chats
+from tests.conftest import Apart
+from tests.faults.powercut import PowerCut
+from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import CheckFailed, KdpipeError, TemporaryError
+from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, plan_folder
+from kdpipe.manifests.progress import Silent
+from kdpipe.stages.extract import ExtractSpec, planning
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ExtractSpec:
+    folder = tmp_path_factory.mktemp("inputs")
+    small = small_spec(folder)
+    write_chats(folder / "more.jsonl", 9, seed=7, longest=60)
+    write_chats(folder / "most.jsonl", 5, seed=8, longest=60)
+    return small
+
+
+def of_data(spec: ExtractSpec, *names: str) -> ExtractSpec:
+    return dataclasses.replace(spec, data=tuple(spec.data[0].with_name(f"{name}.jsonl") for name in names))
+
+
+@pytest.fixture(scope="module")
+def small(spec: ExtractSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the first data file, to copy."""
+    cache = tmp_path_factory.mktemp("small") / "cache"
+    extract_small(spec, cache)
+    return cache
+
+
+@pytest.fixture(scope="module")
+def grown(spec: ExtractSpec, small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, grown once, with all its data named."""
+    cache = shutil.copytree(small, tmp_path_factory.mktemp("grown") / "cache")
+    extract_small(of_data(spec, "data", "more"), cache)
+    return cache
+
+
+def sample_keys(cache: Cache) -> list[bytes]:
+    return [*cache.samples.identities()]
+
+
+@pytest.mark.parametrize("names", [("more",), ("data", "more"), ("more", "data")], ids="+".join)
+def test_only_new_samples_run_and_nothing_is_written_again(
+    names: tuple[str, ...], spec: ExtractSpec, small: Path, grown: Path, tmp_path: Path
+) -> None:
+    cache, told = shutil.copytree(small, tmp_path / "cache"), tmp_path / "told"
+    before, there = files(cache), len(Cache.open(cache).plan.shards)
+    extract_small(of_data(spec, *names), cache, told=told)
+    opened = Cache.open(cache)
+    ran = [int(number) for number in told.read_text().split()]
+    assert ran == [*range(there, len(opened.plan.shards))]
+    assert sum(opened.plan.shards[number].num_samples for number in ran) == 9
+    after = files(cache)
+    assert {name: after[name] for name in before} == before
+    assert (len(opened), opened.complete, opened.info()["times_grown"]) == (21, True, 1)
+    assert verified(cache, "deep") == [*range(len(opened.plan.shards))]
+    told_apart = {"PLAN.json"}  # how many were read differs with what was named
+    named = {name: data for name, data in after.items() if Path(name).name not in told_apart}
+    if names == ("data", "more"):
+        assert after == files(grown)
+    assert named.keys() == {name for name in files(grown) if Path(name).name not in told_apart}
+
+
+def test_grown_is_what_one_extraction_of_everything_gives(spec: ExtractSpec, grown: Path, tmp_path: Path) -> None:
+    extract_small(of_data(spec, "data", "more"), tmp_path / "cache")
+    ours, theirs = Cache.open(grown), Cache.open(tmp_path / "cache")
+    assert ours.plan.fingerprint == theirs.plan.fingerprint
+    assert sample_keys(ours) == sample_keys(theirs)
+    assert np.array_equal(ours.heldout(), theirs.heldout())
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.array_equal(one.rows, other.rows)
+
+
+def test_grows_again_and_again_and_is_left_alone_where_nothing_is_new(
+    spec: ExtractSpec, grown: Path, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(grown, tmp_path / "cache")
+    for names in (("data",), ("more", "data"), ("data", "more")):
+        before = files(cache)
+        extract_small(of_data(spec, *names), cache)
+        assert files(cache) == before
+    extract_small(of_data(spec, "most", "more"), cache)
+    opened = Cache.open(cache)
+    assert (len(opened), opened.plan.generation) == (26, 2)
+    assert [*map(len, opened.plan.brought())] == [
+        len(Cache.open(grown).plan.brought()[0]),
+        len(Cache.open(grown).plan.brought()[1]),
+        len(opened.plan.shards) - len(Cache.open(grown).plan.shards),
+    ]
+    verified(cache, "deep")
+
+
+def test_a_sample_is_there_as_often_as_the_data_has_it(spec: ExtractSpec, small: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(small, tmp_path / "cache")
+    lines = spec.data[0].read_text().splitlines()
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("\n".join([*lines, lines[3], lines[3]]) + "\n")
+    changed = dataclasses.replace(spec, data=(twice,))
+    extract_small(changed, cache)
+    opened = Cache.open(cache)
+    assert len(opened) == 14
+    for added in (12, 13):
+        assert np.array_equal(opened[added].token_ids, opened[3].token_ids)
+        assert np.array_equal(opened[added].rows, opened[3].rows)
+    before = files(cache)
+    extract_small(changed, cache)
+    assert files(cache) == before
+
+
+@pytest.mark.parametrize(
+    "place", ["plan:written", "plan:flushed", "plan:renamed", "plan:published", "shards:linked", "commits:published#2"]
+)
+def test_killed_while_growing(
+    place: str, spec: ExtractSpec, small: Path, grown: Path, apart: Apart, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(small, tmp_path / "a" / "cache")
+    more = of_data(spec, "data", "more")
+    assert apart(extract_small, more, cache, place) == -signal.SIGKILL
+    committed_are_whole(cache)
+    assert apart(extract_small, more, cache) == 0
+    assert files(cache) == files(grown)
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+
+def test_an_unfinished_cache_grows_and_both_are_finished(
+    spec: ExtractSpec, grown: Path, apart: Apart, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    assert apart(extract_small, spec, cache, "commits:published#2") == -signal.SIGKILL
+    assert apart(extract_small, of_data(spec, "data", "more"), cache) == 0
+    assert files(cache) == files(grown)
+
+
+def test_parts_share_out_what_is_new(spec: ExtractSpec, small: Path, grown: Path, tmp_path: Path) -> None:
+    cache, more = shutil.copytree(small, tmp_path / "cache"), of_data(spec, "data", "more")
+    for part in ((2, 2), (1, 2)):
+        told = tmp_path / f"told{part[0]}"
+        extract_small(more, cache, part=part, told=told)
+        assert told.read_text()
+    assert files(cache) == files(grown)
+
+
+def test_two_writers_that_add_other_things_at_once(spec: ExtractSpec, small: Path, grown: Path, tmp_path: Path) -> None:
+    """The one that comes later to put its plan in place is told to run again, and then adds its own."""
+    cache = shutil.copytree(small, tmp_path / "cache")
+    with planning.staged(of_data(spec, "most"), cache, Silent()) as late:
+        extract_small(of_data(spec, "data", "more"), cache)
+        with pytest.raises(TemporaryError, match="run it again"):
+            late.publish()
+    assert files(cache) == files(grown)
+    extract_small(of_data(spec, "most"), cache)
+    assert len(Cache.open(cache)) == 26
+
+
+def test_what_was_before_is_opened_by_its_fingerprint(small: Path, grown: Path) -> None:
+    before = Cache.open(small)
+    opened = Cache.open(grown, fingerprint=before.plan.fingerprint.overall())
+    assert (len(opened), opened.plan, opened.complete) == (12, before.plan, True)
+    assert np.array_equal(opened[11].rows, before[11].rows)
+    assert len(Cache.open(grown, fingerprint="of nothing")) == 21
+
+
+@pytest.mark.parametrize("name", [PLAN_FILE, SAMPLES_FILE])
+@pytest.mark.parametrize("generation", [0, 1])
+def test_damage_in_any_generation_is_found(name: str, generation: int, grown: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(grown, tmp_path / "cache")
+    path = plan_folder(cache, generation) / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckFailed) as caught:
+        verified(cache)
+    assert caught.value.where == str(path)
+
+
+FLUSHES = [("fsync_tree", "files"), ("fsync_tree", "folders"), ("Staged.publish", "grown"), ("Staged.publish", "cache")]
+
+
+def test_no_cut_loses_what_is_added(spec: ExtractSpec, small: Path, grown: Path, tmp_path: Path) -> None:
+    cache, more = shutil.copytree(small, tmp_path / "live" / "cache"), of_data(spec, "data", "more")
+    left = []
+
+    def cut(disk: PowerCut) -> None:
+        left.append(tmp_path / f"cut{len(left)}")
+        disk.restore(left[-1])
+
+    with PowerCut(tmp_path / "live", after_flush=cut) as disk:
+        extract_small(more, cache)
+        disk.restore(tmp_path / "last")
+    assert files(tmp_path / "last" / "cache") == files(grown)
+    assert len(left) > 15
+    for each in left:
+        committed_are_whole(each / "cache")
+        extract_small(more, each / "cache")
+        assert files(each / "cache") == files(grown), each.name
+        shutil.rmtree(each)
+
+
+@pytest.mark.parametrize("place", FLUSHES, ids="-".join)
+def test_every_flush_of_growing_is_needed(
+    place: tuple[str, str], spec: ExtractSpec, small: Path, grown: Path, tmp_path: Path
+) -> None:
+    cache, more = shutil.copytree(small, tmp_path / "live" / "cache"), of_data(spec, "data", "more")
+
+    def extract_and_check() -> None:
+        with PowerCut(tmp_path / "live", skip=place) as disk:
+            extract_small(more, cache)
+            disk.restore(tmp_path / "left")
+        assert committed_are_whole(tmp_path / "left" / "cache") == committed_are_whole(grown)
+
+    with pytest.raises((AssertionError, KdpipeError, ValueError)):
+        extract_and_check()
