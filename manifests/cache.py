@@ -8,7 +8,6 @@ Cost: one open mapping a shard, kept for the life of the object. Format: FORMAT.
 
 # Shapes: N samples, n tokens and R rows of one sample, E teacher width, V rows of the teacher's head.
 
-import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -18,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from kdpipe.manifests.access import open_bytes
 from kdpipe.manifests.durable import open_regular, write_once
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.plan import Plan, Samples, read_plan
 from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
 from kdpipe.manifests.shard import Shard, commit_path, read_commit
+from kdpipe.manifests.specs import Io
 from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out, parse
 
 HEAD_FILE = "head.safetensors"
@@ -39,24 +40,25 @@ class HeadArrays:
 class Cache:
     """A cache folder, open for reading; it may still be growing, then `complete` is False."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
-        self.path, self.plan = path, plan
-        self.samples = Samples(path, plan)
+    def __init__(self, path: Path, plan: Plan, io: Io = "mmap") -> None:
+        self.path, self.plan, self.io = path, plan, io
+        self.samples = Samples(path, plan, io)
         self._first = [shard.first_sample for shard in plan.shards]
         self._every_row = plan.settings.rows == "all"
         self._shards: dict[int, Shard] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *, fingerprint: str | None = None) -> "Cache":
+    def open(cls, path: str | Path, *, io: Io = "mmap", fingerprint: str | None = None) -> "Cache":
         """Open the cache at `path`: all that is in it, or what was before it grew where that has the fingerprint.
 
+        io: "mmap" maps its files, "pread" reads them, for network file systems
         Raises CacheError where there is none, LayoutError where it is not readable.
         """
         plan = read_plan(Path(path))
         if fingerprint is not None and plan.fingerprint.overall() != fingerprint:
             earlier = (read_plan(Path(path), generation) for generation in reversed(range(plan.generation)))
             plan = next((each for each in earlier if each.fingerprint.overall() == fingerprint), plan)
-        return cls(Path(path), plan)
+        return cls(Path(path), plan, io)
 
     def __len__(self) -> int:
         return self.plan.num_samples
@@ -86,7 +88,7 @@ class Cache:
     def shard(self, number: int) -> Shard:
         """A committed shard, mapped once. Raises IncompleteError if it is not committed yet."""
         if number not in self._shards:
-            self._shards[number] = Shard(self.path, self.plan, number)
+            self._shards[number] = Shard(self.path, self.plan, number, self.io)
         return self._shards[number]
 
     def committed(self) -> list[int]:
@@ -125,18 +127,20 @@ class Cache:
         return self.path / "teacher"
 
     def head(self) -> HeadArrays:
-        """The teacher's lm_head, mapped. Raises LayoutError or CorruptError where the file is damaged."""
+        """The teacher's lm_head. Raises LayoutError or CorruptError where the file is damaged."""
         path = self.teacher_folder / HEAD_FILE
         try:
-            with open(open_regular(path), "rb") as file:
-                if not os.fstat(file.fileno()).st_size:
-                    raise LayoutError("an empty file", where=path)
-                mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            descriptor = open_regular(path)
         except FileNotFoundError:
             raise IncompleteError(
                 "the teacher's head is missing; run the same kdpipe extract again", where=path
             ) from None
-        found, metadata = parse(memoryview(mapping), path)
+        size = os.fstat(descriptor).st_size
+        os.close(descriptor)
+        if not size:
+            raise LayoutError("an empty file", where=path)
+        buffer = open_bytes(path, size, self.io).read(0, size)
+        found, metadata = parse(buffer.data, path)
         record, digest = self.plan.head, metadata.get("xxh3_128", "")
         shape = (record.head_rows, record.hidden_size)
         layout = head_layout(record.dtype, shape, has_bias=record.has_bias, digest=digest)
@@ -146,7 +150,6 @@ class Cache:
                 f"{'a' if record.has_bias else 'no'} bias",
                 where=path,
             )
-        buffer = np.frombuffer(mapping, np.uint8)
         came = xxhash.xxh3_128_hexdigest(buffer[layout.body :].data)
         if came != digest:
             raise CorruptError(f"xxh3-128 {came}, its header says {digest}", where=path)

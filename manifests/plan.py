@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kdpipe.manifests.durable import canonical, open_regular, read_small
 from kdpipe.manifests.errors import CacheError, CorruptError, LayoutError
 from kdpipe.manifests.sample import ID_BYTES, Sample, row_positions
-from kdpipe.manifests.specs import Codec, Dtype, RowsChoice
+from kdpipe.manifests.specs import Codec, Dtype, Io, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
 
 PLAN_FILE = "PLAN.json"
@@ -304,14 +304,16 @@ class SamplesWriter:
 
 
 class Samples:
-    """samples.arrow of every generation, mapped: one record batch a shard; columns as numpy arrays, ids not read."""
+    """samples.arrow of every generation: one record batch a shard; columns as numpy arrays, ids not read."""
 
-    def __init__(self, cache: Path, plan: Plan) -> None:
+    def __init__(self, cache: Path, plan: Plan, io: Io = "mmap") -> None:
         self.plan = plan
         self.paths = [plan_folder(cache, generation) / SAMPLES_FILE for generation in range(plan.generation + 1)]
         brought = plan.brought()
         self._first = [numbers.start for numbers in brought]
-        self._readers = [_open_samples(path, len(numbers)) for path, numbers in zip(self.paths, brought, strict=True)]
+        self._readers = [
+            _open_samples(path, len(numbers), io) for path, numbers in zip(self.paths, brought, strict=True)
+        ]
 
     def shard(self, index: int) -> pa.RecordBatch:
         """The samples of one shard, zero-copy. Raises LayoutError where the file is damaged there."""
@@ -356,10 +358,10 @@ class Samples:
                 raise CorruptError(f"sha256 {came}, {PLAN_FILE} says {digest}", where=path)
 
 
-def _open_samples(path: Path, num_shards: int) -> pa.ipc.RecordBatchFileReader:
+def _open_samples(path: Path, num_shards: int, io: Io) -> pa.ipc.RecordBatchFileReader:
     try:
         os.close(open_regular(path))  # arrow would wait for ever at a pipe
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(pa.memory_map(str(path)) if io == "mmap" else pa.OSFile(str(path)))
     except (OSError, pa.ArrowException) as err:
         raise LayoutError(f"not readable as Arrow: {err}", where=path) from None
     if reader.schema != SCHEMA:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import xxhash
 from pydantic import ValidationError
 
+from kdpipe.manifests.access import open_bytes
 from kdpipe.manifests.durable import (
     QUARANTINE,
     canonical,
@@ -37,7 +38,8 @@ from kdpipe.manifests.errors import CorruptError, DriftError, IncompleteError, L
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.plan import Plan, Record
 from kdpipe.manifests.sample import ID_BYTES, SampleView
-from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out
+from kdpipe.manifests.specs import Io
+from kdpipe.manifests.tensorfile import DTYPES, TAGS, Layout, lay_out
 
 BLOCK = 1 << 20
 NO_DIGEST = "0" * 32
@@ -254,9 +256,9 @@ def adopt(folder: Path, plan: Plan, index: int) -> bool:
 
 
 class Shard:
-    """A committed shard, mapped read-only for as long as the object lives."""
+    """A committed shard, open for reading; mapped, it stays so for as long as the object lives."""
 
-    def __init__(self, folder: Path, plan: Plan, index: int) -> None:
+    def __init__(self, folder: Path, plan: Plan, index: int, io: Io = "mmap") -> None:
         self.path = shard_path(folder, index)
         commit = read_commit(folder, plan, index)
         self.layout = shard_layout(plan, index, commit.digest)
@@ -266,66 +268,75 @@ class Shard:
                 f"it says {commit.num_bytes} bytes, the plan says {self.layout.num_bytes}",
                 where=commit_path(folder, index),
             )
-        try:
-            # A private mapping: nothing can write through it, and torch takes its arrays without complaint.
-            with open(open_regular(self.path), "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != self.layout.num_bytes:
-                    raise LayoutError(f"{size} bytes, the plan says {self.layout.num_bytes}", where=self.path)
-                self._map = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-        except FileNotFoundError:
-            raise CorruptError("committed, but the file is gone", where=self.path) from None
-        self._bytes = np.frombuffer(self._map, np.uint8)
-        header = bytes(self._bytes[: self.layout.body])
+        self._file = open_bytes(self.path, self.layout.num_bytes, io)
+        header = self._file.read(0, self.layout.body).tobytes()
         if header != self.layout.header:
             at = next(i for i, (a, b) in enumerate(zip(header, self.layout.header, strict=True)) if a != b)
             raise CorruptError(
                 f"header differs from what the plan and the commit record say at byte {at}", where=self.path
             )
         tensors = self.layout.tensors
-        self.hidden = tensors["hidden"].view(self._bytes)
-        self._crc = tensors["crc32c"].view(self._bytes)
+        self._hidden_at, self._checked_to = tensors["hidden"].begin, tensors["crc32c"].begin
+        self._crc = self._file.read(self._checked_to, self.layout.num_bytes).view(np.uint32)
         self._good = bytearray(len(self._crc))
         """1 for every block that was found good."""
-        self._hidden_at, self._checked_to = tensors["hidden"].begin, tensors["crc32c"].begin
-        self._row_bytes = self.hidden.strides[0]
-        self.check(tensors["row_offsets"].begin, self._checked_to)
-        self.row_offsets = tensors["row_offsets"].view(self._bytes)
-        self.token_offsets = tensors["token_offsets"].view(self._bytes)
-        self.token_ids = tensors["token_ids"].view(self._bytes)
-        self.supervised = tensors["supervised"].view(self._bytes).view(bool)
-        self.sample_ids = tensors["sample_ids"].view(self._bytes)
+        first = tensors["row_offsets"].begin
+        tables = self._checked(first, self._checked_to)
+        names = ("row_offsets", "token_offsets", "token_ids", "supervised", "sample_ids")
+        arrays = [tensors[name].view(tables, first) for name in names]
+        self.row_offsets, self.token_offsets, self.token_ids, supervised, self.sample_ids = arrays
+        self.supervised = supervised.view(bool)
         # Plain ints, because indexing an array costs ten times as much and `sample` does little else.
         self._row_at, self._token_at = self.row_offsets.tolist(), self.token_offsets.tolist()
+        self.num_rows, self._width = tensors["hidden"].shape
+        self._dtype = DTYPES[tensors["hidden"].dtype]
+        self._row_bytes = self._width * self._dtype.itemsize
+        self._mapped = None if io == "pread" else tensors["hidden"].view(self._file.read(0, self._checked_to))
 
     def sample(self, index: int) -> SampleView:
         """The sample at `index` within this shard, with all its rows; blocks are checked on first touch."""
-        row, next_row = self._row_at[index], self._row_at[index + 1]
         token, next_token = self._token_at[index], self._token_at[index + 1]
-        self.check(self._hidden_at + row * self._row_bytes, self._hidden_at + next_row * self._row_bytes)
         return SampleView(
             token_ids=self.token_ids[token:next_token],
             supervised=self.supervised[token:next_token],
-            rows=self.hidden[row:next_row],
+            rows=self.rows(self._row_at[index], self._row_at[index + 1]),
         )
+
+    def rows(self, first: int, after: int) -> np.ndarray:
+        """Rows first to after, [after - first, E], a view where mapped; blocks are checked on first touch."""
+        begin, end = self._hidden_at + first * self._row_bytes, self._hidden_at + after * self._row_bytes
+        if self._mapped is None:
+            return self._checked(begin, end).view(self._dtype).reshape(after - first, self._width)
+        self.check(begin, end)
+        return self._mapped[first:after]
 
     def prefetch(self, index: int) -> None:
         """Ask the kernel to read a sample's rows ahead."""
-        start = (self._hidden_at + self._row_at[index] * self._row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        end = self._hidden_at + self._row_at[index + 1] * self._row_bytes
-        if end > start:
-            self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
+        begin, end = (self._hidden_at + row * self._row_bytes for row in self._row_at[index : index + 2])
+        self._file.prefetch(begin, end)
 
     def check(self, begin: int, end: int) -> None:
         """Verify the blocks that hold bytes begin..end, those not verified before. Raises CorruptError."""
-        if end <= begin:
-            return
+        if end > begin and self._unseen(begin, end) >= 0:
+            self._checked(begin, end)
+
+    def _unseen(self, begin: int, end: int) -> int:
+        """The first block not verified before that holds some of bytes begin..end; -1 where there is none."""
+        body = self._hidden_at
+        return self._good.find(0, (begin - body) // BLOCK, (end - 1 - body) // BLOCK + 1)
+
+    def _checked(self, begin: int, end: int) -> np.ndarray:
+        """Bytes begin..end, read together with the rest of the blocks that are verified on the way."""
         body, stop = self._hidden_at, self._checked_to
-        last = (end - 1 - body) // BLOCK
-        block = self._good.find(0, (begin - body) // BLOCK, last + 1)
+        block = self._unseen(begin, end) if end > begin else -1
+        if block < 0:
+            return self._file.read(begin, end)
+        first, last = (begin - body) // BLOCK, (end - 1 - body) // BLOCK
+        low, high = body + first * BLOCK, min(body + (last + 1) * BLOCK, stop)
+        data = self._file.read(low, high)
         while block >= 0:
             start = body + block * BLOCK
-            found = crc32c.crc32c(self._bytes[start : min(start + BLOCK, stop)])
+            found = crc32c.crc32c(data[start - low : start - low + BLOCK])
             if found != self._crc[block]:
                 raise CorruptError(
                     f"bytes {start}-{min(start + BLOCK, stop) - 1} do not match their checksum "
@@ -334,12 +345,16 @@ class Shard:
                 )
             self._good[block] = 1
             block = self._good.find(0, block, last + 1)
+        return data[begin - low : end - low]
 
     def verify(self, samples: pa.RecordBatch | None) -> None:
         """Every block, the digest, and the tables against samples.arrow where that is given. Raises CorruptError."""
         self._good = bytearray(len(self._good))
-        self.check(self.layout.body, self._checked_to)
-        digest = xxhash.xxh3_128_hexdigest(self._bytes[self.layout.body :].data)
+        found = xxhash.xxh3_128()
+        for begin, end in blocks(self.layout):
+            found.update(self._checked(begin, end).data)
+        found.update(self._file.read(self._checked_to, self.layout.num_bytes).data)
+        digest = found.hexdigest()
         if digest != self.digest:
             raise CorruptError(f"digest {digest}, the commit record says {self.digest}", where=self.path)
         if samples is None:

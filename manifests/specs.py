@@ -21,6 +21,8 @@ Device = Literal["cpu", "cuda"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 RowsChoice = Literal["supervised", "all"]
 Codec = Literal["raw"]
+Io = Literal["mmap", "pread"]
+"""How a cache's files are read: mapped, or with pread."""
 
 
 class Spec(BaseModel):

@@ -41,9 +41,9 @@ class Tensor:
     begin: int
     end: int
 
-    def view(self, buffer: memoryview | np.ndarray) -> np.ndarray:
-        """The tensor as an array over a buffer that holds the whole file; no copy."""
-        return np.ndarray(self.shape, DTYPES[self.dtype], buffer=buffer, offset=self.begin)
+    def view(self, buffer: memoryview | np.ndarray, at: int = 0) -> np.ndarray:
+        """The tensor as an array over a buffer that holds the file from byte `at` on; no copy."""
+        return np.ndarray(self.shape, DTYPES[self.dtype], buffer=buffer, offset=self.begin - at)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ from kdpipe.manifests.durable import QUARANTINE, disk_error, put_aside, sweep
 from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError, KdpipeError
 from kdpipe.manifests.plan import SAMPLES_FILE
 from kdpipe.manifests.sample import row_positions
-from kdpipe.manifests.shard import BLOCK, Shard, commit_path, shard_path
+from kdpipe.manifests.shard import Shard, blocks, commit_path, shard_path
 
 Level = Literal["quick", "full", "deep"]
 FINITE_ROWS = 1024
@@ -70,9 +70,10 @@ def _check_shard(cache: Cache, number: int, level: Level, against_samples: bool)
         raise IncompleteError(
             "not extracted yet; run the same kdpipe extract again", where=shard_path(cache.path, number)
         )
-    shard = Shard(cache.path, cache.plan, number)  # size, header, tables
+    shard = Shard(cache.path, cache.plan, number, cache.io)  # size, header, tables
     if level == "quick":
-        shard.check(shard.layout.body, shard.layout.body + min(BLOCK, shard.hidden.nbytes))
+        begin, end = next(blocks(shard.layout))
+        shard.check(begin, end)
         return
     shard.verify(cache.samples.shard(number) if against_samples else None)
     if level == "deep":
@@ -86,8 +87,8 @@ def _check_rows(shard: Shard, *, every: bool) -> None:
         wanted = len(row_positions(view.supervised, every=every))
         if len(view.rows) != wanted:
             raise CorruptError(f"sample {index} of it has {len(view.rows)} rows, its mask {wanted}", where=shard.path)
-    for first in range(0, len(shard.hidden), FINITE_ROWS):
-        rows = shard.hidden[first : first + FINITE_ROWS]
+    for first in range(0, shard.num_rows, FINITE_ROWS):
+        rows = shard.rows(first, min(first + FINITE_ROWS, shard.num_rows))
         bad = np.flatnonzero(~np.isfinite(rows.astype(np.float32)).all(1))
         if len(bad):
             raise CorruptError(f"row {first + int(bad[0])} is not finite", where=shard.path)

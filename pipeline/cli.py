@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import click
 
+from kdpipe.manifests.bus_errors import explain_bus_errors
 from kdpipe.manifests.errors import ConfigError, InputError, KdpipeError, nearest
 
 # name -> what `kdpipe --help` says of it; the command is the object `command` in kdpipe.pipeline.commands.NAME.
@@ -146,6 +147,7 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, _terminate)
+    explain_bus_errors(lambda err: _say(str(err)))
     sys.exit(guard(lambda: _invoke(list(sys.argv[1:] if args is None else args))))
 
 

@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdpipe.manifests import errors
+from kdpipe.manifests.bus_errors import explain_bus_errors
 from kdpipe.manifests.errors import KdpipeError, TemporaryError
 
 LAUNCHER_LOGS = ("torch.distributed.elastic", "torch.multiprocessing")
@@ -70,11 +71,11 @@ def _rank(function: Callable[..., object], args: tuple[object, ...], folder: str
     # SIGINT comes from Ctrl-C and, by torch's doing, when the launcher is gone. A rank deep in a collective would never
     # notice a KeyboardInterrupt, so the signal itself ends it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    explain_bus_errors(lambda err: _leave_error(Path(folder), err))
     try:
         return function(*args)
     except KdpipeError as err:
-        fields = {"class": type(err).__name__, "code": err.code, "where": err.where, "message": err.args[0]}
-        _leave(Path(folder), fields)
+        _leave_error(Path(folder), err)
         if isinstance(err, TemporaryError):
             time.sleep(BYSTANDER_S)
         sys.exit(err.exit_code)
@@ -83,6 +84,10 @@ def _rank(function: Callable[..., object], args: tuple[object, ...], folder: str
         _leave(Path(folder), {"traceback": traceback.format_exc(), "message": repr(err)})
         time.sleep(BYSTANDER_S)
         sys.exit(1)
+
+
+def _leave_error(folder: Path, err: KdpipeError) -> None:
+    _leave(folder, {"class": type(err).__name__, "code": err.code, "where": err.where, "message": err.args[0]})
 
 
 def _leave(folder: Path, fields: dict[str, object]) -> None:

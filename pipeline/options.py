@@ -178,6 +178,12 @@ engine_options = stack(
         help="sglang: longest silence before it is given up.",
     ),
 )
+io_option = click.option(
+    "--io",
+    type=click.Choice(["mmap", "pread"]),
+    default="mmap",
+    help="How the cache is read: mapped, or with pread, which suits network file systems.",
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

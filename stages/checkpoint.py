@@ -149,6 +149,15 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def newest_record(place: Path) -> CheckpointRecord | None:
+    """The record of the checkpoint at `place`, or of the newest in an output folder that has a readable one."""
+    for path in (place, *sorted((place / CHECKPOINTS).glob("[0-9]*"), reverse=True)):
+        with contextlib.suppress(KdpipeError, OSError):
+            if (record := read_record(path / CHECKPOINT_FILE, CheckpointRecord)) is not None:
+                return record
+    return None
+
+
 def file_name(rank: int) -> str:
     """The file a rank writes, by torch.distributed.checkpoint's own rule."""
     return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"

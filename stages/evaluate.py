@@ -17,7 +17,7 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, ConfigError
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.run import read_run
-from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
+from kdpipe.manifests.specs import DeviceChoice, DtypeChoice, Io
 from kdpipe.stages.feed import PackedBatch, Packer, Rows, cut_steps, deal
 from kdpipe.stages.loss import TokenMetrics
 from kdpipe.stages.student import (
@@ -80,14 +80,16 @@ def evaluate_student(
     dtype: DtypeChoice,
     batch_tokens: int,
     progress: Progress,
+    io: Io = "mmap",
 ) -> dict[str, float]:
     """Metrics of the student in a folder on the held-out rows of a cache.
 
     heldout_fraction: None takes the one the student was trained with, else the cache's.
+    io: how the cache is read
     device, dtype: "auto" picks a GPU if there is one, and the dtype the student is stored in.
     Raises StudentError, CacheError, IncompleteError, CorruptError; ConfigError where no sample is held out.
     """
-    rows = Rows([Cache.open(cache)])
+    rows = Rows([Cache.open(cache, io=io)])
     check_student(student, rows.caches[0])
     record = read_run(student)
     if record is not None:

@@ -13,8 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, fsync_tree, write_once
+from kdpipe.manifests.durable import canonical, disk_error, fsync_tree, write_once
 from kdpipe.manifests.errors import CheckFailed, ConfigError, SpaceError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress, Silent
-from kdpipe.manifests.provenance import digest_model, num_bytes
-from kdpipe.manifests.run import ELASTIC, RUN_FILE, CheckpointRecord, RunInputs, RunRecord, read_run
-from kdpipe.manifests.specs import RunSpec
+from kdpipe.manifests.run import ELASTIC, RUN_FILE, CheckpointRecord, RunRecord
 from kdpipe.stages import evaluate
-from kdpipe.stages.checkpoint import CHECKPOINTS, Checkpoints
+from kdpipe.stages.checkpoint import Checkpoints
 from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.feed import Feed, Packer, Rows
-from kdpipe.stages.loss import find_divergence
+from kdpipe.stages.job import TrainJob, finished, heldout_fraction, move_in, open_rows, run_inputs
 from kdpipe.stages.schedule import learning_rate
 from kdpipe.stages.student import (
     LOSS_SUMS,
@@ -54,89 +50,9 @@ from kdpipe.stages.student import (
     shard,
 )
 
-UNFINISHED = {"events.jsonl", "tmp", CHECKPOINTS}
-"""What an interrupted run leaves in its output."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE_BYTES = 12
-"""Of a parameter in a checkpoint: fp32 weight and two moments."""
 MAX_SKIPPED = 20
 """Steps in a row that are left out before a run is given up: it will not recover by itself."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainJob:
-    """One student to train.
-
-    student: folder that from_pretrained loads
-    caches: caches of one teacher
-    output: folder the trained student is written to
-    device: "auto", "cpu" or "cuda"
-    resume: "auto" goes on from the newest good checkpoint in output, "never" starts again, a path goes on from there
-    """
-
-    student: Path
-    caches: tuple[Path, ...]
-    output: Path
-    spec: RunSpec
-    device: str = "auto"
-    resume: str = "auto"
-
-
-def check_job(job: TrainJob, nproc: int) -> None:
-    """Raises every input error that can be found before a rank is started or a file written."""
-    rows = Rows([Cache.open(path) for path in job.caches])
-    for cache in rows.caches:
-        check_student(job.student, cache)
-        _check_settings(job.spec, cache)
-    find_divergence(job.spec.loss.divergence).resolve(job.spec.loss.options)
-    training, _ = rows.split(_heldout_fraction(job.spec))
-    if not len(training):
-        raise ConfigError(
-            "every sample is held out, none is left to train on; lower data.heldout_fraction", where="data"
-        )
-    Feed(rows, training, seed=job.spec.train.seed, batch_tokens=job.spec.train.batch_tokens, world_size=nproc)
-    device = pick_device(job.device)
-    if device.type == "cuda" and nproc > torch.cuda.device_count():
-        raise ConfigError(f"{nproc} ranks for {torch.cuda.device_count()} GPUs", where="--nproc")
-    _settle(job, rows)
-    if finished(job, rows) is None:
-        _check_output(job)
-
-
-def _check_output(job: TrainJob) -> None:
-    """The output must be free, or hold no more than a run that was interrupted leaves; and the student must fit."""
-    output = job.output
-    if output.exists() and not output.is_dir():
-        raise ConfigError("this is a file, not a folder", where=output)
-    foreign = sorted(path.name for path in output.glob("*") if path.name not in UNFINISHED)
-    if foreign:
-        raise ConfigError(f"it holds other things ({foreign[0]}); choose another --output", where=output)
-    there = output.absolute()
-    while not there.exists():
-        there = there.parent
-    student, free = num_bytes(job.student), shutil.disk_usage(there).free
-    spec = job.spec.train
-    width = {torch.float32: 4}.get(checkpoint_dtype(job.student), 2)
-    kept = (spec.keep + 1) * student // width * STATE_BYTES if spec.save_every else 0
-    if student + kept > free:
-        raise SpaceError(
-            f"the trained student takes {student:,} bytes and its checkpoints {kept:,}, {free:,} are free; free some "
-            "room, lower train.keep, or make no checkpoints with train.save_every=0",
-            where=output,
-        )
-
-
-def finished(job: TrainJob, rows: Rows) -> RunRecord | None:
-    """The record of this very job, if it is done already. Raises ConfigError where `output` is another run's."""
-    record = read_run(job.output)
-    if record is None:
-        return None
-    if difference := _inputs(job, rows).difference(record.inputs):
-        raise ConfigError(
-            f"it holds the student of another run: {difference}; choose another --output or remove the folder",
-            where=job.output,
-        )
-    return record
 
 
 def train(job: TrainJob, progress: Progress) -> dict[str, object]:
@@ -147,7 +63,7 @@ def train(job: TrainJob, progress: Progress) -> dict[str, object]:
     asked it to stop: the state is saved then.
     """
     device = pick_device(job.device)
-    rows = Rows([Cache.open(path) for path in job.caches])
+    rows = open_rows(job, progress)
     if (done := finished(job, rows)) is not None:
         progress.note(f"{job.output} holds this run's student already")
         return _result(done)
@@ -227,7 +143,7 @@ class Run:
             betas=spec.betas,
             fused=True,
         )
-        self.training, self.heldout = rows.split(_heldout_fraction(job.spec))
+        self.training, self.heldout = rows.split(heldout_fraction(job.spec))
         self.feed = Feed(
             rows,
             self.training,
@@ -241,7 +157,7 @@ class Run:
         )
         wanted = max(round(self.feed.steps_per_epoch * spec.epochs), 1)
         self.num_steps = min(wanted, spec.max_steps or wanted)
-        self.inputs = _inputs(job, rows)
+        self.inputs = run_inputs(job, rows)
         self.checkpoints = Checkpoints(job.output, spec.keep, device)
         self.done = self.num_tokens = self.num_skipped = self.skipped_in_a_row = 0
         self.lr_factor, self.stopping = 1.0, False
@@ -447,7 +363,7 @@ class Run:
             fsync_tree(scratch)
             write_once(scratch / RUN_FILE, canonical(record.model_dump(mode="json")), scratch_folder=output)
             failpoint("export:written")
-            _move_in(scratch, output)
+            move_in(scratch, output)
         dist.barrier()
         self.checkpoints.remove()
         return record
@@ -461,55 +377,6 @@ def _means(sums: dict[str, float], count: int) -> dict[str, float]:
         logged["teacher_entropy/mean"] = sums["teacher_entropy"] / count
         logged |= {"top1_agreement": sums["top1_agree"] / ranked, "top_k_mass": sums["top_k_mass"] / ranked}
     return logged
-
-
-def _settle(job: TrainJob, rows: Rows) -> None:
-    """Finish what a kill interrupted after this very run's student was exported in full; another's is left alone."""
-    output, inputs = job.output, _inputs(job, rows)
-    if (exported := read_run(output / "tmp")) is not None and exported.inputs == inputs:
-        _move_in(output / "tmp", output)
-    if (moved := read_run(output)) is not None and moved.inputs == inputs:
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-
-
-def _move_in(scratch: Path, output: Path) -> None:
-    """Move finished files to their place, the record last; the ranks of a launch may all do it at once."""
-    try:
-        for path in sorted(scratch.iterdir(), key=lambda path: path.name == RUN_FILE):
-            with suppress(FileNotFoundError):  # another rank was first
-                path.replace(output / path.name)
-            failpoint("export:moved")
-        with suppress(FileNotFoundError):
-            scratch.rmdir()
-        fsync_folder(output)
-    except OSError as err:
-        raise disk_error(err, output) from err
-
-
-def _heldout_fraction(spec: RunSpec) -> float | None:
-    """The run file's own fraction, None (the cache's) where it has none."""
-    return spec.data.heldout_fraction if "heldout_fraction" in spec.data.model_fields_set else None
-
-
-def _check_settings(spec: RunSpec, cache: Cache) -> None:
-    """A run file that says how data was to be prepared must say what the cache was made with."""
-    for field in spec.data.model_fields_set - {"heldout_fraction"}:
-        asked, made = getattr(spec.data, field), getattr(cache.plan.settings, field)
-        if asked != made:
-            raise ConfigError(
-                f"data.{field} is {asked!r}, the cache was extracted with {made!r}; extract again or drop the key",
-                where=cache.path,
-            )
-
-
-def _inputs(job: TrainJob, rows: Rows) -> RunInputs:
-    fraction = _heldout_fraction(job.spec)
-    return RunInputs(
-        student=digest_model(job.student),
-        caches=tuple(cache.plan.fingerprint.overall() for cache in rows.caches),
-        heldout_fraction=rows.caches[0].plan.heldout_fraction if fraction is None else fraction,
-        spec=job.spec,
-    )
 
 
 def _result(record: RunRecord) -> dict[str, object]:

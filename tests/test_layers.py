@@ -15,7 +15,8 @@ MAY_IMPORT = {
 }
 MANIFESTS_MAY_USE = {"numpy", "ml_dtypes", "pyarrow", "zstandard", "pydantic", "xxhash", "crc32c"}
 STAGES_EDGES = {
-    ("train", "feed"), ("train", "loss"), ("train", "student"), ("train", "evaluate"),
+    ("train", "feed"), ("train", "job"), ("train", "student"), ("train", "evaluate"),
+    ("job", "checkpoint"), ("job", "feed"), ("job", "loss"), ("job", "student"),
     ("train", "schedule"), ("train", "checkpoint"), ("train", "draws"), ("feed", "draws"), ("loss", "draws"),
     ("student", "attention"), ("student", "causal_lm"), ("student", "feed"), ("student", "loss"),
     ("teacher", "causal_lm"), ("extract", "causal_lm"), ("extract", "prepare"),

@@ -9,8 +9,9 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.compare import TOLERANCE, compare
 from kdpipe.manifests.durable import QUARANTINE
 from kdpipe.manifests.errors import CheckFailed, DriftError, IncompleteError
+from kdpipe.manifests.specs import Io
 from kdpipe.manifests.verify import Finding, Level, collect_garbage, examine, repair
-from kdpipe.pipeline.options import PATH, Finite, json_option
+from kdpipe.pipeline.options import PATH, Finite, io_option, json_option
 from kdpipe.pipeline.output import show
 from kdpipe.pipeline.progress import EventLog, watch
 
@@ -52,8 +53,9 @@ def info(cache: Path, as_json: bool) -> None:
 )
 @click.option("--full", "level", flag_value="full", default="full", help="Every byte against its checksums.")
 @click.option("--deep", "level", flag_value="deep", help="Also that rows are finite and masks, ids and rows agree.")
+@io_option
 @json_option
-def verify(cache: Path, level: Level, as_json: bool) -> None:
+def verify(cache: Path, level: Level, io: Io, as_json: bool) -> None:
     """Check a cache against its checksums, digests and plan; by default every byte. Tells all damage, not the first.
 
     Exits 0 when all is good, 1 where there is damage (`kdpipe cache repair` puts it aside), 2 when only shards are
@@ -62,7 +64,7 @@ def verify(cache: Path, level: Level, as_json: bool) -> None:
     \b
     kdpipe cache verify CACHE
     """
-    opened = Cache.open(cache)
+    opened = Cache.open(cache, io=io)
     findings = _looked_at(opened, level)
     shards = [finding for finding in findings if isinstance(finding.part, int)]
     errors = [finding.error for finding in findings if finding.error is not None]

@@ -4,8 +4,17 @@ from pathlib import Path
 
 import click
 
-from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
-from kdpipe.pipeline.options import PATH, Finite, ManyCommand, device_option, json_option, run_options, run_spec
+from kdpipe.manifests.specs import DeviceChoice, DtypeChoice, Io
+from kdpipe.pipeline.options import (
+    PATH,
+    Finite,
+    ManyCommand,
+    device_option,
+    io_option,
+    json_option,
+    run_options,
+    run_spec,
+)
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
@@ -18,6 +27,7 @@ from kdpipe.pipeline.progress import EventLog, watch
     type=Finite(0, 1),
     help="Share of the samples to measure on, chosen by content.  [default: the student's, else the cache's]",
 )
+@io_option
 @device_option
 @click.option(
     "--dtype",
@@ -36,6 +46,7 @@ def command(
     student: Path,
     cache: Path,
     heldout_fraction: float | None,
+    io: Io,
     device: DeviceChoice,
     dtype: DtypeChoice,
     batch_tokens: int | None,
@@ -65,5 +76,6 @@ def command(
             dtype=dtype,
             batch_tokens=batch_tokens or run.train.batch_tokens,
             progress=progress,
+            io=io,
         )
     show(metrics, as_json=as_json)

@@ -8,13 +8,13 @@ import click
 
 from kdpipe.manifests.errors import ConfigError, KdpipeError
 from kdpipe.manifests.progress import Silent
-from kdpipe.manifests.specs import PRESETS
-from kdpipe.pipeline.options import PATH, ManyCommand, device_option, json_option, run_options, run_spec
+from kdpipe.manifests.specs import PRESETS, Io
+from kdpipe.pipeline.options import PATH, ManyCommand, device_option, io_option, json_option, run_options, run_spec
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
 if TYPE_CHECKING:
-    from kdpipe.stages.train import TrainJob
+    from kdpipe.stages.job import TrainJob
 
 
 @click.command("train", cls=ManyCommand)
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     type=click.Choice(list(PRESETS)),
     help="Start from another project's loss at its defaults, as loss.preset; docs/losses.md says what each is.",
 )
+@io_option
 @device_option
 @run_options
 @json_option
@@ -54,6 +55,7 @@ def command(
     nproc: int | None,
     resume: str,
     loss_preset: str | None,
+    io: Io,
     device: str,
     config: Path | None,
     sets: tuple[str, ...],
@@ -69,7 +71,7 @@ def command(
     kdpipe train --student models/small --cache /scratch/cache --output runs/a --set train.lr=3e-4 loss.temperature=2
     """
     run = run_spec(config, sets if loss_preset is None else (f'loss.preset="{loss_preset}"', *sets))
-    from kdpipe.stages.train import TrainJob, check_job  # torch takes seconds: not for --help or a misspelt option
+    from kdpipe.stages.job import TrainJob, check_job  # torch takes seconds: not for --help or a misspelt option
 
     under_torchrun = "RANK" in os.environ
     if under_torchrun and nproc is not None:
@@ -81,7 +83,7 @@ def command(
         nproc = max(gpus, 1)
     elif device == "cuda" and nproc > gpus:
         raise ConfigError(f"{nproc} processes, one a GPU, but there are {gpus} GPUs", where="--nproc")
-    job = TrainJob(student=student, caches=caches, output=output, spec=run, device=device, resume=resume)
+    job = TrainJob(student=student, caches=caches, output=output, spec=run, device=device, io=io, resume=resume)
     with results_only():
         check_job(job, nproc)
         if nproc == 1 or under_torchrun:

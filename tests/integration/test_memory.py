@@ -18,7 +18,8 @@ from pathlib import Path
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import RunSpec, TrainSpec
 from kdpipe.stages.extract import ExtractSpec, extract
-from kdpipe.stages.train import TrainJob, train
+from kdpipe.stages.job import TrainJob
+from kdpipe.stages.train import train
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

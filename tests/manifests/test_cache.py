@@ -35,7 +35,8 @@ def test_every_sample_comes_with_its_ids_its_mask_and_its_rows(tmp_path: Path) -
 def test_rows_are_a_view_of_the_mapping(tmp_path: Path, dtype: str) -> None:
     cache = make_cache(tmp_path, dtype=dtype)  # type: ignore[arg-type]
     rows = cache[7].rows
-    assert np.shares_memory(rows, cache.shard(int(cache.samples.column("shard")[7])).hidden)
+    shard = cache.shard(int(cache.samples.column("shard")[7]))
+    assert np.shares_memory(rows, shard.rows(0, shard.num_rows))
     assert rows.dtype == array_dtype(dtype)  # type: ignore[arg-type]
     assert not rows.flags.writeable
     assert rows.flags.c_contiguous
@@ -51,7 +52,7 @@ def test_a_cache_of_every_row_gives_the_supervised_ones(tmp_path: Path) -> None:
         assert view.rows.tobytes() == random_rows(cache.plan, number)[first + positions].tobytes()
         if len(positions) and positions[-1] - positions[0] + 1 == len(positions):
             adjacent += 1
-            assert np.shares_memory(view.rows, cache.shard(number).hidden)
+            assert np.shares_memory(view.rows, cache.shard(number).rows(0, cache.shard(number).num_rows))
         else:
             scattered += 1
     assert adjacent > 3

@@ -97,7 +97,9 @@ def test_the_golden_bytes_are_what_the_format_says() -> None:
 
 def test_the_safetensors_library_reads_the_golden_shard_equal() -> None:
     shard, theirs = open_shard(GOLDEN), safetensors.torch.load_file(shard_path(GOLDEN, 0))
-    assert torch.equal(theirs["hidden"].view(torch.int16), torch.from_numpy(shard.hidden.view(np.int16).copy()))
+    assert torch.equal(
+        theirs["hidden"].view(torch.int16), torch.from_numpy(shard.rows(0, shard.num_rows).view(np.int16).copy())
+    )
     for name in ("row_offsets", "token_offsets", "token_ids", "sample_ids"):
         assert theirs[name].tolist() == getattr(shard, name).tolist()
     assert theirs["supervised"].bool().tolist() == shard.supervised.tolist()
@@ -369,7 +371,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_first_touch_finds_a_flipped_bit_in_the_touched_block_only(wide: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(wide, tmp_path / "c")
     shard = open_shard(folder)
-    begin, stride = shard.layout.body, shard.hidden.strides[0]
+    begin, stride = shard.layout.body, shard.rows(0, 1).strides[0]
     bad = 2
     patch(shard_path(folder, 0), begin + bad * BLOCK + 12345, lambda byte: byte ^ 16)
     shard, refused = open_shard(folder), 0

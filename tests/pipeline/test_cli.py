@@ -240,11 +240,8 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
 
     fakes = {
         "extract": {"ExtractSpec": types.SimpleNamespace, "forecast": forecast, "extract": extract},
-        "train": {
-            "TrainJob": types.SimpleNamespace,
-            "train": train,
-            "check_job": lambda job, nproc: calls.append(("check", nproc)),
-        },
+        "train": {"train": train},
+        "job": {"TrainJob": types.SimpleNamespace, "check_job": lambda job, nproc: calls.append(("check", nproc))},
         "evaluate": {"evaluate_student": evaluate_student},
     }
     for name, members in fakes.items():

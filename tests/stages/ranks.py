@@ -11,7 +11,8 @@ from kdpipe.manifests import failpoints
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.progress import Silent
 from kdpipe.stages.feed import Rows
-from kdpipe.stages.train import Run, TrainJob, process_group, train
+from kdpipe.stages.job import TrainJob
+from kdpipe.stages.train import Run, process_group, train
 
 
 class Recorder(Silent):

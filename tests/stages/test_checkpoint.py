@@ -19,7 +19,8 @@ from kdpipe.manifests.errors import ConfigError, CorruptError, TemporaryError
 from kdpipe.manifests.run import CHECKPOINT_FILE
 from kdpipe.pipeline.launch import launch
 from kdpipe.stages.checkpoint import file_name
-from kdpipe.stages.train import Run, TrainJob, asked_to_stop, check_job, train
+from kdpipe.stages.job import TrainJob, check_job
+from kdpipe.stages.train import Run, asked_to_stop, train
 
 STEPS = 12
 FAILPOINTS = ("written", "digested", "recorded", "flushed", "named", "pruned")

@@ -22,10 +22,11 @@ from kdpipe.pipeline.launch import launch
 from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.evaluate import evaluate_student
 from kdpipe.stages.feed import Feed, Rows
+from kdpipe.stages.job import TrainJob, check_job
 from kdpipe.stages.loss import Head, reference_distill_loss
 from kdpipe.stages.schedule import learning_rate
 from kdpipe.stages.student import load_teacher_head, loss_arguments
-from kdpipe.stages.train import TrainJob, check_job, train
+from kdpipe.stages.train import train
 
 LOSS = LossSpec(kd_weight=0.5, temperature=1.5)
 

@@ -35,8 +35,9 @@ from kdpipe.stages.extract import ExtractSpec, forecast
 from kdpipe.stages.extract.planning import staged
 from kdpipe.stages.extract.shards import fill, missing_shards
 from kdpipe.stages.feed import PackedBatch, Rows
+from kdpipe.stages.job import TrainJob
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
-from kdpipe.stages.train import Run, TrainJob, process_group
+from kdpipe.stages.train import Run, process_group
 
 STUDENTS = 4
 TEACHER = {

@@ -1,0 +1,175 @@
+"""What a training run is asked to do, and the state of its output: checked before a rank starts or a file is written.
+
+Invariant: what another run left in the output is neither finished, removed nor gone on from.
+"""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.durable import disk_error, fsync_folder
+from kdpipe.manifests.errors import ConfigError, SpaceError
+from kdpipe.manifests.failpoints import failpoint
+from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.provenance import digest_model, num_bytes
+from kdpipe.manifests.run import RUN_FILE, RunInputs, RunRecord, read_run
+from kdpipe.manifests.specs import Io, RunSpec
+from kdpipe.stages.checkpoint import CHECKPOINTS, newest_record
+from kdpipe.stages.feed import Feed, Rows
+from kdpipe.stages.loss import find_divergence
+from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device
+
+UNFINISHED = {"events.jsonl", "tmp", CHECKPOINTS}
+"""What an interrupted run leaves in its output."""
+STATE_BYTES = 12
+"""Of a parameter in a checkpoint: fp32 weight and two moments."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainJob:
+    """One student to train.
+
+    student: folder that from_pretrained loads
+    caches: caches of one teacher
+    output: folder the trained student is written to
+    device: "auto", "cpu" or "cuda"
+    io: how the caches are read
+    resume: "auto" goes on from the newest good checkpoint in output, "never" starts again, a path goes on from there
+    """
+
+    student: Path
+    caches: tuple[Path, ...]
+    output: Path
+    spec: RunSpec
+    device: str = "auto"
+    io: Io = "mmap"
+    resume: str = "auto"
+
+
+def check_job(job: TrainJob, nproc: int) -> None:
+    """Raises every input error that can be found before a rank is started or a file written."""
+    rows = open_rows(job)
+    for cache in rows.caches:
+        check_student(job.student, cache)
+        _check_settings(job.spec, cache)
+    find_divergence(job.spec.loss.divergence).resolve(job.spec.loss.options)
+    training, _ = rows.split(heldout_fraction(job.spec))
+    if not len(training):
+        raise ConfigError(
+            "every sample is held out, none is left to train on; lower data.heldout_fraction", where="data"
+        )
+    Feed(rows, training, seed=job.spec.train.seed, batch_tokens=job.spec.train.batch_tokens, world_size=nproc)
+    device = pick_device(job.device)
+    if device.type == "cuda" and nproc > torch.cuda.device_count():
+        raise ConfigError(f"{nproc} ranks for {torch.cuda.device_count()} GPUs", where="--nproc")
+    settle(job, rows)
+    if finished(job, rows) is None:
+        _check_output(job)
+
+
+def open_rows(job: TrainJob, progress: Progress | None = None) -> Rows:
+    """The caches of a job. One that grew since the run began is what it was then, until the run is finished."""
+    began: Sequence[str | None] = [None] * len(job.caches)
+    if job.resume != "never" and read_run(job.output) is None:
+        record = newest_record(job.output if job.resume == "auto" else Path(job.resume))
+        if record is not None and len(record.inputs.caches) == len(job.caches):
+            began = record.inputs.caches
+    caches = [Cache.open(path, io=job.io, fingerprint=one) for path, one in zip(job.caches, began, strict=True)]
+    for cache in caches:
+        newest = Cache.open(cache.path)
+        if len(newest) > len(cache) and progress is not None:
+            progress.note(
+                f"{cache.path} has grown since this run began; it goes on with the {len(cache)} samples of then, "
+                "--resume never starts again with all"
+            )
+    return Rows(caches)
+
+
+def _check_output(job: TrainJob) -> None:
+    """The output must be free, or hold no more than a run that was interrupted leaves; and the student must fit."""
+    output = job.output
+    if output.exists() and not output.is_dir():
+        raise ConfigError("this is a file, not a folder", where=output)
+    foreign = sorted(path.name for path in output.glob("*") if path.name not in UNFINISHED)
+    if foreign:
+        raise ConfigError(f"it holds other things ({foreign[0]}); choose another --output", where=output)
+    there = output.absolute()
+    while not there.exists():
+        there = there.parent
+    student, free = num_bytes(job.student), shutil.disk_usage(there).free
+    spec = job.spec.train
+    width = {torch.float32: 4}.get(checkpoint_dtype(job.student), 2)
+    kept = (spec.keep + 1) * student // width * STATE_BYTES if spec.save_every else 0
+    if student + kept > free:
+        raise SpaceError(
+            f"the trained student takes {student:,} bytes and its checkpoints {kept:,}, {free:,} are free; free some "
+            "room, lower train.keep, or make no checkpoints with train.save_every=0",
+            where=output,
+        )
+
+
+def finished(job: TrainJob, rows: Rows) -> RunRecord | None:
+    """The record of this very job, if it is done already. Raises ConfigError where `output` is another run's."""
+    record = read_run(job.output)
+    if record is None:
+        return None
+    if difference := run_inputs(job, rows).difference(record.inputs):
+        raise ConfigError(
+            f"it holds the student of another run: {difference}; choose another --output or remove the folder",
+            where=job.output,
+        )
+    return record
+
+
+def settle(job: TrainJob, rows: Rows) -> None:
+    """Finish what a kill interrupted after this very run's student was exported in full; another's is left alone."""
+    output, inputs = job.output, run_inputs(job, rows)
+    if (exported := read_run(output / "tmp")) is not None and exported.inputs == inputs:
+        move_in(output / "tmp", output)
+    if (moved := read_run(output)) is not None and moved.inputs == inputs:
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+
+
+def move_in(scratch: Path, output: Path) -> None:
+    """Move finished files to their place, the record last; the ranks of a launch may all do it at once."""
+    try:
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name == RUN_FILE):
+            with suppress(FileNotFoundError):  # another rank was first
+                path.replace(output / path.name)
+            failpoint("export:moved")
+        with suppress(FileNotFoundError):
+            scratch.rmdir()
+        fsync_folder(output)
+    except OSError as err:
+        raise disk_error(err, output) from err
+
+
+def heldout_fraction(spec: RunSpec) -> float | None:
+    """The run file's own fraction, None (the cache's) where it has none."""
+    return spec.data.heldout_fraction if "heldout_fraction" in spec.data.model_fields_set else None
+
+
+def _check_settings(spec: RunSpec, cache: Cache) -> None:
+    """A run file that says how data was to be prepared must say what the cache was made with."""
+    for field in spec.data.model_fields_set - {"heldout_fraction"}:
+        asked, made = getattr(spec.data, field), getattr(cache.plan.settings, field)
+        if asked != made:
+            raise ConfigError(
+                f"data.{field} is {asked!r}, the cache was extracted with {made!r}; extract again or drop the key",
+                where=cache.path,
+            )
+
+
+def run_inputs(job: TrainJob, rows: Rows) -> RunInputs:
+    fraction = heldout_fraction(job.spec)
+    return RunInputs(
+        student=digest_model(job.student),
+        caches=tuple(cache.plan.fingerprint.overall() for cache in rows.caches),
+        heldout_fraction=rows.caches[0].plan.heldout_fraction if fraction is None else fraction,
+        spec=job.spec,
+    )
