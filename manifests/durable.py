@@ -54,6 +54,19 @@ def read_small(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
+def share(folder: Path, group: int | None) -> None:
+    """Let a group read a new folder and, through it, all that will be made in it; None leaves it as the umask made it.
+
+    Raises InputError where the user is not of that group.
+    """
+    if group is not None:
+        try:
+            os.chown(folder, -1, group)
+            os.chmod(folder, 0o2750)
+        except PermissionError:
+            raise InputError("you are not of that group", where="--group") from None
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -147,6 +147,7 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, _terminate)
+    os.umask(os.umask(0o777) | 0o077)  # prompts and answers can be told from what is written: for its owner alone
     explain_bus_errors(lambda err: _say(str(err)))
     sys.exit(guard(lambda: _invoke(list(sys.argv[1:] if args is None else args))))
 

@@ -1,7 +1,9 @@
 """Options shared by several commands, and the command class that takes several values after one flag."""
 
+import grp
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,20 @@ class Part(click.ParamType):
                 f"'{value}' is not i/n with 1 <= i <= n: the first of four parts is 1/4, the last 4/4", param, ctx
             )
         return int(index), int(count)
+
+
+class UnixGroup(click.ParamType):
+    """A group by name; its number. From then on what this process writes can be read by its folder's group."""
+
+    name = "group"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = grp.getgrnam(str(value)).gr_gid
+        except KeyError:
+            self.fail(f"there is no group '{value}' on this machine", param, ctx)
+        os.umask(os.umask(0o777) & ~0o050)
+        return number
 
 
 class Finite(click.FloatRange):
@@ -183,6 +199,12 @@ io_option = click.option(
     type=click.Choice(["mmap", "pread"]),
     default="mmap",
     help="How the cache is read: mapped, or with pread, which suits network file systems.",
+)
+group_option = click.option(
+    "--group",
+    type=UnixGroup(),
+    metavar="NAME",
+    help="Unix group that may read what is written; otherwise only you can (files 0600, folders 0700).",
 )
 device_option = click.option(
     "--device",

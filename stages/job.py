@@ -40,6 +40,7 @@ class TrainJob:
     device: "auto", "cpu" or "cuda"
     io: how the caches are read
     resume: "auto" goes on from the newest good checkpoint in output, "never" starts again, a path goes on from there
+    group: number of the Unix group that may read the output
     """
 
     student: Path
@@ -49,6 +50,7 @@ class TrainJob:
     device: str = "auto"
     io: Io = "mmap"
     resume: str = "auto"
+    group: int | None = None
 
 
 def check_job(job: TrainJob, nproc: int) -> None:

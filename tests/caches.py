@@ -27,7 +27,7 @@ from kdpipe.manifests.plan import (
 )
 from kdpipe.manifests.sample import Sample, content_id
 from kdpipe.manifests.shard import Commit, ShardWriter
-from kdpipe.manifests.specs import Dtype
+from kdpipe.manifests.specs import Dtype, Io
 from kdpipe.manifests.teacher import HeadRecord
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
 from kdpipe.manifests.verify import Level, examine
@@ -197,10 +197,10 @@ def make_cache(
     return cache
 
 
-def verified(folder: Path, level: Level = "full") -> list[int]:
+def verified(folder: Path, level: Level = "full", io: Io = "mmap") -> list[int]:
     """Numbers of the shards found good; raises the first finding that is not."""
     good = []
-    for finding in examine(Cache.open(folder), level):
+    for finding in examine(Cache.open(folder, io=io), level):
         if finding.error is not None:
             raise finding.error
         if isinstance(finding.part, int):

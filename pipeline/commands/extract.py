@@ -15,6 +15,7 @@ from kdpipe.pipeline.options import (
     data_options,
     device_option,
     engine_options,
+    group_option,
     json_option,
     run_options,
     run_spec,
@@ -33,6 +34,11 @@ from kdpipe.stages.teacher.engine import EngineOptions
 @click.option(
     "--part", type=Part(), help="This writer's share of the shards: 1/4 to 4/4 for four writers of one cache."
 )
+@click.option(
+    "--grow",
+    is_flag=True,
+    help="Add the data to what is in the cache already. Not needed where the data named holds all of that too.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Chooses the rows that are checked twice.")
 @click.option(
     "--batch-tokens",
@@ -40,6 +46,7 @@ from kdpipe.stages.teacher.engine import EngineOptions
     help="transformers: tokens of a teacher batch, padding included; 0 runs samples alone.  [default: 0 on cpu, 16384 "
     "on cuda]",
 )
+@group_option
 @run_options
 @json_option
 def command(
@@ -65,15 +72,18 @@ def command(
     codec: Codec,
     device: DeviceChoice,
     part: tuple[int, int] | None,
+    grow: bool,
     seed: int,
     batch_tokens: int | None,
+    group: int | None,
     config: Path | None,
     sets: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Run the teacher once over the data and keep the input of its lm_head for every supervised token.
 
-    Run it again after an interruption: finished shards are kept. Events go to CACHE/runs/.
+    Run it again after an interruption: finished shards are kept. With more data it grows: the teacher runs on the new
+    samples only, and nothing that was there is written again. Events go to CACHE/runs/.
 
     \b
     kdpipe extract --teacher models/large --data chat.jsonl --cache /scratch/cache
@@ -99,6 +109,8 @@ def command(
         seed=seed,
         device=device,
         batch_tokens=batch_tokens,
+        group=group,
+        grow=grow,
         options=EngineOptions(
             tp=tp,
             dp=dp,

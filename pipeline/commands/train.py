@@ -9,7 +9,16 @@ import click
 from kdpipe.manifests.errors import ConfigError, KdpipeError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import PRESETS, Io
-from kdpipe.pipeline.options import PATH, ManyCommand, device_option, io_option, json_option, run_options, run_spec
+from kdpipe.pipeline.options import (
+    PATH,
+    ManyCommand,
+    device_option,
+    group_option,
+    io_option,
+    json_option,
+    run_options,
+    run_spec,
+)
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
@@ -46,6 +55,7 @@ if TYPE_CHECKING:
 )
 @io_option
 @device_option
+@group_option
 @run_options
 @json_option
 def command(
@@ -57,6 +67,7 @@ def command(
     loss_preset: str | None,
     io: Io,
     device: str,
+    group: int | None,
     config: Path | None,
     sets: tuple[str, ...],
     as_json: bool,
@@ -83,7 +94,9 @@ def command(
         nproc = max(gpus, 1)
     elif device == "cuda" and nproc > gpus:
         raise ConfigError(f"{nproc} processes, one a GPU, but there are {gpus} GPUs", where="--nproc")
-    job = TrainJob(student=student, caches=caches, output=output, spec=run, device=device, io=io, resume=resume)
+    job = TrainJob(
+        student=student, caches=caches, output=output, spec=run, device=device, io=io, resume=resume, group=group
+    )
     with results_only():
         check_job(job, nproc)
         if nproc == 1 or under_torchrun:

@@ -1,8 +1,8 @@
 """Planning an extraction: everything that can be decided, checked or refused before the teacher runs.
 
 Invariant: a cache folder appears under its name with its plan, samples, head and tokenizer all in it, or not at all.
-An existing one must have been made by the same teacher with the same settings; where the data has samples that it does
-not hold, it grows: a plan and samples.arrow of theirs appear in CACHE/grown, in the same way, and what was there is
+An existing one must have been made by the same teacher with the same settings; where the data has more samples than it
+holds, it grows: a plan and samples.arrow of theirs appear in CACHE/grown, in the same way, and what was there is
 left as it is.
 """
 
@@ -23,7 +23,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache, write_head
-from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, fsync_tree, hold, scratch_name, sweep
+from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, fsync_tree, hold, scratch_name, share, sweep
 from kdpipe.manifests.errors import CacheError, ConfigError, DataError, SpaceError, TeacherError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.plan import (
@@ -74,6 +74,8 @@ class ExtractSpec:
     batch_tokens: tokens of a padded teacher batch; 0 runs every sample alone; None: 0 on a CPU, 16384 on a GPU;
         for engines that do not batch by themselves
     options: how the engine is run
+    group: number of the Unix group that may read the cache
+    grow: add the data to what the cache holds; otherwise the data must have all of that too
     """
 
     teacher: Path
@@ -87,6 +89,8 @@ class ExtractSpec:
     device: DeviceChoice = "auto"
     batch_tokens: int | None = None
     options: EngineOptions = field(default_factory=EngineOptions)
+    group: int | None = None
+    grow: bool = False
 
     def resolved_device(self) -> Device:
         """cpu or cuda. Raises ConfigError where cuda is asked for and there is none."""
@@ -210,6 +214,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     folder = scratch_name(parent, f".{cache.name}.plan")
     try:
         folder.mkdir(parents=True)
+        share(folder, spec.group)
         held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as err:
         raise CacheError(f"cannot be created: {err.strerror}", where=cache) from None
@@ -315,6 +320,8 @@ def _write_plan(
         }
     )
     if present is not None:
+        if not spec.grow:
+            present.require_all(cache)
         present.report(plan, progress)
         if plan.num_samples == present.plan.num_samples:
             require_room(present.plan, folder, cache)
@@ -378,10 +385,13 @@ class Present:
         self.samples = Samples(cache, self.plan)
         self._left = Counter(xxhash.xxh3_128_digest(each) for each in self.samples.identities())
         self.num_found = 0
+        self._asked = hashlib.sha256()
 
     def take(self, sample: Sample) -> bool:
         """Whether the cache holds the sample, one more time than it was asked for before."""
-        key = xxhash.xxh3_128_digest(identity(sample.content_id, sample.token_ids, sample.supervised))
+        bits = identity(sample.content_id, sample.token_ids, sample.supervised)
+        self._asked.update(bits)
+        key = xxhash.xxh3_128_digest(bits)
         found = self._left[key] > 0
         if found:
             self._left[key] -= 1
@@ -394,16 +404,25 @@ class Present:
         last = Ancestor(plan=plan.digest, samples_digest=plan.samples_digest, num_shards=len(plan.shards))
         return (*plan.grown_from, last)
 
+    def require_all(self, cache: Path) -> None:
+        """The data must have all that the cache holds, or be all that it held before it grew. Raises CacheError."""
+        missing = self.plan.num_samples - self.num_found
+        earlier = (read_plan(cache, generation) for generation in range(self.plan.generation))
+        if missing and self._asked.hexdigest() not in {plan.fingerprint.data for plan in earlier}:
+            raise CacheError(
+                f"its fingerprint.data is {self.plan.fingerprint.data[:12]}: {missing} of its {self.plan.num_samples} "
+                "samples are not in this data; name all its data and the new, or add this to it with --grow, or choose "
+                "another --cache",
+                where=cache,
+            )
+
     def report(self, plan: Plan, progress: Progress) -> None:
         """Say what the data adds to the cache."""
-        added, others = plan.num_samples - self.plan.num_samples, self.plan.num_samples - self.num_found
-        if added:
+        if added := plan.num_samples - self.plan.num_samples:
             shards = len(plan.shards) - len(self.plan.shards)
             progress.note(
                 f"the cache grows: {added} new samples in {shards} new shards, {self.num_found} of the data's are there"
             )
-        if others and self.num_found:
-            progress.note(f"{others} samples of the cache are not in this data; they stay")
 
 
 def _engine_record(spec: ExtractSpec, info: TeacherInfo, progress: Progress) -> EngineRecord:

@@ -14,7 +14,7 @@ from tests.faults.powercut import PowerCut
 from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import CheckFailed, KdpipeError, TemporaryError
+from kdpipe.manifests.errors import CacheError, CheckFailed, KdpipeError, TemporaryError
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, plan_folder
 from kdpipe.manifests.progress import Silent
 from kdpipe.stages.extract import ExtractSpec, planning
@@ -29,8 +29,8 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ExtractSpec:
     return small
 
 
-def of_data(spec: ExtractSpec, *names: str) -> ExtractSpec:
-    return dataclasses.replace(spec, data=tuple(spec.data[0].with_name(f"{name}.jsonl") for name in names))
+def of_data(spec: ExtractSpec, *names: str, grow: bool = False) -> ExtractSpec:
+    return dataclasses.replace(spec, grow=grow, data=tuple(spec.data[0].with_name(f"{name}.jsonl") for name in names))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_only_new_samples_run_and_nothing_is_written_again(
 ) -> None:
     cache, told = shutil.copytree(small, tmp_path / "cache"), tmp_path / "told"
     before, there = files(cache), len(Cache.open(cache).plan.shards)
-    extract_small(of_data(spec, *names), cache, told=told)
+    extract_small(of_data(spec, *names, grow="data" not in names), cache, told=told)
     opened = Cache.open(cache)
     ran = [int(number) for number in told.read_text().split()]
     assert ran == [*range(there, len(opened.plan.shards))]
@@ -93,7 +93,7 @@ def test_grows_again_and_again_and_is_left_alone_where_nothing_is_new(
         before = files(cache)
         extract_small(of_data(spec, *names), cache)
         assert files(cache) == before
-    extract_small(of_data(spec, "most", "more"), cache)
+    extract_small(of_data(spec, "most", "more", grow=True), cache)
     opened = Cache.open(cache)
     assert (len(opened), opened.plan.generation) == (26, 2)
     assert [*map(len, opened.plan.brought())] == [
@@ -102,6 +102,18 @@ def test_grows_again_and_again_and_is_left_alone_where_nothing_is_new(
         len(opened.plan.shards) - len(Cache.open(grown).plan.shards),
     ]
     verified(cache, "deep")
+
+
+@pytest.mark.parametrize("names", [("more",), ("most", "more")], ids="+".join)
+def test_data_that_lacks_what_is_there_is_refused(
+    names: tuple[str, ...], spec: ExtractSpec, grown: Path, tmp_path: Path
+) -> None:
+    """A wrong file name must not become part of a cache for ever."""
+    cache = shutil.copytree(grown, tmp_path / "cache")
+    with pytest.raises(CacheError, match=r"12 of its 21 samples are not in this data.*--grow"):
+        extract_small(of_data(spec, *names), cache)
+    assert files(cache) == files(grown)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_a_sample_is_there_as_often_as_the_data_has_it(spec: ExtractSpec, small: Path, tmp_path: Path) -> None:
@@ -157,12 +169,12 @@ def test_parts_share_out_what_is_new(spec: ExtractSpec, small: Path, grown: Path
 def test_two_writers_that_add_other_things_at_once(spec: ExtractSpec, small: Path, grown: Path, tmp_path: Path) -> None:
     """The one that comes later to put its plan in place is told to run again, and then adds its own."""
     cache = shutil.copytree(small, tmp_path / "cache")
-    with planning.staged(of_data(spec, "most"), cache, Silent()) as late:
+    with planning.staged(of_data(spec, "most", grow=True), cache, Silent()) as late:
         extract_small(of_data(spec, "data", "more"), cache)
         with pytest.raises(TemporaryError, match="run it again"):
             late.publish()
     assert files(cache) == files(grown)
-    extract_small(of_data(spec, "most"), cache)
+    extract_small(of_data(spec, "most", grow=True), cache)
     assert len(Cache.open(cache)) == 26
 
 

@@ -1,0 +1,134 @@
+"""A cache read with pread is the one that is mapped; a file that shrinks under its reader is named, not a crash."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.caches import make_cache, verified
+
+from kdpipe.manifests.access import ReadFile
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import CheckFailed, CorruptError
+from kdpipe.manifests.shard import BLOCK, shard_path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with shards of several blocks: 900 bytes a row."""
+    path = tmp_path_factory.mktemp("cache") / "c"
+    make_cache(path, num_samples=400, hidden_size=450, shard_tokens=5000)
+    return path
+
+
+@pytest.mark.parametrize("rows", ["supervised", "all"])
+def test_pread_gives_what_the_mapping_gives(rows: str, tmp_path: Path) -> None:
+    make_cache(tmp_path / "c", rows=rows, has_bias=True)  # type: ignore[arg-type]
+    mapped, read = Cache.open(tmp_path / "c"), Cache.open(tmp_path / "c", io="pread")
+    for _ in range(2):  # blocks are checked in the first round only
+        for one, other in zip(mapped, read, strict=True):
+            assert one.rows.tobytes() == other.rows.tobytes()
+            assert one.rows.dtype == other.rows.dtype
+            assert np.array_equal(one.token_ids, other.token_ids)
+            assert np.array_equal(one.supervised, other.supervised)
+    assert mapped.head().weight.tobytes() == read.head().weight.tobytes()
+    assert np.array_equal(mapped.heldout(), read.heldout())
+    verified(tmp_path / "c", "deep", io="pread")
+
+
+def test_pread_keeps_nothing_open_and_nothing_mapped(folder: Path) -> None:
+    cache = Cache.open(folder, io="pread")
+    rows = [view.rows for view in cache]
+    opened = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    assert len(rows) == 400
+    assert str(folder / "shards") not in Path("/proc/self/maps").read_text()
+    assert not any(str(folder / "shards") in path for path in opened)
+
+
+def refusal(cache: Cache, index: int) -> str:
+    """What reading a sample is refused with, "" where it is read."""
+    try:
+        cache[index]
+    except CorruptError as err:
+        return str(err)
+    return ""
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_every_block_is_checked_when_it_is_touched_first(io: str, folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(folder, tmp_path / "c")
+    with open(shard_path(broken, 0), "r+b") as file:
+        file.seek(4096 + BLOCK + 77)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 4]))
+    cache = Cache.open(broken, io=io)  # type: ignore[arg-type]
+    errors = {index: refusal(cache, index) for index in range(cache.plan.shards[0].num_samples)}
+    bad = [index for index, said in errors.items() if said]
+    assert all(f"bytes {4096 + BLOCK}-{4096 + 2 * BLOCK - 1}" in errors[index] for index in bad)
+    begins = cache.shard(0).row_offsets.astype(np.int64) * 900
+    spans = enumerate(pairwise(begins.tolist()))
+    assert bad == [index for index, (begin, end) in spans if begin < end and end > BLOCK and begin < 2 * BLOCK]
+    assert bad
+
+
+def test_a_file_that_shrinks_is_an_error_when_it_is_read(folder: Path, tmp_path: Path) -> None:
+    cache = Cache.open(shutil.copytree(folder, tmp_path / "c"), io="pread")
+    first = cache[0]
+    path = shard_path(cache.path, 0)
+    with open(path, "r+b") as file:
+        file.truncate(2 * BLOCK)
+    assert len(first.rows)
+    with pytest.raises(CheckFailed, match="bytes, the plan says") as caught:
+        cache[cache.plan.shards[0].num_samples - 1]
+    assert caught.value.where == str(path)
+    file = ReadFile(path, 2 * BLOCK)
+    with pytest.raises(CorruptError, match=f"ends at byte {2 * BLOCK}"):
+        file.read(2 * BLOCK - 10, 2 * BLOCK + 10)
+
+
+SHRINK = """
+import os, pathlib, sys
+from kdpipe.manifests.bus_errors import explain_bus_errors
+from kdpipe.manifests.cache import Cache
+cache, how = Cache.open(sys.argv[1]), sys.argv[2]
+if how != "unexplained":
+    explain_bus_errors(lambda err: print(err, file=sys.stderr))
+last = cache.plan.shards[0].num_samples - 1
+cache[0]
+path = pathlib.Path(sys.argv[1], "shards", "000000.safetensors")
+if how == "elsewhere":
+    os.kill(os.getpid(), 7)
+os.truncate(path, 8192)
+if how == "removed":
+    path.unlink()
+cache[last].rows.sum()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("cut", 1, "cut to 8192 bytes"),
+        ("removed", 1, "removed by somebody else"),
+        ("unexplained", -signal.SIGBUS, ""),
+        ("elsewhere", -signal.SIGBUS, ""),
+    ],
+)
+def test_a_mapped_file_that_shrinks_is_told_by_name(
+    how: str, code: int, said: str, folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "c")
+    done = subprocess.run(
+        [sys.executable, "-c", SHRINK, copy, how], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    if said:
+        assert len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith(f"E-CORRUPT {shard_path(copy, 0)}: ")
