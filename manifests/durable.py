@@ -67,6 +67,15 @@ def share(folder: Path, group: int | None) -> None:
             raise InputError("you are not of that group", where="--group") from None
 
 
+def usual_modes(folder: Path) -> None:
+    """Give the files in a folder the mode the umask asks for: libraries that write through temporary ones leave 0600."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from kdpipe.manifests.durable import canonical, disk_error, fsync_tree, share, write_once
+from kdpipe.manifests.durable import canonical, disk_error, fsync_tree, share, usual_modes, write_once
 from kdpipe.manifests.errors import CheckFailed, ConfigError, SpaceError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress, Silent
@@ -362,6 +362,7 @@ class Run:
             metrics=metrics,
         )
         if self.rank == 0:
+            usual_modes(scratch)
             fsync_tree(scratch)
             write_once(scratch / RUN_FILE, canonical(record.model_dump(mode="json")), scratch_folder=output)
             failpoint("export:written")

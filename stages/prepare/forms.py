@@ -182,8 +182,9 @@ def _message(item: object, name: str, column: str, place: str) -> Message:
     role = SHAREGPT_ROLES.get(role, role) if sharegpt else role
     if role not in ROLES:
         known = (*SHAREGPT_ROLES, *ROLES) if sharegpt else ROLES
-        hint = nearest(role, known)
-        raise DataError(f"{name}: unknown role '{role[:40]}'{hint} (known: {', '.join(known)})", where=place)
+        # Only what is a word can be a role misspelt; anything else may be text of the data, which is not told.
+        said = f"'{role}'{nearest(role, known)}" if role.isidentifier() and len(role) <= 20 else "a longer text"
+        raise DataError(f"{name}: unknown role {said} (known: {', '.join(known)})", where=place)
     extras = {key: _without_nulls(item[key]) for key in MESSAGE_EXTRAS if item.get(key)}
     content = item.get(content_key)
     if content is None and extras.get("tool_calls"):
