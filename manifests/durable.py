@@ -68,7 +68,7 @@ def share(folder: Path, group: int | None) -> None:
 
 
 def usual_modes(folder: Path) -> None:
-    """Give the files in a folder the mode the umask asks for: libraries that write through temporary ones leave 0600."""
+    """Give the files in a folder the mode the umask asks for: what was written as a temporary file first has 0600."""
     umask = os.umask(0o077)
     os.umask(umask)
     for path in folder.iterdir():

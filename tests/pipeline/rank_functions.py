@@ -23,6 +23,21 @@ def sign_in(folder: str) -> None:
         time.sleep(0.01)
 
 
+def read_what_shrank(folder: str) -> None:
+    """Rank 1 reads a mapped file that was cut."""
+    import mmap
+
+    sign_in(folder)
+    if rank() == 1:
+        path = Path(folder, "rows")
+        path.write_bytes(bytes(1 << 16))
+        with open(path, "rb") as file:
+            there = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        os.truncate(path, 0)
+        print(there[9000])
+    time.sleep(60)
+
+
 def meet(folder: str) -> str:
     """Every rank writes its file and waits for the other, then rank 0 sums over gloo."""
     import torch

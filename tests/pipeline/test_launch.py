@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kdpipe.manifests.errors import DataError, KdpipeError, TemporaryError
+from kdpipe.manifests.errors import CorruptError, DataError, KdpipeError, TemporaryError
 from kdpipe.pipeline.launch import _threads, launch
 
 pytestmark = pytest.mark.timeout(120)
@@ -77,6 +77,12 @@ def test_a_killed_rank_is_named_with_its_signal(run: Launch, tmp_path: Path, cap
         run("die")
     assert capfd.readouterr().err == ""
     assert_no_rank_left(tmp_path)
+
+
+def test_a_mapped_file_cut_under_a_rank_is_named(run: Launch, tmp_path: Path) -> None:
+    with pytest.raises(CorruptError, match="cut to 0 bytes") as caught:
+        run("read_what_shrank")
+    assert caught.value.where == str(tmp_path / "rows")
 
 
 def test_a_bug_in_a_rank_shows_its_traceback_once(
