@@ -73,6 +73,11 @@ class Cache:
             view = replace(view, rows=_select(view.rows, row_positions(view.supervised)))
         return view
 
+    def stored_rows(self, index: int) -> np.ndarray:
+        """All rows that are kept of a sample, [R, E]: `cache[index].rows` has those of supervised tokens alone."""
+        shard, within = self._locate(index)
+        return shard.sample(within).rows
+
     def __iter__(self) -> Iterator[SampleView]:
         return (self[index] for index in range(len(self)))
 

@@ -1,19 +1,23 @@
-"""kdpipe cache info|verify|repair|gc|compare: from the files alone, without torch."""
+"""kdpipe cache info|verify|repair|gc|compare: from the files alone, without torch; only --recompute runs a teacher."""
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.compare import TOLERANCE, compare
 from kdpipe.manifests.durable import QUARANTINE
-from kdpipe.manifests.errors import CheckFailed, DriftError, IncompleteError
+from kdpipe.manifests.errors import CheckFailed, ConfigError, DriftError, IncompleteError
 from kdpipe.manifests.specs import Io
 from kdpipe.manifests.verify import Finding, Level, collect_garbage, examine, repair
 from kdpipe.pipeline.options import PATH, Finite, io_option, json_option
-from kdpipe.pipeline.output import show
+from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
+
+if TYPE_CHECKING:
+    from kdpipe.stages.extract.recompute import Recomputed
 
 cache_argument = click.argument("cache", type=PATH, metavar="CACHE")
 
@@ -53,17 +57,30 @@ def info(cache: Path, as_json: bool) -> None:
 )
 @click.option("--full", "level", flag_value="full", default="full", help="Every byte against its checksums.")
 @click.option("--deep", "level", flag_value="deep", help="Also that rows are finite and masks, ids and rows agree.")
+@click.option(
+    "--recompute",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Also run the teacher again on N samples and compare; needs --teacher, torch and the engine it was made with.",
+)
+@click.option("--teacher", type=PATH, metavar="FOLDER", help="recompute: the teacher the cache was made by.")
+@click.option("--tp", type=click.IntRange(min=1), default=1, help="recompute with sglang: GPUs that share each layer.")
 @io_option
 @json_option
-def verify(cache: Path, level: Level, io: Io, as_json: bool) -> None:
+def verify(
+    cache: Path, level: Level, recompute: int | None, teacher: Path | None, tp: int, io: Io, as_json: bool
+) -> None:
     """Check a cache against its checksums, digests and plan; by default every byte. Tells all damage, not the first.
 
     Exits 0 when all is good, 1 where there is damage (`kdpipe cache repair` puts it aside), 2 when only shards are
-    missing.
+    missing, 3 where the teacher now gives other rows than are stored.
 
     \b
     kdpipe cache verify CACHE
+    kdpipe cache verify CACHE --recompute 20 --teacher models/large
     """
+    if (recompute is None) != (teacher is None):
+        raise ConfigError("--recompute and --teacher go together", where="--recompute")
     opened = Cache.open(cache, io=io)
     findings = _looked_at(opened, level)
     shards = [finding for finding in findings if isinstance(finding.part, int)]
@@ -79,6 +96,10 @@ def verify(cache: Path, level: Level, io: Io, as_json: bool) -> None:
     }
     if errors:
         told |= {"error": str(errors[0]), "problems": [str(error) for error in errors]}
+    again = None
+    if recompute is not None and teacher is not None and not errors:
+        again = _recomputed(opened, teacher, recompute, tp)
+        told |= {"ok": again.worst_distance <= again.bound, "recomputed": dataclasses.asdict(again)}
     show(told, as_json=as_json)
     damage = [error for error in errors if isinstance(error, CheckFailed)]
     for error in damage[1:]:
@@ -88,6 +109,20 @@ def verify(cache: Path, level: Level, io: Io, as_json: bool) -> None:
     if errors:  # something is missing: the head, or shards
         opened.head()
         opened.require_complete()
+    if again is not None and not again.worst_distance <= again.bound:
+        raise DriftError(
+            f"sample {again.worst_sample} is {again.worst_distance:.1e} from what the teacher gives now (allowed "
+            f"{again.bound:g}); is the engine another, or were the rows wrong from the start?",
+            where=cache,
+        )
+
+
+def _recomputed(opened: Cache, teacher: Path, count: int, tp: int) -> "Recomputed":
+    from kdpipe.stages.extract.recompute import recompute  # torch takes seconds: only where it is asked for
+    from kdpipe.stages.teacher.engine import EngineOptions
+
+    with results_only(), watch("cache verify", EventLog(None)) as progress:
+        return recompute(opened, teacher, count, progress, options=EngineOptions(tp=tp))
 
 
 def _looked_at(opened: Cache, level: Level) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 planning  data -> PLAN, samples.arrow, head, tokenizer, staged beside the cache and put in place at once
 shards    plan -> engine -> gate -> commit, for the shards that are not there yet
+recompute the teacher again on some samples, beside what the cache holds
 """
 
 from kdpipe.stages.extract.planning import ExtractSpec, Forecast, forecast

@@ -5,9 +5,10 @@ asks for them, so it works on while the last one is sealed.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -186,40 +187,47 @@ class Filling:
                 continue
             samples = self._cache.samples.shard(number)
             writer = ShardWriter(self._cache.path, plan, number, samples)
-            batches = self._requests(number, writer)
+            batches = shard_requests(self._cache, number, self._engine.probe_every, partial(_place, writer))
             self._open.append(
                 OpenShard(number=number, writer=writer, requests=[request for batch in batches for request in batch])
             )
             yield from batches
 
-    def _requests(self, number: int, writer: ShardWriter) -> list[list[Request]]:
-        plan = self._cache.plan
-        samples = self._cache.samples.shard(number)
-        columns = {name: samples.column(name).to_numpy() for name in ("batch", "first_row", "num_rows", "num_tokens")}
-        token_ids = samples.column("token_ids").values.to_numpy()
-        supervised = samples.column("supervised").values.to_numpy(zero_copy_only=False)
-        starts = np.cumsum(columns["num_tokens"]) - columns["num_tokens"]
-        batches: list[list[Request]] = [[] for _ in range(int(columns["batch"].max()) + 1)]
-        for index, start in enumerate(starts):
-            stop = start + columns["num_tokens"][index]
-            sample = plan.shards[number].first_sample + index
-            num_rows = int(columns["num_rows"][index])
-            draw = sample + plan.settings.seed * SEED_STRIDE
-            array, offset = writer.rows(int(columns["first_row"][index]), num_rows)
-            ids = token_ids[start:stop]
-            positions = row_positions(supervised[start:stop], every=plan.settings.rows == "all")
-            count = PROBES if is_probed_inside(draw, self._engine.probe_every) else 1
-            probes = choose_probes(draw, num_rows, count)
-            request = Request(
-                sample=sample,
-                token_ids=ids,
-                positions=positions,
-                probes=probes,
-                scored=choose_scored(draw, ids, positions[probes], plan.head.vocab_size),
-                target=RowTarget(array=array, path=writer.path, offset=offset),
-            )
-            batches[int(columns["batch"][index])].append(request)
-        return batches
+
+def _place(writer: ShardWriter, first_row: int, num_rows: int) -> RowTarget:
+    array, offset = writer.rows(first_row, num_rows)
+    return RowTarget(array=array, path=writer.path, offset=offset)
+
+
+def shard_requests(
+    cache: Cache, number: int, probe_every: int, place: Callable[[int, int], RowTarget]
+) -> list[list[Request]]:
+    """The planned batches of a shard; `place(first_row, num_rows)` says where a sample's rows go."""
+    plan, samples = cache.plan, cache.samples.shard(number)
+    columns = {name: samples.column(name).to_numpy() for name in ("batch", "first_row", "num_rows", "num_tokens")}
+    token_ids = samples.column("token_ids").values.to_numpy()
+    supervised = samples.column("supervised").values.to_numpy(zero_copy_only=False)
+    starts = np.cumsum(columns["num_tokens"]) - columns["num_tokens"]
+    batches: list[list[Request]] = [[] for _ in range(int(columns["batch"].max()) + 1)]
+    for index, start in enumerate(starts):
+        stop = start + columns["num_tokens"][index]
+        sample = plan.shards[number].first_sample + index
+        num_rows = int(columns["num_rows"][index])
+        draw = sample + plan.settings.seed * SEED_STRIDE
+        ids = token_ids[start:stop]
+        positions = row_positions(supervised[start:stop], every=plan.settings.rows == "all")
+        count = PROBES if is_probed_inside(draw, probe_every) else 1
+        probes = choose_probes(draw, num_rows, count)
+        request = Request(
+            sample=sample,
+            token_ids=ids,
+            positions=positions,
+            probes=probes,
+            scored=choose_scored(draw, ids, positions[probes], plan.head.vocab_size),
+            target=place(int(columns["first_row"][index]), num_rows),
+        )
+        batches[int(columns["batch"][index])].append(request)
+    return batches
 
 
 def _canaries(samples: Samples) -> list[np.ndarray]:

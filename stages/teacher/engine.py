@@ -8,7 +8,7 @@ gate, whatever engine it was. Engines are listed in `stages/teacher/__init__.py`
 # Shapes: n tokens of one sample, R rows kept of it, K probed rows, M scored ids of each, E teacher width.
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -112,6 +112,18 @@ class EngineOptions:
         """The part that decides what the rows are, beyond rounding; recorded in the plan."""
         named = {"quantization": self.quantization, "deterministic": "true" if self.deterministic else None}
         return dict(self.arguments) | {name: value for name, value in named.items() if value is not None}
+
+    def like(self, identity: dict[str, str]) -> "EngineOptions":
+        """These options, with the part that decides what the rows are as it is recorded."""
+        others = tuple(
+            (name, value) for name, value in identity.items() if name not in ("quantization", "deterministic")
+        )
+        return replace(
+            self,
+            quantization=identity.get("quantization"),
+            deterministic=identity.get("deterministic") == "true",
+            arguments=others,
+        )
 
 
 class TeacherEngine(Protocol):

@@ -1,0 +1,141 @@
+"""Recomputing: the teacher again on some samples of a finished cache, beside the rows that it holds.
+
+What is run are whole planned batches, because the company a sample has in its batch changes the last bits of its rows.
+Invariant: nothing is written to the cache. Cost: the teacher's start, and the batches of the chosen samples.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.compare import TOLERANCE, row_distance
+from kdpipe.manifests.errors import GateError, TeacherError
+from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.provenance import digest_model
+from kdpipe.manifests.specs import Device
+from kdpipe.manifests.tensorfile import DTYPES, TAGS
+from kdpipe.stages.extract.shards import shard_requests
+from kdpipe.stages.teacher import ENGINES
+from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
+from kdpipe.stages.teacher.gate import check_ack, check_finite
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recomputed:
+    """How far the teacher's answer of now is from the cache's; distances are |a - b| / |a| of whole rows.
+
+    rows_equal: share of the rows that are the same bit for bit
+    worst_sample: where the worst is; -1 where no two rows differ
+    bound: what another machine or number of threads may change
+    """
+
+    num_samples: int
+    num_rows: int
+    rows_equal: float
+    worst_distance: float
+    worst_sample: int
+    bound: float
+
+
+@dataclass(slots=True, eq=False)
+class Scratch:
+    """Rows on their way from an engine: a file of exactly their size, in one place after the other."""
+
+    path: Path
+    width: int
+    dtype: np.dtype
+    num_rows: int = 0
+    targets: list[RowTarget] = field(default_factory=list)
+
+    def place(self, num_rows: int) -> RowTarget:
+        """Room for some more rows."""
+        offset, size = self.num_rows * self.width * self.dtype.itemsize, num_rows * self.width * self.dtype.itemsize
+        os.truncate(self.path, max(offset + size, 1))
+        shape = (num_rows, self.width)
+        array = np.zeros(shape, self.dtype)
+        if num_rows:
+            array = np.memmap(self.path, self.dtype, "r+", offset, shape)
+        self.num_rows += num_rows
+        return RowTarget(array=array, path=self.path, offset=offset)
+
+
+def recompute(
+    cache: Cache, teacher: Path, count: int, progress: Progress, *, options: EngineOptions | None = None
+) -> Recomputed:
+    """Run the teacher on `count` samples of a complete cache, chosen by its plan's digest, and on their batches.
+
+    Raises TeacherError where it is another teacher, GateError for rows that are not what was asked for, and the errors
+    of reading and of the engine.
+    """
+    cache.require_complete()
+    plan = cache.plan
+    if (found := digest_model(teacher)) != plan.fingerprint.teacher:
+        raise TeacherError(
+            f"its digest is {found[:12]}, the cache was made by {plan.fingerprint.teacher[:12]}; give the teacher it "
+            "was made by",
+            where=teacher,
+        )
+    device: Device = "cuda" if plan.engine.device == "cuda" and torch.cuda.is_available() else "cpu"
+    if device != plan.engine.device:
+        progress.note(f"the cache was made on {plan.engine.device}, this is {device}: last bits will differ")
+    engine = ENGINES[plan.engine.name].open(
+        teacher, plan.settings.dtype, device, (options or EngineOptions()).like(plan.engine.arguments)
+    )
+    with tempfile.NamedTemporaryFile(prefix="kdpipe-recompute-") as file:
+        scratch = Scratch(Path(file.name), plan.head.hidden_size, DTYPES[TAGS[plan.settings.dtype]])
+        try:
+            batches = _batches(cache, choose(cache, count), engine.probe_every, scratch)
+            requests = [request for batch in batches for request in batch]
+            progress.begin("recompute", total=sum(len(request.token_ids) for request in requests), unit="tokens")
+            acks = engine.run(batches)
+            for done, request in enumerate(requests):
+                if (ack := next(acks, None)) is None:
+                    raise GateError(f"the engine stopped after {done} of {len(requests)} samples", where=teacher)
+                check_ack(request, ack)
+                check_finite(request)
+                progress.advance(len(request.token_ids))
+            progress.end()
+        finally:
+            engine.close()
+        return _compared(cache, requests)
+
+
+def choose(cache: Cache, count: int) -> list[int]:
+    """`count` samples that have rows, by a hash of the plan's digest and their number; all where there are fewer."""
+    rows = np.flatnonzero(cache.samples.column("num_rows")).tolist()
+    digest = cache.plan.digest
+    return sorted(sorted(rows, key=lambda one: hashlib.sha256(f"{digest} {one}".encode()).digest())[:count])
+
+
+def _batches(cache: Cache, samples: Sequence[int], probe_every: int, scratch: Scratch) -> list[list[Request]]:
+    """The planned batches in which the samples ran."""
+    wanted, chosen = set(samples), []
+    first = np.array([shard.first_sample for shard in cache.plan.shards])
+    for number in sorted({int(shard) for shard in np.searchsorted(first, samples, side="right") - 1}):
+        batches = shard_requests(cache, number, probe_every, lambda first_row, num_rows: scratch.place(num_rows))
+        chosen += [batch for batch in batches if wanted & {request.sample for request in batch}]
+    return chosen
+
+
+def _compared(cache: Cache, requests: Sequence[Request]) -> Recomputed:
+    equal, num_rows, worst, place = 0, 0, 0.0, -1
+    for request in requests:
+        distance = row_distance(cache.stored_rows(request.sample), request.target.array)
+        equal, num_rows = equal + int((distance == 0.0).sum()), num_rows + len(distance)
+        if len(distance) and not distance.max() <= worst:
+            worst, place = float(distance.max()), request.sample
+    return Recomputed(
+        num_samples=len(requests),
+        num_rows=num_rows,
+        rows_equal=equal / max(num_rows, 1),
+        worst_distance=worst,
+        worst_sample=place,
+        bound=TOLERANCE[cache.plan.settings.dtype],
+    )
