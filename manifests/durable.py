@@ -54,6 +54,19 @@ def read_small(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
+def make_folder(folder: Path, group: int | None = None) -> None:
+    """Make a folder and its parents durably, where they are missing; a group may read it where one is given.
+
+    Raises InputError where the user is not of that group, OSError where it cannot be made.
+    """
+    made = [above for above in (folder.absolute(), *folder.absolute().parents) if not above.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    if made:
+        share(folder, group)
+    for above in made:
+        fsync_folder(above.parent)
+
+
 def share(folder: Path, group: int | None) -> None:
     """Let a group read a new folder and, through it, all that will be made in it; None leaves it as the umask made it.
 

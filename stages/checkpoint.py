@@ -89,6 +89,7 @@ class Checkpoints:
         scratch.rename(final)
         failpoint("checkpoint:named")
         fsync_folder(self.folder)
+        fsync_folder(self.folder.parent)
         for old in self.numbers()[self._keep :]:
             shutil.rmtree(self.path(old))
         failpoint("checkpoint:pruned")

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from kdpipe.manifests.durable import canonical, disk_error, fsync_tree, share, usual_modes, write_once
+from kdpipe.manifests.durable import canonical, disk_error, fsync_tree, make_folder, usual_modes, write_once
 from kdpipe.manifests.errors import CheckFailed, ConfigError, SpaceError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress, Silent
@@ -68,9 +68,7 @@ def train(job: TrainJob, progress: Progress) -> dict[str, object]:
         progress.note(f"{job.output} holds this run's student already")
         return _result(done)
     try:
-        if not job.output.exists():
-            job.output.mkdir(parents=True, exist_ok=True)
-            share(job.output, job.group)
+        make_folder(job.output, job.group)
     except OSError as err:
         raise disk_error(err, job.output) from err
     with process_group(device) as (rank, world_size):

@@ -3,13 +3,14 @@
     with PowerCut(folder) as disk: ...code...; disk.restore(elsewhere)
 
 os.fsync of a file puts its contents at that moment on the disk, os.fsync of a folder its names. Everything else
-(writes, links, renames, removals) is lost unless a later flush covers it. `skip` makes one place flush nothing.
+(writes, links, renames, removals) is lost unless a later flush covers it. `skip` makes places flush nothing. What
+was seen is held open, so that no file made later gets its inode number.
 """
 
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +24,13 @@ class PowerCut:
     """Watches os.fsync while the block runs; `folder` and what is in it already counts as on the disk."""
 
     folder: Path
-    skip: Place | None = None
+    skip: Collection[Place] = ()
     after_flush: Callable[["PowerCut"], None] | None = None
     contents: dict[int, bytes] = field(default_factory=dict)
     names: dict[int, dict[str, int]] = field(default_factory=dict)
     kinds: dict[int, bool] = field(default_factory=dict)
     places: list[Place] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
 
     def __enter__(self) -> "PowerCut":
         for path in (self.folder, *self.folder.rglob("*")):
@@ -40,6 +42,8 @@ class PowerCut:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.fsync = self._own
+        while self.held:
+            os.close(self.held.pop())
 
     def _fsync(self, descriptor: int) -> None:
         self._own(descriptor)
@@ -47,7 +51,7 @@ class PowerCut:
         place = self._place(path)
         if place not in self.places:
             self.places.append(place)
-        if place == self.skip or self.folder not in (path, *path.parents):
+        if place in self.skip or self.folder not in (path, *path.parents):
             return
         self._keep(Path(f"/proc/self/fd/{descriptor}"))
         if self.after_flush is not None:
@@ -60,19 +64,25 @@ class PowerCut:
         function = frame.f_code.co_qualname
         if function == "fsync_tree":
             return function, "folders" if path.is_dir() else "files"
-        return function, path.name if path.is_dir() else path.parent.name
+        name = path.name if path.is_dir() else path.parent.name
+        return function, "number" if name.isdecimal() else name
 
     def _keep(self, path: Path) -> None:
         status = path.stat()
         folder = stat.S_ISDIR(status.st_mode)
-        self.kinds[status.st_ino] = folder
+        self._see(status.st_ino, folder, path)
         if folder:
             with os.scandir(path) as entries:
                 self.names[status.st_ino] = {entry.name: entry.inode() for entry in entries}
-                for inode, there in ((entry.inode(), entry.is_dir()) for entry in os.scandir(path)):
-                    self.kinds.setdefault(inode, there)
+            for entry in os.scandir(path):
+                self._see(entry.inode(), entry.is_dir(), path / entry.name)
         else:
             self.contents[status.st_ino] = path.read_bytes()
+
+    def _see(self, inode: int, folder: bool, path: Path) -> None:
+        if inode not in self.kinds:
+            self.kinds[inode] = folder
+            self.held.append(os.open(path, os.O_RDONLY))
 
     def restore(self, target: Path) -> None:
         """Make in `target` what the disk holds: a name whose file was never flushed is an empty file."""

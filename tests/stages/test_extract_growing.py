@@ -229,7 +229,7 @@ def test_every_flush_of_growing_is_needed(
     cache, more = shutil.copytree(small, tmp_path / "live" / "cache"), of_data(spec, "data", "more")
 
     def extract_and_check() -> None:
-        with PowerCut(tmp_path / "live", skip=place) as disk:
+        with PowerCut(tmp_path / "live", skip=[place]) as disk:
             extract_small(more, cache)
             disk.restore(tmp_path / "left")
         assert committed_are_whole(tmp_path / "left" / "cache") == committed_are_whole(grown)

@@ -114,7 +114,7 @@ def test_every_flush_is_needed(
     (tmp_path / "live").mkdir()
 
     def extract_and_check() -> None:
-        with PowerCut(tmp_path / "live", skip=place) as disk:
+        with PowerCut(tmp_path / "live", skip=[place]) as disk:
             promises = Promises(monkeypatch, disk, tmp_path / "now")
             extract_small(spec, tmp_path / "live" / "new" / "cache")
             promises.check()

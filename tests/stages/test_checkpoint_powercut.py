@@ -1,0 +1,134 @@
+"""A power cut while a student trains: no checkpoint that was saved is lost, nor the student once the run has ended.
+
+Every flush is needed: without any one of them a cut would lose something, and this test would fail.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.conftest import Bench
+from tests.faults.powercut import Place, PowerCut
+from tests.stages.ranks import Recorder
+from tests.stages.test_train import job_for
+
+from kdpipe.manifests.errors import KdpipeError
+from kdpipe.manifests.run import CheckpointRecord, read_run
+from kdpipe.stages import checkpoint
+from kdpipe.stages.checkpoint import CHECKPOINTS, Checkpoints
+from kdpipe.stages.job import TrainJob
+from kdpipe.stages.train import train
+
+FLUSHES: list[list[Place]] = [
+    [("make_folder", "live")],
+    [("make_folder", "new")],
+    [("_write_files_from_queue", "number"), ("_flushed", "number")],  # torch's own, and ours that does not rely on it
+    [("Checkpoints._publish", "number")],
+    [("Checkpoints._publish", "checkpoints")],
+    [("Checkpoints._publish", "out")],
+    [("fsync_tree", "files")],
+    [("write_once", "out")],
+    [("move_in", "out")],
+]
+"""Every flush of a run into an output whose parent folder is new as well; those together that stand for each other."""
+
+EARLY = [("fsync_tree", "folders"), ("publish", "tmp")]
+"""Flushes of the folder a student is exported to, before its files move: against a disk that writes names of its own
+accord, in any order, which this one does not."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def job_in(bench: Bench, folder: Path) -> TrainJob:
+    (folder).mkdir()
+    return job_for(bench, folder / "new" / "out", max_steps=4, batch_tokens=900, save_every=1, keep=2)
+
+
+class Promises:
+    """What training has said is safe: a checkpoint whose save() returned."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, disk: PowerCut, scratch: Path) -> None:
+        self.disk, self.scratch, self.steps = disk, scratch, []
+        own = Checkpoints.save
+
+        def save(checkpoints: Checkpoints, state: checkpoint.State, record: CheckpointRecord) -> None:
+            own(checkpoints, state, record)
+            self.steps.append(record.step)
+            assert self.newest() == record.step
+
+        patch.setattr(Checkpoints, "save", save)
+
+    def output(self) -> Path:
+        """What a cut right now leaves."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.disk.restore(self.scratch)
+        return self.scratch / "new" / "out"
+
+    def newest(self) -> int:
+        """The checkpoint that a run after a cut right now would take."""
+        found = Checkpoints(self.output(), 2, torch.device("cpu")).newest(Recorder())
+        return found.step if found else 0
+
+
+def train_and_check(job: TrainJob, disk: PowerCut, scratch: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        promises = Promises(patch, disk, scratch)
+        train(job, Recorder())
+        assert promises.steps == [1, 2, 3]
+    left = promises.output()
+    record = read_run(left)
+    assert record is not None
+    assert record.num_steps == 4
+    for path in job.output.iterdir():
+        if path.name != "events.jsonl":
+            assert (left / path.name).read_bytes() == path.read_bytes(), path.name
+    load_file(left / "model.safetensors")
+
+
+def test_no_cut_loses_a_checkpoint_or_the_student(bench: Bench, tmp_path: Path) -> None:
+    job = job_in(bench, tmp_path / "live")
+    with PowerCut(tmp_path / "live") as disk:
+        train_and_check(job, disk, tmp_path / "now")
+    assert sorted(disk.places) == sorted(place for places in (*FLUSHES, EARLY) for place in places)
+
+
+def test_a_run_goes_on_after_a_cut_at_any_flush(bench: Bench, tmp_path: Path) -> None:
+    cuts: list[Path] = []
+
+    def cut(disk: PowerCut) -> None:
+        cuts.append(tmp_path / f"cut{len(cuts)}")
+        disk.restore(cuts[-1])
+
+    job = job_in(bench, tmp_path / "live")
+    with PowerCut(tmp_path / "live", after_flush=cut):
+        train(job, Recorder())
+    weights = (job.output / "model.safetensors").read_bytes()
+    assert len(cuts) > 12
+    for left in cuts[:: 1 if os.environ.get("KDPIPE_SOAK") else 3]:
+        output = left / "new" / "out"
+        again = job_for(bench, output, max_steps=4, batch_tokens=900, save_every=1, keep=2)
+        train(again, Recorder())
+        assert (output / "model.safetensors").read_bytes() == weights, left.name
+        assert not (output / CHECKPOINTS).exists()
+
+
+@pytest.mark.parametrize("places", FLUSHES, ids=lambda places: "+".join(map("-".join, places)))
+def test_every_flush_is_needed(places: list[Place], bench: Bench, tmp_path: Path) -> None:
+    job = job_in(bench, tmp_path / "live")
+
+    def cut() -> None:
+        with PowerCut(tmp_path / "live", skip=places) as disk:
+            train_and_check(job, disk, tmp_path / "now")
+
+    with pytest.raises((AssertionError, KdpipeError, OSError, ValueError)):
+        cut()
