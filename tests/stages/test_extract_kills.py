@@ -65,8 +65,13 @@ def test_killed_at_every_failpoint(
     assert_goes_on(spec, cache, apart, whole)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "count",
+    [
+        pytest.param(60, marks=pytest.mark.timeout(600)),
+        pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
+    ],
+)
 def test_killed_at_random_moments(
     count: int, spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -23,8 +23,13 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ExtractSpec:
     return small_spec(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.parametrize("races", [6, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
-@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "races",
+    [
+        pytest.param(6, marks=pytest.mark.timeout(600)),
+        pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
+    ],
+)
 def test_writers_that_race_are_killed_and_stopped_make_one_tree(
     races: int, spec: ExtractSpec, apart: Apart, tmp_path: Path
 ) -> None:
