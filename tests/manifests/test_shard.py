@@ -6,7 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import crc32c
@@ -315,21 +315,8 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     assert shard_path(tmp_path, 0).stat().st_mode & 0o777 == 0o644
 
 
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of half a MiB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small disk takes a privileged user; RLIMIT_FSIZE is tested in its place")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_a_full_disk_is_said_before_the_first_row_and_leaves_nothing(full_disk: Path) -> None:
+def test_a_full_disk_is_said_before_the_first_row_and_leaves_nothing(tmpfs: Callable[[str], Path]) -> None:
+    full_disk = tmpfs("512k")
     make_plan(full_disk / "c", make_samples(21), hidden_size=9000)
     descriptors = count_descriptors()
     with pytest.raises(SpaceError, match="no space left on device; free some room"):

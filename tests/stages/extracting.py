@@ -1,6 +1,9 @@
 """What a process of a durability test does: functions of a module, so that spawned processes find them."""
 
+import contextlib
 import ctypes
+import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from kdpipe.manifests import durable, failpoints
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.claims import Claims
 from kdpipe.manifests.errors import KdpipeError
-from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.stages.extract import ExtractSpec, extract, planning, shards
 
@@ -37,6 +40,7 @@ def extract_small(
     moment: float = 0.0,
     claim: float = 600.0,
     told: Path | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Extract in shards of SHARD_TOKENS; die at the failpoint. What kills left is swept when `moment` seconds old.
 
@@ -49,7 +53,7 @@ def extract_small(
         patch.setattr(shards, "WAIT_S", 0.05)
         torch.set_num_threads(1)
         failpoints.arm(kill)
-        extract(spec, cache, Committed(told), part=part)
+        extract(spec, cache, progress or Committed(told), part=part)
 
 
 class Committed(Silent):
@@ -96,3 +100,37 @@ def extract_failing(spec: ExtractSpec, cache: Path, nth: int, number: int, told:
     count = library.failing_count()
     library.failing_arm(b"", 0, 0, 0)
     told.write_text(f"{count}\n{error}")
+
+
+class Filling(Committed):
+    """Fills the disk when so many shards are committed, and writes down when that was."""
+
+    def __init__(self, told: Path, filler: Path, shards: int) -> None:
+        super().__init__(None)
+        self._file, self._filler, self._left = told, filler, shards
+
+    def event(self, kind: str, **fields: object) -> None:
+        self._left -= kind == "shard"
+        if self._left == 0:
+            self._left = -1
+            with contextlib.suppress(OSError), open(self._filler, "wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+            self._file.write_text(f"{time.monotonic()}\n")
+
+
+def extract_on_full_disk(spec: ExtractSpec, cache: Path, told: Path, shards: int, file_limit: int) -> None:
+    """Extract while the disk fills up after some shards, or under a limit on the size of files (0: none).
+
+    `told` gets when that began, when the error came, and the error.
+    """
+    planning.SMALL_FILES = 0
+    told.write_text(f"{time.monotonic()}\n")
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    try:
+        extract_small(spec, cache, progress=Filling(told, cache.parent / "filler", shards))
+    except KdpipeError as err:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        with open(told, "a") as file:
+            file.write(f"{time.monotonic()}\n{err}")

@@ -3,11 +3,19 @@
 import errno
 import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.conftest import Apart
-from tests.stages.extracting import committed_are_whole, extract_failing, extract_small, files, small_spec
+from tests.stages.extracting import (
+    committed_are_whole,
+    extract_failing,
+    extract_on_full_disk,
+    extract_small,
+    files,
+    small_spec,
+)
 
 from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.stages.extract import ExtractSpec
@@ -51,3 +59,37 @@ def test_the_nth_system_call_fails(name: str, stride: int, spec: ExtractSpec, ap
         assert raised < nth / stride / 2, "flushes and writes are to be tried again"
     else:
         assert raised
+
+
+def assert_told_at_once(told: Path, said: str) -> None:
+    began, ended, error = told.read_text().split("\n", 2)
+    assert error.startswith("E-SPACE ")
+    assert said in error
+    assert "\n" not in error
+    assert float(ended) - float(began) < 5.0
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_disk_that_fills_up_is_told_at_once_and_nothing_is_lost(
+    shards: int, spec: ExtractSpec, apart: Apart, tmpfs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    small_disk = tmpfs("8m")
+    assert apart(extract_small, spec, tmp_path / "whole" / "cache") == 0
+    cache, told = small_disk / "cache", tmp_path / "told"
+    assert apart(extract_on_full_disk, spec, cache, told, shards, 0) == 0
+    assert_told_at_once(told, "no space left on device")
+    assert committed_are_whole(cache) in (shards, shards + 1)  # one was allocated when the disk filled up
+    (small_disk / "filler").unlink()
+    assert apart(extract_on_full_disk, spec, cache, told, -1, 0) == 0
+    assert files(cache) == files(tmp_path / "whole" / "cache")
+
+
+def test_a_limit_on_the_size_of_files_is_told_at_once(spec: ExtractSpec, apart: Apart, tmp_path: Path) -> None:
+    assert apart(extract_small, spec, tmp_path / "whole" / "cache") == 0
+    whole = files(tmp_path / "whole" / "cache")
+    limit = max(len(data) for name, data in whole.items() if name.startswith("shards/")) - 1
+    cache, told = tmp_path / "cache", tmp_path / "told"
+    assert apart(extract_on_full_disk, spec, cache, told, -1, limit) == 0
+    assert_told_at_once(told, "file too large")
+    assert apart(extract_small, spec, cache) == 0
+    assert files(cache) == whole
