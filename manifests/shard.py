@@ -245,8 +245,7 @@ def adopt(folder: Path, plan: Plan, index: int) -> bool:
     layout = shard_layout(plan, index, digest)
     if len(data) != layout.num_bytes or data[: layout.body].tobytes() != layout.header:
         raise CorruptError(
-            f"it has no commit record and its bytes have digest {digest}, which is not the one in its header; "
-            "move it away and run the same kdpipe extract again",
+            f"it has no commit record and its bytes have digest {digest}, which is not the one in its header",
             where=path,
         )
     record = _commit_of(plan, index, layout, digest)

@@ -15,11 +15,12 @@ import numpy as np
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.claims import Claims, sweep_claims
-from kdpipe.manifests.errors import GateError
+from kdpipe.manifests.durable import QUARANTINE, put_aside
+from kdpipe.manifests.errors import CheckFailed, GateError
 from kdpipe.manifests.plan import PLAN_FILE, Plan, Samples
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import row_positions
-from kdpipe.manifests.shard import ShardWriter, adopt, commit_path
+from kdpipe.manifests.shard import ShardWriter, adopt, commit_path, shard_path
 from kdpipe.stages.extract.planning import ExtractSpec, Staged, staged
 from kdpipe.stages.teacher import ENGINES
 from kdpipe.stages.teacher.engine import Ack, Canary, Request, RowTarget, TeacherEngine
@@ -49,7 +50,9 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
     Raises the errors of planning, GateError, TeacherError for rows that are not finite, DriftError, SpaceError.
     """
     with staged(spec, cache, progress) as plan:
-        todo = [number for number in missing_shards(plan.plan, plan.cache, part) if not _adopted(plan, number)]
+        todo = [
+            number for number in missing_shards(plan.plan, plan.cache, part) if not _adopted(plan, number, progress)
+        ]
         sweep_claims(plan.cache)
         progress.event("plan", digest=plan.plan.digest, num_shards=len(plan.plan.shards), missing=todo)
         if not todo:
@@ -97,9 +100,14 @@ def _report(engine: TeacherEngine, canary: Canary, progress: Progress) -> None:
         progress.note(f"canary: rows differ from transformers' own by {canary.row_error:.1e}")
 
 
-def _adopted(plan: Staged, number: int) -> bool:
-    """Whether a shard was only in want of its commit record, in a cache that is in place already."""
-    return (plan.cache / PLAN_FILE).exists() and adopt(plan.cache, plan.plan, number)
+def _adopted(plan: Staged, number: int, progress: Progress) -> bool:
+    """Whether a shard was only in want of its commit record; one that is not what its header says is put aside."""
+    try:
+        return (plan.cache / PLAN_FILE).exists() and adopt(plan.cache, plan.plan, number)
+    except CheckFailed as err:
+        put_aside(plan.cache, shard_path(plan.cache, number))
+        progress.note(f"{err}; it is in {QUARANTINE}/ now and is made again")
+        return False
 
 
 def missing_shards(plan: Plan, cache: Path, part: tuple[int, int] | None) -> list[int]:

@@ -1,5 +1,6 @@
 """Extraction killed anywhere: no torn file counts, and the next run ends with the very bytes of one never killed."""
 
+import os
 import random
 import signal
 import time
@@ -10,6 +11,7 @@ from tests.conftest import Apart
 from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
 
 from kdpipe.manifests.plan import PLAN_FILE
+from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.stages.extract import ExtractSpec
 
 FAILPOINTS = [
@@ -97,3 +99,23 @@ def test_a_kill_loses_one_shard_at_most(
     for done in range(1, 5):
         assert apart(extract_small, spec, cache, "commits:published") == -signal.SIGKILL
         assert committed_are_whole(cache) == done
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "a pipe"])
+def test_a_shard_without_commit_that_is_not_whole_is_put_aside_and_made_again(
+    how: str, spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    assert apart(extract_small, spec, cache) == 0
+    commit_path(cache, 1).unlink()
+    shard = shard_path(cache, 1)
+    data = bytearray(shard.read_bytes())
+    shard.unlink()
+    if how == "a pipe":
+        os.mkfifo(shard)
+    else:
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data[: len(data) // 2] if how == "cut" else data)
+    assert apart(extract_small, spec, cache) == 0
+    assert files(cache, but=lambda path: path.parent.name == "quarantine") == whole
+    assert [path.name for path in (cache / "quarantine").iterdir()] == [shard.name]
