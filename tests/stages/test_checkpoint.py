@@ -10,15 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tests.chats import write_chats
 from tests.conftest import Apart, Bench
 from tests.models import make_tokenizer
 from tests.stages.ranks import Recorder, read_steps, train_logged, train_until
 from tests.stages.test_train import job_for
 
 from kdpipe.manifests.errors import ConfigError, CorruptError, TemporaryError
+from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import CHECKPOINT_FILE
+from kdpipe.manifests.specs import DataSpec
 from kdpipe.pipeline.launch import launch
 from kdpipe.stages.checkpoint import file_name
+from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.job import TrainJob, check_job
 from kdpipe.stages.train import Run, asked_to_stop, train
 
@@ -105,6 +109,37 @@ def test_a_run_killed_five_times_goes_on_bit_for_bit(
         assert run(job, kill=place) == -signal.SIGKILL
     assert run(job) == 0
     assert_same(job.output, whole())
+
+
+def test_a_cache_that_grew_is_what_it_was_to_a_run_that_goes_on(
+    bench: Bench, run: Callable[..., int], whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    cache = shutil.copytree(bench.cache, tmp_path / "cache")
+    job = dataclasses.replace(small_job(bench, tmp_path / "out"), caches=(cache,))
+    assert run(job, kill="step:7") == -signal.SIGKILL
+    grow(bench, cache, tmp_path)
+    recorder = Recorder()
+    train(job, recorder)
+    assert any("has grown since this run began" in note for note in recorder.notes)
+    assert weights(job.output) == weights(whole())
+    with pytest.raises(ConfigError, match="the student of another run: its caches"):
+        check_job(job, 1)
+    again = dataclasses.replace(job, output=tmp_path / "again")
+    train(again, Recorder())
+    assert weights(again.output) != weights(whole())
+
+
+def grow(bench: Bench, cache: Path, folder: Path) -> None:
+    more = write_chats(folder / "more.jsonl", 9, seed=41)
+    spec = ExtractSpec(
+        teacher=bench.teacher,
+        data=(more,),
+        data_spec=DataSpec(max_length=128, heldout_fraction=0.25),
+        device="cpu",
+        grow=True,
+    )
+    grown = extract(spec, cache, Silent())
+    assert (grown.plan.generation, grown.complete) == (1, True)
 
 
 def test_dropout_goes_on_with_the_same_random_numbers(bench: Bench, run: Callable[..., int], tmp_path: Path) -> None:
