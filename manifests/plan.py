@@ -304,13 +304,17 @@ class SamplesWriter:
 
 
 class Samples:
-    """samples.arrow of every generation: one record batch a shard; columns as numpy arrays, ids not read."""
+    """samples.arrow of every generation: one record batch a shard; columns as numpy arrays.
+
+    The files are checked against their digests when the first column is asked for.
+    """
 
     def __init__(self, cache: Path, plan: Plan, io: Io = "mmap") -> None:
         self.plan = plan
         self.paths = [plan_folder(cache, generation) / SAMPLES_FILE for generation in range(plan.generation + 1)]
         brought = plan.brought()
         self._first = [numbers.start for numbers in brought]
+        self._good = False
         self._readers = [
             _open_samples(path, len(numbers), io) for path, numbers in zip(self.paths, brought, strict=True)
         ]
@@ -324,7 +328,12 @@ class Samples:
             raise LayoutError(f"not readable as Arrow: {err}", where=self.paths[generation]) from None
 
     def column(self, name: str) -> np.ndarray:
-        """A fixed-width column of all samples as one array: content_id as uint8 [N, 16], the others as they are."""
+        """A fixed-width column of all samples as one array: content_id as uint8 [N, 16], the others as they are.
+
+        Raises CorruptError.
+        """
+        if not self._good:
+            self.verify()
         parts = [self.shard(index).column(name) for index in range(len(self.plan.shards))]
         if name == "content_id":
             raw = [np.frombuffer(part.buffers()[1], np.uint8)[: len(part) * ID_BYTES] for part in parts]
@@ -356,6 +365,7 @@ class Samples:
                 came = hashlib.file_digest(file, "sha256").hexdigest()
             if came != digest:
                 raise CorruptError(f"sha256 {came}, {PLAN_FILE} says {digest}", where=path)
+        self._good = True
 
 
 def _open_samples(path: Path, num_shards: int, io: Io) -> pa.ipc.RecordBatchFileReader:

@@ -16,7 +16,7 @@ from kdpipe.manifests.specs import Dtype
 class HeadRecord(BaseModel):
     """teacher/head.json"""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     architecture: str
     """Class name of the model, e.g. Qwen3ForCausalLM."""

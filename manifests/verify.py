@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache
-from kdpipe.manifests.durable import QUARANTINE, disk_error, put_aside, sweep
-from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError, KdpipeError
-from kdpipe.manifests.plan import SAMPLES_FILE
+from kdpipe.manifests.durable import QUARANTINE, disk_error, open_regular, put_aside, read_small, sweep
+from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError, KdpipeError, LayoutError
+from kdpipe.manifests.plan import PLAN_FILE, plan_folder
 from kdpipe.manifests.sample import row_positions
-from kdpipe.manifests.shard import Shard, blocks, commit_path, shard_path
+from kdpipe.manifests.shard import MAX_COMMIT_BYTES, Commit, Shard, blocks, commit_path, shard_path
 
 Level = Literal["quick", "full", "deep"]
 FINITE_ROWS = 1024
@@ -31,7 +32,7 @@ FINITE_ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Finding:
-    """One part of a cache that was looked at: "samples", "head" or a shard's number; error is None where it is good."""
+    """One part of a cache that was looked at: "plan", "samples", "head" or a shard's number; error None where good."""
 
     part: str | int
     error: KdpipeError | None
@@ -42,7 +43,12 @@ class Finding:
 
 
 def examine(cache: Cache, level: Level = "full") -> Iterator[Finding]:
-    """Look at samples.arrow, the head and every shard; a finding for each, whatever became of the others."""
+    """Look at samples.arrow, the head and every shard; a finding for each, whatever became of the others.
+
+    The plan is named where it is what changed: then all that follows may be said to be damaged and is not.
+    """
+    if (changed := _error(lambda: _check_plan(cache))) is not None:
+        yield Finding(part="plan", error=changed)
     samples = None if level == "quick" else Finding(part="samples", error=_error(cache.samples.verify))
     if samples is not None:
         yield samples
@@ -62,6 +68,30 @@ def _error(look: Callable[[], object]) -> KdpipeError | None:
     except KdpipeError as err:
         return err
     return None
+
+
+def _check_plan(cache: Cache) -> None:
+    """Where the records and headers of a generation's shards all name one other plan, PLAN.json is what changed."""
+    for numbers in cache.plan.brought():
+        named = {name for number in numbers if (name := _plan_named(cache, number))}
+        if len(named) == 1 and "unknown" not in named and named != {cache.plan.digest_in(numbers[0])}:
+            raise CorruptError(
+                f"its digest is {cache.plan.digest_in(numbers[0])[:12]}, every shard says {named.pop()[:12]}: it was "
+                "changed after they were made; put it back from a copy, or extract into another folder",
+                where=plan_folder(cache.path, cache.plan.generation) / PLAN_FILE,
+            )
+
+
+def _plan_named(cache: Cache, number: int) -> str:
+    """Digest of the plan that a shard's commit record and header both name; "" where there is none, or "unknown"."""
+    try:
+        named = Commit.model_validate_json(read_small(commit_path(cache.path, number), MAX_COMMIT_BYTES)).plan
+        with open(open_regular(shard_path(cache.path, number)), "rb") as file:
+            return named if f'"plan":"{named}"'.encode() in file.read(MAX_COMMIT_BYTES) else "unknown"
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValidationError, LayoutError):
+        return "unknown"
 
 
 def _check_shard(cache: Cache, number: int, level: Level, against_samples: bool) -> None:
@@ -101,11 +131,13 @@ def repair(cache: Cache, level: Level = "full") -> list[Finding]:
     """
     damaged = [finding for finding in examine(cache, level) if finding.damaged]
     for finding in damaged:
+        if finding.part == "plan" and finding.error is not None:
+            raise finding.error
         if finding.part == "samples":
             raise CorruptError(
                 f"{finding.error.args[0] if finding.error else ''}; it says which sample is where, so nothing here can "
                 "be trusted: extract into another folder",
-                where=cache.path / SAMPLES_FILE,
+                where=finding.error.where if finding.error else None,
             )
     for finding in damaged:
         if isinstance(finding.part, int):

@@ -17,12 +17,14 @@ from kdpipe.manifests.durable import write_once
 from kdpipe.manifests.plan import (
     PLAN_FILE,
     SAMPLES_FILE,
+    Ancestor,
     EngineRecord,
     Fingerprint,
     Plan,
     Samples,
     SamplesWriter,
     Settings,
+    plan_folder,
     read_plan,
 )
 from kdpipe.manifests.sample import Sample, content_id
@@ -120,6 +122,36 @@ def make_plan(
         grown_from=(),
     )
     write_once(folder / PLAN_FILE, plan.to_bytes(), scratch_folder=folder / "tmp")
+    return plan
+
+
+def grow_plan(folder: Path, samples: Iterable[Sample], *, shard_tokens: int = 200) -> Plan:
+    """The plan of a cache that gets more samples, in place; its new shards are not there yet."""
+    before = read_plan(folder)
+    place = plan_folder(folder, before.generation + 1)
+    place.mkdir(parents=True)
+    writer = SamplesWriter(
+        place / SAMPLES_FILE,
+        batch_tokens=before.engine.batch_tokens,
+        every_row=before.settings.rows == "all",
+        shard_tokens=shard_tokens,
+        after=Samples(folder, before),
+    )
+    for sample in samples:
+        writer.add(sample)
+    shards = writer.close()
+    last = Ancestor(plan=before.digest, samples_digest=before.samples_digest, num_shards=len(before.shards))
+    changes = {
+        "fingerprint": before.fingerprint.model_copy(update={"data": writer.data_digest()}),
+        "num_samples": sum(shard.num_samples for shard in shards),
+        "num_tokens": sum(shard.num_tokens for shard in shards),
+        "num_rows": sum(shard.num_rows for shard in shards),
+        "samples_digest": hashlib.sha256((place / SAMPLES_FILE).read_bytes()).hexdigest(),
+        "shards": shards,
+        "grown_from": (*before.grown_from, last),
+    }
+    plan = Plan.model_validate(before.model_dump() | changes)
+    (place / PLAN_FILE).write_bytes(plan.to_bytes())
     return plan
 
 

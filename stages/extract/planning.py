@@ -377,12 +377,13 @@ def _plan_without_samples(
 class Present:
     """What a cache holds before an extraction: its samples are left out, each as often as it is there.
 
-    Cost: about 100 bytes of memory a sample; every token id is read once.
+    Cost: about 100 bytes of memory a sample; every token id is read twice. Raises CorruptError where they are damaged.
     """
 
     def __init__(self, cache: Path) -> None:
         self.plan = read_plan(cache)
         self.samples = Samples(cache, self.plan)
+        self.samples.verify()
         self._left = Counter(xxhash.xxh3_128_digest(each) for each in self.samples.identities())
         self.num_found = 0
         self._asked = hashlib.sha256()

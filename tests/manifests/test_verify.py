@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.caches import fill_shard, make_cache, random_rows, verified
+from tests.caches import fill_shard, grow_plan, make_cache, make_samples, random_rows, verified
 
 from kdpipe.manifests import durable
 from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.durable import hold
 from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError
-from kdpipe.manifests.plan import SAMPLES_FILE, Plan
+from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Plan, plan_folder, read_plan
 from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.manifests.verify import Level, check, collect_garbage, examine, put_aside, repair
 
@@ -110,6 +110,29 @@ def test_a_cache_without_its_table_of_samples_cannot_be_repaired(cache: Path) ->
     with pytest.raises(CorruptError, match="extract into another folder"):
         repair(Cache.open(cache))
     assert shard_path(cache, 1).exists()
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_a_plan_that_changed_is_named_and_no_shard_is_put_aside_for_it(grown: bool, cache: Path) -> None:
+    """A digit of PLAN.json was changed and it still reads: every shard contradicts it, and not the other way round."""
+    if grown:
+        plan = grow_plan(cache, make_samples(9, seed=3))
+        for number in plan.brought()[1]:
+            fill_shard(cache, number)
+        assert verified(cache, "deep") == [*range(len(plan.shards))]
+    path = plan_folder(cache, int(grown)) / PLAN_FILE
+    path.write_bytes(path.read_bytes().replace(b'"seed": 0', b'"seed": 4'))
+    assert "plan" in damaged(cache, "quick")
+    with pytest.raises(CorruptError, match="changed after they were made") as caught:
+        repair(Cache.open(cache))
+    assert caught.value.where == str(path)
+    assert not (cache / "quarantine").exists()
+
+
+def test_one_commit_record_that_changed_is_not_taken_for_the_plan(cache: Path) -> None:
+    path = commit_path(cache, 1)
+    path.write_bytes(path.read_bytes().replace(read_plan(cache).digest.encode(), b"0" * 64))
+    assert damaged(cache) == [1]
 
 
 def test_garbage_is_what_was_put_aside_and_what_nobody_holds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ from tests.faults.powercut import PowerCut
 from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import CacheError, CheckFailed, KdpipeError, TemporaryError
+from kdpipe.manifests.errors import CacheError, CheckFailed, CorruptError, KdpipeError, TemporaryError
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, plan_folder
 from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.shard import commit_path
 from kdpipe.stages.extract import ExtractSpec, planning
 
 
@@ -197,6 +198,21 @@ def test_damage_in_any_generation_is_found(name: str, generation: int, grown: Pa
     with pytest.raises(CheckFailed) as caught:
         verified(cache)
     assert caught.value.where == str(path)
+
+
+def test_a_cache_with_damaged_samples_neither_goes_on_nor_grows(spec: ExtractSpec, small: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(small, tmp_path / "cache")
+    commit_path(cache, 1).unlink()
+    path = cache / SAMPLES_FILE
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    before = files(cache)
+    for names in (("data",), ("data", "more")):
+        with pytest.raises(CorruptError, match="sha256") as caught:
+            extract_small(of_data(spec, *names), cache)
+        assert caught.value.where == str(path)
+        assert files(cache) == before
 
 
 FLUSHES = [("fsync_tree", "files"), ("fsync_tree", "folders"), ("Staged.publish", "grown"), ("Staged.publish", "cache")]
