@@ -46,8 +46,15 @@ TEACHER = {
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "head_dim": 64,
+    "max_position_embeddings": 1024,
 }
-STUDENT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+STUDENT = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
 
 
 def seconds(action: Callable[[], object]) -> float:
