@@ -14,7 +14,7 @@ ratio; medians are printed, the repetitions go to stderr. "Whole" is the ratio o
 one: that is the truth, with the noise of the models' work, which is larger than what is looked for. So the first number
 is of what safety alone takes, over the whole without it: the difference of the feeds' times, the time spent inside the
 protocol's functions.
-Reading, and checksums and digests of bytes, are in processor time of one thread; checkpoints, extraction and whatever
+Reading and the parts of "bytes" that do not flush are in processor time of one thread; checkpoints, extraction and
 flushes are in wall-clock time, because they wait for the disk. What is read lies in the page cache for both sides;
 before anything that flushes is timed, sync lets the disk come to rest, for both sides.
 """
@@ -133,18 +133,17 @@ def measure_checkpoints(run: Run, repetitions: int) -> dict[str, list[float]]:
 
 
 def write_once(path: Path, data: np.ndarray) -> tuple[float, float]:
-    """Seconds of writing a file of these bytes and of flushing it; it is removed."""
+    """Processor seconds of writing a file of these bytes, and seconds of flushing it; it is removed."""
     with open(path, "xb", buffering=0) as file:
         os.posix_fallocate(file.fileno(), 0, len(data))
         view, at = data.data, 0
-        began = time.perf_counter()
+        began = time.thread_time()
         while at < len(data):
             at += file.write(view[at:])
-        written = time.perf_counter()
-        os.fsync(file.fileno())
-        flushed = time.perf_counter()
+        written = time.thread_time() - began
+        flushed = seconds(partial(os.fsync, file.fileno()))
     path.unlink()
-    return written - began, flushed - written
+    return written, flushed
 
 
 class Watch:
@@ -188,39 +187,43 @@ PROTOCOL: tuple[tuple[Any, str, Callable[..., object]], ...] = (
 )
 
 
-def extract(sweep: Sweep, number: int, watch: Watch | None) -> float:
-    """Seconds of an extraction: careful and watched, or careless where there is no watch."""
+def extract(sweep: Sweep, number: int, watch: Watch | None) -> tuple[float, float]:
+    """Seconds by the clock and of the processor: a careful extraction, watched, or a careless one without a watch."""
     os.sync()
     with ExitStack() as stack:
         for owner, name, instead in PROTOCOL:
             stack.enter_context(patch.object(owner, name, watch.over(getattr(owner, name)) if watch else instead))
-        spent = sweep.extract(number)
+        began = time.process_time()
+        wall, processor = sweep.extract(number), time.process_time() - began
     shutil.rmtree(sweep.folder / f"cache-{number}")
-    return spent
+    return wall, processor
 
 
 def measure_extraction(sweep: Sweep, repetitions: int) -> dict[str, list[float]]:
-    """Of every pair of extractions: what the protocol adds, as a share of the careless one."""
-    shares: dict[str, list[float]] = {"kdpipe": [], "whole": []}
+    """Of every pair of extractions: what the protocol adds, as a share of the careless one, and its milliseconds."""
+    shares: dict[str, list[float]] = {"kdpipe": [], "whole": [], "whole, processor time": [], "ms": []}
     for repetition in range(repetitions):
         watch, spent = Watch(), {}
         for careful in (True, False) if repetition % 2 else (False, True):
             spent[careful] = extract(sweep, repetition + 1, watch if careful else None)
-        shares["kdpipe"].append(watch.seconds / spent[False])
-        shares["whole"].append(spent[True] / spent[False] - 1)
+        shares["ms"].append(watch.seconds * 1e3)
+        shares["kdpipe"].append(watch.seconds / spent[False][0])
+        for clock, name in enumerate(("whole", "whole, processor time")):
+            shares[name].append(spent[True][clock] / spent[False][clock] - 1)
     return shares
 
 
 class Clock:
-    """A function that adds up its own processor time."""
+    """A function that adds up its time: the processor's, and the clock's."""
 
     def __init__(self, function: Callable[..., object]) -> None:
-        self._function, self.seconds = function, 0.0
+        self._function, self.processor, self.wall = function, 0.0, 0.0
 
     def __call__(self, *arguments: object) -> object:
-        began = time.thread_time()
+        began, started = time.thread_time(), time.perf_counter()
         result = self._function(*arguments)
-        self.seconds += time.thread_time() - began
+        self.processor += time.thread_time() - began
+        self.wall += time.perf_counter() - started
         return result
 
 
@@ -249,9 +252,10 @@ def floor(folder: Path, values: np.ndarray) -> dict[str, float]:
 
 
 def clocked(function: Callable[..., object], *arguments: object) -> float:
+    """Processor seconds of a call."""
     clock = Clock(function)
     clock(*arguments)
-    return clock.seconds
+    return clock.processor
 
 
 def fill(writer: ShardWriter, values: np.ndarray) -> None:
@@ -266,15 +270,15 @@ def seal(folder: Path, writer: ShardWriter, values: np.ndarray) -> dict[str, flo
     """Seconds of filling and sealing a shard, by parts; it is removed."""
     block, digest = Clock(crc32c.crc32c), Clock(xxhash.xxh3_128_hexdigest)
     with writer, patch.object(crc32c, "crc32c", block), patch.object(xxhash, "xxh3_128_hexdigest", digest):
-        filled = seconds(partial(fill, writer, values))
+        filled = clocked(fill, writer, values)
         sealed = seconds(writer.commit)
     for path in (shard_path(folder, 0), commit_path(folder, 0)):
         path.unlink()
     return {
         "write": filled,
-        "crc32c": block.seconds,
-        "xxh3": digest.seconds,
-        "flush": sealed - block.seconds - digest.seconds,
+        "crc32c": block.processor,
+        "xxh3": digest.processor,
+        "flush": sealed - block.wall - digest.wall,
     }
 
 
@@ -312,7 +316,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the files go; the system's temporary folder by default")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    num_samples, repetitions, num_rows = (18, 3, 1 << 14) if options.quick else (60, 7, 1 << 15)
+    num_samples, repetitions, num_rows = (18, 3, 1 << 14) if options.quick else (40, 7, 1 << 15)
     share = partial(report, as_json=options.json)
     with tempfile.TemporaryDirectory(prefix="kdpipe-bench-", dir=options.folder) as name:
         folder = Path(name)
@@ -324,7 +328,10 @@ def main() -> None:
             cache = sweep.folder / "cache-0"
             if sizes is TEACHER:
                 spent = measure_extraction(sweep, repetitions)
-                share("extraction, teacher 8x512, bf16", spent, unit="share of an extraction")
+                num_tokens = Cache.open(cache).plan.num_tokens
+                case = f"extraction of {num_tokens} tokens, teacher 8x512, bf16"
+                share(f"{case}: a plan, a shard", {"kdpipe": spent.pop("ms")}, unit="ms", digits=1)
+                share(case, spent, unit="share of an extraction")
             with process_group(torch.device("cpu")) as (rank, world_size):
                 opened = Rows([Cache.open(cache)])
                 run = Run(sweep.job, opened, torch.device("cpu"), rank=rank, world_size=world_size)
