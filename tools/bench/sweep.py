@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -46,8 +46,15 @@ TEACHER = {
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "head_dim": 64,
+    "max_position_embeddings": 1024,
 }
-STUDENT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+STUDENT = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -59,10 +66,10 @@ def seconds(action: Callable[[], object]) -> float:
 class Sweep:
     """Models, data and the two ways of doing everything."""
 
-    def __init__(self, folder: Path, num_samples: int) -> None:
+    def __init__(self, folder: Path, num_samples: int, sizes: Mapping[str, int] = TEACHER) -> None:
         self.folder = folder
         teacher = make_tokenizer(
-            make_model("qwen3", folder / "teacher", dtype="bfloat16", vocab_size=2048, sizes=TEACHER)
+            make_model("qwen3", folder / "teacher", dtype="bfloat16", vocab_size=2048, sizes=sizes)
         )
         student = make_tokenizer(make_model("llama", folder / "student", vocab_size=2048, seed=1, sizes=STUDENT))
         data = write_chats(folder / "data.jsonl", num_samples, longest=150)
