@@ -9,7 +9,16 @@ import click
 from kdpipe.manifests.errors import ConfigError, KdpipeError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import PRESETS, Io
-from kdpipe.pipeline.options import PATH, ManyCommand, device_option, io_option, json_option, run_options, run_spec
+from kdpipe.pipeline.options import (
+    PATH,
+    ManyCommand,
+    device_option,
+    io_option,
+    json_option,
+    run_options,
+    run_spec,
+    trust_option,
+)
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
@@ -44,6 +53,7 @@ if TYPE_CHECKING:
     type=click.Choice(list(PRESETS)),
     help="Start from another project's loss at its defaults, as loss.preset; docs/losses.md says what each is.",
 )
+@trust_option
 @io_option
 @device_option
 @run_options
@@ -55,6 +65,7 @@ def command(
     nproc: int | None,
     resume: str,
     loss_preset: str | None,
+    trust: str | None,
     io: Io,
     device: str,
     config: Path | None,
@@ -83,7 +94,9 @@ def command(
         nproc = max(gpus, 1)
     elif device == "cuda" and nproc > gpus:
         raise ConfigError(f"{nproc} processes, one a GPU, but there are {gpus} GPUs", where="--nproc")
-    job = TrainJob(student=student, caches=caches, output=output, spec=run, device=device, io=io, resume=resume)
+    job = TrainJob(
+        student=student, caches=caches, output=output, spec=run, device=device, io=io, trust=trust, resume=resume
+    )
     with results_only():
         check_job(job, nproc)
         if nproc == 1 or under_torchrun:
