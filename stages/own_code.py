@@ -157,7 +157,8 @@ def _private_folder() -> "tempfile.TemporaryDirectory[str]":
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
         del sys.modules[name]
     dynamic_modules.HF_MODULES_CACHE = str(modules)
-    # First, not last where transformers would put it: a package of the same name elsewhere must not be found.
+    # First, not last where transformers would put it: a package of the same name elsewhere must not be found. A rank
+    # inherits its launcher's sys.path, and with it the launcher's.
     sys.path.insert(0, str(modules))
     return folder
 

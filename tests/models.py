@@ -59,12 +59,16 @@ OWN_CONFIGURATION = """from transformers import LlamaConfig
 class TinyConfig(LlamaConfig):
     model_type = "tiny"
 """
-OWN_MODELING = """from transformers import LlamaForCausalLM
+OWN_MODELING = """from transformers import LlamaForCausalLM, LlamaModel
 
 from .configuration_tiny import TinyConfig
 
 with open({marker!r}, "a") as file:
     file.write(__name__ + "\\n")
+
+
+class TinyModel(LlamaModel):
+    config_class = TinyConfig
 
 
 class TinyForCausalLM(LlamaForCausalLM):
@@ -100,6 +104,7 @@ def make_own(folder: Path, marker: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     auto_map = {
         "AutoConfig": "configuration_tiny.TinyConfig",
+        "AutoModel": "modeling_tiny.TinyModel",  # SGLang asks for it
         "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM",
     }
     config |= {"model_type": "tiny", "architectures": ["TinyForCausalLM"], "auto_map": auto_map}

@@ -153,9 +153,9 @@ def test_two_models_that_share_their_configs_code_run_each_its_own(own: Path, tm
     assert (tmp_path / "other ran").exists()
 
 
-def test_where_transformers_knows_the_type_the_own_class_runs_or_none(own: Path) -> None:
+def test_where_transformers_knows_the_type_own_code_is_refused_all_the_same(own: Path) -> None:
     edit_json(own / "config.json", model_type="llama", auto_map={"AutoModelForCausalLM": "modeling_tiny.TinyLlama"})
-    text = (own / "modeling_tiny.py").read_text().replace("    config_class = TinyConfig", "    pass")
+    text = (own / "modeling_tiny.py").read_text().replace("    config_class = TinyConfig", "    ...")
     (own / "modeling_tiny.py").write_text(text.replace("class TinyForCausalLM", "class TinyLlama"))
     with pytest.raises(TeacherError, match="for transformers' own llama instead, take auto_map out of its configs"):
         describe_teacher(own)
