@@ -62,7 +62,7 @@ class Fingerprint(Record):
     """What a cache was made of, each part a digest or a short setting; equal fingerprints mean equal rows."""
 
     teacher: str
-    """sha256 of the teacher's config and its weight files' names, sizes and xxh3-128."""
+    """sha256 of the teacher's config and its weight files' names, sizes and xxh3-128, and of its own code if it ran."""
     tokenizer: str
     """sha256 of the tokenizer's definition."""
     template: str

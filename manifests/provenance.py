@@ -5,6 +5,8 @@ Cost: a model is read once at the speed of its disk (xxh3-128, 25 GB/s a core).
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import xxhash
@@ -14,6 +16,8 @@ from kdpipe.manifests.durable import canonical
 PIECE = 1 << 24
 # What a config says of itself that does not change what the model computes.
 COSMETIC = {"_name_or_path", "transformers_version", "use_cache"}
+SHORTEST_DIGEST = 12
+"""Characters that a digest may be cut to where a person gives it."""
 
 
 def digest_file(path: Path) -> str:
@@ -35,8 +39,20 @@ def num_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-def digest_model(folder: Path) -> str:
-    """sha256 over a model folder's config and its safetensors files (name, size, xxh3-128)."""
+def digest_code(files: Mapping[str, bytes]) -> str:
+    """sha256 over source files, in the order of their names: each name, a zero byte, the sha256 of its bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(os.fsencode(name) + b"\0" + hashlib.sha256(files[name]).digest())
+    return digest.hexdigest()
+
+
+def digest_model(folder: Path, code: str = "") -> str:
+    """sha256 over a model folder's config and its safetensors files (name, size, xxh3-128).
+
+    code: digest of the folder's own code, where that is run; without any the digest is what it was before there was one
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = [(path.name, path.stat().st_size, digest_file(path)) for path in sorted(folder.glob("*.safetensors"))]
-    return digest_json({"config": {key: config[key] for key in sorted(config.keys() - COSMETIC)}, "weights": weights})
+    made_of = {"config": {key: config[key] for key in sorted(config.keys() - COSMETIC)}, "weights": weights}
+    return digest_json(made_of | ({"code": code} if code else {}))

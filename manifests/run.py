@@ -34,7 +34,7 @@ class RunInputs(Record):
     """Everything a run's result depends on."""
 
     student: str
-    """sha256 over the student's weight files and config."""
+    """sha256 over the student's weight files and config, and its own code if it ran."""
     caches: tuple[str, ...]
     """Fingerprint of every cache trained on."""
     heldout_fraction: float

@@ -4,12 +4,14 @@ import grp
 import json
 import math
 import os
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from kdpipe.manifests.provenance import SHORTEST_DIGEST
 from kdpipe.manifests.specs import DataSpec, RunSpec, load
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -80,6 +82,23 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"'{value}' is not a number", param, ctx)
         return number
+
+
+class CodeDigest(click.ParamType):
+    """The sha256 of a model's own code in hexadecimal, or the start of it."""
+
+    name = "DIGEST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value).lower()
+        if not (SHORTEST_DIGEST <= len(text) <= 64 and set(text) <= set(string.hexdigits)):
+            self.fail(
+                f"'{value}' is not a digest of code: {SHORTEST_DIGEST} to 64 hexadecimal digits; without the option "
+                "the model's is told",
+                param,
+                ctx,
+            )
+        return text
 
 
 class NameValue(click.ParamType):
@@ -211,6 +230,16 @@ device_option = click.option(
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     help="Where models run; auto takes GPUs where there are any.",
+)
+
+
+trust_option = click.option(
+    "--trust-remote-code",
+    "trust",
+    type=CodeDigest(),
+    help="Run the Python code that the model's folder brings (auto_map in its configs), if its sha256 is this one, or "
+    "starts with it (12 digits or more). Without it such a model is refused and nothing of it runs; the message names "
+    "the files to read and their digest. Code of another repository is never fetched.",
 )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from kdpipe.manifests.errors import InputError, TeacherError
+from kdpipe.stages.own_code import from_pretrained
 
 # Where each family keeps the soft cap on its final logits.
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -44,12 +45,16 @@ def logit_formula(config: PretrainedConfig) -> LogitFormula:
     return LogitFormula(softcap=next((float(cap) for cap in caps if cap), None), scale=scale)
 
 
-def load_tokenizer(folder: Path, error: type[InputError]) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder; `error` where there is none that loads."""
+def load_tokenizer(folder: Path, error: type[InputError], trust: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model folder; `error` where there is none that loads.
+
+    trust: digest of the folder's own code that may run
+    """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise error("no tokenizer in this folder; copy tokenizer.json and tokenizer_config.json into it", where=folder)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, folder, trust, error)
+        return tokenizer
     except (ValueError, OSError, KeyError, ImportError) as err:
         raise error(f"its tokenizer does not load: {err}", where=folder) from None
 

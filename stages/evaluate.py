@@ -81,16 +81,18 @@ def evaluate_student(
     batch_tokens: int,
     progress: Progress,
     io: Io = "mmap",
+    trust: str | None = None,
 ) -> dict[str, float]:
     """Metrics of the student in a folder on the held-out rows of a cache.
 
     heldout_fraction: None takes the one the student was trained with, else the cache's.
     io: how the cache is read
+    trust: digest of the student's own code that may run, or its start; None where it brings none
     device, dtype: "auto" picks a GPU if there is one, and the dtype the student is stored in.
     Raises StudentError, CacheError, IncompleteError, CorruptError; ConfigError where no sample is held out.
     """
     rows = Rows([Cache.open(cache, io=io)])
-    check_student(student, rows.caches[0])
+    check_student(student, rows.caches[0], trust)
     record = read_run(student)
     if record is not None:
         trained = record.inputs.heldout_fraction
@@ -103,8 +105,8 @@ def evaluate_student(
     if not len(members):
         raise ConfigError("no sample of this cache is held out; give a larger --heldout-fraction", where=cache)
     place = pick_device(device)
-    precision = checkpoint_dtype(student) if dtype == "auto" else getattr(torch, dtype)
-    model = Student(load_student(student, precision, place))
+    precision = checkpoint_dtype(student, trust) if dtype == "auto" else getattr(torch, dtype)
+    model = Student(load_student(student, precision, place, trust))
     teacher = load_teacher_head(rows.caches[0], place)
     packer = Packer(rows, padded=model.padded, pin=place.type == "cuda")
     progress.begin("eval", total=int(rows.num_tokens[members].sum()), unit="tokens")

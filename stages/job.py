@@ -13,7 +13,7 @@ import torch
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import disk_error, fsync_folder
-from kdpipe.manifests.errors import ConfigError, SpaceError
+from kdpipe.manifests.errors import ConfigError, SpaceError, StudentError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_model, num_bytes
@@ -22,6 +22,7 @@ from kdpipe.manifests.specs import Io, RunSpec
 from kdpipe.stages.checkpoint import CHECKPOINTS, newest_record
 from kdpipe.stages.feed import Feed, Rows
 from kdpipe.stages.loss import find_divergence
+from kdpipe.stages.own_code import allowed_code
 from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device
 
 UNFINISHED = {"events.jsonl", "tmp", CHECKPOINTS}
@@ -39,6 +40,7 @@ class TrainJob:
     output: folder the trained student is written to
     device: "auto", "cpu" or "cuda"
     io: how the caches are read
+    trust: digest of the student's own code that may run, or its start; None where it brings none
     resume: "auto" goes on from the newest good checkpoint in output, "never" starts again, a path goes on from there
     group: number of the Unix group that may read the output
     """
@@ -49,6 +51,7 @@ class TrainJob:
     spec: RunSpec
     device: str = "auto"
     io: Io = "mmap"
+    trust: str | None = None
     resume: str = "auto"
     group: int | None = None
 
@@ -57,7 +60,7 @@ def check_job(job: TrainJob, nproc: int) -> None:
     """Raises every input error that can be found before a rank is started or a file written."""
     rows = open_rows(job)
     for cache in rows.caches:
-        check_student(job.student, cache)
+        check_student(job.student, cache, job.trust)
         _check_settings(job.spec, cache)
     find_divergence(job.spec.loss.divergence).resolve(job.spec.loss.options)
     training, _ = rows.split(heldout_fraction(job.spec))
@@ -105,7 +108,7 @@ def _check_output(job: TrainJob) -> None:
         there = there.parent
     student, free = num_bytes(job.student), shutil.disk_usage(there).free
     spec = job.spec.train
-    width = {torch.float32: 4}.get(checkpoint_dtype(job.student), 2)
+    width = {torch.float32: 4}.get(checkpoint_dtype(job.student, job.trust), 2)
     kept = (spec.keep + 1) * student // width * STATE_BYTES if spec.save_every else 0
     if student + kept > free:
         raise SpaceError(
@@ -170,7 +173,7 @@ def _check_settings(spec: RunSpec, cache: Cache) -> None:
 def run_inputs(job: TrainJob, rows: Rows) -> RunInputs:
     fraction = heldout_fraction(job.spec)
     return RunInputs(
-        student=digest_model(job.student),
+        student=digest_model(job.student, allowed_code(job.student, job.trust, StudentError).digest),
         caches=tuple(cache.plan.fingerprint.overall() for cache in rows.caches),
         heldout_fraction=rows.caches[0].plan.heldout_fraction if fraction is None else fraction,
         spec=job.spec,

@@ -18,7 +18,13 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError, StudentError
@@ -27,6 +33,7 @@ from kdpipe.stages.attention import use_packed_attention
 from kdpipe.stages.causal_lm import load_tokenizer, logit_formula, vocabulary_difference, vocabulary_digest
 from kdpipe.stages.feed import PackedBatch
 from kdpipe.stages.loss import Head, TokenMetrics, fused_distill_loss, token_metrics
+from kdpipe.stages.own_code import NO_CODE, OwnCode, from_pretrained
 
 PROBE_LENGTHS = (5, 11, 3)
 LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked")
@@ -69,9 +76,10 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def check_student(folder: Path, cache: Cache) -> PreTrainedTokenizerBase:
+def check_student(folder: Path, cache: Cache, trust: str | None = None) -> PreTrainedTokenizerBase:
     """Whether the student in `folder` can learn from the cache; its tokenizer.
 
+    trust: digest of the folder's own code that may run
     Raises StudentError for a folder without config or weights, a tokenizer that is not the cache's, a vocabulary too
     small for the cache's ids.
     """
@@ -80,7 +88,7 @@ def check_student(folder: Path, cache: Cache) -> PreTrainedTokenizerBase:
     if not any(folder.glob("*.safetensors")):
         raise StudentError("no weights here (*.safetensors)", where=folder)
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        config = from_pretrained(AutoConfig, folder, trust, StudentError)
     except (ValueError, OSError, KeyError) as err:
         raise StudentError(f"its config does not load: {err}", where=folder) from None
     size = config.get_text_config().vocab_size
@@ -90,10 +98,12 @@ def check_student(folder: Path, cache: Cache) -> PreTrainedTokenizerBase:
             "enlarge its embedding (resize_token_embeddings) or pick a student of the teacher's family",
             where=folder,
         )
-    tokenizer = load_tokenizer(folder, StudentError)
+    tokenizer = load_tokenizer(folder, StudentError, trust)
     if vocabulary_digest(tokenizer) == cache.plan.vocabulary_digest:
         return tokenizer
-    if difference := vocabulary_difference(tokenizer, load_tokenizer(cache.teacher_folder, StudentError)):
+    # Its vocabulary alone, for which a teacher's own code is not needed.
+    teacher = PreTrainedTokenizerFast(tokenizer_file=str(cache.teacher_folder / "tokenizer.json"))
+    if difference := vocabulary_difference(tokenizer, teacher):
         raise StudentError(
             f"its tokenizer is not that of {cache.path}: {difference}; a student must use the teacher's tokenizer",
             where=folder,
@@ -101,12 +111,10 @@ def check_student(folder: Path, cache: Cache) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_student(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_student(folder: Path, dtype: torch.dtype, device: torch.device, trust: str | None = None) -> PreTrainedModel:
     """The model with its weights in `dtype` on `device`."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
+        model: PreTrainedModel = from_pretrained(AutoModelForCausalLM, folder, trust, StudentError, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
         raise StudentError(f"it does not load: {err}", where=folder) from None
     if model.get_output_embeddings() is None:
@@ -115,9 +123,9 @@ def load_student(folder: Path, dtype: torch.dtype, device: torch.device) -> PreT
     return model.to(device)
 
 
-def checkpoint_dtype(folder: Path) -> torch.dtype:
+def checkpoint_dtype(folder: Path, trust: str | None = None) -> torch.dtype:
     """The dtype the student's own weights are stored in; float32 where its config does not say."""
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    config = from_pretrained(AutoConfig, folder, trust, StudentError)
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
@@ -272,9 +280,18 @@ def reduce_gradients(student: Student, wanted: bool) -> None:
 
 
 def export(
-    student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, *, rank: int
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    rank: int,
+    code: OwnCode = NO_CODE,
 ) -> None:
-    """Write the student as from_pretrained loads it, weights in `dtype`. Every rank calls it; rank 0 writes."""
+    """Write the student as from_pretrained loads it, weights in `dtype`. Every rank calls it; rank 0 writes.
+
+    code: the student's own, which goes with it: the digest that allows it is the same as before
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(student, options=options)
     if rank == 0:
@@ -293,3 +310,4 @@ def export(
         model.config.dtype = dtype
         model.config.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
+        code.write(folder)

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.durable import canonical, disk_error, fsync_tree, make_folder, usual_modes, write_once
-from kdpipe.manifests.errors import CheckFailed, ConfigError, SpaceError, TemporaryError
+from kdpipe.manifests.errors import CheckFailed, ConfigError, SpaceError, StudentError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.run import ELASTIC, RUN_FILE, CheckpointRecord, RunRecord
@@ -35,6 +35,7 @@ from kdpipe.stages.checkpoint import Checkpoints
 from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.feed import Feed, Packer, Rows
 from kdpipe.stages.job import TrainJob, finished, heldout_fraction, move_in, open_rows, run_inputs
+from kdpipe.stages.own_code import allowed_code
 from kdpipe.stages.schedule import learning_rate
 from kdpipe.stages.student import (
     LOSS_SUMS,
@@ -126,9 +127,12 @@ class Run:
         spec = job.spec.train
         torch.manual_seed(spec.seed)
         self.job, self.rows, self.device, self.rank, self.world_size = job, rows, device, rank, world_size
-        self.tokenizer: PreTrainedTokenizerBase = check_student(job.student, rows.caches[0])
+        self.tokenizer: PreTrainedTokenizerBase = check_student(job.student, rows.caches[0], job.trust)
+        # As they are now: what is exported is what was trained, whatever becomes of the folder meanwhile.
+        self.code = allowed_code(job.student, job.trust, StudentError)
+        self.stored_dtype = checkpoint_dtype(job.student, job.trust)
         self.teacher: TeacherHead = load_teacher_head(rows.caches[0], device)
-        model = load_student(job.student, torch.float32, device)
+        model = load_student(job.student, torch.float32, device, job.trust)
         if spec.grad_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student = Student(model).train()
@@ -343,13 +347,13 @@ class Run:
 
     def save(self, metrics: dict[str, float]) -> RunRecord:
         """Export the student, then write the record that says it is finished. Collective; rank 0 writes."""
-        output, dtype = self.job.output, checkpoint_dtype(self.job.student)
+        output = self.job.output
         scratch = output / "tmp"
         if self.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         try:
-            export(self.student, self.tokenizer, scratch, dtype, rank=self.rank)
+            export(self.student, self.tokenizer, scratch, self.stored_dtype, rank=self.rank, code=self.code)
         except (OSError, SafetensorError) as err:
             raise SpaceError(f"the student could not be written: {err}", where=output) from err
         record = RunRecord(

@@ -3,6 +3,7 @@
 Weights are drawn wide enough that logits are as peaked as a trained model's: a wrong row, scale or cap shows.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,29 @@ CORPUS = [
     "<user> What is a row? The last hidden state after the final norm, and nothing else.",
 ]
 
+# A model that transformers does not know: Llama under another name. Importing it adds a line to a file.
+OWN_CONFIGURATION = """from transformers import LlamaConfig
+
+
+class TinyConfig(LlamaConfig):
+    model_type = "tiny"
+"""
+OWN_MODELING = """from transformers import LlamaForCausalLM, LlamaModel
+
+from .configuration_tiny import TinyConfig
+
+with open({marker!r}, "a") as file:
+    file.write(__name__ + "\\n")
+
+
+class TinyModel(LlamaModel):
+    config_class = TinyConfig
+
+
+class TinyForCausalLM(LlamaForCausalLM):
+    config_class = TinyConfig
+"""
+
 
 def make_model(
     kind: str,
@@ -69,6 +93,22 @@ def make_model(
     if head.bias is not None:
         torch.nn.init.normal_(head.bias)  # transformers starts biases at zero, where a lost one would not show
     model.save_pretrained(folder)
+    return folder
+
+
+def make_own(folder: Path, marker: Path) -> Path:
+    """A llama folder becomes that of a model with code of its own, whose import adds a line to `marker`."""
+    (folder / "configuration_tiny.py").write_text(OWN_CONFIGURATION)
+    (folder / "modeling_tiny.py").write_text(OWN_MODELING.format(marker=str(marker)))
+    (folder / "convert_tiny.py").write_text("# Nothing imports it.\n")
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {
+        "AutoConfig": "configuration_tiny.TinyConfig",
+        "AutoModel": "modeling_tiny.TinyModel",  # SGLang asks for it
+        "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM",
+    }
+    config |= {"model_type": "tiny", "architectures": ["TinyForCausalLM"], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

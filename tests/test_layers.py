@@ -22,6 +22,8 @@ STAGES_EDGES = {
     ("teacher", "causal_lm"), ("extract", "causal_lm"), ("extract", "prepare"),
     ("evaluate", "feed"), ("evaluate", "loss"), ("evaluate", "student"),
     ("extract", "teacher"),
+    ("causal_lm", "own_code"), ("teacher", "own_code"), ("extract", "own_code"),
+    ("student", "own_code"), ("job", "own_code"), ("train", "own_code"),
     ("rollout", "student"), ("rollout", "teacher"),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from kdpipe.pipeline.options import (
     json_option,
     run_options,
     run_spec,
+    trust_option,
 )
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
@@ -27,6 +28,7 @@ from kdpipe.pipeline.progress import EventLog, watch
     type=Finite(0, 1),
     help="Share of the samples to measure on, chosen by content.  [default: the student's, else the cache's]",
 )
+@trust_option
 @io_option
 @device_option
 @click.option(
@@ -46,6 +48,7 @@ def command(
     student: Path,
     cache: Path,
     heldout_fraction: float | None,
+    trust: str | None,
     io: Io,
     device: DeviceChoice,
     dtype: DtypeChoice,
@@ -77,5 +80,6 @@ def command(
             batch_tokens=batch_tokens or run.train.batch_tokens,
             progress=progress,
             io=io,
+            trust=trust,
         )
     show(metrics, as_json=as_json)

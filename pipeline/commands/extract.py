@@ -19,6 +19,7 @@ from kdpipe.pipeline.options import (
     json_option,
     run_options,
     run_spec,
+    trust_option,
 )
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
@@ -31,6 +32,7 @@ from kdpipe.stages.teacher.engine import EngineOptions
 @engine_options
 @click.option("--codec", type=click.Choice(["raw"]), default="raw", help="How rows are stored: raw is as they come.")
 @device_option
+@trust_option
 @click.option(
     "--part", type=Part(), help="This writer's share of the shards: 1/4 to 4/4 for four writers of one cache."
 )
@@ -71,6 +73,7 @@ def command(
     engine_timeout: float,
     codec: Codec,
     device: DeviceChoice,
+    trust: str | None,
     part: tuple[int, int] | None,
     grow: bool,
     seed: int,
@@ -120,6 +123,7 @@ def command(
             mem_fraction=mem_fraction,
             deterministic=deterministic,
             timeout_s=engine_timeout,
+            trust=trust,
             arguments=engine_args,
         ),
     )

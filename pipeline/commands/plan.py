@@ -8,9 +8,10 @@ import click
 
 from kdpipe.manifests.specs import DtypeChoice, RowsChoice, RunSpec
 from kdpipe.pipeline.forecast import break_even_students, compare, count_parameters, free_bytes
-from kdpipe.pipeline.options import PATH, ManyCommand, data_options, json_option, run_options, run_spec
+from kdpipe.pipeline.options import PATH, ManyCommand, data_options, json_option, run_options, run_spec, trust_option
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
+from kdpipe.stages.teacher.engine import EngineOptions
 
 if TYPE_CHECKING:
     from kdpipe.stages.extract import Forecast
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 @click.command("plan", cls=ManyCommand)
 @data_options
 @click.option("--cache", type=PATH, metavar="FOLDER", help="Where the cache would lie, for its disk.  [default: here]")
+@trust_option
 @click.option("--student", type=PATH, metavar="FOLDER", help="A student, to compare the cost with and without a cache.")
 @run_options
 @json_option
@@ -32,6 +34,7 @@ def command(
     rows: RowsChoice,
     dtype: DtypeChoice,
     cache: Path | None,
+    trust: str | None,
     student: Path | None,
     config: Path | None,
     sets: tuple[str, ...],
@@ -69,6 +72,7 @@ def command(
         seed=0,
         device="auto",
         batch_tokens=None,
+        options=EngineOptions(trust=trust),
     )
     with results_only(), watch("plan", EventLog(None)) as progress:
         found = forecast(spec, progress)

@@ -18,6 +18,7 @@ from kdpipe.pipeline.options import (
     json_option,
     run_options,
     run_spec,
+    trust_option,
 )
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     type=click.Choice(list(PRESETS)),
     help="Start from another project's loss at its defaults, as loss.preset; docs/losses.md says what each is.",
 )
+@trust_option
 @io_option
 @device_option
 @group_option
@@ -65,6 +67,7 @@ def command(
     nproc: int | None,
     resume: str,
     loss_preset: str | None,
+    trust: str | None,
     io: Io,
     device: str,
     group: int | None,
@@ -95,7 +98,15 @@ def command(
     elif device == "cuda" and nproc > gpus:
         raise ConfigError(f"{nproc} processes, one a GPU, but there are {gpus} GPUs", where="--nproc")
     job = TrainJob(
-        student=student, caches=caches, output=output, spec=run, device=device, io=io, resume=resume, group=group
+        student=student,
+        caches=caches,
+        output=output,
+        spec=run,
+        device=device,
+        io=io,
+        trust=trust,
+        resume=resume,
+        group=group,
     )
     with results_only():
         check_job(job, nproc)

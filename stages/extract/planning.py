@@ -48,6 +48,7 @@ from kdpipe.manifests.sample import Incident, Sample, is_heldout, row_positions
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
 from kdpipe.stages.causal_lm import load_tokenizer, real_vocab_size, vocabulary_digest
+from kdpipe.stages.own_code import allowed_code
 from kdpipe.stages.prepare import prepare
 from kdpipe.stages.teacher import ENGINES, pick_engine
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
@@ -119,8 +120,8 @@ class Forecast:
 
 def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     """Read the data as extract would and say what comes of it. Writes nothing, loads no weights."""
-    info = describe_teacher(spec.teacher, spec.dtype)
-    tokenizer = load_tokenizer(spec.teacher, TeacherError)
+    info = describe_teacher(spec.teacher, spec.dtype, spec.options.trust)
+    tokenizer = load_tokenizer(spec.teacher, TeacherError, spec.options.trust)
     incidents: Counter[str] = Counter()
     num_samples = num_tokens = num_rows = num_heldout = 0
     for sample in _samples(spec, info, tokenizer, lambda incident: incidents.update([incident.kind]), progress):
@@ -204,9 +205,9 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
 
     Raises the errors of teacher, tokenizer and data; CacheError for a folder that is another cache or none; SpaceError.
     """
-    info = describe_teacher(spec.teacher, spec.dtype)
+    info = describe_teacher(spec.teacher, spec.dtype, spec.options.trust)
     engine = _engine_record(spec, info, progress)
-    tokenizer = load_tokenizer(spec.teacher, TeacherError)
+    tokenizer = load_tokenizer(spec.teacher, TeacherError, spec.options.trust)
     if cache.exists() and not (cache / PLAN_FILE).exists() and (not cache.is_dir() or any(cache.iterdir())):
         raise CacheError("it exists and is not a cache; choose another name or remove it", where=cache)
     parent = cache.absolute().parent
@@ -346,7 +347,7 @@ def _plan_without_samples(
     head = head_record(info, real_vocab_size(spec.teacher, tokenizer, info.head_rows))
     return Plan(
         fingerprint=Fingerprint(
-            teacher=digest_model(spec.teacher),
+            teacher=digest_model(spec.teacher, allowed_code(spec.teacher, spec.options.trust, TeacherError).digest),
             tokenizer=digest_json(json.loads(tokenizer.backend_tokenizer.to_str())),
             template=digest_json(tokenizer.chat_template),
             data="",

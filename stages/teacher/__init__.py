@@ -40,7 +40,7 @@ def _transformers_version() -> str:
 
 
 def _transformers_determinism(device: Device, options: EngineOptions) -> Determinism:
-    if options != EngineOptions(timeout_s=options.timeout_s):
+    if options != EngineOptions(timeout_s=options.timeout_s, trust=options.trust):
         raise ConfigError(
             "the transformers engine runs one copy of the teacher on one device as its checkpoint is; "
             "parallelism, quantization and engine arguments are for --engine sglang",
@@ -52,7 +52,7 @@ def _transformers_determinism(device: Device, options: EngineOptions) -> Determi
 def _open_transformers(path: Path, dtype: Dtype, device: Device, options: EngineOptions) -> TeacherEngine:
     from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
-    return TransformersEngine(path, dtype=dtype, device=device)
+    return TransformersEngine(path, dtype=dtype, device=device, trust=options.trust)
 
 
 def _sglang_version() -> str:

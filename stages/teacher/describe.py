@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.specs import Dtype, DtypeChoice
 from kdpipe.stages.causal_lm import logit_formula
+from kdpipe.stages.own_code import blaming_own_code, from_pretrained
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -55,14 +56,15 @@ class TeacherInfo:
         return self.bias_key is not None
 
 
-def describe_teacher(path: Path, dtype: DtypeChoice = "auto") -> TeacherInfo:
+def describe_teacher(path: Path, dtype: DtypeChoice = "auto", trust: str | None = None) -> TeacherInfo:
     """What the teacher at `path` is. "auto" is the config's dtype, else that of the head in the files.
 
+    trust: digest of the folder's own code that may run
     Raises TeacherError for a folder, a config or weight files that cannot be a teacher.
     """
-    config = _config(path)
+    config = _config(path, trust)
     files = checkpoint_files(path)
-    model = _meta_model(path, config)
+    model = _meta_model(path, config, trust)
     head = model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), torch.nn.Parameter):
         raise TeacherError(f"{type(model).__name__} has no lm_head with a weight; not a causal LM", where=path)
@@ -108,16 +110,18 @@ def checkpoint_files(path: Path) -> dict[str, Path]:
     raise TeacherError(f"no weights: neither {WEIGHTS} nor {INDEX}", where=path)
 
 
-def _config(path: Path) -> Any:
-    """The config of a causal LM that transformers knows without code from the folder."""
+def _config(path: Path, trust: str | None) -> Any:
+    """The config of a causal LM: one that transformers knows, or that the folder's own code makes."""
     if not path.is_dir():
         raise TeacherError("there is no such folder", where=path)
     if not (path / "config.json").is_file():
         raise TeacherError("no config.json in the folder; a teacher is a folder that save_pretrained wrote", where=path)
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = from_pretrained(AutoConfig, path, trust, TeacherError)
     except (OSError, ValueError, KeyError, StrictDataclassError) as err:
         raise TeacherError(f"config.json cannot be used: {err}", where=path) from None
+    if trust is not None and AutoModelForCausalLM.__name__ in (getattr(config, "auto_map", None) or {}):
+        return config
     mapping = AutoModelForCausalLM._model_mapping
     names = tuple(config.architectures or ())
     known = type(config) in mapping
@@ -131,10 +135,11 @@ def _is_causal(names: tuple[str, ...], mapped: str) -> bool:
     return mapped in names or names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
-def _meta_model(path: Path, config: Any) -> Any:
+def _meta_model(path: Path, config: Any, trust: str | None) -> Any:
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with blaming_own_code(path, trust, TeacherError), torch.device("meta"):
+            # With own code, config.name_or_path is the private copy that the config came from.
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust is not None)
     except (ValueError, ImportError, AttributeError, RuntimeError) as err:
         raise TeacherError(f"transformers cannot build the model of config.json: {err}", where=path) from None
 

@@ -95,6 +95,7 @@ class EngineOptions:
     mem_fraction: share of each GPU's memory for weights and KV cache; None lets the engine choose
     deterministic: ask for rows that do not depend on what else is in the engine, where its backend has such a mode
     timeout_s: longest silence, with requests in flight, before the engine is given up
+    trust: digest of the teacher's own code that may run, or its start; None where it brings none
     arguments: further arguments of the engine by its own names, as text: ("kv_cache_dtype", "fp8_e5m2")
     """
 
@@ -106,10 +107,14 @@ class EngineOptions:
     mem_fraction: float | None = None
     deterministic: bool = False
     timeout_s: float = 600.0
+    trust: str | None = None
     arguments: tuple[tuple[str, str], ...] = ()
 
     def identity(self) -> dict[str, str]:
-        """The part that decides what the rows are, beyond rounding; recorded in the plan."""
+        """The part that decides what the rows are, beyond rounding; recorded in the plan.
+
+        The teacher's own code is part of the teacher there.
+        """
         named = {"quantization": self.quantization, "deterministic": "true" if self.deterministic else None}
         return dict(self.arguments) | {name: value for name, value in named.items() if value is not None}
 

@@ -23,6 +23,7 @@ SPARE_POSITIONS = 16
 OURS = {
     "model_path", "device", "dtype", "tp_size", "dp_size", "pp_size", "ep_size", "quantization", "mem_fraction_static",
     "enable_deterministic_inference", "disable_radix_cache", "skip_tokenizer_init", "enable_return_hidden_states",
+    "trust_remote_code",
 }  # fmt: skip
 """Arguments that this file decides; each has an option of its own, or rows would be wrong with another value."""
 
@@ -45,7 +46,7 @@ def check_options(options: EngineOptions, device: Device) -> None:
 
 
 def server_arguments(path: Path, info: TeacherInfo, device: Device, options: EngineOptions) -> dict[str, Any]:
-    """SGLang's ServerArgs, pure."""
+    """SGLang's ServerArgs, pure. `path` must hold the very code that options.trust allows, where it allows any."""
     check_options(options, device)
     given = {name: parsed(value) for name, value in options.arguments}
     arguments: dict[str, Any] = {
@@ -64,6 +65,7 @@ def server_arguments(path: Path, info: TeacherInfo, device: Device, options: Eng
         "enable_return_hidden_states": True,
         "log_level": "warning",
         "random_seed": 0,
+        "trust_remote_code": True if options.trust else None,
     }
     if device == "cpu":
         arguments |= {
@@ -96,6 +98,7 @@ def host_environment(folder: Path, device: Device, options: EngineOptions) -> di
         "TMPDIR": str(folder),  # sockets that SGLang leaves behind go with it; what torch compiled stays
         "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         or str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"),
+        "HF_MODULES_CACHE": str(folder / "modules"),  # a model's own code runs from here, and from nowhere else
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
     }
     if device == "cpu":

@@ -31,6 +31,7 @@ import torch
 from kdpipe.manifests.errors import ConfigError, EngineError, GateError, KdpipeError, TeacherError
 from kdpipe.manifests.plan import SHARD_TOKENS
 from kdpipe.manifests.specs import Device, Dtype
+from kdpipe.stages.own_code import allowed_code, place_of
 from kdpipe.stages.teacher.canary import compare_rows
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Canary, EngineOptions, Request
@@ -84,7 +85,10 @@ class SglangEngine:
         self.version = library_version()
         self._path, self._dtype, self._device = path, dtype, device
         self._options = options or EngineOptions()
-        self._arguments = server_arguments(path, describe_teacher(path, dtype), device, self._options)
+        trust = self._options.trust
+        self._info = describe_teacher(path, dtype, trust)
+        loaded = place_of(path, allowed_code(path, trust, TeacherError))
+        self._arguments = server_arguments(loaded, self._info, device, self._options)
         self._session: Session | None = None
         self._link: Connection | None = None
         self._folder: Path | None = None
@@ -253,9 +257,9 @@ class SglangEngine:
             device: Device = "cpu"  # it did not fit on one GPU
         else:
             device = self._device
-        if not has_room(describe_teacher(self._path, self._dtype), device):
+        if not has_room(self._info, device):
             return float("nan"), None
-        engine = TransformersEngine(self._path, dtype=self._dtype, device=device)
+        engine = TransformersEngine(self._path, dtype=self._dtype, device=device, trust=self._options.trust)
         try:
             error = engine.canary(head, samples).logit_error
             return error, [engine.rows_and_logits(token_ids)[0].cpu() for token_ids in samples]

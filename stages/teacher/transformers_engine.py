@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
+from kdpipe.stages.own_code import from_pretrained
 from kdpipe.stages.teacher.canary import check_head
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Canary, Request
@@ -103,9 +104,11 @@ class TransformersEngine:
         dtype: DtypeChoice = "auto",
         device: DeviceChoice = "auto",
         chunk_tokens: int = 8192,
+        trust: str | None = None,
     ) -> None:
         """Load the teacher at `path`; inputs longer than `chunk_tokens` run in chunks through the KV cache.
 
+        trust: digest of the folder's own code that may run
         Raises TeacherError for a folder that cannot be loaded whole, or cuda asked for where there is none.
         """
         if device == "cuda" and not torch.cuda.is_available():
@@ -115,10 +118,10 @@ class TransformersEngine:
         self.version = library_version()
         self._path = path
         self._device = torch.device(device)
-        self._dtype = TORCH_DTYPES[describe_teacher(path, "auto").dtype if dtype == "auto" else dtype]
+        self._dtype = TORCH_DTYPES[describe_teacher(path, "auto", trust).dtype if dtype == "auto" else dtype]
         self._chunk_tokens = chunk_tokens
         self._chunks_agree: bool | None = None
-        self._open(_load(path, self._dtype).to(self._device))
+        self._open(_load(path, self._dtype, trust).to(self._device))
 
     def run(self, batches: Iterable[Sequence[Request]]) -> Iterator[Ack]:
         """Run the batches in order; see TeacherEngine.run. On CUDA a batch lands while the next one runs."""
@@ -328,11 +331,11 @@ def _land(flight: _Flight) -> Iterator[Ack]:
         yield Ack(sample=request.sample, num_rows=num_rows, checksum=digest, probe_logprobs=logprobs)
 
 
-def _load(path: Path, dtype: torch.dtype) -> Any:
+def _load(path: Path, dtype: torch.dtype, trust: str | None) -> Any:
     """The whole model in eval mode; transformers fills absent weights with noise, here they are an error."""
     try:
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        model, loading = from_pretrained(
+            transformers.AutoModelForCausalLM, path, trust, TeacherError, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as err:
         raise TeacherError(f"transformers cannot load it: {err}", where=path) from None

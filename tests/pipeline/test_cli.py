@@ -79,6 +79,7 @@ def test_every_command_teaches_its_use() -> None:
 # What it refuses
 
 DATA = ("--teacher", "t", "--data", "d")
+RUN = ("--student", "s", "--cache", "c", "--output", "o")
 REFUSED = {
     "a misspelt command": (["extrct"], "did you mean 'extract'"),
     "a misspelt option": (["extract", *DATA, "--cach", "c"], "--cache"),
@@ -96,6 +97,8 @@ REFUSED = {
     "a bound that is none": (["extract", *DATA, "--cache", "c", "--engine-timeout", "nan"], "'nan' is not a number"),
     "a tolerance that is none": (["cache", "compare", "c", "d", "--tolerance", "inf"], "'inf' is not a number"),
     "an engine's argument that is none": (["extract", *DATA, "--cache", "c", "--engine-arg", "x"], "not NAME=VALUE"),
+    "a digest that is too short": (["train", *RUN, "--trust-remote-code", "abc123"], "12 to 64 hexadecimal digits"),
+    "a digest that is none": (["extract", *DATA, "--cache", "c", "--trust-remote-code", "yes" * 5], "'yesyesyes"),
     "an unknown preset": (["train", "--student", "s", "--cache", "c", "--output", "o", "--loss-preset", "tlr"], "trl"),
     "a preset's key that is none": (["eval", "--student", "s", "--cache", "c", "--set", "loss.preset=x"], "kdflow"),
     "an argument too many": (["cache", "info", "c", "d"], "unexpected extra argument"),
@@ -312,6 +315,15 @@ def test_one_process_trains_in_this_one(main: Main, stages: list) -> None:
     (_, nproc), (job, progress) = stages
     assert (nproc, job.caches, job.spec.train.lr) == (1, (Path("c1"), Path("c2")), 0.5)
     assert (job.device, progress) == ("cpu", "ConsoleProgress")
+
+
+def test_the_digest_of_own_code_reaches_every_stage_that_loads_it(main: Main, stages: list, cache: Path) -> None:
+    flag = ("--trust-remote-code", "ABCDEF012345")
+    for line in (("plan", *DATA), ("extract", *DATA, "--cache", cache), TRAIN, ("eval", *RUN[:4])):
+        assert main(*line, *flag)[0] == 0
+    (planned,), (extracted, *_), _, (job, _), (*_, evaluated) = stages
+    told = (planned.options.trust, extracted.options.trust, job.trust, evaluated["trust"])
+    assert told == ("abcdef012345",) * 4
 
 
 def test_a_loss_preset_is_where_the_loss_starts(main: Main, stages: list) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 from tests.conftest import Bench
-from tests.models import make_model
+from tests.models import make_model, make_own, make_tokenizer
 from tests.stages.teacher.make_requests import NUMPY_DTYPES, WIDTH, make_request, pass_the_gate
 
 from kdpipe.manifests.errors import ConfigError, EngineError, KdpipeError, TeacherError
@@ -23,6 +24,7 @@ from kdpipe.manifests.specs import DataSpec, Dtype
 from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.extract.planning import Staged, staged
 from kdpipe.stages.extract.shards import fill, missing_shards
+from kdpipe.stages.own_code import code_digest
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
 from kdpipe.stages.teacher.head import read_head
@@ -172,7 +174,7 @@ def fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def spec_of(bench: Bench, **options: float) -> ExtractSpec:
+def spec_of(bench: Bench, **options: float | str) -> ExtractSpec:
     return ExtractSpec(
         teacher=bench.teacher,
         data=(bench.data,),
@@ -213,6 +215,13 @@ def test_what_the_engine_gets_wrong_is_caught_before_a_shard_is_committed(
         assert commit_path(tmp_path / "swap", 0).exists()
     finally:
         engine.close()
+
+
+def test_a_teachers_own_code_runs_in_sglang_with_its_digest(bench: Bench, tmp_path: Path) -> None:
+    teacher = make_own(make_tokenizer(make_model("llama", tmp_path / "own", vocab_size=304)), tmp_path / "ran")
+    spec = replace(spec_of(bench, timeout_s=120, trust=code_digest(teacher)), teacher=teacher)
+    assert extract(spec, tmp_path / "cache", Silent()).plan.head.architecture == "TinyForCausalLM"
+    assert len((tmp_path / "ran").read_text().splitlines()) > 1, "here for the canary, and in SGLang"
 
 
 def test_a_sink_that_did_not_load_stops_the_run_before_anything_is_written(
