@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache, write_head
@@ -30,7 +29,6 @@ from kdpipe.manifests.plan import (
     PLAN_FILE,
     SAMPLES_FILE,
     SHARD_TOKENS,
-    Ancestor,
     EngineRecord,
     Fingerprint,
     Plan,
@@ -38,7 +36,6 @@ from kdpipe.manifests.plan import (
     SamplesWriter,
     Settings,
     ShardPlan,
-    identity,
     plan_folder,
     read_plan,
 )
@@ -48,6 +45,7 @@ from kdpipe.manifests.sample import Incident, Sample, is_heldout, row_positions
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
 from kdpipe.stages.causal_lm import load_tokenizer, real_vocab_size, vocabulary_digest
+from kdpipe.stages.extract.present import Present
 from kdpipe.stages.own_code import allowed_code
 from kdpipe.stages.prepare import prepare
 from kdpipe.stages.teacher import ENGINES, pick_engine
@@ -373,58 +371,6 @@ def _plan_without_samples(
         shards=(),
         grown_from=(),
     )
-
-
-class Present:
-    """What a cache holds before an extraction: its samples are left out, each as often as it is there.
-
-    Cost: about 100 bytes of memory a sample; every token id is read twice. Raises CorruptError where they are damaged.
-    """
-
-    def __init__(self, cache: Path) -> None:
-        self.plan = read_plan(cache)
-        self.samples = Samples(cache, self.plan)
-        self.samples.verify()
-        self._left = Counter(xxhash.xxh3_128_digest(each) for each in self.samples.identities())
-        self.num_found = 0
-        self._asked = hashlib.sha256()
-
-    def take(self, sample: Sample) -> bool:
-        """Whether the cache holds the sample, one more time than it was asked for before."""
-        bits = identity(sample.content_id, sample.token_ids, sample.supervised)
-        self._asked.update(bits)
-        key = xxhash.xxh3_128_digest(bits)
-        found = self._left[key] > 0
-        if found:
-            self._left[key] -= 1
-            self.num_found += 1
-        return found
-
-    def ancestors(self) -> tuple[Ancestor, ...]:
-        """What a plan that follows says it grew from."""
-        plan = self.plan
-        last = Ancestor(plan=plan.digest, samples_digest=plan.samples_digest, num_shards=len(plan.shards))
-        return (*plan.grown_from, last)
-
-    def require_all(self, cache: Path) -> None:
-        """The data must have all that the cache holds, or be all that it held before it grew. Raises CacheError."""
-        missing = self.plan.num_samples - self.num_found
-        earlier = (read_plan(cache, generation) for generation in range(self.plan.generation))
-        if missing and self._asked.hexdigest() not in {plan.fingerprint.data for plan in earlier}:
-            raise CacheError(
-                f"its fingerprint.data is {self.plan.fingerprint.data[:12]}: {missing} of its {self.plan.num_samples} "
-                "samples are not in this data; name all its data and the new, or add this to it with --grow, or choose "
-                "another --cache",
-                where=cache,
-            )
-
-    def report(self, plan: Plan, progress: Progress) -> None:
-        """Say what the data adds to the cache."""
-        if added := plan.num_samples - self.plan.num_samples:
-            shards = len(plan.shards) - len(self.plan.shards)
-            progress.note(
-                f"the cache grows: {added} new samples in {shards} new shards, {self.num_found} of the data's are there"
-            )
 
 
 def _engine_record(spec: ExtractSpec, info: TeacherInfo, progress: Progress) -> EngineRecord:
