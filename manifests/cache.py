@@ -8,6 +8,7 @@ Cost: one open mapping a shard, kept for the life of the object. Format: FORMAT.
 
 # Shapes: N samples, n tokens and R rows of one sample, E teacher width, V rows of the teacher's head.
 
+import contextlib
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import xxhash
 from kdpipe.manifests.access import open_bytes
 from kdpipe.manifests.durable import open_regular, write_once
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
-from kdpipe.manifests.plan import Plan, Samples, read_plan
+from kdpipe.manifests.plan import GROWN, Plan, Samples, read_plan
 from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
 from kdpipe.manifests.shard import Shard, commit_path, read_commit
 from kdpipe.manifests.specs import Io
@@ -54,11 +55,23 @@ class Cache:
         io: "mmap" maps its files, "pread" reads them, for network file systems
         Raises CacheError where there is none, LayoutError where it is not readable.
         """
+        last = max(_commit_numbers(Path(path)), default=-1)  # before the plan: a growing cache's plan comes first
         plan = read_plan(Path(path))
+        if last >= len(plan.shards):
+            raise LayoutError(
+                f"shard {last} is committed, its plans have {len(plan.shards)} shards: a folder of {GROWN}/ is lost; "
+                "put it back from a copy, or extract everything into another cache",
+                where=path,
+            )
         if fingerprint is not None and plan.fingerprint.overall() != fingerprint:
             earlier = (read_plan(Path(path), generation) for generation in reversed(range(plan.generation)))
             plan = next((each for each in earlier if each.fingerprint.overall() == fingerprint), plan)
         return cls(Path(path), plan, io)
+
+    def fingerprints(self) -> set[str]:
+        """Of all that is in it, and of what was before each time it grew."""
+        plans = [read_plan(self.path, generation) for generation in range(self.plan.generation)]
+        return {plan.fingerprint.overall() for plan in (*plans, self.plan)}
 
     def __len__(self) -> int:
         return self.plan.num_samples
@@ -194,6 +207,14 @@ class Cache:
             "num_heldout": int(self.heldout().sum()),
             "counts": plan.counts,
         }
+
+
+def _commit_numbers(cache: Path) -> list[int]:
+    """Numbers of the shards that have a commit record, whatever the plan says."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = (name.partition(".") for name in os.listdir(cache / "commits"))
+        return [int(stem) for stem, _, end in names if end == "json" and stem.isdecimal()]
+    return []
 
 
 def _select(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -13,10 +13,14 @@ import platform
 import time
 from pathlib import Path
 
+from kdpipe.manifests.durable import read_small
+from kdpipe.manifests.errors import LayoutError
 from kdpipe.manifests.shard import commit_path
 
 CLAIM_S = 600.0
 """Longest silence of a writer at work; a shard takes seconds to minutes."""
+
+MAX_CLAIM_BYTES = 1 << 12
 
 
 class Claims:
@@ -38,7 +42,10 @@ class Claims:
             return False
         self._mine.add(number)
         with contextlib.suppress(OSError):  # no room for advice: the work goes on
-            self.path(number).write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}))
+            # No link is followed and no pipe waited for: a claim is found in a folder that others may have filled.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+            with open(os.open(self.path(number), flags, 0o666), "w") as file:
+                file.write(json.dumps({"host": platform.node(), "pid": os.getpid()}))
         return True
 
     def held_by_another(self, number: int) -> bool:
@@ -47,9 +54,9 @@ class Claims:
             return False
         try:
             age = time.time() + self._ahead - self.path(number).stat().st_mtime
-            holder = json.loads(self.path(number).read_text())
-        except (OSError, ValueError):
-            return False  # none, or gone by now
+            holder = json.loads(read_small(self.path(number), MAX_CLAIM_BYTES))
+        except (OSError, ValueError, LayoutError):
+            return False  # none, gone by now, or nothing that we wrote
         return age < self._seconds and not _is_dead(holder)
 
     def keep(self) -> None:

@@ -135,9 +135,9 @@ def sweep(scratch: Iterable[Path]) -> None:
     """
     for path in scratch:
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
-            continue  # gone, or not ours to touch
+            continue  # gone, a link, or not ours to touch
         try:
             if time.time() - os.fstat(descriptor).st_ctime < MOMENT_S:
                 continue

@@ -8,6 +8,7 @@ Format: FORMAT.md sections 1 and 2.
 
 # Shapes: N samples of a shard, n tokens of one sample, R rows of one sample.
 
+import contextlib
 import hashlib
 import os
 from bisect import bisect_right
@@ -169,10 +170,11 @@ def plan_folder(cache: Path, generation: int) -> Path:
 
 
 def newest_generation(cache: Path) -> int:
-    """How often the cache grew."""
+    """How often the cache grew. Raises PermissionError where that cannot be seen."""
     generation = 0
-    while os.path.lexists(plan_folder(cache, generation + 1)):
-        generation += 1
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        while os.lstat(plan_folder(cache, generation + 1)):
+            generation += 1
     return generation
 
 
@@ -186,6 +188,8 @@ def read_plan(cache: Path, generation: int | None = None) -> Plan:
     try:
         data = read_small(path, MAX_PLAN_BYTES)
     except (FileNotFoundError, NotADirectoryError):
+        if generation or os.path.lexists(cache / GROWN) or os.path.lexists(cache / SAMPLES_FILE):
+            raise LayoutError("PLAN.json is missing; put it back from a copy", where=path.parent) from None
         raise CacheError(
             "no cache here: PLAN.json is missing; make one with: kdpipe extract", where=path.parent
         ) from None
@@ -315,6 +319,9 @@ class Samples:
         brought = plan.brought()
         self._first = [numbers.start for numbers in brought]
         self._good = False
+        for path in self.paths:
+            if not path.with_name(PLAN_FILE).exists():
+                raise LayoutError("PLAN.json is missing; put it back from a copy", where=path.parent)
         self._readers = [
             _open_samples(path, len(numbers), io) for path, numbers in zip(self.paths, brought, strict=True)
         ]

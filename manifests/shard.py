@@ -238,7 +238,8 @@ def adopt(folder: Path, plan: Plan, index: int) -> bool:
     path = shard_path(folder, index)
     try:
         with open(open_regular(path), "rb") as file:
-            data = np.memmap(file, np.uint8, mode="r")
+            size = os.fstat(file.fileno()).st_size
+            data = np.memmap(file, np.uint8, mode="r") if size else np.empty(0, np.uint8)
     except FileNotFoundError:
         return False
     digest = xxhash.xxh3_128_hexdigest(data[shard_layout(plan, index, NO_DIGEST).body :].data)

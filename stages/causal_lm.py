@@ -4,6 +4,8 @@ The formula between hidden state and logits is read from the config; the teacher
 """
 
 import hashlib
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,18 @@ def load_tokenizer(folder: Path, error: type[InputError], trust: str | None = No
         return tokenizer
     except (ValueError, OSError, KeyError, ImportError) as err:
         raise error(f"its tokenizer does not load: {err}", where=folder) from None
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer's files. Raises OSError."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as err:
+        # tokenizers' own code tells a failed write by a bare Exception with the system's number in its text.
+        number = re.search(r"\(os error (\d+)\)", str(err))
+        if number is None or isinstance(err, OSError):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from err
 
 
 def real_vocab_size(path: Path, tokenizer: PreTrainedTokenizerBase, head_rows: int) -> int:

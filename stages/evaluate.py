@@ -97,7 +97,7 @@ def evaluate_student(
     if record is not None:
         trained = record.inputs.heldout_fraction
         heldout_fraction = trained if heldout_fraction is None else heldout_fraction
-        if heldout_fraction > trained and rows.caches[0].plan.fingerprint.overall() in record.inputs.caches:
+        if heldout_fraction > trained and rows.caches[0].fingerprints() & set(record.inputs.caches):
             progress.note(
                 f"this student held out {trained} of the samples: it was trained on some that are measured now"
             )

@@ -78,19 +78,22 @@ def check_job(job: TrainJob, nproc: int) -> None:
 
 
 def open_rows(job: TrainJob, progress: Progress | None = None) -> Rows:
-    """The caches of a job. One that grew since the run began is what it was then, until the run is finished."""
+    """The caches of a job. One that grew since the run began, or ended, is what it was then."""
     began: Sequence[str | None] = [None] * len(job.caches)
-    if job.resume != "never" and read_run(job.output) is None:
-        record = newest_record(job.output if job.resume == "auto" else Path(job.resume))
-        if record is not None and len(record.inputs.caches) == len(job.caches):
-            began = record.inputs.caches
+    record = read_run(job.output) or read_run(job.output / "tmp")
+    checkpoint = None
+    if record is None and job.resume != "never":
+        checkpoint = newest_record(job.output if job.resume == "auto" else Path(job.resume))
+    inputs = record.inputs if record else checkpoint.inputs if checkpoint else None
+    if inputs is not None and len(inputs.caches) == len(job.caches):
+        began = inputs.caches
     caches = [Cache.open(path, io=job.io, fingerprint=one) for path, one in zip(job.caches, began, strict=True)]
     for cache in caches:
         newest = Cache.open(cache.path)
         if len(newest) > len(cache) and progress is not None:
             progress.note(
-                f"{cache.path} has grown since this run began; it goes on with the {len(cache)} samples of then, "
-                "--resume never starts again with all"
+                f"{cache.path} has grown since this run began; it is one of the {len(cache)} samples of then, "
+                "another --output trains on all"
             )
     return Rows(caches)
 

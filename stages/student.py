@@ -30,7 +30,13 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError, StudentError
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.attention import use_packed_attention
-from kdpipe.stages.causal_lm import load_tokenizer, logit_formula, vocabulary_difference, vocabulary_digest
+from kdpipe.stages.causal_lm import (
+    load_tokenizer,
+    logit_formula,
+    save_tokenizer,
+    vocabulary_difference,
+    vocabulary_digest,
+)
 from kdpipe.stages.feed import PackedBatch
 from kdpipe.stages.loss import Head, TokenMetrics, fused_distill_loss, token_metrics
 from kdpipe.stages.own_code import NO_CODE, OwnCode, from_pretrained
@@ -309,5 +315,5 @@ def export(
         # save_pretrained writes the dtype the model has in memory, float32, whatever it was given to save.
         model.config.dtype = dtype
         model.config.save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
+        save_tokenizer(tokenizer, folder)
         code.write(folder)

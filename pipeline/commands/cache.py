@@ -12,7 +12,7 @@ from kdpipe.manifests.durable import QUARANTINE
 from kdpipe.manifests.errors import CheckFailed, ConfigError, DriftError, IncompleteError
 from kdpipe.manifests.specs import Io
 from kdpipe.manifests.verify import Finding, Level, collect_garbage, examine, repair
-from kdpipe.pipeline.options import PATH, Finite, io_option, json_option
+from kdpipe.pipeline.options import PATH, Finite, io_option, json_option, trust_option
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
@@ -65,10 +65,18 @@ def info(cache: Path, as_json: bool) -> None:
 )
 @click.option("--teacher", type=PATH, metavar="FOLDER", help="recompute: the teacher the cache was made by.")
 @click.option("--tp", type=click.IntRange(min=1), default=1, help="recompute with sglang: GPUs that share each layer.")
+@trust_option
 @io_option
 @json_option
 def verify(
-    cache: Path, level: Level, recompute: int | None, teacher: Path | None, tp: int, io: Io, as_json: bool
+    cache: Path,
+    level: Level,
+    recompute: int | None,
+    teacher: Path | None,
+    tp: int,
+    trust: str | None,
+    io: Io,
+    as_json: bool,
 ) -> None:
     """Check a cache against its checksums, digests and plan; by default every byte. Tells all damage, not the first.
 
@@ -98,7 +106,7 @@ def verify(
         told |= {"error": str(errors[0]), "problems": [str(error) for error in errors]}
     again = None
     if recompute is not None and teacher is not None and not errors:
-        again = _recomputed(opened, teacher, recompute, tp)
+        again = _recomputed(opened, teacher, recompute, tp, trust)
         told |= {"ok": again.worst_distance <= again.bound, "recomputed": dataclasses.asdict(again)}
     show(told, as_json=as_json)
     damage = [error for error in errors if isinstance(error, CheckFailed)]
@@ -117,12 +125,12 @@ def verify(
         )
 
 
-def _recomputed(opened: Cache, teacher: Path, count: int, tp: int) -> "Recomputed":
+def _recomputed(opened: Cache, teacher: Path, count: int, tp: int, trust: str | None) -> "Recomputed":
     from kdpipe.stages.extract.recompute import recompute  # torch takes seconds: only where it is asked for
     from kdpipe.stages.teacher.engine import EngineOptions
 
     with results_only(), watch("cache verify", EventLog(None)) as progress:
-        return recompute(opened, teacher, count, progress, options=EngineOptions(tp=tp))
+        return recompute(opened, teacher, count, progress, options=EngineOptions(tp=tp, trust=trust))
 
 
 def _looked_at(opened: Cache, level: Level) -> list[Finding]:

@@ -44,7 +44,7 @@ from kdpipe.manifests.provenance import digest_json, digest_model
 from kdpipe.manifests.sample import Incident, Sample, is_heldout, row_positions
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
-from kdpipe.stages.causal_lm import load_tokenizer, real_vocab_size, vocabulary_digest
+from kdpipe.stages.causal_lm import load_tokenizer, real_vocab_size, save_tokenizer, vocabulary_digest
 from kdpipe.stages.extract.present import Present
 from kdpipe.stages.own_code import allowed_code
 from kdpipe.stages.prepare import prepare
@@ -223,6 +223,9 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
         plan = _write_plan(spec, info, engine, tokenizer, folder, progress, cache=cache)
         head = read_head(spec.teacher, info, plan.head.vocab_size)
         is_new = (folder / PLAN_FILE).exists()
+        if not is_new or plan.generation:
+            for name in FOLDERS:  # a copy of a cache may lack those that were empty
+                (cache / name).mkdir(exist_ok=True)
         _place_head(head, folder if is_new and plan.generation == 0 else cache)
         yield Staged(
             plan=plan,
@@ -329,7 +332,7 @@ def _write_plan(
     if plan.generation == 0:
         for name in FOLDERS:
             (folder / name).mkdir(exist_ok=True)
-        tokenizer.save_pretrained(str(folder / "teacher"))
+        save_tokenizer(tokenizer, folder / "teacher")
         (folder / "teacher" / "head.json").write_bytes(canonical(plan.head.model_dump()))
     (folder / PLAN_FILE).write_bytes(plan.to_bytes())
     failpoint("plan:written")

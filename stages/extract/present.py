@@ -10,8 +10,9 @@ from pathlib import Path
 
 import xxhash
 
+from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CacheError
-from kdpipe.manifests.plan import Ancestor, Plan, Samples, identity, read_plan
+from kdpipe.manifests.plan import Ancestor, Plan, identity, read_plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import Sample
 
@@ -23,8 +24,8 @@ class Present:
     """
 
     def __init__(self, cache: Path) -> None:
-        self.plan = read_plan(cache)
-        self.samples = Samples(cache, self.plan)
+        opened = Cache.open(cache)
+        self.plan, self.samples = opened.plan, opened.samples
         self.samples.verify()
         self._left = Counter(xxhash.xxh3_128_digest(each) for each in self.samples.identities())
         self.num_found = 0

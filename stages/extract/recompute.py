@@ -22,6 +22,7 @@ from kdpipe.manifests.provenance import digest_model
 from kdpipe.manifests.specs import Device
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
 from kdpipe.stages.extract.shards import shard_requests
+from kdpipe.stages.own_code import allowed_code
 from kdpipe.stages.teacher import ENGINES
 from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
 from kdpipe.stages.teacher.gate import check_ack, check_finite
@@ -76,7 +77,11 @@ def recompute(
     """
     cache.require_complete()
     plan = cache.plan
-    if (found := digest_model(teacher)) != plan.fingerprint.teacher:
+    if not (teacher / "config.json").is_file():
+        raise TeacherError("no config.json in the folder; give the teacher the cache was made by", where=teacher)
+    options = options or EngineOptions()
+    found = digest_model(teacher, allowed_code(teacher, options.trust, TeacherError).digest)
+    if found != plan.fingerprint.teacher:
         raise TeacherError(
             f"its digest is {found[:12]}, the cache was made by {plan.fingerprint.teacher[:12]}; give the teacher it "
             "was made by",
@@ -85,9 +90,7 @@ def recompute(
     device: Device = "cuda" if plan.engine.device == "cuda" and torch.cuda.is_available() else "cpu"
     if device != plan.engine.device:
         progress.note(f"the cache was made on {plan.engine.device}, this is {device}: last bits will differ")
-    engine = ENGINES[plan.engine.name].open(
-        teacher, plan.settings.dtype, device, (options or EngineOptions()).like(plan.engine.arguments)
-    )
+    engine = ENGINES[plan.engine.name].open(teacher, plan.settings.dtype, device, options.like(plan.engine.arguments))
     with tempfile.NamedTemporaryFile(prefix="kdpipe-recompute-") as file:
         scratch = Scratch(Path(file.name), plan.head.hidden_size, DTYPES[TAGS[plan.settings.dtype]])
         try:

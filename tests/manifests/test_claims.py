@@ -28,6 +28,20 @@ def backdate(path: Path, seconds: float) -> None:
     os.utime(path, (then, then))
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_claim_that_is_a_link_or_a_pipe_is_neither_written_through_nor_waited_for(kind: str, tmp_path: Path) -> None:
+    claims = Claims(tmp_path)
+    (tmp_path / "precious").write_text("precious")
+    if kind == "link":
+        claims.path(0).symlink_to(tmp_path / "precious")
+    else:
+        os.mkfifo(claims.path(0))
+    assert not claims.held_by_another(0)
+    assert claims.take(0)
+    assert (tmp_path / "precious").read_text() == "precious"
+    claims.close()
+
+
 def test_a_claimed_shard_is_another_writers(cache: Path) -> None:
     one, two = Claims(cache), Claims(cache)
     assert one.take(1)

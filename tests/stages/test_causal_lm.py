@@ -1,13 +1,22 @@
 """What kdpipe must know of any causal LM."""
 
+import contextlib
+import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import transformers
-from tests.models import make_tokenizer
+from tests.models import make_model, make_tokenizer
 
-from kdpipe.manifests.errors import StudentError
-from kdpipe.stages.causal_lm import load_tokenizer, logit_formula, vocabulary_difference, vocabulary_digest
+from kdpipe.manifests.errors import StudentError, TeacherError
+from kdpipe.stages.causal_lm import (
+    load_tokenizer,
+    logit_formula,
+    save_tokenizer,
+    vocabulary_difference,
+    vocabulary_digest,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,3 +53,14 @@ def test_a_student_may_know_more_tokens_than_its_teacher(tmp_path: Path) -> None
     assert vocabulary_digest(student) != vocabulary_digest(teacher)
     assert vocabulary_difference(student, teacher) == ""
     assert vocabulary_difference(teacher, student) == "id 300 is None to the student and '<image>' to the teacher"
+
+
+def test_a_tokenizer_that_cannot_be_written_is_an_oserror(tmp_path: Path, tmpfs: Callable[[str], Path]) -> None:
+    tokenizer = load_tokenizer(make_tokenizer(make_model("llama", tmp_path / "model", vocab_size=304)), TeacherError)
+    disk = tmpfs("64k")
+    with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_tokenizer(tokenizer, disk)
+    assert caught.value.errno == errno.ENOSPC

@@ -3,13 +3,14 @@
 import dataclasses
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.caches import verified
 from tests.chats import write_chats
-from tests.conftest import Apart
+from tests.conftest import Apart, Main
 from tests.faults.powercut import PowerCut
 from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
 
@@ -213,6 +214,54 @@ def test_a_cache_with_damaged_samples_neither_goes_on_nor_grows(spec: ExtractSpe
             extract_small(of_data(spec, *names), cache)
         assert caught.value.where == str(path)
         assert files(cache) == before
+
+
+def lose_the_newest(cache: Path) -> None:
+    shutil.rmtree(cache / "grown" / "000001")
+
+
+def lose_all(cache: Path) -> None:
+    shutil.rmtree(cache / "grown")
+
+
+def lose_the_first_plan(cache: Path) -> None:
+    (cache / PLAN_FILE).unlink()
+
+
+def lose_the_newest_plan(cache: Path) -> None:
+    (cache / "grown" / "000001" / PLAN_FILE).unlink()
+
+
+def add_an_empty_one(cache: Path) -> None:
+    (cache / "grown" / "000002").mkdir()
+
+
+@pytest.mark.parametrize(
+    "lose", [lose_the_newest, lose_all, lose_the_first_plan, lose_the_newest_plan, add_an_empty_one]
+)
+def test_a_lost_plan_is_damage_and_nothing_is_put_in_its_place(
+    lose: Callable[[Path], None], spec: ExtractSpec, grown: Path, main: Main, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(grown, tmp_path / "cache")
+    lose(cache)
+    before = files(cache)
+    for words in (["verify", "--quick"], ["verify"], ["repair"], ["info"]):
+        code, _, err = main("cache", *words, cache)
+        assert code == 1, words
+        assert "put it back from a copy" in err
+        assert "Traceback" not in err
+    for changes in ({}, {"grow": True}):
+        with pytest.raises(KdpipeError):
+            extract_small(dataclasses.replace(of_data(spec, "data", "most"), **changes), cache)
+    assert files(cache) == before
+
+
+def test_a_copy_without_its_empty_folders_grows(spec: ExtractSpec, small: Path, grown: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(small, tmp_path / "cache")
+    for folder in ("tmp", "claims"):
+        shutil.rmtree(cache / folder)
+    extract_small(of_data(spec, "data", "more"), cache)
+    assert files(cache) == files(grown)
 
 
 FLUSHES = [("fsync_tree", "files"), ("fsync_tree", "folders"), ("Staged.publish", "grown"), ("Staged.publish", "cache")]

@@ -101,7 +101,7 @@ def test_a_kill_loses_one_shard_at_most(
         assert committed_are_whole(cache) == done
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "a pipe"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "a pipe"])
 def test_a_shard_without_commit_that_is_not_whole_is_put_aside_and_made_again(
     how: str, spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -115,7 +115,7 @@ def test_a_shard_without_commit_that_is_not_whole_is_put_aside_and_made_again(
         os.mkfifo(shard)
     else:
         data[len(data) // 2] ^= 1
-        shard.write_bytes(data[: len(data) // 2] if how == "cut" else data)
+        shard.write_bytes({"cut": data[: len(data) // 2], "empty": b""}.get(how, data))
     assert apart(extract_small, spec, cache) == 0
     assert files(cache, but=lambda path: path.parent.name == "quarantine") == whole
     assert [path.name for path in (cache / "quarantine").iterdir()] == [shard.name]

@@ -84,6 +84,9 @@ def test_another_teacher_and_an_unfinished_cache_are_refused(spec: ExtractSpec, 
     other = make_tokenizer(make_model("qwen3", tmp_path / "other", vocab_size=304, seed=5))
     with pytest.raises(TeacherError, match="the cache was made by"):
         recompute(Cache.open(whole), other, 1, Silent())
+    for none in (tmp_path / "nowhere", spec.data[0]):
+        with pytest.raises(TeacherError, match=r"no config.json"):
+            recompute(Cache.open(whole), none, 1, Silent())
     cache = shutil.copytree(whole, tmp_path / "cache")
     commit_path(cache, 2).unlink()
     with pytest.raises(IncompleteError):
