@@ -1,5 +1,7 @@
 """A student sees each packed sample as if it were alone, and shards without changing a gradient."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from tests.conftest import Bench
 from tests.models import KINDS, make_model, make_tokenizer
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import StudentError
+from kdpipe.manifests.errors import CorruptError, StudentError
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed import PackedBatch, Packer, Rows
 from kdpipe.stages.student import (
@@ -139,3 +141,19 @@ def test_student_folder_that_lacks_a_part_is_refused(missing: str, bench: Bench,
         check_student(tmp_path, Cache.open(bench.cache))
     assert caught.value.exit_code == 4
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["missing", "not json", "a pipe"])
+def test_a_caches_tokenizer_that_does_not_load_is_named(how: str, bench: Bench, tmp_path: Path) -> None:
+    """It is read where a student's vocabulary is not the teacher's to the last token."""
+    cache = shutil.copytree(bench.cache, tmp_path / "cache")
+    path = cache / "teacher" / "tokenizer.json"
+    path.unlink()
+    if how == "not json":
+        path.write_text('{"version": 1w')
+    elif how == "a pipe":
+        os.mkfifo(path)
+    other = make_tokenizer(make_model("llama", tmp_path / "student", vocab_size=320), vocab_size=290)
+    with pytest.raises(CorruptError, match="put it back") as caught:
+        check_student(other, Cache.open(cache))
+    assert caught.value.where == str(path)
