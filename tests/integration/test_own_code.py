@@ -35,7 +35,9 @@ def test_teacher_and_student_with_own_code_from_plan_to_eval(main: Main, tmp_pat
     data = ("--teacher", teacher, "--data", write_chats(tmp_path / "chats.jsonl", 30), "--heldout-fraction", 0.25)
     for line in (("plan", *data), ("extract", *data, "--cache", cache)):
         code, printed, err = main(*line)
-        assert (code, printed, err.count("\n")) == (4, "", 1)
+        assert (code, printed) == (4, "")
+        # transformers' own bars of writing the models above may come before it
+        assert [line for line in err.splitlines() if line.startswith("E-")] == err.splitlines()[-1:]
         assert err.endswith(" ".join(allow(teacher)) + "\n")
     assert not cache.exists()
     assert not (tmp_path / "ran").exists()
