@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from tests.chats import write_chats
 from tests.models import make_model, make_tokenizer
 
@@ -95,6 +96,15 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the processes apart: how a sum is divided among threads decides its last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -4,11 +4,10 @@ import dataclasses
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from tests.chats import write_chats
 from tests.conftest import Apart, Bench
@@ -35,13 +34,7 @@ def small_job(bench: Bench, output: Path, **changes: object) -> TrainJob:
     return job_for(bench, output, **{"max_steps": STEPS, "batch_tokens": 900, "epochs": 9, "save_every": 3} | changes)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the processes apart: how a sum is divided among threads decides its last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

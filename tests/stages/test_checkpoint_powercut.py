@@ -3,9 +3,7 @@
 Every flush is needed: without any one of them a cut would lose something, and this test would fail.
 """
 
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,12 +39,7 @@ EARLY = [("fsync_tree", "folders"), ("publish", "tmp")]
 accord, in any order, which this one does not."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def job_in(bench: Bench, folder: Path) -> TrainJob:
@@ -102,7 +95,8 @@ def test_no_cut_loses_a_checkpoint_or_the_student(bench: Bench, tmp_path: Path) 
     assert sorted(disk.places) == sorted(place for places in (*FLUSHES, EARLY) for place in places)
 
 
-def test_a_run_goes_on_after_a_cut_at_any_flush(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_a_run_goes_on_after_a_cut_at_any_flush(stride: int, bench: Bench, tmp_path: Path) -> None:
     cuts: list[Path] = []
 
     def cut(disk: PowerCut) -> None:
@@ -114,7 +108,7 @@ def test_a_run_goes_on_after_a_cut_at_any_flush(bench: Bench, tmp_path: Path) ->
         train(job, Recorder())
     weights = (job.output / "model.safetensors").read_bytes()
     assert len(cuts) > 12
-    for left in cuts[:: 1 if os.environ.get("KDPIPE_SOAK") else 3]:
+    for left in cuts[::stride]:
         output = left / "new" / "out"
         again = job_for(bench, output, max_steps=4, batch_tokens=900, save_every=1, keep=2)
         train(again, Recorder())
