@@ -228,7 +228,7 @@ def ranked(problem: Problem, student_raw: Tensor, teacher_raw: Tensor) -> Tensor
     logits = student.finish.apply(student_raw.float(), student.bias) / problem.temperature
     teacher_logits = teacher.finish.apply(teacher_raw.float(), teacher.bias)
     places = teacher_logits.topk(min(TOP_K, logits.shape[1]), -1).indices
-    mass = (logits.gather(1, places) - logits.logsumexp(-1, keepdim=True)).exp().sum()
+    mass = logits.log_softmax(-1).gather(1, places).exp().sum()
     agree = logits.gather(1, places[:, :1]) == logits.amax(-1, keepdim=True)
     return torch.stack([agree.sum(dtype=torch.float32), mass])
 

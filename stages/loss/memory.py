@@ -2,14 +2,16 @@
 
 A step touches some 200 MiB of fresh memory. In pages of 4 KiB that is 50,000 page faults, 8-12 % of a whole loss step
 where they were measured; in pages of 2 MiB it is a hundred. In a virtual machine that takes free memory back each of
-them is dear: 64 MiB took 7 to 140 ms. So what only lives within a step is kept for the next one (`scratch`). Other
-devices have torch's caching allocator.
-Invariant: a tensor of `zeros` owns its mapping and the memory goes back with the last view of it.
+them is dear: 64 MiB took 7 to 140 ms. So what only lives within a step is kept for the next one (`scratch`), and what
+a step gives away (`zeros`: gradients) is kept, up to IDLE_BYTES, when its last view is gone. Other devices have torch's
+caching allocator.
+Invariant: no memory is handed out again while a view of it lives.
 """
 
 import math
 import mmap
 import threading
+import weakref
 from collections.abc import Sequence
 from functools import cache
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 HUGE_PAGE_BYTES = 2 << 20
 LARGEST_KEPT_BYTES = 31 << 20
+IDLE_BYTES = 64 << 20
 
 
 def zeros(shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -26,9 +29,49 @@ def zeros(shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = Non
     num_bytes = math.prod(shape) * dtype.itemsize
     if like.device.type != "cpu" or num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_zeros(shape, dtype=dtype)
+    mapping = _idle.take(num_bytes)
+    if mapping is not None:
+        return owning(mapping, dtype).zero_().view(shape)
     mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapping.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapping, dtype=dtype).view(shape)
+    return owning(mapping, dtype).view(shape)
+
+
+def owning(mapping: mmap.mmap, dtype: torch.dtype) -> Tensor:
+    """The mapping as a tensor; with the last view of it the mapping is idle."""
+    view = memoryview(mapping)  # what the storage holds, and ends with it
+    weakref.finalize(view, _idle.put, mapping).atexit = False
+    return torch.frombuffer(view, dtype=dtype)
+
+
+class _Idle:
+    """Mappings no tensor uses any more. Tensors end in whichever thread drops them, hence the lock."""
+
+    def __init__(self) -> None:
+        self._mappings: list[mmap.mmap] = []
+        self._lock = threading.RLock()  # a collection of garbage within `put` may end a tensor
+
+    def take(self, num_bytes: int) -> mmap.mmap | None:
+        """One of that very size, if there is one; whatever it holds."""
+        with self._lock:
+            sizes = [len(mapping) for mapping in self._mappings]
+            return self._mappings.pop(sizes.index(num_bytes)) if num_bytes in sizes else None
+
+    def put(self, mapping: mmap.mmap) -> None:
+        """Keep it, and give the oldest back to the system where that makes too much."""
+        if len(mapping) > IDLE_BYTES:
+            return
+        with self._lock:
+            self._mappings.append(mapping)
+            while sum(map(len, self._mappings)) > IDLE_BYTES:
+                del self._mappings[0]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._mappings.clear()
+
+
+_idle = _Idle()
 
 
 class _Kept(threading.local):
@@ -56,8 +99,9 @@ def scratch(name: str, shape: Sequence[int], *, like: Tensor) -> Tensor:
 
 
 def release_scratch() -> None:
-    """Give this thread's kept buffers back."""
+    """Give this thread's kept buffers and all idle memory back."""
     _kept.buffers.clear()
+    _idle.clear()
 
 
 @cache

@@ -43,7 +43,7 @@ def normalised(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     raised = shifted.exp()
     total = raised.sum(-1, keepdim=True)
     log_total = total.log()
-    return shifted - log_total, raised / total, (largest + log_total).squeeze(-1)
+    return shifted - log_total, raised * total.reciprocal(), (largest + log_total).squeeze(-1)
 
 
 def through_softmax(p: Tensor, slope: Tensor) -> Tensor:
