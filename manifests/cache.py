@@ -19,9 +19,10 @@ import numpy as np
 import xxhash
 
 from kdpipe.manifests.access import open_bytes
-from kdpipe.manifests.durable import open_regular, write_once
+from kdpipe.manifests.durable import open_regular
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.plan import GROWN, Plan, Samples, read_plan
+from kdpipe.manifests.provenance import digest_stream
 from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
 from kdpipe.manifests.shard import Shard, commit_path, read_commit
 from kdpipe.manifests.specs import Io
@@ -168,11 +169,24 @@ class Cache:
                 f"{'a' if record.has_bias else 'no'} bias",
                 where=path,
             )
-        came = xxhash.xxh3_128_hexdigest(buffer[layout.body :].data)
-        if came != digest:
-            raise CorruptError(f"xxh3-128 {came}, its header says {digest}", where=path)
+        came, planned = xxhash.xxh3_128_hexdigest(buffer.data), self.plan.teacher_files.get(HEAD_FILE)
+        if came != planned:
+            raise CorruptError(f"xxh3-128 {came}, PLAN.json says {planned}", where=path)
         arrays = {name: tensor.view(buffer) for name, tensor in layout.tensors.items()}
         return HeadArrays(weight=arrays["weight"], bias=arrays.get("bias"))
+
+    def check_teacher_files(self) -> None:
+        """Look at what lies beside the head: tokenizer, chat template, the head's record.
+
+        Raises IncompleteError where a file is missing, CorruptError where one is not what was written.
+        """
+        found = teacher_files(self.teacher_folder, but=HEAD_FILE)
+        for name, planned in sorted(self.plan.teacher_files.items()):
+            came, where = found.get(name), self.teacher_folder / name
+            if came is None and name != HEAD_FILE:
+                raise IncompleteError("it is missing; run the same kdpipe extract again", where=where)
+            if came is not None and came != planned:
+                raise CorruptError(f"xxh3-128 {came}, PLAN.json says {planned}", where=where)
 
     def num_bytes(self) -> int:
         """Bytes of the files in the cache, without the unfinished ones of writers at work."""
@@ -209,6 +223,16 @@ class Cache:
         }
 
 
+def teacher_files(folder: Path, *, but: str | None = None) -> dict[str, str]:
+    """xxh3-128 of every file in a teacher/ folder but one, by its name there. Raises LayoutError for a link or pipe."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir() and path.name != but:
+            with open(open_regular(path), "rb") as file:
+                found[path.relative_to(folder).as_posix()] = digest_stream(file)
+    return found
+
+
 def _commit_numbers(cache: Path) -> list[int]:
     """Numbers of the shards that have a commit record, whatever the plan says."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -231,9 +255,11 @@ def head_layout(dtype: str, shape: tuple[int, ...], *, has_bias: bool, digest: s
     return lay_out([("weight", TAGS[dtype], shape), *bias], metadata)
 
 
-def write_head(folder: Path, weight: np.ndarray, bias: np.ndarray | None, *, dtype: str, scratch_folder: Path) -> None:
-    """Write teacher/head.safetensors durably unless it is there. weight [V, E] and bias [V] in `dtype`."""
+def write_head(folder: Path, weight: np.ndarray, bias: np.ndarray | None, *, dtype: str) -> None:
+    """Write head.safetensors into a folder that is not in place yet. weight [V, E] and bias [V] in `dtype`."""
     body = b"".join(array.tobytes() for array in (weight, bias) if array is not None)
     digest = xxhash.xxh3_128_hexdigest(body)
     layout = head_layout(dtype, weight.shape, has_bias=bias is not None, digest=digest)
-    write_once(folder / HEAD_FILE, layout.header + body, scratch_folder=scratch_folder)
+    with open(folder / HEAD_FILE, "xb") as file:
+        file.write(layout.header)
+        file.write(body)

@@ -137,6 +137,8 @@ class Plan(Record):
     """sha256 of samples.arrow."""
     vocabulary_digest: str
     """sha256 of the tokenizer's id-to-token table: what a student's tokenizer must agree with."""
+    teacher_files: dict[str, str]
+    """xxh3-128 of every file in teacher/, by its name there."""
     shards: tuple[ShardPlan, ...]
     grown_from: tuple[Ancestor, ...]
     """The plans before this one, oldest first; none in a cache that never grew."""
@@ -358,6 +360,18 @@ class Samples:
                 batch.column("content_id").to_pylist(), [0, *ends[:-1]], ends, strict=True
             ):
                 yield identity(content_id, token_ids[begin:end], supervised[begin:end])
+
+    def check_counts(self) -> None:
+        """Whether every shard has the samples, tokens and rows of the plan: reads two columns. Raises CorruptError."""
+        for index, shard in enumerate(self.plan.shards):
+            batch = self.shard(index)
+            tokens, rows = (int(batch.column(name).to_numpy().sum()) for name in ("num_tokens", "num_rows"))
+            if (len(batch), tokens, rows) != (shard.num_samples, shard.num_tokens, shard.num_rows):
+                raise CorruptError(
+                    f"shard {index} has {len(batch)} samples, {tokens} tokens and {rows} rows, {PLAN_FILE} says "
+                    f"{shard.num_samples}, {shard.num_tokens} and {shard.num_rows}",
+                    where=self.paths[bisect_right(self._first, index) - 1],
+                )
 
     def verify(self) -> None:
         """Check every file, and the plans before this one, against their digests in it, 1.7 GB/s.

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -22,10 +23,15 @@ SHORTEST_DIGEST = 12
 
 def digest_file(path: Path) -> str:
     """xxh3-128 of a file's bytes."""
-    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
+        return digest_stream(file)
+
+
+def digest_stream(file: BinaryIO) -> str:
+    """xxh3-128 of what is left of an open file."""
+    digest = xxhash.xxh3_128()
+    while piece := file.read(PIECE):
+        digest.update(piece)
     return digest.hexdigest()
 
 

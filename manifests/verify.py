@@ -2,9 +2,9 @@
 
     for finding in examine(cache, "full"): finding.part, finding.error
 
-Levels, each holding the one before: quick (sizes, headers, tables, the first rows of every shard), full (every byte),
-deep (rows are finite, ids and masks agree with them). Repair moves a broken shard to quarantine/, commit record first,
-so that the next `kdpipe extract` makes it again and nothing else.
+Levels, each holding the one before: quick (counts, sizes, headers, tables, the first rows of every shard), full
+(every byte), deep (rows are finite, ids and masks agree with them). Repair moves what is broken to quarantine/, a
+shard's commit record first, so that the next `kdpipe extract` makes it again and nothing else.
 Invariant: a moment after any step of a repair, what has a commit record has a file.
 """
 
@@ -32,7 +32,10 @@ FINITE_ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Finding:
-    """One part of a cache that was looked at: "plan", "samples", "head" or a shard's number; error None where good."""
+    """One part of a cache that was looked at, error None where good.
+
+    part: "plan", "samples", "head", "tokenizer" (all that lies beside the head) or a shard's number
+    """
 
     part: str | int
     error: KdpipeError | None
@@ -43,18 +46,19 @@ class Finding:
 
 
 def examine(cache: Cache, level: Level = "full") -> Iterator[Finding]:
-    """Look at samples.arrow, the head and every shard; a finding for each, whatever became of the others.
+    """Look at samples.arrow, the head, the tokenizer and every shard; a finding for each, whatever the others are.
 
     The plan is named where it is what changed: then all that follows may be said to be damaged and is not.
     """
     if (changed := _error(lambda: _check_plan(cache))) is not None:
         yield Finding(part="plan", error=changed)
-    samples = None if level == "quick" else Finding(part="samples", error=_error(cache.samples.verify))
-    if samples is not None:
-        yield samples
+    look = cache.samples.check_counts if level == "quick" else cache.samples.verify
+    samples = Finding(part="samples", error=_error(look))
+    yield samples
     yield Finding(part="head", error=_error(cache.head))
+    yield Finding(part="tokenizer", error=_error(cache.check_teacher_files))
     for number in range(len(cache.plan.shards)):
-        yield check(cache, number, level, against_samples=samples is not None and samples.error is None)
+        yield check(cache, number, level, against_samples=samples.error is None)
 
 
 def check(cache: Cache, number: int, level: Level, *, against_samples: bool = True) -> Finding:
@@ -125,7 +129,7 @@ def _check_rows(shard: Shard, *, every: bool) -> None:
 
 
 def repair(cache: Cache, level: Level = "full") -> list[Finding]:
-    """Put every damaged shard and a damaged head aside; what was found damaged. Raises what cannot be repaired.
+    """Put every damaged shard, head or tokenizer aside; what was found damaged. Raises what cannot be repaired.
 
     Nothing is deleted: quarantine/ keeps it until `collect_garbage`.
     """
@@ -142,8 +146,11 @@ def repair(cache: Cache, level: Level = "full") -> list[Finding]:
     for finding in damaged:
         if isinstance(finding.part, int):
             put_aside(cache.path, commit_path(cache.path, finding.part), shard_path(cache.path, finding.part))
-        else:
+        elif finding.part == "head":
             put_aside(cache.path, cache.teacher_folder / HEAD_FILE)
+        else:
+            while isinstance(error := _error(cache.check_teacher_files), CheckFailed):  # it tells one file at a time
+                put_aside(cache.path, Path(str(error.where)))
     return damaged
 
 

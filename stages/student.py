@@ -7,7 +7,6 @@ leave the backbone, logits never exist outside the fused loss. Weights, sums of 
 
 # Shapes: L tokens of a batch, R supervised rows, D student width, E teacher width, V vocabulary.
 
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,7 @@ from transformers import (
 )
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.durable import open_regular
-from kdpipe.manifests.errors import ConfigError, CorruptError, StudentError
+from kdpipe.manifests.errors import ConfigError, StudentError
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.attention import use_packed_attention
 from kdpipe.stages.causal_lm import (
@@ -119,13 +117,8 @@ def check_student(folder: Path, cache: Cache, trust: str | None = None) -> PreTr
 
 def _cached_tokenizer(cache: Cache) -> PreTrainedTokenizerBase:
     """The teacher's, from the cache: its vocabulary alone, for which a teacher's own code is not needed."""
-    path = cache.teacher_folder / "tokenizer.json"
-    try:
-        os.close(open_regular(path))
-        return PreTrainedTokenizerFast(tokenizer_file=str(path))
-    except Exception as err:
-        # tokenizers' own code raises bare Exceptions for a file it cannot read.
-        raise CorruptError(f"it does not load: {err}; put it back from the teacher's folder", where=path) from None
+    cache.check_teacher_files()
+    return PreTrainedTokenizerFast(tokenizer_file=str(cache.teacher_folder / "tokenizer.json"))
 
 
 def load_student(folder: Path, dtype: torch.dtype, device: torch.device, trust: str | None = None) -> PreTrainedModel:

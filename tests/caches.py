@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from kdpipe.manifests.cache import Cache, write_head
-from kdpipe.manifests.durable import write_once
+from kdpipe.manifests.cache import Cache, teacher_files, write_head
+from kdpipe.manifests.durable import canonical, write_once
 from kdpipe.manifests.plan import (
     PLAN_FILE,
     SAMPLES_FILE,
@@ -77,10 +77,23 @@ def make_plan(
     vocab_size: int = 97,
     has_bias: bool = False,
     teacher: str = "teacher",
+    seed: int = 0,
 ) -> Plan:
-    """A cache folder with PLAN.json and samples.arrow and nothing else in its folders."""
+    """A cache folder with PLAN.json, samples.arrow and the teacher's head, and nothing else in its folders."""
     for name in FOLDERS:
         (folder / name).mkdir(parents=True)
+    head = HeadRecord(
+        architecture="RandomForCausalLM",
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        head_rows=vocab_size + 7,
+        dtype=dtype,
+        tied=False,
+        has_bias=has_bias,
+        softcap=None,
+        scale=1.0,
+    )
+    write_teacher(folder / "teacher", head, seed=seed)
     writer = SamplesWriter(
         folder / SAMPLES_FILE, batch_tokens=batch_tokens, every_row=rows == "all", shard_tokens=shard_tokens
     )
@@ -100,17 +113,7 @@ def make_plan(
             batch_tokens=batch_tokens,
             arguments={},
         ),
-        head=HeadRecord(
-            architecture="RandomForCausalLM",
-            hidden_size=hidden_size,
-            vocab_size=vocab_size,
-            head_rows=vocab_size + 7,
-            dtype=dtype,
-            tied=False,
-            has_bias=has_bias,
-            softcap=None,
-            scale=1.0,
-        ),
+        head=head,
         num_samples=sum(shard.num_samples for shard in shards),
         num_tokens=sum(shard.num_tokens for shard in shards),
         num_rows=sum(shard.num_rows for shard in shards),
@@ -118,6 +121,7 @@ def make_plan(
         counts={"kept": sum(shard.num_samples for shard in shards)},
         samples_digest=hashlib.sha256((folder / SAMPLES_FILE).read_bytes()).hexdigest(),
         vocabulary_digest="vocabulary",
+        teacher_files=teacher_files(folder / "teacher"),
         shards=shards,
         grown_from=(),
     )
@@ -176,18 +180,17 @@ def fill_shard(
         return writer.commit()
 
 
-def add_head(folder: Path, *, seed: int = 0) -> None:
-    """Write teacher/head.safetensors of random numbers, scaled so that logits are of order one."""
-    head = read_plan(folder).head
+def write_teacher(folder: Path, head: HeadRecord, *, seed: int = 0) -> None:
+    """head.json and head.safetensors of random numbers, scaled so that logits are of order one; no tokenizer."""
+    (folder / "head.json").write_bytes(canonical(head.model_dump()))
     rng = np.random.default_rng([seed, 1 << 20])
     weight = rng.standard_normal((head.head_rows, head.hidden_size), dtype=np.float32) / np.sqrt(head.hidden_size)
     bias = rng.standard_normal(head.head_rows, dtype=np.float32).astype(DTYPES[TAGS[head.dtype]])
     write_head(
-        folder / "teacher",
+        folder,
         weight.astype(DTYPES[TAGS[head.dtype]]),
         bias if head.has_bias else None,
         dtype=head.dtype,
-        scratch_folder=folder / "tmp",
     )
 
 
@@ -221,11 +224,11 @@ def make_cache(
         vocab_size=vocab_size,
         has_bias=has_bias,
         teacher=teacher,
+        seed=seed,
     )
     cache = Cache.open(folder)
     for index in range(len(cache.plan.shards)):
         fill_shard(folder, index, seed=seed)
-    add_head(folder, seed=seed)
     return cache
 
 

@@ -114,8 +114,9 @@ def verify(
         click.echo(str(error), err=True)
     if damage:
         raise damage[0]
-    if errors:  # something is missing: the head, or shards
+    if errors:  # something is missing: a file of the teacher's, or shards
         opened.head()
+        opened.check_teacher_files()
         opened.require_complete()
     if again is not None and not again.worst_distance <= again.bound:
         raise DriftError(
@@ -152,8 +153,8 @@ def _looked_at(opened: Cache, level: Level) -> list[Finding]:
 def repair_cache(cache: Path, level: Level, as_json: bool) -> None:
     """Check every byte and put what is damaged into CACHE/quarantine; the same `kdpipe extract` then makes it again.
 
-    Only damaged shards and a damaged head are moved, nothing is deleted. Exits 0 when nothing is damaged, 2 when the
-    cache now lacks what was put aside.
+    Only damaged shards and files of the teacher's are moved, nothing is deleted. Exits 0 when nothing is damaged, 2
+    when the cache now lacks what was put aside.
 
     \b
     kdpipe cache repair CACHE

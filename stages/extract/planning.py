@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,9 +21,28 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kdpipe.manifests.cache import HEAD_FILE, Cache, write_head
-from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, fsync_tree, hold, scratch_name, share, sweep
-from kdpipe.manifests.errors import CacheError, ConfigError, DataError, SpaceError, TeacherError, TemporaryError
+from kdpipe.manifests.cache import Cache, teacher_files, write_head
+from kdpipe.manifests.durable import (
+    canonical,
+    disk_error,
+    fsync_folder,
+    fsync_tree,
+    hold,
+    make_folder,
+    publish,
+    scratch_name,
+    share,
+    sweep,
+)
+from kdpipe.manifests.errors import (
+    CacheError,
+    ConfigError,
+    CorruptError,
+    DataError,
+    SpaceError,
+    TeacherError,
+    TemporaryError,
+)
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.plan import (
     PLAN_FILE,
@@ -220,13 +239,20 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     hold(held)
     sweep([*parent.glob(f".{cache.name}.plan.*"), *(cache / "tmp").glob("*")])
     try:
-        plan = _write_plan(spec, info, engine, tokenizer, folder, progress, cache=cache)
+        plan, is_new = _plan(spec, info, engine, tokenizer, folder, progress, cache=cache)
         head = read_head(spec.teacher, info, plan.head.vocab_size)
-        is_new = (folder / PLAN_FILE).exists()
-        if not is_new or plan.generation:
-            for name in FOLDERS:  # a copy of a cache may lack those that were empty
-                (cache / name).mkdir(exist_ok=True)
-        _place_head(head, folder if is_new and plan.generation == 0 else cache)
+        for name in FOLDERS:  # a copy of a cache may lack those that were empty
+            (cache / name if plan.teacher_files else folder / name).mkdir(exist_ok=True)
+        if not plan.teacher_files:
+            _write_teacher(tokenizer, head, folder / "teacher")
+            plan = Plan.model_validate(plan.model_dump() | {"teacher_files": teacher_files(folder / "teacher")})
+        elif lost := [name for name in plan.teacher_files if not os.path.lexists(cache / "teacher" / name)]:
+            _restore_teacher(tokenizer, head, folder / "restored", plan, cache, lost)
+        if is_new:
+            (folder / PLAN_FILE).write_bytes(plan.to_bytes())
+            failpoint("plan:written")
+            fsync_tree(folder)
+            failpoint("plan:flushed")
         yield Staged(
             plan=plan,
             head=head,
@@ -244,13 +270,33 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
                 above.rmdir()
 
 
-def _place_head(head: Head, folder: Path) -> None:
-    """teacher/head.safetensors, unless it is there."""
-    if not (folder / "teacher" / HEAD_FILE).exists():
-        bias = None if head.bias is None else as_array(head.bias)
-        write_head(
-            folder / "teacher", as_array(head.weight), bias, dtype=head.record.dtype, scratch_folder=folder / "tmp"
-        )
+def _write_teacher(tokenizer: PreTrainedTokenizerBase, head: Head, folder: Path) -> None:
+    """What a cache keeps of its teacher, into a fresh folder."""
+    save_tokenizer(tokenizer, folder)
+    (folder / "head.json").write_bytes(canonical(head.record.model_dump()))
+    bias = None if head.bias is None else as_array(head.bias)
+    write_head(folder, as_array(head.weight), bias, dtype=head.record.dtype)
+
+
+def _restore_teacher(
+    tokenizer: PreTrainedTokenizerBase, head: Head, scratch: Path, plan: Plan, cache: Path, lost: Collection[str]
+) -> None:
+    """Make the lost files of cache/teacher again. Raises CorruptError where one does not come out as it was."""
+    scratch.mkdir()
+    _write_teacher(tokenizer, head, scratch)
+    fsync_tree(scratch)
+    made = teacher_files(scratch)
+    for name in sorted(made.keys() & lost):
+        place = cache / "teacher" / name
+        if made[name] != plan.teacher_files[name]:
+            raise CorruptError(
+                "it is lost and cannot be made as it was, with another version of transformers perhaps; put it back "
+                "from a copy",
+                where=place,
+            )
+        make_folder(place.parent)
+        publish(scratch / name, place)
+    shutil.rmtree(scratch)
 
 
 def require_same(plan: Plan, existing: Plan, cache: Path) -> None:
@@ -288,7 +334,7 @@ def require_room(plan: Plan, folder: Path, cache: Path) -> None:
         )
 
 
-def _write_plan(
+def _plan(
     spec: ExtractSpec,
     info: TeacherInfo,
     engine: EngineRecord,
@@ -297,10 +343,11 @@ def _write_plan(
     progress: Progress,
     *,
     cache: Path,
-) -> Plan:
-    """Plan into a fresh folder, all that a new cache holds or what makes an existing one grow; the plan.
+) -> tuple[Plan, bool]:
+    """The plan, and whether it is new: that of the cache itself where it holds every sample.
 
-    The plan of the cache itself where it holds every sample. Raises CacheError where it was made in another way.
+    The samples that are new are in `folder`. The teacher's files are known where there is a cache; otherwise none are.
+    Raises CacheError where it was made in another way.
     """
     plan = _plan_without_samples(spec, info, engine, tokenizer)
     present = None
@@ -318,6 +365,7 @@ def _write_plan(
             "counts": written.counts,
             "samples_digest": written.samples_digest,
             "shards": written.shards,
+            "teacher_files": {} if present is None else present.plan.teacher_files,
             "grown_from": () if present is None else present.ancestors(),
         }
     )
@@ -327,18 +375,9 @@ def _write_plan(
         present.report(plan, progress)
         if plan.num_samples == present.plan.num_samples:
             require_room(present.plan, folder, cache)
-            return present.plan
+            return present.plan, False
     require_room(plan, folder, cache)
-    if plan.generation == 0:
-        for name in FOLDERS:
-            (folder / name).mkdir(exist_ok=True)
-        save_tokenizer(tokenizer, folder / "teacher")
-        (folder / "teacher" / "head.json").write_bytes(canonical(plan.head.model_dump()))
-    (folder / PLAN_FILE).write_bytes(plan.to_bytes())
-    failpoint("plan:written")
-    fsync_tree(folder)
-    failpoint("plan:flushed")
-    return plan
+    return plan, True
 
 
 def _plan_without_samples(
@@ -371,6 +410,7 @@ def _plan_without_samples(
         counts={},
         samples_digest="",
         vocabulary_digest=vocabulary_digest(tokenizer),
+        teacher_files={},
         shards=(),
         grown_from=(),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.caches import add_head, array_dtype, fill_shard, make_cache, make_plan, make_samples, random_rows, verified
+from tests.caches import array_dtype, fill_shard, make_cache, make_plan, make_samples, random_rows, verified
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.errors import CacheError, CorruptError, IncompleteError, KdpipeError, LayoutError
@@ -111,7 +111,6 @@ def test_the_head_comes_back_bit_for_bit(tmp_path: Path, has_bias: bool) -> None
 def test_a_growing_cache_reads_what_is_committed_and_says_what_is_not(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, make_samples(21))
     fill_shard(tmp_path, 1)
-    add_head(tmp_path)
     cache = Cache.open(tmp_path)
     assert (cache.complete, cache.committed(), cache.info()["shards_committed"]) == (False, [1], 1)
     _ = cache[plan.shards[1].first_sample].rows

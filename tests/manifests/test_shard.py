@@ -317,7 +317,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said_before_the_first_row_and_leaves_nothing(tmpfs: Callable[[str], Path]) -> None:
     full_disk = tmpfs("512k")
-    make_plan(full_disk / "c", make_samples(21), hidden_size=9000)
+    make_plan(full_disk / "c", make_samples(21), hidden_size=9000, vocab_size=1)
     descriptors = count_descriptors()
     with pytest.raises(SpaceError, match="no space left on device; free some room"):
         writer(full_disk / "c")

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_all_damage_is_told_not_the_first(cache: Path) -> None:
     flip(cache / SAMPLES_FILE, 900)
     commit_path(cache, 2).unlink()
     findings = {finding.part: finding.error for finding in examine(Cache.open(cache))}
-    assert list(findings) == ["samples", "head", 0, 1, 2, 3]
+    assert list(findings) == ["samples", "head", "tokenizer", 0, 1, 2, 3]
     assert findings[0] is None
     assert isinstance(findings[2], IncompleteError)
     assert all(isinstance(findings[part], CorruptError) for part in ("samples", "head", 1, 3))
@@ -58,6 +59,51 @@ def test_a_quick_look_finds(name: str, cache: Path) -> None:
         at = {"header": 70, "crc32c table's end": -1, "first rows": tensors["hidden"].begin}
         flip(path, at[name] if name in at else tensors[name].begin)
     assert damaged(cache, "quick") == [1]
+
+
+def test_a_quick_look_finds_samples_of_another_cache(cache: Path, tmp_path: Path) -> None:
+    """As many shards, and a whole file by itself."""
+    other = make_cache(tmp_path / "other", samples=make_samples(21, seed=5))
+    assert len(other.plan.shards) == len(Cache.open(cache).plan.shards)
+    shutil.copy(tmp_path / "other" / SAMPLES_FILE, cache / SAMPLES_FILE)
+    assert damaged(cache, "quick") == ["samples"]
+
+
+def test_a_head_of_another_teacher_is_found_whole_as_it_is(cache: Path, tmp_path: Path) -> None:
+    """Same architecture and size: every logit would be wrong, and nothing else would tell."""
+    make_cache(tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / "teacher" / HEAD_FILE, cache / "teacher" / HEAD_FILE)
+    with pytest.raises(CorruptError, match=r"PLAN\.json says"):
+        Cache.open(cache).head()
+    assert damaged(cache, "quick") == ["head"]
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def replaced_by_a_link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("damage", [lambda path: flip(path, 9), emptied, replaced_by_a_link])
+def test_a_file_beside_the_head_that_changed_is_found_and_put_aside(
+    damage: Callable[[Path], None], cache: Path
+) -> None:
+    path = cache / "teacher" / "head.json"
+    damage(path)
+    (finding,) = [each for each in examine(Cache.open(cache), "quick") if each.damaged]
+    assert (finding.part, finding.error.where if finding.error else None) == ("tokenizer", str(path))
+    assert [each.part for each in repair(Cache.open(cache))] == ["tokenizer"]
+    assert not path.exists()
+    (finding,) = [each for each in examine(Cache.open(cache), "quick") if each.error]
+    assert isinstance(finding.error, IncompleteError)
+
+
+def test_files_nobody_wrote_beside_the_head_are_left_alone(cache: Path) -> None:
+    (cache / "teacher" / "notes.txt").write_text("a note")
+    assert damaged(cache, "deep") == []
 
 
 def test_a_deep_look_finds_rows_that_are_not_finite(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,13 +10,25 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tests.caches import verified
 from tests.chats import write_chats
 from tests.conftest import Bench
 from tests.models import KINDS, make_model, make_tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests import durable
+from kdpipe.manifests.cache import HEAD_FILE
 from kdpipe.manifests.durable import hold
-from kdpipe.manifests.errors import CacheError, DataError, IncompleteError, KdpipeError, SpaceError, TeacherError
+from kdpipe.manifests.errors import (
+    CacheError,
+    CorruptError,
+    DataError,
+    IncompleteError,
+    KdpipeError,
+    SpaceError,
+    TeacherError,
+)
+from kdpipe.manifests.plan import read_plan
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import shard_path
@@ -136,6 +149,43 @@ def test_extracting_again_changes_no_byte_and_fills_what_is_missing(
     shard_path(tmp_path / "cache", 2).unlink()
     extract(spec, tmp_path / "cache", Silent())
     assert files(tmp_path / "cache") == before
+
+
+@pytest.mark.parametrize("lost", [("tokenizer.json",), ("head.json", HEAD_FILE), ("",)])
+def test_files_of_the_teachers_that_are_lost_are_made_again(lost: tuple[str, ...], tmp_path: Path) -> None:
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
+    cache = tmp_path / "cache"
+    extract(spec, cache, Silent())
+    whole = files(cache)
+    assert set(read_plan(cache).teacher_files) == {
+        name.removeprefix("teacher/") for name in whole if name.startswith("teacher/")
+    }
+    for name in lost:
+        (shutil.rmtree if name == "" else os.unlink)(cache / "teacher" / name)
+    with pytest.raises(IncompleteError):
+        verified(cache, "quick")
+    extract(spec, cache, Silent())
+    assert files(cache) == whole
+    assert verified(cache, "deep")
+
+
+def test_a_lost_file_that_comes_out_otherwise_is_not_put_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
+    cache = tmp_path / "cache"
+    extract(spec, cache, Silent())
+    (cache / "teacher" / "tokenizer_config.json").unlink()
+    own = planning.save_tokenizer
+
+    def of_another_version(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        own(tokenizer, folder)
+        (folder / "tokenizer_config.json").write_text("{}")
+
+    monkeypatch.setattr(planning, "save_tokenizer", of_another_version)
+    with pytest.raises(CorruptError, match="put it back from a copy"):
+        extract(spec, cache, Silent())
+    assert not (cache / "teacher" / "tokenizer_config.json").exists()
 
 
 def test_the_same_data_from_another_place_is_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

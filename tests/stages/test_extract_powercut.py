@@ -11,7 +11,7 @@ import pytest
 from tests.faults.powercut import Place, PowerCut
 from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
 
-from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.errors import KdpipeError
 from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.shard import Commit, ShardWriter, commit_path, shard_path
@@ -23,7 +23,6 @@ FLUSHES: list[Place] = [
     ("Staged.publish", "new"),
     ("Staged.publish", "live"),
     ("write_once", "tmp"),
-    ("publish", "teacher"),
     ("ShardWriter.commit", "tmp"),
     ("publish", "shards"),
     ("publish", "commits"),
@@ -59,6 +58,7 @@ class Promises:
         opened = Cache.open(cache)
         opened.samples.verify()
         opened.head()
+        opened.check_teacher_files()
         assert committed_are_whole(cache) >= self.count
 
 
@@ -105,6 +105,21 @@ def test_a_shard_adopted_after_a_kill_survives_a_cut(spec: ExtractSpec, tmp_path
         extract_small(spec, cache)
         disk.restore(tmp_path / "left")
     assert committed_are_whole(tmp_path / "left" / "cache") == committed_are_whole(cache)
+
+
+@pytest.mark.parametrize("skipped", [None, ("fsync_tree", "files"), ("publish", "teacher")])
+def test_what_is_made_again_of_the_teachers_survives_a_cut(
+    skipped: Place | None, spec: ExtractSpec, tmp_path: Path
+) -> None:
+    cache = tmp_path / "live" / "cache"
+    extract_small(spec, cache)
+    whole = files(cache)
+    for name in ("tokenizer.json", HEAD_FILE):
+        (cache / "teacher" / name).unlink()
+    with PowerCut(tmp_path / "live", skip=[] if skipped is None else [skipped]) as disk:
+        extract_small(spec, cache)
+        disk.restore(tmp_path / "left")
+    assert (files(tmp_path / "left" / "cache") == whole) == (skipped is None)
 
 
 @pytest.mark.parametrize("place", FLUSHES, ids="-".join)

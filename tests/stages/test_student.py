@@ -12,7 +12,7 @@ from tests.conftest import Bench
 from tests.models import KINDS, make_model, make_tokenizer
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import CorruptError, StudentError
+from kdpipe.manifests.errors import CorruptError, IncompleteError, KdpipeError, LayoutError, StudentError
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed import PackedBatch, Packer, Rows
 from kdpipe.stages.student import (
@@ -143,17 +143,22 @@ def test_student_folder_that_lacks_a_part_is_refused(missing: str, bench: Bench,
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["missing", "not json", "a pipe"])
-def test_a_caches_tokenizer_that_does_not_load_is_named(how: str, bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "error"), [("missing", IncompleteError), ("changed", CorruptError), ("a pipe", LayoutError)]
+)
+def test_a_caches_tokenizer_that_is_not_what_was_written_is_named(
+    how: str, error: type[KdpipeError], bench: Bench, tmp_path: Path
+) -> None:
     """It is read where a student's vocabulary is not the teacher's to the last token."""
     cache = shutil.copytree(bench.cache, tmp_path / "cache")
     path = cache / "teacher" / "tokenizer.json"
+    before = path.read_text()
     path.unlink()
-    if how == "not json":
-        path.write_text('{"version": 1w')
+    if how == "changed":
+        path.write_text(before.replace("0", "1", 1))
     elif how == "a pipe":
         os.mkfifo(path)
     other = make_tokenizer(make_model("llama", tmp_path / "student", vocab_size=320), vocab_size=290)
-    with pytest.raises(CorruptError, match="put it back") as caught:
+    with pytest.raises(error) as caught:
         check_student(other, Cache.open(cache))
     assert caught.value.where == str(path)

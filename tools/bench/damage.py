@@ -60,7 +60,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is all Python adds
 
-from tests.caches import add_head, make_plan
+from tests.caches import make_plan
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import DriftError, IncompleteError, KdpipeError
@@ -244,7 +244,6 @@ class Kdpipe(Format):
         make_plan(place, self._samples, hidden_size=WIDTH, shard_tokens=SHARD_TOKENS)
 
     def write(self, place: Path, data: Data) -> None:
-        add_head(place)
         plan, first = read_plan(place), 0
         samples = Samples(place, plan)
         for number, shard in enumerate(plan.shards):
