@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdpipe.manifests.durable import canonical, open_regular, read_small
+from kdpipe.manifests.durable import QUARANTINE, canonical, open_regular, read_small
 from kdpipe.manifests.errors import CacheError, CorruptError, LayoutError
 from kdpipe.manifests.sample import ID_BYTES, Sample, row_positions
 from kdpipe.manifests.specs import Codec, Dtype, Io, RowsChoice
@@ -33,6 +33,7 @@ MAX_PLAN_BYTES = 32 << 20
 """Some 300,000 shards of 64 MiB."""
 SAMPLES_FILE = "samples.arrow"
 GROWN = "grown"
+FOLDERS = ("shards", "commits", "claims", "tmp", "runs", "teacher")
 SHARD_TOKENS = 65536
 """Tokens a shard holds at most, and so the teacher's work that a kill can lose."""
 
@@ -171,6 +172,16 @@ def plan_folder(cache: Path, generation: int) -> Path:
     return cache / GROWN / f"{generation:06d}" if generation else cache
 
 
+def refuse_links(cache: Path) -> None:
+    """No folder of a cache may be a link: what is swept, put aside or removed there would be somebody else's.
+
+    Raises LayoutError.
+    """
+    for folder in (*(cache / name for name in (*FOLDERS, GROWN, QUARANTINE)), *(cache / GROWN).glob("*")):
+        if folder.is_symlink():
+            raise LayoutError("it is a link; move the folder it leads to here, or mount that here", where=folder)
+
+
 def newest_generation(cache: Path) -> int:
     """How often the cache grew. Raises PermissionError where that cannot be seen."""
     generation = 0
@@ -185,6 +196,7 @@ def read_plan(cache: Path, generation: int | None = None) -> Plan:
 
     Raises CacheError if there is none, LayoutError if it is not one we can read.
     """
+    refuse_links(cache)
     generation = newest_generation(cache) if generation is None else generation
     path = plan_folder(cache, generation) / PLAN_FILE
     try:

@@ -15,6 +15,7 @@ import numpy as np
 from kdpipe.manifests.cache import Cache, teacher_files, write_head
 from kdpipe.manifests.durable import canonical, write_once
 from kdpipe.manifests.plan import (
+    FOLDERS,
     PLAN_FILE,
     SAMPLES_FILE,
     Ancestor,
@@ -33,8 +34,6 @@ from kdpipe.manifests.specs import Dtype, Io
 from kdpipe.manifests.teacher import HeadRecord
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
 from kdpipe.manifests.verify import Level, examine
-
-FOLDERS = ("shards", "commits", "tmp", "teacher", "runs")
 
 
 def array_dtype(dtype: Dtype) -> np.dtype:

@@ -45,6 +45,7 @@ from kdpipe.manifests.errors import (
 )
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.plan import (
+    FOLDERS,
     PLAN_FILE,
     SAMPLES_FILE,
     SHARD_TOKENS,
@@ -57,6 +58,7 @@ from kdpipe.manifests.plan import (
     ShardPlan,
     plan_folder,
     read_plan,
+    refuse_links,
 )
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json, digest_model
@@ -73,7 +75,6 @@ from kdpipe.stages.teacher.engine import EngineOptions
 from kdpipe.stages.teacher.head import Head, head_record, read_head
 from kdpipe.stages.teacher.rows import as_array
 
-FOLDERS = ("shards", "commits", "claims", "tmp", "runs", "teacher")
 CUDA_BATCH_TOKENS = 16384
 SMALL_FILES = 16 << 20
 """Bytes kept free for tokenizer, plan and logs."""
@@ -227,6 +228,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     tokenizer = load_tokenizer(spec.teacher, TeacherError, spec.options.trust)
     if cache.exists() and not (cache / PLAN_FILE).exists() and (not cache.is_dir() or any(cache.iterdir())):
         raise CacheError("it exists and is not a cache; choose another name or remove it", where=cache)
+    refuse_links(cache)
     parent = cache.absolute().parent
     made = [above for above in (parent, *parent.parents) if not above.exists()]
     folder = scratch_name(parent, f".{cache.name}.plan")

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.caches import make_cache, make_samples, verified
+from tests.caches import grow_plan, make_cache, make_samples, verified
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache
-from kdpipe.manifests.errors import KdpipeError
-from kdpipe.manifests.plan import PLAN_FILE
+from kdpipe.manifests.durable import QUARANTINE
+from kdpipe.manifests.errors import KdpipeError, LayoutError
+from kdpipe.manifests.plan import FOLDERS, GROWN, PLAN_FILE
 from kdpipe.manifests.shard import commit_path, shard_path
 
 LONGEST_S = 1.0
@@ -103,6 +104,22 @@ def test_a_huge_record_is_refused_unread(name: str, tmp_path: Path) -> None:
         Cache.open(tmp_path / "c").shard(0)
     assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, GROWN, QUARANTINE, f"{GROWN}/000001"])
+def test_a_folder_that_is_a_link_is_refused_and_nothing_behind_it_is_touched(name: str, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c").path
+    grow_plan(cache, make_samples(5, seed=2))
+    (cache / QUARANTINE).mkdir()
+    shutil.move(cache / name, tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "precious").write_text("a note")
+    os.utime(tmp_path / "elsewhere" / "precious", (0, 0))
+    (cache / name).symlink_to(tmp_path / "elsewhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(LayoutError, match="is a link") as caught:
+        Cache.open(cache)
+    assert caught.value.where == str(cache / name)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", [PLAN_FILE, "commits/000000.json", "shards/000000.safetensors"])

@@ -25,6 +25,7 @@ from kdpipe.manifests.errors import (
     DataError,
     IncompleteError,
     KdpipeError,
+    LayoutError,
     SpaceError,
     TeacherError,
 )
@@ -186,6 +187,19 @@ def test_a_lost_file_that_comes_out_otherwise_is_not_put_in_its_place(
     with pytest.raises(CorruptError, match="put it back from a copy"):
         extract(spec, cache, Silent())
     assert not (cache / "teacher" / "tokenizer_config.json").exists()
+
+
+def test_work_in_progress_behind_a_link_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "MOMENT_S", -1.0)
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
+    extract(spec, tmp_path / "cache", Silent())
+    (tmp_path / "cache" / "tmp").rename(tmp_path / "home")
+    (tmp_path / "home" / "precious").write_text("a note")
+    os.utime(tmp_path / "home" / "precious", (0, 0))
+    (tmp_path / "cache" / "tmp").symlink_to(tmp_path / "home")
+    with pytest.raises(LayoutError, match="is a link"):
+        extract(spec, tmp_path / "cache", Silent())
+    assert (tmp_path / "home" / "precious").exists()
 
 
 def test_the_same_data_from_another_place_is_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
