@@ -17,7 +17,7 @@ from kdpipe.manifests.errors import ConfigError, SpaceError, StudentError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_model, num_bytes
-from kdpipe.manifests.run import RUN_FILE, RunInputs, RunRecord, read_run
+from kdpipe.manifests.run import CHECKPOINT_FILE, RUN_FILE, RunInputs, RunRecord, read_run
 from kdpipe.manifests.specs import Io, RunSpec
 from kdpipe.stages.checkpoint import CHECKPOINTS, newest_record
 from kdpipe.stages.feed import Feed, Rows
@@ -58,6 +58,11 @@ class TrainJob:
 
 def check_job(job: TrainJob, nproc: int) -> None:
     """Raises every input error that can be found before a rank is started or a file written."""
+    if job.resume not in ("auto", "never") and not (Path(job.resume) / CHECKPOINT_FILE).exists():
+        raise ConfigError(
+            f"no checkpoint here: {CHECKPOINT_FILE} is missing; checkpoints are folders as OUTPUT/{CHECKPOINTS}/000100",
+            where=f"--resume {job.resume}",
+        )
     rows = open_rows(job)
     for cache in rows.caches:
         check_student(job.student, cache, job.trust)

@@ -29,7 +29,8 @@ from kdpipe.manifests.durable import canonical, disk_error, fsync_tree, make_fol
 from kdpipe.manifests.errors import CheckFailed, ConfigError, SpaceError, StudentError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress, Silent
-from kdpipe.manifests.run import ELASTIC, RUN_FILE, CheckpointRecord, RunRecord
+from kdpipe.manifests.provenance import digest_json
+from kdpipe.manifests.run import ELASTIC, RUN_FILE, CheckpointRecord, RunInputs, RunRecord
 from kdpipe.stages import evaluate
 from kdpipe.stages.checkpoint import Checkpoints
 from kdpipe.stages.draws import mixed_seed
@@ -81,6 +82,18 @@ def train(job: TrainJob, progress: Progress) -> dict[str, object]:
     return _result(record)
 
 
+def require_agreement(inputs: RunInputs, device: torch.device) -> None:
+    """Every rank must have found the same student, caches and settings. Collective.
+
+    Raises TemporaryError, on every rank: a cache may have grown between the first rank's look at it and the last's.
+    """
+    digest = list(bytes.fromhex(digest_json(inputs.model_dump(mode="json"))))
+    largest = torch.tensor([*digest, *(-byte for byte in digest)], dtype=torch.int32, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    if bool((largest[: len(digest)] != -largest[len(digest) :]).any()):
+        raise TemporaryError("ranks found other inputs than others: did a cache grow just now? run it again")
+
+
 @contextmanager
 def asked_to_stop() -> Iterator[list[signal.Signals]]:
     """A list that SIGTERM and SIGUSR2, as schedulers send them before they kill, add themselves to.
@@ -127,6 +140,8 @@ class Run:
         spec = job.spec.train
         torch.manual_seed(spec.seed)
         self.job, self.rows, self.device, self.rank, self.world_size = job, rows, device, rank, world_size
+        self.inputs = run_inputs(job, rows)
+        require_agreement(self.inputs, device)
         self.tokenizer: PreTrainedTokenizerBase = check_student(job.student, rows.caches[0], job.trust)
         # As they are now: what is exported is what was trained, whatever becomes of the folder meanwhile.
         self.code = allowed_code(job.student, job.trust, StudentError)
@@ -161,7 +176,6 @@ class Run:
         )
         wanted = max(round(self.feed.steps_per_epoch * spec.epochs), 1)
         self.num_steps = min(wanted, spec.max_steps or wanted)
-        self.inputs = run_inputs(job, rows)
         self.checkpoints = Checkpoints(job.output, spec.keep, device)
         self.done = self.num_tokens = self.num_skipped = self.skipped_in_a_row = 0
         self.lr_factor, self.stopping = 1.0, False

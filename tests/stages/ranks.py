@@ -1,5 +1,6 @@
 """What a rank of a test does: functions of a module, so that spawned processes find them."""
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -68,6 +69,13 @@ class Logged(Silent):
                 file.write(f"{fields['step']} {' '.join(numbers)}\n")
         if self._kill == f"{kind}:{fields.get('step')}":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_on_two_caches(job: TrainJob, other: Path) -> None:
+    """Train as this rank; the second one has another cache."""
+    if os.environ["RANK"] == "1":
+        job = dataclasses.replace(job, caches=(other,))
+    train(job, Silent())
 
 
 def train_until(job: TrainJob, kill: str) -> None:

@@ -241,6 +241,9 @@ def test_a_checkpoint_of_another_run_is_refused(bench: Bench, run: Callable[...,
         train(other, Recorder())
     with pytest.raises(CorruptError, match=r"checkpoint\.json is missing"):
         train(dataclasses.replace(job, resume=str(tmp_path)), Recorder())
+    with pytest.raises(ConfigError, match=r"--resume .*: no checkpoint here"):
+        check_job(dataclasses.replace(job, output=tmp_path / "new", resume=str(tmp_path)), 1)
+    assert not (tmp_path / "new").exists()
     recorder = Recorder()
     train(dataclasses.replace(other, resume="never"), recorder)
     assert recorder.values("step", "step") == list(range(1, STEPS + 1))

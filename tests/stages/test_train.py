@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from tests.caches import fill_shard, grow_plan, make_samples
 from tests.conftest import Bench
 from tests.models import make_model, make_tokenizer
-from tests.stages.ranks import Recorder, first_gradients, train_and_record
+from tests.stages.ranks import Recorder, first_gradients, train_and_record, train_on_two_caches
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import CheckFailed, ConfigError, CorruptError, KdpipeError
+from kdpipe.manifests.errors import CheckFailed, ConfigError, CorruptError, KdpipeError, TemporaryError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import DataSpec, LossSpec, RunSpec, TrainSpec
 from kdpipe.pipeline.launch import launch
@@ -156,6 +157,17 @@ def test_two_ranks_take_the_same_steps_as_one(dtype: str, bench: Bench, tmp_path
     assert two["num_tokens"] == one["num_tokens"]
     assert two["loss/mean"] == pytest.approx(one["loss/mean"], rel=allowed)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=20 * allowed)
+
+
+def test_ranks_that_found_other_samples_stop_before_the_first_step(bench: Bench, tmp_path: Path) -> None:
+    """A cache grew between the looks of two ranks."""
+    cache = tmp_path / "cache"
+    shutil.copytree(bench.cache, cache)
+    grow_plan(cache, make_samples(3, vocab_size=300))
+    fill_shard(cache, len(Cache.open(cache).plan.shards) - 1)
+    with pytest.raises(TemporaryError, match="run it again"):
+        launch(train_on_two_caches, job_for(bench, tmp_path / "out"), cache, nproc=2)
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 def test_rank_without_samples_changes_no_loss(bench: Bench, tmp_path: Path) -> None:
