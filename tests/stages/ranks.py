@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -41,19 +42,23 @@ def train_and_record(job: TrainJob) -> dict[str, list[float]]:
     return {field: recorder.values("step", field) for field in ("loss/mean", "grad_norm", "num_tokens")}
 
 
-def first_gradients(job: TrainJob, out: Path) -> None:
-    """Gradients of the first step, gathered from all ranks, saved by rank 0 under the model's own names, and sums."""
+def first_gradients(jobs: Mapping[str, TrainJob], folder: Path) -> None:
+    """Gradients of each job's first step, gathered from all ranks, under the model's own names, and its sums.
+
+    Rank 0 saves them as folder/NAME.
+    """
     torch.set_num_threads(1)
-    rows = Rows([Cache.open(path) for path in job.caches])
     with process_group(torch.device("cpu")) as (rank, world_size):
-        run = Run(job, rows, torch.device("cpu"), rank=rank, world_size=world_size)
-        sums = run._backward(0, run.feed.num_supervised(0))
-        whole = {
-            name: parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-            for name, parameter in run.student.named_parameters()
-        }
-        if int(os.environ.get("RANK", "0")) == 0:
-            torch.save((whole, sums), out)
+        for name, job in jobs.items():
+            rows = Rows([Cache.open(path) for path in job.caches])
+            run = Run(job, rows, torch.device("cpu"), rank=rank, world_size=world_size)
+            sums = run._backward(0, run.feed.num_supervised(0))
+            whole = {
+                name: parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+                for name, parameter in run.student.named_parameters()
+            }
+            if rank == 0:
+                torch.save((whole, sums), folder / name)
 
 
 class Logged(Silent):
@@ -69,6 +74,11 @@ class Logged(Silent):
                 file.write(f"{fields['step']} {' '.join(numbers)}\n")
         if self._kill == f"{kind}:{fields.get('step')}":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_each(jobs: Mapping[str, TrainJob]) -> dict[str, dict[str, list[float]]]:
+    """`train_and_record` of every job, one after the other in the same processes."""
+    return {name: train_and_record(job) for name, job in jobs.items()}
 
 
 def train_on_two_caches(job: TrainJob, other: Path) -> None:

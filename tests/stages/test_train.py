@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tests.caches import fill_shard, grow_plan, make_samples
 from tests.conftest import Bench
 from tests.models import make_model, make_tokenizer
-from tests.stages.ranks import Recorder, first_gradients, train_and_record, train_on_two_caches
+from tests.stages.ranks import Recorder, first_gradients, train_and_record, train_each, train_on_two_caches
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, ConfigError, CorruptError, KdpipeError, TemporaryError
@@ -75,54 +75,72 @@ def dense_gradients(bench: Bench, student: Path, loss: LossSpec) -> tuple[dict[s
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, float(total.detach())
 
 
-def assert_gradients_are_dense(job: TrainJob, bench: Bench, ranks: int, folder: Path) -> None:
-    """Gradients and loss of the first step on so many ranks against float64."""
-    if ranks == 1:
-        first_gradients(job, folder / "grads.pt")
-    else:
-        launch(first_gradients, job, folder / "grads.pt", nproc=ranks)
-    ours, sums = torch.load(folder / "grads.pt", weights_only=True)
-    truth, loss = dense_gradients(bench, job.student, job.spec.loss)
-    assert sums["loss"] == pytest.approx(loss, rel=1e-6)
-    assert {name.removeprefix("model.") for name in ours} == truth.keys()
-    for name, gradient in truth.items():
-        error = (ours["model." + name].double() - gradient).norm() / gradient.norm()
-        assert error < 5e-6, name
-
-
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student whose head is its embedding."""
     return make_tokenizer(make_model("qwen2", tmp_path_factory.mktemp("tied") / "student", vocab_size=300, seed=3))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("head", ["untied", "tied"])
+LOSSES = {
+    "everything": LossSpec(
+        preset="trl", temperature=2.0, kd_weight=0.8, scale_t2=True, label_smoothing=0.1, z_loss=1e-3
+    ),
+    "sampled": LossSpec(divergence="sampled_kl", options={"samples": 20}),
+    "cross-entropy": LossSpec(kd_weight=0.0),
+}
+MATRIX = [
+    f"{head}-{accumulate}-{checkpointing}"
+    for head in ("tied", "untied")
+    for accumulate in (1, 3)
+    for checkpointing in ("", "checkpointing")
+]
+
+
+@pytest.fixture(scope="module")
+def jobs(bench: Bench, tied: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainJob]:
+    """Every head with and without accumulation and activation checkpointing; every kind of loss with all three."""
+    folder = tmp_path_factory.mktemp("jobs")
+    made = {
+        name: job_for(bench, folder, student=tied, loss=loss, grad_accum=2, grad_checkpointing=True)
+        for name, loss in LOSSES.items()
+    }
+    for name in MATRIX:
+        head, accumulate, checkpointing = name.split("-")
+        made[name] = job_for(
+            bench,
+            folder,
+            student=tied if head == "tied" else bench.student,
+            grad_accum=int(accumulate),
+            grad_checkpointing=bool(checkpointing),
+        )
+    return made
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def gradients(
+    request: pytest.FixtureRequest, jobs: dict[str, TrainJob], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder with each job's first gradients, made by one rank, and by two."""
+    folder = tmp_path_factory.mktemp("gradients")
+    if request.param == 1:
+        first_gradients(jobs, folder)
+    else:
+        launch(first_gradients, jobs, folder, nproc=request.param)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *MATRIX])
 def test_one_steps_gradients_equal_the_dense_reference(
-    head: str, ranks: int, accumulate: int, checkpointing: bool, bench: Bench, tied: Path, tmp_path: Path
+    name: str, gradients: Path, jobs: dict[str, TrainJob], bench: Bench
 ) -> None:
-    student = tied if head == "tied" else bench.student
-    job = job_for(bench, tmp_path, student=student, grad_accum=accumulate, grad_checkpointing=checkpointing)
-    assert_gradients_are_dense(job, bench, ranks, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        LossSpec(preset="trl", temperature=2.0, kd_weight=0.8, scale_t2=True, label_smoothing=0.1, z_loss=1e-3),
-        LossSpec(divergence="sampled_kl", options={"samples": 20}),
-        LossSpec(kd_weight=0.0),
-    ],
-    ids=["everything", "sampled", "cross-entropy"],
-)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_every_kind_of_loss_is_dense_on_ranks(
-    ranks: int, loss: LossSpec, bench: Bench, tied: Path, tmp_path: Path
-) -> None:
-    job = job_for(bench, tmp_path, student=tied, loss=loss, grad_accum=2, grad_checkpointing=True)
-    assert_gradients_are_dense(job, bench, ranks, tmp_path)
+    """Gradients and loss of the first step on one rank and on two against float64."""
+    ours, sums = torch.load(gradients / name, weights_only=True)
+    truth, loss = dense_gradients(bench, jobs[name].student, jobs[name].spec.loss)
+    assert sums["loss"] == pytest.approx(loss, rel=1e-6)
+    assert {parameter.removeprefix("model.") for parameter in ours} == truth.keys()
+    for parameter, gradient in truth.items():
+        error = (ours["model." + parameter].double() - gradient).norm() / gradient.norm()
+        assert error < 5e-6, parameter
 
 
 def test_a_sampled_loss_draws_anew_in_every_step(bench: Bench, tmp_path: Path) -> None:
@@ -147,16 +165,42 @@ def test_a_step_tells_entropy_agreement_and_mass(bench: Bench, tmp_path: Path) -
     assert recorder.values("step", "top_k_mass")[0] > 0.0
 
 
+Steps = dict[str, list[float]]
+RANKS = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "one sample a step": {"batch_tokens": 30},
+}
+
+
+@pytest.fixture(scope="module")
+def one_and_two(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Steps, Steps]]:
+    """The same trainings on one rank and on two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    one, two = (
+        {name: job_for(bench, folder / f"{name} {count}", **changes) for name, changes in RANKS.items()}
+        for count in (1, 2)
+    )
+    alone, together = train_each(one), launch(train_each, two, nproc=2)
+    return {name: (alone[name], together[name]) for name in RANKS}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_ranks_take_the_same_steps_as_one(dtype: str, bench: Bench, tmp_path: Path) -> None:
-    one = train_and_record(job_for(bench, tmp_path / "one", dtype=dtype))
-    two = launch(train_and_record, job_for(bench, tmp_path / "two", dtype=dtype), nproc=2)
+def test_two_ranks_take_the_same_steps_as_one(dtype: str, one_and_two: dict[str, tuple[Steps, Steps]]) -> None:
+    one, two = one_and_two[dtype]
     # float32: summation in another order. bfloat16: gradients are sums of other groups, rounded once each.
     allowed = {"float32": 2e-6, "bfloat16": 5e-3}[dtype]
     assert len(one["loss/mean"]) == 5
     assert two["num_tokens"] == one["num_tokens"]
     assert two["loss/mean"] == pytest.approx(one["loss/mean"], rel=allowed)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=20 * allowed)
+
+
+def test_rank_without_samples_changes_no_loss(one_and_two: dict[str, tuple[Steps, Steps]]) -> None:
+    """Steps of one sample: one of two ranks has nothing to do, the other's gradient must arrive whole."""
+    one, two = one_and_two["one sample a step"]
+    assert two["num_tokens"] == one["num_tokens"]
+    assert two["loss/mean"] == pytest.approx(one["loss/mean"], rel=2e-6)
 
 
 def test_ranks_that_found_other_samples_stop_before_the_first_step(bench: Bench, tmp_path: Path) -> None:
@@ -168,14 +212,6 @@ def test_ranks_that_found_other_samples_stop_before_the_first_step(bench: Bench,
     with pytest.raises(TemporaryError, match="run it again"):
         launch(train_on_two_caches, job_for(bench, tmp_path / "out"), cache, nproc=2)
     assert not (tmp_path / "out" / "run.json").exists()
-
-
-def test_rank_without_samples_changes_no_loss(bench: Bench, tmp_path: Path) -> None:
-    """Steps of one sample: one of two ranks has nothing to do, the other's gradient must arrive whole."""
-    one = train_and_record(job_for(bench, tmp_path / "one", batch_tokens=30))
-    two = launch(train_and_record, job_for(bench, tmp_path / "two", batch_tokens=30), nproc=2)
-    assert two["num_tokens"] == one["num_tokens"]
-    assert two["loss/mean"] == pytest.approx(one["loss/mean"], rel=2e-6)
 
 
 def test_tied_student_is_exported_in_its_own_precision_with_one_head(bench: Bench, tied: Path, tmp_path: Path) -> None:
