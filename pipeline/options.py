@@ -60,6 +60,10 @@ class Part(click.ParamType):
         return int(index), int(count)
 
 
+GROUP_READS = 0o2050
+"""Of a folder's mode, where it was made for a group: what is made in it is the group's too."""
+
+
 class UnixGroup(click.ParamType):
     """A group by name; its number. From then on what this process writes can be read by its folder's group."""
 
@@ -70,8 +74,20 @@ class UnixGroup(click.ParamType):
             number = grp.getgrnam(str(value)).gr_gid
         except KeyError:
             self.fail(f"there is no group '{value}' on this machine", param, ctx)
-        os.umask(os.umask(0o777) & ~0o050)
+        _open_to_group()
         return number
+
+
+def kept_group(given: int | None, folder: Path) -> int | None:
+    """The group asked for; else the one that a folder was made for, which is to read what is added there too."""
+    if given is None and folder.is_dir() and folder.stat().st_mode & GROUP_READS == GROUP_READS:
+        _open_to_group()
+        return folder.stat().st_gid
+    return given
+
+
+def _open_to_group() -> None:
+    os.umask(os.umask(0o777) & ~0o050)
 
 
 class Finite(click.FloatRange):
@@ -223,7 +239,8 @@ group_option = click.option(
     "--group",
     type=UnixGroup(),
     metavar="NAME",
-    help="Unix group that may read what is written; otherwise only you can (files 0600, folders 0700).",
+    help="Unix group that may read what is written, and what is added there later; otherwise only you can (files "
+    "0600, folders 0700).",
 )
 device_option = click.option(
     "--device",

@@ -17,6 +17,7 @@ from kdpipe.pipeline.options import (
     engine_options,
     group_option,
     json_option,
+    kept_group,
     run_options,
     run_spec,
     trust_option,
@@ -112,7 +113,7 @@ def command(
         seed=seed,
         device=device,
         batch_tokens=batch_tokens,
-        group=group,
+        group=kept_group(group, cache),
         grow=grow,
         options=EngineOptions(
             tp=tp,

@@ -16,6 +16,7 @@ from kdpipe.pipeline.options import (
     group_option,
     io_option,
     json_option,
+    kept_group,
     run_options,
     run_spec,
     trust_option,
@@ -106,7 +107,7 @@ def command(
         io=io,
         trust=trust,
         resume=resume,
-        group=group,
+        group=kept_group(group, output),
     )
     with results_only():
         check_job(job, nproc)
