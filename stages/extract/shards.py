@@ -21,7 +21,8 @@ from kdpipe.manifests.plan import PLAN_FILE, Plan, Samples
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import ShardWriter, adopt, commit_path, shard_path
-from kdpipe.stages.extract.planning import ExtractSpec, Staged, staged
+from kdpipe.stages.extract.planning import ExtractSpec
+from kdpipe.stages.extract.staging import Staged, staged
 from kdpipe.stages.teacher import ENGINES
 from kdpipe.stages.teacher.engine import Ack, Canary, Request, RowTarget, TeacherEngine
 from kdpipe.stages.teacher.gate import (

@@ -35,7 +35,7 @@ from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import shard_path
 from kdpipe.manifests.specs import DataSpec, Dtype
 from kdpipe.stages.causal_lm import logit_formula
-from kdpipe.stages.extract import ExtractSpec, extract, forecast, planning
+from kdpipe.stages.extract import ExtractSpec, extract, forecast, planning, staging
 from kdpipe.stages.teacher.rows import as_tensor
 
 
@@ -177,13 +177,13 @@ def test_a_lost_file_that_comes_out_otherwise_is_not_put_in_its_place(
     cache = tmp_path / "cache"
     extract(spec, cache, Silent())
     (cache / "teacher" / "tokenizer_config.json").unlink()
-    own = planning.save_tokenizer
+    own = staging.save_tokenizer
 
     def of_another_version(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         own(tokenizer, folder)
         (folder / "tokenizer_config.json").write_text("{}")
 
-    monkeypatch.setattr(planning, "save_tokenizer", of_another_version)
+    monkeypatch.setattr(staging, "save_tokenizer", of_another_version)
     with pytest.raises(CorruptError, match="put it back from a copy"):
         extract(spec, cache, Silent())
     assert not (cache / "teacher" / "tokenizer_config.json").exists()

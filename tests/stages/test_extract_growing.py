@@ -19,7 +19,7 @@ from kdpipe.manifests.errors import CacheError, CheckFailed, CorruptError, Kdpip
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, plan_folder
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.shard import commit_path
-from kdpipe.stages.extract import ExtractSpec, planning
+from kdpipe.stages.extract import ExtractSpec, staging
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_parts_share_out_what_is_new(spec: ExtractSpec, small: Path, grown: Path
 def test_two_writers_that_add_other_things_at_once(spec: ExtractSpec, small: Path, grown: Path, tmp_path: Path) -> None:
     """The one that comes later to put its plan in place is told to run again, and then adds its own."""
     cache = shutil.copytree(small, tmp_path / "cache")
-    with planning.staged(of_data(spec, "most", grow=True), cache, Silent()) as late:
+    with staging.staged(of_data(spec, "most", grow=True), cache, Silent()) as late:
         extract_small(of_data(spec, "data", "more"), cache)
         with pytest.raises(TemporaryError, match="run it again"):
             late.publish()

@@ -103,7 +103,7 @@ class Bench:
         from kdpipe.manifests.progress import Silent
         from kdpipe.manifests.specs import DataSpec, Dtype
         from kdpipe.stages.extract import ExtractSpec
-        from kdpipe.stages.extract.planning import staged
+        from kdpipe.stages.extract.staging import staged
         from kdpipe.stages.teacher.describe import describe_teacher
         from kdpipe.stages.teacher.engine import EngineOptions
         from kdpipe.stages.teacher.session import Session, members

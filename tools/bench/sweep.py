@@ -32,8 +32,8 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import RunSpec, TrainSpec
 from kdpipe.stages.extract import ExtractSpec, forecast
-from kdpipe.stages.extract.planning import staged
 from kdpipe.stages.extract.shards import fill, missing_shards
+from kdpipe.stages.extract.staging import staged
 from kdpipe.stages.feed import PackedBatch, Rows
 from kdpipe.stages.job import TrainJob
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine

@@ -22,8 +22,8 @@ from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.shard import commit_path
 from kdpipe.manifests.specs import DataSpec, Dtype
 from kdpipe.stages.extract import ExtractSpec, extract
-from kdpipe.stages.extract.planning import Staged, staged
 from kdpipe.stages.extract.shards import fill, missing_shards
+from kdpipe.stages.extract.staging import Staged, staged
 from kdpipe.stages.own_code import code_digest
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
