@@ -18,7 +18,7 @@ from kdpipe.manifests.errors import KdpipeError
 from kdpipe.manifests.run import CheckpointRecord, read_run
 from kdpipe.stages import checkpoint
 from kdpipe.stages.checkpoint import CHECKPOINTS, Checkpoints
-from kdpipe.stages.job import TrainJob
+from kdpipe.stages.job import TrainJob, check_job
 from kdpipe.stages.train import train
 
 FLUSHES: list[list[Place]] = [
@@ -111,6 +111,7 @@ def test_a_run_goes_on_after_a_cut_at_any_flush(stride: int, bench: Bench, tmp_p
     for left in cuts[::stride]:
         output = left / "new" / "out"
         again = job_for(bench, output, max_steps=4, batch_tokens=900, save_every=1, keep=2)
+        check_job(again, 1)  # as the command does first: it tidies up after a run that was finished
         train(again, Recorder())
         assert (output / "model.safetensors").read_bytes() == weights, left.name
         assert not (output / CHECKPOINTS).exists()
