@@ -27,21 +27,26 @@ def zeros(shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = Non
     """A contiguous tensor of zeros on the device of `like`, in its dtype unless another is given."""
     dtype = dtype or like.dtype
     num_bytes = math.prod(shape) * dtype.itemsize
-    if like.device.type != "cpu" or num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if like.device.type != "cpu" or not worth_mapping(num_bytes):
         return like.new_zeros(shape, dtype=dtype)
-    mapping = _idle.take(num_bytes)
-    if mapping is not None:
-        return owning(mapping, dtype).zero_().view(shape)
-    mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapping.madvise(mmap.MADV_HUGEPAGE)
-    return owning(mapping, dtype).view(shape)
-
-
-def owning(mapping: mmap.mmap, dtype: torch.dtype) -> Tensor:
-    """The mapping as a tensor; with the last view of it the mapping is idle."""
+    idle = _idle.take(num_bytes)
+    mapping = new_mapping(num_bytes) if idle is None else idle
     view = memoryview(mapping)  # what the storage holds, and ends with it
     weakref.finalize(view, _idle.put, mapping).atexit = False
-    return torch.frombuffer(view, dtype=dtype)
+    buffer = torch.frombuffer(view, dtype=dtype).view(shape)
+    return buffer if idle is None else buffer.zero_()
+
+
+def worth_mapping(num_bytes: int) -> bool:
+    """Whether a buffer of the size gets a mapping of its own."""
+    return num_bytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
+
+
+def new_mapping(num_bytes: int) -> mmap.mmap:
+    """Zeros, in huge pages where the kernel has them."""
+    mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
 
 
 class _Idle:
@@ -94,7 +99,11 @@ def scratch(name: str, shape: Sequence[int], *, like: Tensor) -> Tensor:
     num_bytes = math.prod(shape) * like.dtype.itemsize
     if name not in _kept.buffers or _kept.buffers[name].numel() < num_bytes:
         _kept.buffers.pop(name, None)
-        _kept.buffers[name] = zeros((num_bytes,), like=like, dtype=torch.uint8)
+        # Not of `zeros`: released, it is to go back to the system with its last view.
+        if worth_mapping(num_bytes):
+            _kept.buffers[name] = torch.frombuffer(new_mapping(num_bytes), dtype=torch.uint8)
+        else:
+            _kept.buffers[name] = torch.zeros(num_bytes, dtype=torch.uint8)
     return _kept.buffers[name][:num_bytes].view(like.dtype).view(shape)
 
 

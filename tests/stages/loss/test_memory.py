@@ -55,9 +55,17 @@ def test_idle_memory_is_bounded_and_given_back_on_request() -> None:
     assert resident_bytes() - before > 7 * 4 * PLACES
     buffers.clear()
     assert resident_bytes() - before < IDLE_BYTES + 4 * PLACES
-    scratch("student", (PLACES,), like=LIKE).fill_(1.0)
     release_scratch()
     assert resident_bytes() - before < 4 * PLACES
+
+
+def test_released_scratch_is_not_kept_once_its_last_view_is_gone() -> None:
+    before = resident_bytes()
+    view = scratch("student", (PLACES,), like=LIKE).fill_(1.0)
+    release_scratch()
+    assert float(view[-1]) == 1.0
+    del view
+    assert resident_bytes() - before < 2 * PLACES
 
 
 def test_a_buffer_larger_than_what_is_kept_goes_back_at_once_and_drives_nothing_out() -> None:

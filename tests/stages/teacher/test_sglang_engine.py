@@ -1,5 +1,6 @@
 """The real SGLang, on CPU, against transformers: rows, order, chunks, ranks; what it starts is gone afterwards."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -98,9 +99,21 @@ def own_rows(folder: Path, dtype: str, requests: Sequence[Request]) -> torch.Ten
     ).double()
 
 
-@pytest.mark.parametrize("chunk", ["128", "-1"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+USUAL = [
+    ("llama", "float32", "128"),
+    ("llama", "bfloat16", "-1"),
+    ("qwen3", "float32", "-1"),
+    ("qwen3", "bfloat16", "128"),
+]
+"""Of models, dtypes and chunks every two together; all three together are for the long tests."""
+LONG = [
+    pytest.param(kind, dtype, chunk, marks=pytest.mark.slow)
+    for kind, dtype, chunk in itertools.product(("llama", "qwen3"), ("float32", "bfloat16"), ("128", "-1"))
+    if (kind, dtype, chunk) not in USUAL
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "chunk"), [*USUAL, *LONG])
 def test_every_row_is_there_in_order_and_transformers_own(kind: str, dtype: Dtype, chunk: str, tmp_path: Path) -> None:
     folder = make_model(kind, tmp_path / "teacher", dtype=dtype, sizes=SIZES)
     requests = requests_into(tmp_path / "rows", LENGTHS, dtype)
