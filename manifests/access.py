@@ -89,7 +89,7 @@ def _open(path: Path, num_bytes: int) -> int:
     try:
         descriptor = open_regular(path)
     except FileNotFoundError:
-        raise CorruptError("committed, but the file is gone", where=path) from None
+        raise CorruptError("committed, but the file is gone; look with kdpipe cache verify", where=path) from None
     size = os.fstat(descriptor).st_size
     if size != num_bytes:
         os.close(descriptor)

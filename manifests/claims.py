@@ -57,7 +57,8 @@ class Claims:
             holder = json.loads(read_small(self.path(number), MAX_CLAIM_BYTES))
         except (OSError, ValueError, LayoutError):
             return False  # none, gone by now, or nothing that we wrote
-        return age < self._seconds and not _is_dead(holder)
+        # Of the future by more than clocks differ: nobody keeps it alive, and it would count for ever.
+        return -self._seconds < age < self._seconds and not _is_dead(holder)
 
     def keep(self) -> None:
         """Say that this writer is alive; cheap enough for every sample."""

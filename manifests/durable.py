@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -23,7 +24,7 @@ from kdpipe.manifests.failpoints import failpoint
 MOMENT_S = 2.0
 QUARANTINE = "quarantine"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 def canonical(value: object) -> bytes:
@@ -120,6 +121,12 @@ def file_system(descriptor: int) -> str:
 def scratch_name(folder: Path, name: str) -> Path:
     """A name nobody else uses, in `folder`, for work that will be published as `name`."""
     return folder / f"{name}.{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+
+def scratch_of(folder: Path, name: str) -> list[Path]:
+    """What `scratch_name` named so, by whatever process."""
+    ours = re.compile(re.escape(name) + r"\.\d+-[0-9a-f]{12}")
+    return [path for path in folder.glob("*") if ours.fullmatch(path.name)]
 
 
 def hold(descriptor: int) -> None:

@@ -173,13 +173,15 @@ def plan_folder(cache: Path, generation: int) -> Path:
 
 
 def refuse_links(cache: Path) -> None:
-    """No folder of a cache may be a link: what is swept, put aside or removed there would be somebody else's.
+    """No folder of a cache may be a link, nor a file: what is swept or removed behind a link is somebody else's.
 
     Raises LayoutError.
     """
     for folder in (*(cache / name for name in (*FOLDERS, GROWN, QUARANTINE)), *(cache / GROWN).glob("*")):
         if folder.is_symlink():
             raise LayoutError("it is a link; move the folder it leads to here, or mount that here", where=folder)
+        if folder.exists() and not folder.is_dir():
+            raise LayoutError("it is not a folder; put the cache's own back from a copy, or remove it", where=folder)
 
 
 def newest_generation(cache: Path) -> int:
@@ -397,7 +399,8 @@ class Samples:
             with open(open_regular(path), "rb") as file:
                 came = hashlib.file_digest(file, "sha256").hexdigest()
             if came != digest:
-                raise CorruptError(f"sha256 {came}, {PLAN_FILE} says {digest}", where=path)
+                newest = plan_folder(Path(), self.plan.generation) / PLAN_FILE
+                raise CorruptError(f"sha256 {came}, {newest} says {digest}", where=path)
         self._good = True
 
 

@@ -49,6 +49,14 @@ class RunInputs(Record):
         return None
 
 
+class WrittenFile(Record):
+    """A file as it was written."""
+
+    num_bytes: int
+    digest: str
+    """xxh3-128"""
+
+
 class RunRecord(Record):
     """kdpipe.json"""
 
@@ -58,14 +66,8 @@ class RunRecord(Record):
     num_skipped: int
     """Steps that were left out because their loss or gradient was not finite."""
     metrics: dict[str, int | float]
-
-
-class CheckpointFile(Record):
-    """What one rank wrote."""
-
-    num_bytes: int
-    digest: str
-    """xxh3-128"""
+    files: dict[str, WrittenFile]
+    """The student's files, by their names in the folder."""
 
 
 class CheckpointRecord(Record):
@@ -81,7 +83,7 @@ class CheckpointRecord(Record):
     num_skipped: int
     lr_factor: float
     """1, halved with each step left out under train.on_nonfinite = "halve"."""
-    files: tuple[CheckpointFile, ...]
+    files: tuple[WrittenFile, ...]
 
 
 def read_run(folder: Path) -> RunRecord | None:

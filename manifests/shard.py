@@ -224,7 +224,7 @@ def read_commit(folder: Path, plan: Plan, index: int) -> Commit:
     expected = plan.digest_in(index)
     if record.shard != index or record.plan != expected:
         raise LayoutError(
-            f"it is for shard {record.shard} of plan {record.plan[:12]}, expected shard {index} of {expected[:12]}",
+            f"it is for shard {record.shard} of plan {record.plan}, expected shard {index} of {expected}",
             where=path,
         )
     return record
@@ -273,7 +273,9 @@ class Shard:
         if header != self.layout.header:
             at = next(i for i, (a, b) in enumerate(zip(header, self.layout.header, strict=True)) if a != b)
             raise CorruptError(
-                f"header differs from what the plan and the commit record say at byte {at}", where=self.path
+                f"header differs from what the plan and the commit record say at byte {at}; look with kdpipe cache "
+                "verify",
+                where=self.path,
             )
         tensors = self.layout.tensors
         self._hidden_at, self._checked_to = tensors["hidden"].begin, tensors["crc32c"].begin

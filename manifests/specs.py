@@ -122,7 +122,7 @@ class TrainSpec(Spec):
     """AdamW's decoupled weight decay, on matrices only."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Fixes the order of the samples and any dropout."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the forward and backward pass; weights, moments and reductions are float32 in every case."""

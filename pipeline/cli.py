@@ -102,8 +102,8 @@ def guard(run: Callable[[], object]) -> int:
     except KdpipeError as err:
         _say(str(err))
         return err.exit_code
-    except PermissionError as err:
-        _say(str(InputError("permission denied", where=err.filename)))
+    except (PermissionError, NotADirectoryError) as err:
+        _say(str(InputError((err.strerror or "").lower(), where=err.filename)))
         return InputError.exit_code
     except click.exceptions.Exit as done:
         return done.exit_code
@@ -146,7 +146,8 @@ def main(args: Sequence[str] | None = None) -> None:
     # transformers draws bars beside ours, and tells over many lines what our errors say in one.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # Slurm sends either before it kills
+        signal.signal(number, _terminate)
     os.umask(os.umask(0o777) | 0o077)  # prompts and answers can be told from what is written: for its owner alone
     explain_bus_errors(lambda err: _say(str(err)))
     sys.exit(guard(lambda: _invoke(list(sys.argv[1:] if args is None else args))))

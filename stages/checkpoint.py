@@ -3,8 +3,9 @@
     OUTPUT/checkpoints/000040/{shard-00001-...safetensors of rank 0, ..., checkpoint.json}
 
 Written through torch.distributed.checkpoint as safetensors, each rank its shards; loading reshards, so another number
-of ranks may go on. Protocol: files into a folder in tmp/, each flushed and its digest taken by the rank that wrote it;
-the record, flushed; the folder renamed to its number; its parent flushed. Then all but the newest `keep` are removed.
+of ranks may go on. Protocol: files into a folder in .unfinished/, each flushed and its digest taken by the rank that
+wrote it; the record, flushed; the folder renamed to its number; its parent flushed. Then all but the newest `keep` are
+removed. What others put beside the checkpoints is left alone.
 Invariant: what has a number has a record, and every file in the record was on the disk before the number was.
 Cost: 12 bytes a parameter for weights and AdamW's moments in fp32, once to disk and once through xxh3 (25 GB/s).
 """
@@ -19,17 +20,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from kdpipe.manifests.durable import canonical, disk_error, fsync_folder
 from kdpipe.manifests.errors import CorruptError, KdpipeError, LayoutError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress
-from kdpipe.manifests.run import CHECKPOINT_FILE, CheckpointFile, CheckpointRecord, read_record
+from kdpipe.manifests.provenance import digest_file
+from kdpipe.manifests.run import CHECKPOINT_FILE, CheckpointRecord, WrittenFile, read_record
 
 State = dict[str, torch.Tensor]
 CHECKPOINTS = "checkpoints"
+UNFINISHED = ".unfinished"
+"""Folder for what has no name of its own yet."""
 
 
 class Checkpoints:
@@ -41,15 +44,14 @@ class Checkpoints:
 
     def numbers(self) -> list[int]:
         """Steps that have a checkpoint, the newest first."""
-        found = self.folder.glob("*") if self.folder.is_dir() else ()
-        return sorted((int(path.name) for path in found if path.name.isdecimal()), reverse=True)
+        return [int(path.name) for path in checkpoint_folders(self.folder.parent)]
 
     def path(self, step: int) -> Path:
         return self.folder / f"{step:06d}"
 
     def save(self, state: State, record: CheckpointRecord) -> None:
         """Write the state after record.step steps; the files of `record` are filled in here."""
-        final, scratch = self.path(record.step), self.folder / "tmp" / f"{record.step:06d}"
+        final, scratch = self.path(record.step), self.folder / UNFINISHED / f"{record.step:06d}"
         try:
             if self._rank == 0:
                 shutil.rmtree(scratch.parent, ignore_errors=True)
@@ -61,7 +63,9 @@ class Checkpoints:
                 dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(scratch), save_distributed=True))
             failpoint("checkpoint:written")
             mine = scratch / file_name(self._rank)
-            told = _flushed(mine)
+            with open(mine, "rb") as file:
+                os.fsync(file.fileno())
+            told = written(mine)
             (scratch / f"{self._rank}.json").write_text(told.model_dump_json())
             failpoint("checkpoint:digested")
             dist.barrier()
@@ -76,7 +80,7 @@ class Checkpoints:
         files = []
         for rank in range(self._world_size):
             told = scratch / f"{rank}.json"
-            files.append(CheckpointFile.model_validate_json(told.read_bytes()))
+            files.append(WrittenFile.model_validate_json(told.read_bytes()))
             told.unlink()
         whole = record.model_copy(update={"files": tuple(files)})
         with open(scratch / CHECKPOINT_FILE, "xb") as file:
@@ -119,7 +123,7 @@ class Checkpoints:
                 problem = f"{CHECKPOINT_FILE} is missing"
             else:
                 for rank, file in list(enumerate(record.files))[self._rank :: self._world_size]:
-                    problem = problem or _difference(path / file_name(rank), file)
+                    problem = problem or file_difference(path / file_name(rank), file)
         except (LayoutError, OSError) as err:
             record, problem = None, str(err)
         bad = torch.tensor(float(bool(problem)), device=self._device)
@@ -147,12 +151,26 @@ class Checkpoints:
     def remove(self) -> None:
         """All of them: the run is finished."""
         if self._rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_checkpoints(self.folder.parent)
+
+
+def checkpoint_folders(output: Path) -> list[Path]:
+    """The checkpoints in an output folder, the newest first; what others put beside them is not ours."""
+    found = (path for path in (output / CHECKPOINTS).glob("*") if path.name.isdecimal() and len(path.name) >= 6)
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def remove_checkpoints(output: Path) -> None:
+    """All of them, and the folder where nothing else is in it."""
+    for path in (*checkpoint_folders(output), output / CHECKPOINTS / UNFINISHED):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (output / CHECKPOINTS).rmdir()
 
 
 def newest_record(place: Path) -> CheckpointRecord | None:
     """The record of the checkpoint at `place`, or of the newest in an output folder that has a readable one."""
-    for path in (place, *sorted((place / CHECKPOINTS).glob("[0-9]*"), reverse=True)):
+    for path in (place, *checkpoint_folders(place)):
         with contextlib.suppress(KdpipeError, OSError):
             if (record := read_record(path / CHECKPOINT_FILE, CheckpointRecord)) is not None:
                 return record
@@ -164,31 +182,19 @@ def file_name(rank: int) -> str:
     return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
 
 
-def _flushed(path: Path) -> CheckpointFile:
-    """A file's size and digest, once it is on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    num_bytes, digest = _digest(path)
-    return CheckpointFile(num_bytes=num_bytes, digest=digest)
+def written(path: Path) -> WrittenFile:
+    """A file's size and digest."""
+    return WrittenFile(num_bytes=path.stat().st_size, digest=digest_file(path))
 
 
-def _digest(path: Path) -> tuple[int, str]:
-    found, num_bytes = xxhash.xxh3_128(), 0
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            found.update(piece)
-            num_bytes += len(piece)
-    return num_bytes, found.hexdigest()
-
-
-def _difference(path: Path, told: CheckpointFile) -> str:
+def file_difference(path: Path, told: WrittenFile) -> str:
     """What is wrong with a file, "" where nothing is."""
     if not path.is_file():
         return f"{path.name} is missing"
-    num_bytes, digest = _digest(path)
-    if num_bytes != told.num_bytes:
-        return f"{path.name} has {num_bytes:,} bytes, {told.num_bytes:,} were written"
-    return "" if digest == told.digest else f"{path.name} is not what was written"
+    found = written(path)
+    if found.num_bytes != told.num_bytes:
+        return f"{path.name} has {found.num_bytes:,} bytes, {told.num_bytes:,} were written"
+    return "" if found.digest == told.digest else f"{path.name} is not what was written"
 
 
 @contextlib.contextmanager

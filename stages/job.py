@@ -3,6 +3,7 @@
 Invariant: what another run left in the output is neither finished, removed nor gone on from.
 """
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,20 +14,27 @@ import torch
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import disk_error, fsync_folder
-from kdpipe.manifests.errors import ConfigError, SpaceError, StudentError
+from kdpipe.manifests.errors import ConfigError, CorruptError, SpaceError, StudentError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_model, num_bytes
 from kdpipe.manifests.run import CHECKPOINT_FILE, RUN_FILE, RunInputs, RunRecord, read_run
 from kdpipe.manifests.specs import Io, RunSpec
-from kdpipe.stages.checkpoint import CHECKPOINTS, newest_record
+from kdpipe.stages.checkpoint import (
+    CHECKPOINTS,
+    UNFINISHED,
+    file_difference,
+    newest_record,
+    remove_checkpoints,
+)
 from kdpipe.stages.feed import Feed, Rows
 from kdpipe.stages.loss import find_divergence
 from kdpipe.stages.own_code import allowed_code
 from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device
 
-UNFINISHED = {"events.jsonl", "tmp", CHECKPOINTS}
-"""What an interrupted run leaves in its output."""
+EVENTS = "events.jsonl"
+FOLDERS = {UNFINISHED, CHECKPOINTS}
+"""What an interrupted run leaves in its output, beside EVENTS."""
 STATE_BYTES = 12
 """Of a parameter in a checkpoint: fp32 weight and two moments."""
 
@@ -85,7 +93,7 @@ def check_job(job: TrainJob, nproc: int) -> None:
 def open_rows(job: TrainJob, progress: Progress | None = None) -> Rows:
     """The caches of a job. One that grew since the run began, or ended, is what it was then."""
     began: Sequence[str | None] = [None] * len(job.caches)
-    record = read_run(job.output) or read_run(job.output / "tmp")
+    record = read_run(job.output) or read_run(job.output / UNFINISHED)
     checkpoint = None
     if record is None and job.resume != "never":
         checkpoint = newest_record(job.output if job.resume == "auto" else Path(job.resume))
@@ -106,14 +114,15 @@ def open_rows(job: TrainJob, progress: Progress | None = None) -> Rows:
 def _check_output(job: TrainJob) -> None:
     """The output must be free, or hold no more than a run that was interrupted leaves; and the student must fit."""
     output = job.output
-    if output.exists() and not output.is_dir():
-        raise ConfigError("this is a file, not a folder", where=output)
-    foreign = sorted(path.name for path in output.glob("*") if path.name not in UNFINISHED)
-    if foreign:
-        raise ConfigError(f"it holds other things ({foreign[0]}); choose another --output", where=output)
     there = output.absolute()
-    while not there.exists():
+    while not os.path.lexists(there):
         there = there.parent
+    if not there.is_dir():
+        raise ConfigError("this is not a folder; choose another --output", where=there)
+    for path in sorted(output.glob("*")):
+        ours = path.is_file() if path.name == EVENTS else path.name in FOLDERS and path.is_dir()
+        if not ours or path.is_symlink():
+            raise ConfigError(f"it holds other things ({path.name}); choose another --output", where=output)
     student, free = num_bytes(job.student), shutil.disk_usage(there).free
     spec = job.spec.train
     width = {torch.float32: 4}.get(checkpoint_dtype(job.student, job.trust), 2)
@@ -136,16 +145,19 @@ def finished(job: TrainJob, rows: Rows) -> RunRecord | None:
             f"it holds the student of another run: {difference}; choose another --output or remove the folder",
             where=job.output,
         )
+    for name, told in record.files.items():
+        if problem := file_difference(job.output / name, told):
+            raise CorruptError(f"{problem}; remove this folder and run the same command again", where=job.output)
     return record
 
 
 def settle(job: TrainJob, rows: Rows) -> None:
     """Finish what a kill interrupted after this very run's student was exported in full; another's is left alone."""
     output, inputs = job.output, run_inputs(job, rows)
-    if (exported := read_run(output / "tmp")) is not None and exported.inputs == inputs:
-        move_in(output / "tmp", output)
+    if (exported := read_run(output / UNFINISHED)) is not None and exported.inputs == inputs:
+        move_in(output / UNFINISHED, output)
     if (moved := read_run(output)) is not None and moved.inputs == inputs:
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        remove_checkpoints(output)
 
 
 def move_in(scratch: Path, output: Path) -> None:

@@ -32,7 +32,7 @@ from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.run import ELASTIC, RUN_FILE, CheckpointRecord, RunInputs, RunRecord
 from kdpipe.stages import evaluate
-from kdpipe.stages.checkpoint import Checkpoints
+from kdpipe.stages.checkpoint import UNFINISHED, Checkpoints, written
 from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.feed import Feed, Packer, Rows
 from kdpipe.stages.job import TrainJob, finished, heldout_fraction, move_in, open_rows, run_inputs
@@ -362,7 +362,7 @@ class Run:
     def save(self, metrics: dict[str, float]) -> RunRecord:
         """Export the student, then write the record that says it is finished. Collective; rank 0 writes."""
         output = self.job.output
-        scratch = output / "tmp"
+        scratch = output / UNFINISHED
         if self.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
@@ -376,11 +376,16 @@ class Run:
             num_tokens=self.num_tokens,
             num_skipped=self.num_skipped,
             metrics=metrics,
+            files={},
         )
         if self.rank == 0:
             usual_modes(scratch)
             fsync_tree(scratch)
-            write_once(scratch / RUN_FILE, canonical(record.model_dump(mode="json")), scratch_folder=output)
+            files = {
+                path.relative_to(scratch).as_posix(): written(path) for path in scratch.rglob("*") if path.is_file()
+            }
+            record = record.model_copy(update={"files": files})
+            write_once(scratch / RUN_FILE, canonical(record.model_dump(mode="json")), scratch_folder=scratch)
             failpoint("export:written")
             move_in(scratch, output)
         dist.barrier()

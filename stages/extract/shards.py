@@ -16,11 +16,11 @@ import numpy as np
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.claims import Claims, sweep_claims
 from kdpipe.manifests.durable import QUARANTINE, put_aside
-from kdpipe.manifests.errors import CheckFailed, GateError
+from kdpipe.manifests.errors import CheckFailed, CorruptError, GateError
 from kdpipe.manifests.plan import PLAN_FILE, Plan, Samples
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import row_positions
-from kdpipe.manifests.shard import ShardWriter, adopt, commit_path, shard_path
+from kdpipe.manifests.shard import NO_DIGEST, ShardWriter, adopt, commit_path, shard_layout, shard_path
 from kdpipe.stages.extract.planning import ExtractSpec
 from kdpipe.stages.extract.staging import Staged, staged
 from kdpipe.stages.teacher import ENGINES
@@ -40,6 +40,7 @@ PROBES = 3
 """Rows of a sample whose log-probability is recomputed: the first, one between, the last."""
 SEED_STRIDE = 1_000_003
 """Between the draws of two seeds: odd, so that other samples are probed inside."""
+REPAIR = "kdpipe cache repair puts it aside, the same extract then makes it again"
 CANARIES = 3
 CANARY_TOKENS = 64
 
@@ -54,6 +55,8 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         todo = [
             number for number in missing_shards(plan.plan, plan.cache, part) if not _adopted(plan, number, progress)
         ]
+        if (plan.cache / PLAN_FILE).exists():
+            require_whole(plan.plan, plan.cache)
         sweep_claims(plan.cache)
         progress.event("plan", digest=plan.plan.digest, num_shards=len(plan.plan.shards), missing=todo)
         if not todo:
@@ -69,6 +72,20 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         finally:
             engine.close()
         return opened
+
+
+def require_whole(plan: Plan, cache: Path) -> None:
+    """Every committed shard's file is there and has its size: a look at each name. Raises CorruptError."""
+    for number in range(len(plan.shards)):
+        path = shard_path(cache, number)
+        if not commit_path(cache, number).exists():
+            continue
+        try:
+            found, wanted = path.stat().st_size, shard_layout(plan, number, NO_DIGEST).num_bytes
+        except FileNotFoundError:
+            raise CorruptError(f"committed, but the file is gone; {REPAIR}", where=path) from None
+        if found != wanted:
+            raise CorruptError(f"{found:,} bytes, the plan says {wanted:,}; {REPAIR}", where=path)
 
 
 def fill(cache: Cache, engine: TeacherEngine, head: Head, progress: Progress, todo: Sequence[int]) -> None:

@@ -25,12 +25,23 @@ from kdpipe.manifests.durable import (
     make_folder,
     publish,
     scratch_name,
+    scratch_of,
     share,
     sweep,
 )
 from kdpipe.manifests.errors import CacheError, CorruptError, TeacherError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
-from kdpipe.manifests.plan import FOLDERS, PLAN_FILE, Plan, Samples, plan_folder, read_plan, refuse_links
+from kdpipe.manifests.plan import (
+    FOLDERS,
+    GROWN,
+    PLAN_FILE,
+    SAMPLES_FILE,
+    Plan,
+    Samples,
+    plan_folder,
+    read_plan,
+    refuse_links,
+)
 from kdpipe.manifests.progress import Progress
 from kdpipe.stages.causal_lm import load_tokenizer, save_tokenizer
 from kdpipe.stages.extract.planning import ExtractSpec, engine_record, plan_cache, require_same
@@ -98,9 +109,13 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     info = describe_teacher(spec.teacher, spec.dtype, spec.options.trust)
     engine = engine_record(spec, info, progress)
     tokenizer = load_tokenizer(spec.teacher, TeacherError, spec.options.trust)
-    if cache.exists() and not (cache / PLAN_FILE).exists() and (not cache.is_dir() or any(cache.iterdir())):
-        raise CacheError("it exists and is not a cache; choose another name or remove it", where=cache)
     refuse_links(cache)
+    if cache.resolve() == Path.cwd():
+        raise CacheError("this is the folder you are in; name one in it", where=cache)
+    if cache.exists() and not (cache / PLAN_FILE).exists() and (not cache.is_dir() or any(cache.iterdir())):
+        if any(os.path.lexists(cache / name) for name in (SAMPLES_FILE, GROWN, PLAN_FILE)):
+            read_plan(cache)  # says that the plan of a cache is lost
+        raise CacheError("it exists and is not a cache; choose another name or remove it", where=cache)
     parent = cache.absolute().parent
     made = [above for above in (parent, *parent.parents) if not above.exists()]
     folder = scratch_name(parent, f".{cache.name}.plan")
@@ -111,7 +126,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     except OSError as err:
         raise CacheError(f"cannot be created: {err.strerror}", where=cache) from None
     hold(held)
-    sweep([*parent.glob(f".{cache.name}.plan.*"), *(cache / "tmp").glob("*")])
+    sweep([*scratch_of(parent, f".{cache.name}.plan"), *(cache / "tmp").glob("*")])
     try:
         plan, is_new = plan_cache(spec, info, engine, tokenizer, folder, progress, cache=cache)
         head = read_head(spec.teacher, info, plan.head.vocab_size)

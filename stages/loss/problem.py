@@ -192,6 +192,7 @@ def checked_labels(labels: Tensor, num_tokens: int, vocab_size: int) -> Tensor:
     """Labels as int64; refused with another shape or, on a CPU where looking is free, outside the vocabulary."""
     if not isinstance(labels, Tensor) or labels.shape != (num_tokens,) or labels.dtype not in LABEL_DTYPES:
         raise ConfigError(f"expected {num_tokens} integer labels, got {_told(labels)}", where="labels")
+    labels = labels.long()
     if labels.device.type == "cpu" and num_tokens:
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))]
         if wrong.numel():
@@ -199,7 +200,7 @@ def checked_labels(labels: Tensor, num_tokens: int, vocab_size: int) -> Tensor:
                 f"label {int(wrong[0])} is outside the vocabulary of {vocab_size}; {IGNORED} means no cross-entropy",
                 where="labels",
             )
-    return labels.long()
+    return labels
 
 
 def checked_weights(weights: Tensor, num_tokens: int) -> Tensor:

@@ -113,7 +113,7 @@ def checkpoint_files(path: Path) -> dict[str, Path]:
 def _config(path: Path, trust: str | None) -> Any:
     """The config of a causal LM: one that transformers knows, or that the folder's own code makes."""
     if not path.is_dir():
-        raise TeacherError("there is no such folder", where=path)
+        raise TeacherError("this is not a folder" if path.exists() else "there is no such folder", where=path)
     if not (path / "config.json").is_file():
         raise TeacherError("no config.json in the folder; a teacher is a folder that save_pretrained wrote", where=path)
     try:

@@ -52,8 +52,9 @@ static int hit_descriptor(int descriptor) {
 OPEN(open)
 OPEN(open64)
 ssize_t write(int to, const void *data, size_t size) {
+    int before = count;
     if (hit_descriptor(to)) FAIL;
-    if (halve && nth && count == nth && size > 1) size /= 2;
+    if (halve && nth && count == nth && count > before && size > 1) size /= 2;  /* this very call, no later pipe's */
     return REAL(write)(to, data, size);
 }
 int fsync(int file) { if (hit_descriptor(file)) FAIL; return REAL(fsync)(file); }

@@ -76,11 +76,6 @@ class Logged(Silent):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_each(jobs: Mapping[str, TrainJob]) -> dict[str, dict[str, list[float]]]:
-    """`train_and_record` of every job, one after the other in the same processes."""
-    return {name: train_and_record(job) for name, job in jobs.items()}
-
-
 def train_on_two_caches(job: TrainJob, other: Path) -> None:
     """Train as this rank; the second one has another cache."""
     if os.environ["RANK"] == "1":

@@ -20,7 +20,7 @@ from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import CHECKPOINT_FILE
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.pipeline.launch import launch
-from kdpipe.stages.checkpoint import file_name
+from kdpipe.stages.checkpoint import UNFINISHED, file_name
 from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.job import TrainJob, check_job
 from kdpipe.stages.train import Run, asked_to_stop, train
@@ -255,7 +255,7 @@ def test_a_run_started_again_keeps_its_own_checkpoints(bench: Bench, run: Callab
     assert run(job, kill="step:10") == -signal.SIGKILL
     again = dataclasses.replace(job, resume="never")
     assert run(again, kill="step:4") == -signal.SIGKILL
-    assert sorted(path.name for path in (job.output / "checkpoints").iterdir() if path.name != "tmp") == ["000003"]
+    assert sorted(path.name for path in (job.output / "checkpoints").iterdir() if path.name != UNFINISHED) == ["000003"]
 
 
 def test_a_refused_run_leaves_anothers_student_and_checkpoints(
@@ -289,7 +289,7 @@ def test_only_the_newest_are_kept_and_none_when_it_is_done(
     job = small_job(bench, tmp_path / "out", save_every=1, keep=3)
     assert run(job, kill="step:9") == -signal.SIGKILL
     folder = job.output / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir() if path.name != "tmp") == ["000006", "000007", "000008"]
+    assert sorted(path.name for path in folder.iterdir() if path.name != UNFINISHED) == ["000006", "000007", "000008"]
     train(job, Recorder())
     assert not folder.exists()
 

@@ -24,17 +24,18 @@ from kdpipe.stages.train import train
 FLUSHES: list[list[Place]] = [
     [("make_folder", "live")],
     [("make_folder", "new")],
-    [("_write_files_from_queue", "number"), ("_flushed", "number")],  # torch's own, and ours that does not rely on it
+    # torch's own, and ours that does not rely on it
+    [("_write_files_from_queue", "number"), ("Checkpoints.save", "number")],
     [("Checkpoints._publish", "number")],
     [("Checkpoints._publish", "checkpoints")],
     [("Checkpoints._publish", "out")],
     [("fsync_tree", "files")],
-    [("write_once", "out")],
+    [("write_once", ".unfinished")],
     [("move_in", "out")],
 ]
 """Every flush of a run into an output whose parent folder is new as well; those together that stand for each other."""
 
-EARLY = [("fsync_tree", "folders"), ("publish", "tmp")]
+EARLY = [("fsync_tree", "folders"), ("publish", ".unfinished")]
 """Flushes of the folder a student is exported to, before its files move: against a disk that writes names of its own
 accord, in any order, which this one does not."""
 

@@ -217,13 +217,13 @@ def test_what_a_killed_run_left_is_swept_and_what_a_living_one_holds_is_not(
     spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
     extract(spec, tmp_path / "cache", Silent())
     scratch = tmp_path / "cache" / "tmp"
-    (scratch / "000000.safetensors.4711-abc").write_bytes(b"half a shard")
-    (tmp_path / ".cache.plan.4711-abc").mkdir()
+    (scratch / "000000.safetensors.4711-0123456789ab").write_bytes(b"half a shard")
+    (tmp_path / ".cache.plan.4711-0123456789ab").mkdir()
     monkeypatch.setattr(durable, "MOMENT_S", 0.0)
-    with open(scratch / "000001.safetensors.4712-abc", "wb") as living:
+    with open(scratch / "000001.safetensors.4712-0123456789ab", "wb") as living:
         hold(living.fileno())
         extract(spec, tmp_path / "cache", Silent())
-        assert [path.name for path in scratch.iterdir()] == ["000001.safetensors.4712-abc"]
+        assert [path.name for path in scratch.iterdir()] == ["000001.safetensors.4712-0123456789ab"]
     assert not list(tmp_path.glob(".cache.plan.*"))
     extract(spec, tmp_path / "cache", Silent())
     assert not list(scratch.iterdir())

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tests.caches import fill_shard, grow_plan, make_samples
 from tests.conftest import Bench
 from tests.models import make_model, make_tokenizer
-from tests.stages.ranks import Recorder, first_gradients, train_and_record, train_each, train_on_two_caches
+from tests.stages.ranks import Recorder, first_gradients, train_and_record, train_on_two_caches
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, ConfigError, CorruptError, KdpipeError, TemporaryError
@@ -165,29 +165,10 @@ def test_a_step_tells_entropy_agreement_and_mass(bench: Bench, tmp_path: Path) -
     assert recorder.values("step", "top_k_mass")[0] > 0.0
 
 
-Steps = dict[str, list[float]]
-RANKS = {
-    "float32": {"dtype": "float32"},
-    "bfloat16": {"dtype": "bfloat16"},
-    "one sample a step": {"batch_tokens": 30},
-}
-
-
-@pytest.fixture(scope="module")
-def one_and_two(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Steps, Steps]]:
-    """The same trainings on one rank and on two."""
-    folder = tmp_path_factory.mktemp("ranks")
-    one, two = (
-        {name: job_for(bench, folder / f"{name} {count}", **changes) for name, changes in RANKS.items()}
-        for count in (1, 2)
-    )
-    alone, together = train_each(one), launch(train_each, two, nproc=2)
-    return {name: (alone[name], together[name]) for name in RANKS}
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_ranks_take_the_same_steps_as_one(dtype: str, one_and_two: dict[str, tuple[Steps, Steps]]) -> None:
-    one, two = one_and_two[dtype]
+def test_two_ranks_take_the_same_steps_as_one(dtype: str, bench: Bench, tmp_path: Path) -> None:
+    one = train_and_record(job_for(bench, tmp_path / "one", dtype=dtype))
+    two = launch(train_and_record, job_for(bench, tmp_path / "two", dtype=dtype), nproc=2)
     # float32: summation in another order. bfloat16: gradients are sums of other groups, rounded once each.
     allowed = {"float32": 2e-6, "bfloat16": 5e-3}[dtype]
     assert len(one["loss/mean"]) == 5
@@ -196,9 +177,10 @@ def test_two_ranks_take_the_same_steps_as_one(dtype: str, one_and_two: dict[str,
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=20 * allowed)
 
 
-def test_rank_without_samples_changes_no_loss(one_and_two: dict[str, tuple[Steps, Steps]]) -> None:
+def test_rank_without_samples_changes_no_loss(bench: Bench, tmp_path: Path) -> None:
     """Steps of one sample: one of two ranks has nothing to do, the other's gradient must arrive whole."""
-    one, two = one_and_two["one sample a step"]
+    one = train_and_record(job_for(bench, tmp_path / "one", batch_tokens=30))
+    two = launch(train_and_record, job_for(bench, tmp_path / "two", batch_tokens=30), nproc=2)
     assert two["num_tokens"] == one["num_tokens"]
     assert two["loss/mean"] == pytest.approx(one["loss/mean"], rel=2e-6)
 
