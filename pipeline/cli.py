@@ -129,6 +129,8 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def _invoke(args: list[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # Slurm sends either before it kills
+        signal.signal(number, _terminate)
     # Not kdpipe.main(): it prints usage over several lines, exits with 2 and swallows KeyboardInterrupt.
     try:
         with kdpipe.make_context("kdpipe", args) as ctx:
@@ -146,8 +148,6 @@ def main(args: Sequence[str] | None = None) -> None:
     # transformers draws bars beside ours, and tells over many lines what our errors say in one.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for number in (signal.SIGTERM, signal.SIGUSR2):  # Slurm sends either before it kills
-        signal.signal(number, _terminate)
     os.umask(os.umask(0o777) | 0o077)  # prompts and answers can be told from what is written: for its owner alone
     explain_bus_errors(lambda err: _say(str(err)))
     sys.exit(guard(lambda: _invoke(list(sys.argv[1:] if args is None else args))))

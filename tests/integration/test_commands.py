@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +132,33 @@ def test_overlong_samples_follow_the_policy_and_are_counted(bench: Bench, main: 
         assert counts["read"] == 60
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_before_the_first_step_is_temporary_too(number: signal.Signals, bench: Bench, tmp_path: Path) -> None:
+    words = ["train", "--student", bench.student, "--cache", bench.cache, "--output", tmp_path / "out", "--set", *SETS]
+    command = [sys.executable, "-m", "kdpipe.pipeline.cli", *map(str, words)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    caught, until = 0, time.monotonic() + 60
+    while not caught >> (number - 1) & 1 and time.monotonic() < until:  # the command line has begun
+        status = Path(f"/proc/{running.pid}/status").read_text()
+        caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+    running.send_signal(number)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 75, said
+    assert "Traceback" not in said
+
+
+def seed_too_large(bench: Bench, folder: Path) -> list[object]:
+    words = ["--student", bench.student, "--cache", bench.cache, "--output", folder / "out"]
+    return [*words, "--set", "train.seed=99999999999999999999999"]
+
+
+def folder_is_a_file(bench: Bench, folder: Path) -> list[object]:
+    shutil.copytree(bench.cache, folder / "odd")
+    shutil.rmtree(folder / "odd" / "shards")
+    (folder / "odd" / "shards").write_text("a note")
+    return ["--student", bench.student, "--cache", folder / "odd", "--output", folder / "out"]
+
+
 def other_tokenizer(bench: Bench, folder: Path) -> list[object]:
     make_tokenizer(make_model("llama", folder / "student", vocab_size=320), vocab_size=290)
     return ["--student", folder / "student", "--cache", bench.cache, "--output", folder / "out"]
@@ -166,6 +197,8 @@ def torn_cache(bench: Bench, folder: Path) -> list[object]:
         (misspelt_divergence, 4, "did you mean 'forward_kl'"),
         (no_cache, 4, "PLAN.json is missing"),
         (torn_cache, 1, "PLAN.json"),
+        (seed_too_large, 4, "train.seed"),
+        (folder_is_a_file, 1, "odd/shards: it is not a folder"),
     ],
 )
 def test_bad_training_is_one_line_and_leaves_nothing(

@@ -66,6 +66,16 @@ def test_a_silent_writers_claim_is_taken_over_and_a_living_ones_is_not(cache: Pa
     assert not Claims(cache, seconds=100.0).take(1)
 
 
+def test_a_claim_of_the_far_future_holds_nothing(cache: Path) -> None:
+    """A copied folder, a clock that was wrong: it would never be old enough to be taken over."""
+    claims = Claims(cache)
+    claims.path(0).write_text('{"host": "elsewhere", "pid": 1}')
+    backdate(claims.path(0), -30.0)
+    assert claims.held_by_another(0)
+    backdate(claims.path(0), -1e9)
+    assert not claims.held_by_another(0)
+
+
 def test_a_dead_process_of_this_machine_holds_nothing(cache: Path) -> None:
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()

@@ -17,7 +17,7 @@ from tests.models import KINDS, make_model, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests import durable
-from kdpipe.manifests.cache import HEAD_FILE
+from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.durable import hold
 from kdpipe.manifests.errors import (
     CacheError,
@@ -34,6 +34,7 @@ from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import shard_path
 from kdpipe.manifests.specs import DataSpec, Dtype
+from kdpipe.manifests.verify import repair
 from kdpipe.stages.causal_lm import logit_formula
 from kdpipe.stages.extract import ExtractSpec, extract, forecast, planning, staging
 from kdpipe.stages.teacher.rows import as_tensor
@@ -187,6 +188,45 @@ def test_a_lost_file_that_comes_out_otherwise_is_not_put_in_its_place(
     with pytest.raises(CorruptError, match="put it back from a copy"):
         extract(spec, cache, Silent())
     assert not (cache / "teacher" / "tokenizer_config.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_committed_shard_that_is_not_there_is_told_and_repaired(damage: str, tmp_path: Path) -> None:
+    spec, cache = spec_for(tmp_path, teacher_at(tmp_path / "teacher")), tmp_path / "cache"
+    extract(spec, cache, Silent())
+    whole, path = files(cache), shard_path(cache, 0)
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(whole["shards/000000.safetensors"][:-1])
+    with pytest.raises(CorruptError, match="kdpipe cache repair") as caught:
+        extract(spec, cache, Silent())
+    assert caught.value.where == str(path)
+    assert len(repair(Cache.open(cache))) == 1
+    extract(spec, cache, Silent())
+    assert {name: data for name, data in files(cache).items() if not name.startswith("quarantine")} == whole
+
+
+def test_a_cache_whose_plan_is_lost_is_not_called_something_else(tmp_path: Path) -> None:
+    spec, cache = spec_for(tmp_path, teacher_at(tmp_path / "teacher")), tmp_path / "cache"
+    extract(spec, cache, Silent())
+    (cache / "PLAN.json").unlink()
+    with pytest.raises(LayoutError, match="put it back from a copy"):
+        extract(spec, cache, Silent())
+
+
+def test_the_folder_one_is_in_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CacheError, match="the folder you are in"):
+        extract(spec_for(tmp_path, teacher_at(tmp_path / "teacher")), Path(), Silent())
+
+
+def test_names_like_those_of_work_in_progress_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "MOMENT_S", -1.0)
+    for name in (".cache.plan.notes", ".cache.plan.12-abc", "xcache.plan.12-0123456789ab"):
+        (tmp_path / name).write_text("a note")
+    extract(spec_for(tmp_path, teacher_at(tmp_path / "teacher")), tmp_path / "cache", Silent())
+    assert len(list(tmp_path.glob("*cache.plan*"))) == 3
 
 
 def test_work_in_progress_behind_a_link_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

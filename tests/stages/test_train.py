@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -315,6 +316,63 @@ def test_output_of_another_run_is_not_overwritten(bench: Bench, tmp_path: Path) 
 def test_output_that_holds_something_else_is_refused(what: str, bench: Bench) -> None:
     with pytest.raises(ConfigError, match=r"it holds other things \("):
         check_job(job_for(bench, getattr(bench, what)), 1)
+
+
+def of_others(output: Path, kind: str) -> None:
+    elsewhere = output.parent / "elsewhere"
+    (elsewhere / ".unfinished").mkdir(parents=True)
+    (elsewhere / ".unfinished" / "precious").write_text("a note")
+    output.mkdir()
+    if kind == "folder":
+        shutil.copytree(elsewhere, output / "tmp")
+    elif kind == "linked folder":
+        (output / "checkpoints").symlink_to(elsewhere)
+    elif kind == "file for a folder":
+        (output / "checkpoints").write_text("a note")
+    elif kind == "pipe":
+        os.mkfifo(output / "events.jsonl")
+    elif kind == "below a file":
+        output.rmdir()
+        output.write_text("a note")
+
+
+@pytest.mark.parametrize("kind", ["folder", "linked folder", "file for a folder", "pipe", "below a file"])
+def test_what_others_keep_in_an_output_is_refused_and_left_alone(kind: str, bench: Bench, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    of_others(output, kind)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"holds other things|not a folder"):
+        check_job(job_for(bench, output / "below" if kind == "below a file" else output), 1)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_others_keep_beside_checkpoints_outlives_them(bench: Bench, tmp_path: Path) -> None:
+    mine = tmp_path / "checkpoints" / "mine"
+    mine.mkdir(parents=True)
+    (mine / "notes.txt").write_text("a note")
+    job = job_for(bench, tmp_path, save_every=2)
+    check_job(job, 1)
+    train(job, Silent())
+    check_job(job, 1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["mine"]
+    assert (mine / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
+def test_a_finished_student_that_is_not_what_was_written_is_not_called_finished(
+    damage: str, bench: Bench, tmp_path: Path
+) -> None:
+    job = job_for(bench, tmp_path)
+    train(job, Silent())
+    path = tmp_path / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5000] ^= 1
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(data if damage == "flipped" else data[:-1])
+    for look in (lambda: check_job(job, 1), lambda: train(job, Silent())):
+        with pytest.raises(CorruptError, match=r"model\.safetensors .*run the same command again"):
+            look()
 
 
 def test_output_of_an_interrupted_run_is_taken_again(bench: Bench, tmp_path: Path) -> None:
