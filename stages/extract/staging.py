@@ -165,6 +165,7 @@ def write_teacher(tokenizer: PreTrainedTokenizerBase, head: Head, folder: Path) 
     (folder / "head.json").write_bytes(canonical(head.record.model_dump()))
     bias = None if head.bias is None else as_array(head.bias)
     write_head(folder, as_array(head.weight), bias, dtype=head.record.dtype)
+    failpoint("teacher:written")
 
 
 def restore_teacher(

@@ -10,16 +10,17 @@ import pytest
 from tests.conftest import Apart
 from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
 
+from kdpipe.manifests.cache import HEAD_FILE
 from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.stages.extract import ExtractSpec
 
 FAILPOINTS = [
+    "teacher:written",
     "plan:written",
     "plan:flushed",
     "plan:renamed",
     "plan:published",
-    *(f"teacher:{name}" for name in ("written", "flushed", "linked", "unlinked", "published")),
     *(f"shard:{name}{nth}" for name in ("allocated", "digested", "flushed") for nth in ("", "#3")),
     *(f"shards:{name}{nth}" for name in ("linked", "unlinked", "published") for nth in ("", "#3")),
     *(
@@ -63,6 +64,18 @@ def test_killed_at_every_failpoint(
     place: str, spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     cache = tmp_path / "a" / "cache"
+    assert apart(extract_small, spec, cache, place) == -signal.SIGKILL
+    assert_goes_on(spec, cache, apart, whole)
+
+
+@pytest.mark.parametrize("place", [f"teacher:{name}" for name in ("written", "linked", "unlinked", "published#2")])
+def test_killed_while_what_is_lost_of_the_teachers_is_made_again(
+    place: str, spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    cache = tmp_path / "a" / "cache"
+    assert apart(extract_small, spec, cache) == 0
+    for name in ("tokenizer.json", HEAD_FILE):
+        (cache / "teacher" / name).unlink()
     assert apart(extract_small, spec, cache, place) == -signal.SIGKILL
     assert_goes_on(spec, cache, apart, whole)
 
