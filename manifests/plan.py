@@ -172,7 +172,7 @@ def plan_folder(cache: Path, generation: int) -> Path:
     return cache / GROWN / f"{generation:06d}" if generation else cache
 
 
-def refuse_links(cache: Path) -> None:
+def check_folders(cache: Path) -> None:
     """No folder of a cache may be a link, nor a file: what is swept or removed behind a link is somebody else's.
 
     Raises LayoutError.
@@ -198,7 +198,7 @@ def read_plan(cache: Path, generation: int | None = None) -> Plan:
 
     Raises CacheError if there is none, LayoutError if it is not one we can read.
     """
-    refuse_links(cache)
+    check_folders(cache)
     generation = newest_generation(cache) if generation is None else generation
     path = plan_folder(cache, generation) / PLAN_FILE
     try:

@@ -38,9 +38,9 @@ from kdpipe.manifests.plan import (
     SAMPLES_FILE,
     Plan,
     Samples,
+    check_folders,
     plan_folder,
     read_plan,
-    refuse_links,
 )
 from kdpipe.manifests.progress import Progress
 from kdpipe.stages.causal_lm import load_tokenizer, save_tokenizer
@@ -109,7 +109,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     info = describe_teacher(spec.teacher, spec.dtype, spec.options.trust)
     engine = engine_record(spec, info, progress)
     tokenizer = load_tokenizer(spec.teacher, TeacherError, spec.options.trust)
-    refuse_links(cache)
+    check_folders(cache)
     if cache.resolve() == Path.cwd():
         raise CacheError("this is the folder you are in; name one in it", where=cache)
     if cache.exists() and not (cache / PLAN_FILE).exists() and (not cache.is_dir() or any(cache.iterdir())):

@@ -141,8 +141,10 @@ def test_a_signal_before_the_first_step_is_temporary_too(number: signal.Signals,
     while not caught >> (number - 1) & 1 and time.monotonic() < until:  # the command line has begun
         status = Path(f"/proc/{running.pid}/status").read_text()
         caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+    begun = (tmp_path / "out").exists()
     running.send_signal(number)
     _, said = running.communicate(timeout=60)
+    assert not begun, "the handler of the steps, which is another"
     assert running.returncode == 75, said
     assert "Traceback" not in said
 
