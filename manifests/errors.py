@@ -16,8 +16,9 @@
         SpaceError     E-SPACE           4   no room on the disk
       TemporaryError   E-TEMPORARY      75   preempted, peer gone: run it again
         EngineError    E-ENGINE         75   the teacher's engine died or fell silent; finished shards are kept
+      StoppedError     E-INTERRUPTED   130   Ctrl-C: run it again
 
-A message is one line: where, what was expected, what came, what to do.
+A message is one line: where, what was expected, what was found, what to do.
 """
 
 import difflib
@@ -29,14 +30,25 @@ class KdpipeError(Exception):
 
     code = "E-KDPIPE"
     exit_code = 1
+    ending = "failed"
+    """Kind of the last event of a run that it ended."""
 
-    def __init__(self, message: str, *, where: object = None) -> None:
+    def __init__(self, message: str, *, where: object = None, hint: str = "") -> None:
+        """hint: what to do, where several errors that are shown together share it"""
         self.where = None if where is None else str(where)
-        super().__init__(" ".join(message.split()))
+        self.fact = " ".join(message.split())
+        super().__init__(f"{self.fact}; {hint}" if hint else self.fact)
 
     def __str__(self) -> str:
+        return self._line(self.args[0])
+
+    def without_hint(self) -> str:
+        """The line without what to do."""
+        return self._line(self.fact)
+
+    def _line(self, text: str) -> str:
         place = f" {self.where}:" if self.where else ":"
-        return f"{self.code}{place} {self.args[0]}"
+        return f"{self.code}{place} {text}"
 
 
 class CheckFailed(KdpipeError):  # noqa: N818 - it reads as what happened
@@ -101,6 +113,25 @@ class TemporaryError(KdpipeError):
 
 class EngineError(TemporaryError):
     code = "E-ENGINE"
+
+
+class StoppedError(KdpipeError):
+    code = "E-INTERRUPTED"
+    exit_code = 130
+    ending = "interrupted"
+
+
+def stopped(signal_name: str, *, where: object = None, kept: str = "") -> KdpipeError:
+    """The error for a command that a signal ended: SIGINT is a person's, the others are a scheduler's.
+
+    kept: what is kept of the work, "3 of 12 shards are kept"
+    """
+    message = "; ".join(filter(None, (f"stopped by {signal_name}", kept, "run the same command again")))
+    if signal_name == "SIGINT":
+        return StoppedError(message, where=where)
+    error = TemporaryError(message, where=where)
+    error.ending = "terminated"
+    return error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ Invariant: `--help`, `--version` and the commands that only read records load no
 person can answer is one line on stderr and the exit code of its error; a traceback is a bug of ours.
 """
 
+import errno
 import importlib
 import os
 import signal
@@ -15,7 +16,9 @@ from typing import NoReturn
 import click
 
 from kdpipe.manifests.bus_errors import explain_bus_errors
-from kdpipe.manifests.errors import ConfigError, InputError, KdpipeError, nearest
+from kdpipe.manifests.errors import ConfigError, KdpipeError, SpaceError, nearest
+from kdpipe.pipeline.endings import Terminated, ending
+from kdpipe.pipeline.streams import lasting_streams
 
 # name -> what `kdpipe --help` says of it; the command is the object `command` in kdpipe.pipeline.commands.NAME.
 COMMANDS = {
@@ -25,11 +28,6 @@ COMMANDS = {
     "eval": "Measure a student on the held-out rows of a cache.",
     "cache": "Look at a cache or check every byte of it.",
 }
-INTERRUPTED, TEMPORARY = 130, 75
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a scheduler sends it before it kills: what an interrupt cleans up is cleaned up."""
 
 
 class LazyGroup(click.Group):
@@ -98,24 +96,12 @@ def guard(run: Callable[[], object]) -> int:
     """The exit code of `run`: its error, if it raised one a person can answer, is one line on stderr."""
     try:
         run()
-        sys.stdout.flush()
-    except KdpipeError as err:
-        _say(str(err))
-        return err.exit_code
-    except (PermissionError, NotADirectoryError) as err:
-        _say(str(InputError((err.strerror or "").lower(), where=err.filename)))
-        return InputError.exit_code
     except click.exceptions.Exit as done:
         return done.exit_code
-    except Terminated:
-        _say("terminated")
-        return TEMPORARY
-    except (KeyboardInterrupt, click.Abort):
-        _say("interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) left. Python flushes stdout once more at exit: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (KdpipeError, PermissionError, NotADirectoryError, KeyboardInterrupt, click.Abort) as err:
+        end = ending(KeyboardInterrupt() if isinstance(err, click.Abort) else err)
+        _say(end.error)
+        return end.exit_code
     return 0
 
 
@@ -125,12 +111,14 @@ def _say(text: str) -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    raise Terminated
+    raise Terminated(signal.Signals(number).name)
 
 
 def _invoke(args: list[str]) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR2):  # Slurm sends either before it kills
-        signal.signal(number, _terminate)
+    # Slurm sends the first or the second before it kills, a closed terminal the last; nohup has it ignored.
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
     # Not kdpipe.main(): it prints usage over several lines, exits with 2 and swallows KeyboardInterrupt.
     try:
         with kdpipe.make_context("kdpipe", args) as ctx:
@@ -150,7 +138,18 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.umask(os.umask(0o777) | 0o077)  # prompts and answers can be told from what is written: for its owner alone
     explain_bus_errors(lambda err: _say(str(err)))
-    sys.exit(guard(lambda: _invoke(list(sys.argv[1:] if args is None else args))))
+    with lasting_streams() as lost:
+        code = guard(lambda: _invoke(list(sys.argv[1:] if args is None else args)))
+        sys.stdout.flush()
+        if (err := lost("stdout")) is not None and err.errno != errno.EPIPE:  # a reader (head, less) may leave
+            what = "the result could not be written" if code == 0 else "what was printed could not all be written"
+            reason = os.strerror(err.errno or 0).lower()
+            full = SpaceError(
+                f"{what}: {reason}; the work is done, free some room and ask for it again", where="stdout"
+            )
+            _say(str(full))
+            code = code or full.exit_code
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,30 +2,33 @@
 
 On a terminal one line is rewritten in place; elsewhere there is a plain line at the begin, at the end and every ten
 seconds between. events.jsonl has one JSON object a line, flushed as it happens, with "time" (unix seconds), "kind" and
-the event's own fields; a "progress" event every ten seconds. Cost: a clock reading for each `advance`.
+the event's own fields; a "progress" event every ten seconds. The last event says how the run ended: "finished",
+"failed", "interrupted", "terminated" or "crashed"; without one of them it runs, or was killed.
+Invariant: an event or a line that cannot be written is lost, said once, and never an error of the run.
+Cost: a clock reading for each `advance`.
 """
 
 import collections
 import contextlib
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from io import BufferedWriter
 from pathlib import Path
 from typing import TextIO
 
-from kdpipe.manifests.durable import disk_error
-from kdpipe.manifests.errors import KdpipeError
+from kdpipe.manifests.errors import stopped
+from kdpipe.pipeline.endings import ending
 from kdpipe.pipeline.output import to_json
+from kdpipe.pipeline.streams import lost
 
 REDRAW_S = 0.1
 REPORT_S = 10.0
 WINDOW_S = 30.0
 """The rate is that of the last half minute, so that work found finished at a resume does not flatter it."""
 BAR = 20
+NARROWEST_BAR = 8
 
 
 class EventLog:
@@ -36,31 +39,47 @@ class EventLog:
     """
 
     def __init__(self, path: Path | None, *, after: Path | None = None, once: str | None = None) -> None:
-        self._path, self._after, self._once = path, after, once
+        self.path, self._after, self._once = path, after, once
         self._waiting: list[str] = []
-        self._file: BufferedWriter | None = None
+        self._file: int | None = None
+        self.error: OSError | None = None
+        """Why events were lost, the first time; None while none was."""
 
     def write(self, kind: str, fields: dict[str, object]) -> None:
-        if self._path is None:
+        """Write an event, or lose it: each is tried anew, so that a disk that has room again gets the later ones."""
+        if self.path is None:
             return
         self._waiting.append(to_json({"time": round(time.time(), 3), "kind": kind} | fields) + "\n")
         if kind == self._once:
             self._once = None
         if self._file is None and (self._once or (self._after is not None and not self._after.exists())):
             return
+        data = "".join(self._waiting).encode("utf-8", "backslashreplace")
+        self._waiting.clear()
         try:
             if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self._path, "ab")  # noqa: SIM115 - lives as long as the run
-            self._file.write("".join(self._waiting).encode())
-            self._file.flush()
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = _open_to_append(self.path)
+            while data:
+                data = data[os.write(self._file, data) :]
         except OSError as err:
-            raise disk_error(err, self._path) from err
-        self._waiting.clear()
+            self.error = self.error or err
+            self.close()
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+        self._file = None
+
+
+def _open_to_append(path: Path) -> int:
+    """A descriptor at the end of the file, on a line of its own: a full disk may have torn the last one."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        os.write(descriptor, b"\n")
+    return descriptor
 
 
 class ConsoleProgress:
@@ -73,6 +92,7 @@ class ConsoleProgress:
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._task: str | None = None
+        self._said: set[str] = set()
 
     def begin(self, task: str, *, total: int | None, unit: str) -> None:
         self.end()
@@ -80,7 +100,7 @@ class ConsoleProgress:
         self._done, self._detail = 0, ""
         self._began = self._drawn = self._reported = self._clock()
         self._marks = collections.deque([(self._began, 0)])
-        self._log.write("begin", {"task": task, "total": total, "unit": unit})
+        self._record("begin", {"task": task, "total": total, "unit": unit})
         self._draw()
 
     def advance(self, amount: int, detail: str = "") -> None:
@@ -98,7 +118,7 @@ class ConsoleProgress:
         report = now - self._reported >= REPORT_S
         if report:
             self._reported = now
-            self._log.write("progress", self._fields())
+            self._record("progress", self._fields())
         if report or self._live:
             self._draw()
 
@@ -107,16 +127,16 @@ class ConsoleProgress:
             return
         seconds = self._clock() - self._began
         rate = f", {_number(self._done / seconds)} {self._unit}/s" if seconds > 0 and self._done else ""
-        self._log.write("end", {"task": self._task, "done": self._done, "unit": self._unit, "seconds": seconds})
+        self._record("end", {"task": self._task, "done": self._done, "unit": self._unit, "seconds": seconds})
         detail = f", {self._detail}" if self._detail else ""
         self._line(f"{self._task}: {self._done:,} {self._unit} in {_duration(seconds)}{rate}{detail}")
         self._task = None
 
     def event(self, kind: str, **fields: object) -> None:
-        self._log.write(kind, fields)
+        self._record(kind, fields)
 
     def note(self, text: str) -> None:
-        self._log.write("note", {"text": text})
+        self._record("note", {"text": text})
         self._line(text)
         if self._live and self._task is not None:
             self._draw()
@@ -124,8 +144,7 @@ class ConsoleProgress:
     def close(self) -> None:
         """Leave the cursor on a line of its own; a task that was not ended is not called done."""
         if self._task is not None and self._live:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._put("\n")
         self._task = None
         self._log.close()
 
@@ -139,49 +158,94 @@ class ConsoleProgress:
         return fields | {"rate": self._rate(), "detail": self._detail}
 
     def _draw(self) -> None:
-        text = f"{self._task}: {self._state()}"
-        if not self._live:
-            self._line(text)
-            return
-        width = shutil.get_terminal_size().columns - 1
-        self._stream.write(f"\r{text[:width]}\x1b[K")
-        self._stream.flush()
-
-    def _state(self) -> str:
-        """[#####     ] 25% 3,000/12,000 tokens, 350 tokens/s, 0:25 left, loss 2.31"""
-        done, total, rate = self._done, self._total, self._rate()
-        if total is None:
-            parts = [f"{done:,} {self._unit}"]
+        if self._live:
+            self._put(f"\r{self._fitting(_columns(self._stream) - 1)}\x1b[K")
         else:
-            share = min(done / total, 1.0) if total else 1.0
-            filled = int(share * BAR)
-            bar = f"[{'#' * filled}{' ' * (BAR - filled)}] " if self._live else ""
-            parts = [f"{bar}{share:.0%} {done:,}/{total:,} {self._unit}"]
+            self._line(f"{self._task}: {', '.join(self._parts())}")
+
+    def _parts(self) -> list[str]:
+        """What there is to say, the most wanted first: loss 2.31 | 35 tokens/s | 0:25 left | 25% 3,000/12,000 tokens"""
+        done, total, rate = self._done, self._total, self._rate()
+        parts = [self._detail] if self._detail else []
         if rate is not None:
             parts.append(f"{_number(rate)} {self._unit}/s")
             if total is not None and total > done:
                 parts.append(f"{_duration((total - done) / rate)} left")
-        return ", ".join(parts + ([self._detail] if self._detail else []))
+        counted = f"{done:,}" if total is None else f"{self._share():.0%} {done:,}/{total:,}"
+        return [*parts, f"{counted} {self._unit}"]
+
+    def _share(self) -> float:
+        return min(self._done / self._total, 1.0) if self._total else 1.0
+
+    def _fitting(self, width: int) -> str:
+        """The parts that fit, from the first; the bar takes what room is left over.
+
+        80 columns: train: step 31/100 loss 2.3145, 254 tokens/s, 0:05 left, 31% 547/1,771 tokens
+        40 columns: train: step 31/100 loss 2.3145, 254/s
+        """
+        parts = self._parts()
+        texts = [f"{self._task}: {', '.join(parts[:count])}" for count in range(len(parts), 1, -1)]
+        short = ", ".join(part.replace(f" {self._unit}/s", "/s") for part in parts[:2])
+        texts += [f"{self._task}: {short}", short]
+        text = next((text for text in texts if len(text) <= width), short[:width])
+        room = min(width - len(text) - len(" []"), BAR)
+        if self._total is None or text != texts[0] or room < NARROWEST_BAR:
+            return text
+        return f"{text} [{'#' * int(self._share() * room):<{room}}]"
 
     def _line(self, text: str) -> None:
-        self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
+        self._put(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
+
+    def _put(self, text: str) -> None:
+        self._stream.write(text)
         self._stream.flush()
+        if (err := lost(self._stream)) is not None:
+            self._say_lost("stderr", err)
+
+    def _record(self, kind: str, fields: dict[str, object]) -> None:
+        self._log.write(kind, fields)
+        if (err := self._log.error) is not None:
+            self._say_lost(str(self._log.path), err)
+
+    def _say_lost(self, what: str, err: OSError) -> None:
+        """Once, to whoever can still be reached."""
+        if what not in self._said:
+            self._said.add(what)
+            self.note(f"{what} cannot be written ({os.strerror(err.errno or 0).lower()}): the work goes on without it")
 
 
 @contextlib.contextmanager
-def watch(command: str, log: EventLog, **fields: object) -> Iterator[ConsoleProgress]:
-    """Progress for one run of a command: its begin, its end or its error are events too."""
+def watch(
+    command: str, log: EventLog, *, where: object = None, kept: Callable[[], str] = str, **fields: object
+) -> Iterator[ConsoleProgress]:
+    """Progress for one run of a command: its begin and how it ended are events too.
+
+    kept: says what is kept of the work at `where`, for one that a signal ends: it becomes an error like any other
+    """
     progress = ConsoleProgress(log)
     progress.event("run", command=command, host=platform.node(), pid=os.getpid(), **fields)
     try:
         yield progress
         progress.end()
         progress.event("finished")
-    except KdpipeError as err:
-        progress.event("failed", error=str(err), exit_code=err.exit_code)
-        raise
+    except BaseException as err:
+        raised = err
+        if isinstance(err, KeyboardInterrupt):
+            raised = stopped(getattr(err, "signal_name", "SIGINT"), where=where, kept=kept())
+        end = ending(raised)
+        progress.event(end.kind, error=end.error, exit_code=end.exit_code)
+        if raised is err:
+            raise
+        raise raised from None
     finally:
         progress.close()
+
+
+def _columns(stream: TextIO) -> int:
+    """Width of the terminal a stream leads to; 80 where it does not say."""
+    with contextlib.suppress(ValueError, OSError):
+        return int(os.environ.get("COLUMNS", 0)) or os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
 
 
 def _number(value: float) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.specs import Codec, DeviceChoice, DtypeChoice, RowsChoice
 from kdpipe.pipeline.options import (
@@ -130,6 +131,14 @@ def command(
     )
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.jsonl"
     log = EventLog(cache / "runs" / name, after=cache / PLAN_FILE, once="plan")
-    with results_only(), watch("extract", log, part=part) as progress:
+    with results_only(), watch("extract", log, where=cache, kept=lambda: _kept(cache), part=part) as progress:
         made = extract(spec, cache, progress, part=part)
     show(made.info(), as_json=as_json)
+
+
+def _kept(cache: Path) -> str:
+    """What of an extraction that a signal ended is there."""
+    if not (cache / PLAN_FILE).exists():
+        return "nothing was written"
+    opened = Cache.open(cache)
+    return f"{len(opened.committed())} of {len(opened.plan.shards)} shards are finished and kept"

@@ -23,6 +23,7 @@ from kdpipe.pipeline.options import (
 )
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
+from kdpipe.pipeline.streams import lasting_streams
 
 if TYPE_CHECKING:
     from kdpipe.stages.job import TrainJob
@@ -125,7 +126,8 @@ def train_rank(job: "TrainJob") -> dict[str, object]:
 
     if os.environ.get("RANK", "0") != "0":
         return train(job, Silent())
-    with watch("train", _events(job), num_ranks=int(os.environ.get("WORLD_SIZE", "1"))) as progress:
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    with lasting_streams(), watch("train", _events(job), where=job.output, num_ranks=num_ranks) as progress:
         return train(job, progress)
 
 

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import click
 import numpy as np
@@ -132,7 +133,8 @@ def test_a_file_that_may_not_be_read_is_no_bug(capsys: pytest.CaptureFixture[str
         raise PermissionError(13, "Permission denied", "secret.jsonl")
 
     assert cli.guard(read) == 4
-    assert capsys.readouterr().err == "E-INPUT secret.jsonl: permission denied\n"
+    wanted = "E-INPUT secret.jsonl: permission denied; get the right to it (chmod, chown) or name another place\n"
+    assert capsys.readouterr().err == wanted
 
 
 def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +142,7 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
         raise KeyboardInterrupt
 
     assert cli.guard(interrupt) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err == "E-INTERRUPTED: stopped by SIGINT; run the same command again\n"
 
 
 def test_a_bug_shows_its_traceback() -> None:
@@ -148,17 +150,48 @@ def test_a_bug_shows_its_traceback() -> None:
         cli.guard(lambda: 1 // 0)
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+def printing(
+    *args: object, stdout: int | IO[str] = subprocess.PIPE, stderr: int | IO[str] = subprocess.PIPE
+) -> subprocess.Popen[str]:
+    """The program, with its streams where they are wanted."""
     typing = Path(__file__).parent.parent.parent / "tools" / "typing"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(typing), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "kdpipe.pipeline.cli", "--help"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    command = [sys.executable, "-m", "kdpipe.pipeline.cli", *map(str, args)]
+    return subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True, env=env)
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    process = printing("--help")
     assert process.stdout is not None
-    assert process.stderr is not None
     process.stdout.close()
-    err = process.stderr.read()
-    process.stderr.close()
-    assert (process.wait(60), err) == (0, "")
+    process.stdout = None
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
+
+
+@pytest.mark.parametrize("words", [["cache", "info"], ["cache", "info", "--json"], ["--help"]])
+def test_a_full_stdout_is_one_line_and_exit_code_4(cache: Path, words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        process = printing(*words, *([cache] if words[0] == "cache" else []), stdout=full)
+        said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said.count("\n")) == (4, 1), said
+    assert said.startswith("E-SPACE stdout: the result could not be written: no space left on device")
+
+
+def test_a_full_or_closed_stderr_changes_no_exit_code(cache: Path) -> None:
+    for damaged, wanted in ((False, 0), (True, 2)):
+        if damaged:
+            commit_path(cache, 2).unlink()
+        for target in ("/dev/full", None):
+            with open(target or "/dev/null", "w") as stream:
+                words = ["cache", "verify", str(cache), "--json"]
+                process = printing(*words, stderr=stream) if target else closing_stderr(*words)
+                out = process.communicate(timeout=60)[0]
+            assert (process.returncode, json.loads(out)["ok"]) == (wanted, not damaged)
+
+
+def closing_stderr(*args: str) -> subprocess.Popen[str]:
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "kdpipe.pipeline.cli", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 # kdpipe cache

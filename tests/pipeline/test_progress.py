@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from kdpipe.manifests.errors import CacheError
 from kdpipe.manifests.progress import Progress
+from kdpipe.pipeline.endings import Terminated
 from kdpipe.pipeline.progress import ConsoleProgress, EventLog, watch
+from kdpipe.pipeline.streams import lasting_streams
 
 
 class Clock:
@@ -41,9 +44,9 @@ def test_elsewhere_there_is_a_line_at_the_begin_every_ten_seconds_and_at_the_end
     work(ConsoleProgress(EventLog(None), stream=stream, clock=clock), clock)
     assert stream.getvalue().splitlines() == [
         "extract: 0% 0/3,000 tokens",
-        "extract: 33% 1,000/3,000 tokens, 100 tokens/s, 0:20 left, loss 2.31",
-        "extract: 67% 2,000/3,000 tokens, 100 tokens/s, 0:10 left, loss 2.31",
-        "extract: 100% 3,000/3,000 tokens, 100 tokens/s, loss 2.31",
+        "extract: loss 2.31, 100 tokens/s, 0:20 left, 33% 1,000/3,000 tokens",
+        "extract: loss 2.31, 100 tokens/s, 0:10 left, 67% 2,000/3,000 tokens",
+        "extract: loss 2.31, 100 tokens/s, 100% 3,000/3,000 tokens",
         "extract: 3,000 tokens in 0:30, 100 tokens/s, loss 2.31",
     ]
 
@@ -51,7 +54,7 @@ def test_elsewhere_there_is_a_line_at_the_begin_every_ten_seconds_and_at_the_end
 def test_a_total_nobody_knows_shows_no_share_and_no_time_left() -> None:
     stream, clock = io.StringIO(), Clock()
     work(ConsoleProgress(EventLog(None), stream=stream, clock=clock), clock, seconds=10, total=None)
-    assert stream.getvalue().splitlines()[1] == "extract: 1,000 tokens, 100 tokens/s, loss 2.31"
+    assert stream.getvalue().splitlines()[1] == "extract: loss 2.31, 100 tokens/s, 1,000 tokens"
 
 
 def test_on_a_terminal_one_line_is_rewritten_and_never_wider(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +65,31 @@ def test_on_a_terminal_one_line_is_rewritten_and_never_wider(monkeypatch: pytest
     *drawn, last = stream.getvalue().split("\r")[1:]
     assert [text.count("\n") for text in (*drawn, last)] == [0] * 6 + [1]
     assert all(len(text.removesuffix("\x1b[K")) <= 39 for text in drawn)
-    assert drawn[3].startswith("extract: [##                  ] 10% 300")
+    assert drawn[3].removesuffix("\x1b[K") == "extract: loss 2.31, 100 tokens/s"
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (140, "train: step 31/100 loss 2.3145, 254 tokens/s, 0:05 left, 31% 549/1,771 tokens [######              ]"),
+        (90, "train: step 31/100 loss 2.3145, 254 tokens/s, 0:05 left, 31% 549/1,771 tokens [###       ]"),
+        (80, "train: step 31/100 loss 2.3145, 254 tokens/s, 0:05 left, 31% 549/1,771 tokens"),
+        (60, "train: step 31/100 loss 2.3145, 254 tokens/s, 0:05 left"),
+        (50, "train: step 31/100 loss 2.3145, 254 tokens/s"),
+        (40, "train: step 31/100 loss 2.3145, 254/s"),
+        (33, "step 31/100 loss 2.3145, 254/s"),
+        (20, "step 31/100 loss 2.3"),
+    ],
+)
+def test_step_and_loss_are_seen_before_all_else(columns: int, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns + 1))
+    stream, clock = Terminal(), Clock()
+    progress = ConsoleProgress(EventLog(None), stream=stream, clock=clock)
+    progress.begin("train", total=1771, unit="tokens")
+    clock.now += 2.1614
+    progress.advance(549, "step 31/100 loss 2.3145")
+    assert stream.getvalue().split("\r")[-1].removesuffix("\x1b[K") == shown
 
 
 def test_work_found_finished_at_a_resume_does_not_flatter_the_time_left() -> None:
@@ -122,3 +149,57 @@ def test_the_error_that_ended_a_run_is_its_last_event(tmp_path: Path) -> None:
     last = read(tmp_path / "events.jsonl")[-1]
     assert (last["kind"], last["exit_code"]) == ("failed", 4)
     assert last["error"] == "E-CACHE c: it belongs to another teacher"
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "exit_code", "error"),
+    [
+        (KeyboardInterrupt(), "interrupted", 130, "E-INTERRUPTED c: stopped by SIGINT; 3 shards are kept; run"),
+        (Terminated("SIGTERM"), "terminated", 75, "E-TEMPORARY c: stopped by SIGTERM; 3 shards are kept; run"),
+        (ZeroDivisionError("secret text"), "crashed", 70, "ZeroDivisionError"),
+    ],
+)
+def test_however_a_run_ends_its_last_event_says_so(
+    tmp_path: Path, raised: BaseException, kind: str, exit_code: int, error: str
+) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    with pytest.raises(BaseException) as caught, watch("train", log, where="c", kept=lambda: "3 shards are kept"):
+        raise raised
+    assert caught.value is raised or str(caught.value).startswith(error)
+    last = read(tmp_path / "events.jsonl")[-1]
+    assert (last["kind"], last["exit_code"]) == (kind, exit_code)
+    assert str(last["error"]).startswith(error)
+    assert "secret" not in str(last), "no text that a bug may have got from the data"
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing() -> None:
+    stream, clock = io.StringIO(), Clock()
+    work(ConsoleProgress(EventLog(Path("/dev/full")), stream=stream, clock=clock), clock)
+    lines = stream.getvalue().splitlines()
+    said = "/dev/full cannot be written (no space left on device): the work goes on without it"
+    assert lines.count(said) == 1
+    assert lines[-1] == "extract: 3,000 tokens in 0:30, 100 tokens/s, loss 2.31"
+
+
+def test_a_log_goes_on_where_there_is_room_again_on_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "runs"
+    path.write_text("in the way")
+    log = EventLog(path / "events.jsonl")
+    log.write("lost", {})
+    path.unlink()
+    path.mkdir()
+    (path / "events.jsonl").write_text('{"torn')
+    log.write("kept", {})
+    torn, kept = (path / "events.jsonl").read_text().splitlines()
+    assert (torn, json.loads(kept)["kind"]) == ('{"torn', "kept")
+
+
+def test_progress_that_nobody_can_see_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "kdpipe.pipeline.streams.DESCRIPTORS", {"stdout": 1, "stderr": os.open("/dev/full", os.O_WRONLY)}
+    )
+    with lasting_streams() as lost:
+        work(ConsoleProgress(EventLog(tmp_path / "events.jsonl")), Clock())
+        assert lost("stderr") is not None
+    notes = [event["text"] for event in read(tmp_path / "events.jsonl") if event["kind"] == "note"]
+    assert notes == ["stderr cannot be written (no space left on device): the work goes on without it"]
