@@ -9,10 +9,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from kdpipe.manifests.errors import InputError, TeacherError
-from kdpipe.stages.own_code import from_pretrained
+from kdpipe.stages.models.folder import ModelFolder
 
 # Where each family keeps the soft cap on its final logits.
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -52,13 +52,7 @@ def load_tokenizer(folder: Path, error: type[InputError], trust: str | None = No
 
     trust: digest of the folder's own code that may run
     """
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise error("no tokenizer in this folder; copy tokenizer.json and tokenizer_config.json into it", where=folder)
-    try:
-        tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, folder, trust, error)
-        return tokenizer
-    except (ValueError, OSError, KeyError, ImportError) as err:
-        raise error(f"its tokenizer does not load: {err}", where=folder) from None
+    return ModelFolder(folder, error, trust).tokenizer
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

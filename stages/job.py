@@ -29,7 +29,7 @@ from kdpipe.stages.checkpoint import (
 )
 from kdpipe.stages.feed import Feed, Rows
 from kdpipe.stages.loss import find_divergence
-from kdpipe.stages.own_code import allowed_code
+from kdpipe.stages.models.own_code import allowed_code
 from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device
 
 EVENTS = "events.jsonl"

@@ -36,7 +36,7 @@ from kdpipe.stages.checkpoint import UNFINISHED, Checkpoints, written
 from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.feed import Feed, Packer, Rows
 from kdpipe.stages.job import TrainJob, finished, heldout_fraction, move_in, open_rows, run_inputs
-from kdpipe.stages.own_code import allowed_code
+from kdpipe.stages.models.own_code import allowed_code
 from kdpipe.stages.schedule import learning_rate
 from kdpipe.stages.student import (
     LOSS_SUMS,

@@ -21,9 +21,8 @@ STAGES_EDGES = {
     ("student", "attention"), ("student", "causal_lm"), ("student", "feed"), ("student", "loss"),
     ("teacher", "causal_lm"), ("extract", "causal_lm"), ("extract", "prepare"),
     ("evaluate", "feed"), ("evaluate", "loss"), ("evaluate", "student"),
-    ("extract", "own_code"), ("extract", "teacher"),
-    ("causal_lm", "own_code"), ("teacher", "own_code"), ("extract", "own_code"),
-    ("student", "own_code"), ("job", "own_code"), ("train", "own_code"),
+    ("extract", "models"), ("extract", "teacher"), ("causal_lm", "models"), ("teacher", "models"),
+    ("student", "models"), ("job", "models"), ("train", "models"),
     ("rollout", "student"), ("rollout", "teacher"),
 }  # fmt: skip
 

@@ -42,7 +42,7 @@ from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
 from kdpipe.stages.causal_lm import load_tokenizer, real_vocab_size, vocabulary_digest
 from kdpipe.stages.extract.present import Present
-from kdpipe.stages.own_code import allowed_code
+from kdpipe.stages.models.own_code import allowed_code
 from kdpipe.stages.prepare import prepare
 from kdpipe.stages.teacher import ENGINES, pick_engine
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher

@@ -22,7 +22,7 @@ from kdpipe.manifests.provenance import digest_model
 from kdpipe.manifests.specs import Device
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
 from kdpipe.stages.extract.shards import shard_requests
-from kdpipe.stages.own_code import allowed_code
+from kdpipe.stages.models.own_code import allowed_code
 from kdpipe.stages.teacher import ENGINES
 from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
 from kdpipe.stages.teacher.gate import check_ack, check_finite

@@ -14,24 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError, StudentError
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.attention import use_packed_attention
 from kdpipe.stages.causal_lm import (
-    load_tokenizer,
     logit_formula,
     save_tokenizer,
     vocabulary_difference,
@@ -39,7 +31,8 @@ from kdpipe.stages.causal_lm import (
 )
 from kdpipe.stages.feed import PackedBatch
 from kdpipe.stages.loss import Head, TokenMetrics, fused_distill_loss, token_metrics
-from kdpipe.stages.own_code import NO_CODE, OwnCode, from_pretrained
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.own_code import NO_CODE, OwnCode
 
 PROBE_LENGTHS = (5, 11, 3)
 LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked")
@@ -89,22 +82,16 @@ def check_student(folder: Path, cache: Cache, trust: str | None = None) -> PreTr
     Raises StudentError for a folder without config or weights, a tokenizer that is not the cache's, a vocabulary too
     small for the cache's ids.
     """
-    if not (folder / "config.json").is_file():
-        raise StudentError("no config.json here; a student is a folder that from_pretrained loads", where=folder)
-    if not any(folder.glob("*.safetensors")):
-        raise StudentError("no weights here (*.safetensors)", where=folder)
-    try:
-        config = from_pretrained(AutoConfig, folder, trust, StudentError)
-    except (ValueError, OSError, KeyError) as err:
-        raise StudentError(f"its config does not load: {err}", where=folder) from None
-    size = config.get_text_config().vocab_size
+    model = ModelFolder(folder, StudentError, trust)
+    model.examine()
+    size = model.config.get_text_config().vocab_size
     if size < cache.plan.head.vocab_size:
         raise StudentError(
             f"its vocabulary has {size} ids, the cache's has {cache.plan.head.vocab_size}; "
             "enlarge its embedding (resize_token_embeddings) or pick a student of the teacher's family",
             where=folder,
         )
-    tokenizer = load_tokenizer(folder, StudentError, trust)
+    tokenizer = model.tokenizer
     if vocabulary_digest(tokenizer) == cache.plan.vocabulary_digest:
         return tokenizer
     if difference := vocabulary_difference(tokenizer, _cached_tokenizer(cache)):
@@ -123,19 +110,14 @@ def _cached_tokenizer(cache: Cache) -> PreTrainedTokenizerBase:
 
 def load_student(folder: Path, dtype: torch.dtype, device: torch.device, trust: str | None = None) -> PreTrainedModel:
     """The model with its weights in `dtype` on `device`."""
-    try:
-        model: PreTrainedModel = from_pretrained(AutoModelForCausalLM, folder, trust, StudentError, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
-        raise StudentError(f"it does not load: {err}", where=folder) from None
-    if model.get_output_embeddings() is None:
-        raise StudentError(f"{type(model).__name__} has no lm_head", where=folder)
+    model = ModelFolder(folder, StudentError, trust).load(dtype, device)
     model.config.use_cache = False
-    return model.to(device)
+    return model
 
 
 def checkpoint_dtype(folder: Path, trust: str | None = None) -> torch.dtype:
     """The dtype the student's own weights are stored in; float32 where its config does not say."""
-    config = from_pretrained(AutoConfig, folder, trust, StudentError)
+    config = ModelFolder(folder, StudentError, trust).config
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 

@@ -5,23 +5,18 @@ the model's own code and not from a list of architectures kept here.
 Cost: well under a second, whatever the teacher's size.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.specs import Dtype, DtypeChoice
 from kdpipe.stages.causal_lm import logit_formula
-from kdpipe.stages.own_code import blaming_own_code, from_pretrained
+from kdpipe.stages.models.folder import ModelFolder
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 FILE_DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -62,9 +57,8 @@ def describe_teacher(path: Path, dtype: DtypeChoice = "auto", trust: str | None 
     trust: digest of the folder's own code that may run
     Raises TeacherError for a folder, a config or weight files that cannot be a teacher.
     """
-    config = _config(path, trust)
-    files = checkpoint_files(path)
-    model = _meta_model(path, config, trust)
+    folder = ModelFolder(path, TeacherError, trust)
+    config, files, model = folder.config, folder.weights, folder.skeleton()
     head = model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), torch.nn.Parameter):
         raise TeacherError(f"{type(model).__name__} has no lm_head with a weight; not a causal LM", where=path)
@@ -86,62 +80,6 @@ def describe_teacher(path: Path, dtype: DtypeChoice = "auto", trust: str | None 
         max_positions=getattr(text, "max_position_embeddings", None),
         num_params=sum(parameter.numel() for parameter in model.parameters()),
     )
-
-
-def checkpoint_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it, by `model.safetensors` or its index."""
-    try:
-        if (path / WEIGHTS).is_file():
-            with safe_open(path / WEIGHTS, "pt") as file:
-                return dict.fromkeys(file.keys(), path / WEIGHTS)
-        if (path / INDEX).is_file():
-            names = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = {key: path / name for key, name in names.items()}
-            absent = sorted({file.name for file in files.values() if not file.is_file()})
-            if absent:
-                raise TeacherError(f"the index names {absent[0]}, which is not there; copy it again", where=path)
-            return files
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise TeacherError(f"the weight files cannot be read: {err}; copy them again", where=path) from None
-    if any(path.glob("pytorch_model*.bin")):
-        raise TeacherError(
-            "only pytorch_model.bin here, which kdpipe does not read; convert to safetensors", where=path
-        )
-    raise TeacherError(f"no weights: neither {WEIGHTS} nor {INDEX}", where=path)
-
-
-def _config(path: Path, trust: str | None) -> Any:
-    """The config of a causal LM: one that transformers knows, or that the folder's own code makes."""
-    if not path.is_dir():
-        raise TeacherError("this is not a folder" if path.exists() else "there is no such folder", where=path)
-    if not (path / "config.json").is_file():
-        raise TeacherError("no config.json in the folder; a teacher is a folder that save_pretrained wrote", where=path)
-    try:
-        config = from_pretrained(AutoConfig, path, trust, TeacherError)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as err:
-        raise TeacherError(f"config.json cannot be used: {err}", where=path) from None
-    if trust is not None and AutoModelForCausalLM.__name__ in (getattr(config, "auto_map", None) or {}):
-        return config
-    mapping = AutoModelForCausalLM._model_mapping
-    names = tuple(config.architectures or ())
-    known = type(config) in mapping
-    if not known or (names and not _is_causal(names, mapping[type(config)].__name__)):
-        raise TeacherError(f"'{config.model_type}' ({', '.join(names) or 'no name'}) is not a causal LM", where=path)
-    return config
-
-
-def _is_causal(names: tuple[str, ...], mapped: str) -> bool:
-    """Whether the config's own class names are those of a causal LM: BERT is in the mapping, BertForMaskedLM is not."""
-    return mapped in names or names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-
-
-def _meta_model(path: Path, config: Any, trust: str | None) -> Any:
-    try:
-        with blaming_own_code(path, trust, TeacherError), torch.device("meta"):
-            # With own code, config.name_or_path is the private copy that the config came from.
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust is not None)
-    except (ValueError, ImportError, AttributeError, RuntimeError) as err:
-        raise TeacherError(f"transformers cannot build the model of config.json: {err}", where=path) from None
 
 
 def _head_key(path: Path, model: Any, files: dict[str, Path], *, tied: bool, shape: list[int]) -> str:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.teacher import HeadRecord
-from kdpipe.stages.teacher.describe import TeacherInfo, checkpoint_files
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.teacher.describe import TeacherInfo
 from kdpipe.stages.teacher.rows import TORCH_DTYPES
 
 COLUMN_ELEMENTS = 1 << 17
@@ -31,7 +32,7 @@ class Head:
 
 def read_head(path: Path, info: TeacherInfo, vocab_size: int) -> Head:
     """The head of the teacher at `path` in info.dtype, on the CPU. Raises TeacherError for unreadable files."""
-    files = checkpoint_files(path)
+    files = ModelFolder(path, TeacherError).weights
     weight = _tensor(files, info.head_key, info)
     bias = None if info.bias_key is None else _tensor(files, info.bias_key, info)
     return Head(weight=weight, bias=bias, record=head_record(info, vocab_size))

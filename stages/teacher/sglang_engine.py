@@ -31,7 +31,7 @@ import torch
 from kdpipe.manifests.errors import ConfigError, EngineError, GateError, KdpipeError, TeacherError
 from kdpipe.manifests.plan import SHARD_TOKENS
 from kdpipe.manifests.specs import Device, Dtype
-from kdpipe.stages.own_code import allowed_code, place_of
+from kdpipe.stages.models.own_code import allowed_code, place_of
 from kdpipe.stages.teacher.canary import compare_rows
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Canary, EngineOptions, Request

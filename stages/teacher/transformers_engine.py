@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
-from kdpipe.stages.own_code import from_pretrained
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.teacher.canary import check_head
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Canary, Request
@@ -121,7 +120,8 @@ class TransformersEngine:
         self._dtype = TORCH_DTYPES[describe_teacher(path, "auto", trust).dtype if dtype == "auto" else dtype]
         self._chunk_tokens = chunk_tokens
         self._chunks_agree: bool | None = None
-        self._open(_load(path, self._dtype, trust).to(self._device))
+        model = ModelFolder(path, TeacherError, trust).load(self._dtype, self._device)
+        self._open(model.eval().requires_grad_(False))
 
     def run(self, batches: Iterable[Sequence[Request]]) -> Iterator[Ack]:
         """Run the batches in order; see TeacherEngine.run. On CUDA a batch lands while the next one runs."""
@@ -329,20 +329,6 @@ def _land(flight: _Flight) -> Iterator[Ack]:
             num_rows += piece.hi - piece.lo
         digest = checksum(request.target.array)
         yield Ack(sample=request.sample, num_rows=num_rows, checksum=digest, probe_logprobs=logprobs)
-
-
-def _load(path: Path, dtype: torch.dtype, trust: str | None) -> Any:
-    """The whole model in eval mode; transformers fills absent weights with noise, here they are an error."""
-    try:
-        model, loading = from_pretrained(
-            transformers.AutoModelForCausalLM, path, trust, TeacherError, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as err:
-        raise TeacherError(f"transformers cannot load it: {err}", where=path) from None
-    if loading["missing_keys"]:
-        absent = sorted(loading["missing_keys"])
-        raise TeacherError(f"{len(absent)} weights are not in its files, the first is '{absent[0]}'", where=path)
-    return model.eval().requires_grad_(False)
 
 
 def _ids(token_ids: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -15,7 +15,7 @@ from kdpipe.manifests.plan import read_plan
 from kdpipe.manifests.specs import RunSpec, TrainSpec
 from kdpipe.pipeline.launch import launch
 from kdpipe.stages.job import TrainJob
-from kdpipe.stages.own_code import code_digest
+from kdpipe.stages.models.own_code import code_digest
 
 SETS = ("--set", "train.dtype=float32", "train.max_steps=2", "train.batch_tokens=600")
 
@@ -50,7 +50,9 @@ def test_teacher_and_student_with_own_code_from_plan_to_eval(main: Main, tmp_pat
     assert not (tmp_path / "student ran").exists()
     code, printed, err = main(*train, *allow(student), "--json")
     assert code == 0, err
-    assert len((tmp_path / "student ran").read_text().splitlines()) == 2, "one line of each rank"
+    assert len((tmp_path / "student ran").read_text().splitlines()) == 3, (
+        "one line of the launcher, which examines it, and of each rank"
+    )
     assert json.loads(main(*train, *allow(student), "--json")[1]) == json.loads(printed), "it is finished"
 
     # What was allowed is what the trained student has: the same digest allows it.

@@ -25,7 +25,7 @@ from kdpipe.manifests.specs import DataSpec, Dtype
 from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.extract.shards import fill, missing_shards
 from kdpipe.stages.extract.staging import Staged, staged
-from kdpipe.stages.own_code import code_digest
+from kdpipe.stages.models.own_code import code_digest
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
 from kdpipe.stages.teacher.head import read_head

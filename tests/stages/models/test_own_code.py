@@ -15,9 +15,9 @@ from tests.models import OWN_MODELING, make_model, make_own, make_tokenizer
 
 from kdpipe.manifests.errors import ConfigError, StudentError, TeacherError
 from kdpipe.manifests.provenance import digest_code, digest_file, digest_json, digest_model
-from kdpipe.stages import own_code
 from kdpipe.stages.causal_lm import load_tokenizer
-from kdpipe.stages.own_code import OwnCode, allowed_code, code_digest
+from kdpipe.stages.models import folder as model_folder
+from kdpipe.stages.models.own_code import OwnCode, allowed_code, code_digest
 from kdpipe.stages.student import checkpoint_dtype, load_student
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
@@ -193,7 +193,7 @@ def test_code_that_does_not_run_is_the_folders_fault_in_one_line(line: str, own:
 def test_code_that_changes_after_it_was_digested_is_not_run(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest, real = code_digest(own), own_code.allowed_code
+    digest, real = code_digest(own), model_folder.allowed_code
 
     def allowed_then_changed(folder: Path, *args: object) -> OwnCode:
         code = real(folder, *args)  # type: ignore[arg-type]
@@ -201,7 +201,7 @@ def test_code_that_changes_after_it_was_digested_is_not_run(
         edit_json(own / "config.json", auto_map={"AutoModelForCausalLM": "convert_tiny.Other"})
         return code
 
-    monkeypatch.setattr(own_code, "allowed_code", allowed_then_changed)
+    monkeypatch.setattr(model_folder, "allowed_code", allowed_then_changed)
     model = load_student(own, torch.float32, CPU, digest)
     assert type(model).__name__ == "TinyForCausalLM"
     assert (tmp_path / "ran").exists()

@@ -15,11 +15,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import transformers
 import transformers.dynamic_module_utils as dynamic_modules
@@ -28,8 +26,6 @@ from transformers import CONFIG_MAPPING
 from kdpipe.manifests.errors import ConfigError, InputError
 from kdpipe.manifests.provenance import SHORTEST_DIGEST, digest_code
 
-TOLD_BY_CALLERS = (OSError, ValueError, KeyError)
-"""Exceptions of transformers for a folder that is at fault; callers say what did not load."""
 PACKAGE = dynamic_modules.TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
@@ -96,33 +92,6 @@ def allowed_code(folder: Path, trust: str | None, error: type[InputError]) -> Ow
             where=folder,
         )
     return code
-
-
-def from_pretrained(auto: Any, folder: Path, trust: str | None, error: type[InputError], **arguments: Any) -> Any:
-    """auto.from_pretrained(folder), with the folder's own code where that is allowed; `auto` is an Auto class.
-
-    Raises what allowed_code raises, what from_pretrained itself does (TOLD_BY_CALLERS), and `error` for any other
-    exception of the model's own code.
-    """
-    code = allowed_code(folder, trust, error)
-    with blaming_own_code(folder, trust, error):
-        return auto.from_pretrained(
-            str(place_of(folder, code)), local_files_only=True, trust_remote_code=bool(code), **arguments
-        )
-
-
-@contextmanager
-def blaming_own_code(folder: Path, trust: str | None, error: type[InputError]) -> Iterator[None]:
-    """Where a model's own code runs: an exception that no caller expects of transformers becomes `error`."""
-    try:
-        yield
-    except (*TOLD_BY_CALLERS, InputError):
-        raise
-    except Exception as err:
-        if trust is None:
-            raise
-        # Code that is not ours may raise anything: it is the folder that is at fault.
-        raise error(f"its own code does not load: {type(err).__name__}: {err}", where=folder) from err
 
 
 def place_of(folder: Path, code: OwnCode) -> Path:

@@ -1,0 +1,157 @@
+"""A model folder: the one way by which kdpipe reads what from_pretrained reads, teacher or student.
+
+    path, --trust-remote-code -> own code allowed? -> config, tokenizer, weights' files, digest -> the model
+
+Invariant: whatever transformers, tokenizers, safetensors, torch or the folder's own code raise is one line of the
+folder's error class, with the folder and the cause; errors of kdpipe, an interrupt and lack of memory pass through.
+Each part is read when it is first asked for and kept: two questions about a folder have one answer.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kdpipe.manifests.errors import InputError, KdpipeError
+from kdpipe.manifests.provenance import digest_model
+from kdpipe.stages.models.own_code import OwnCode, allowed_code, place_of
+from kdpipe.stages.models.weights import ADAPTER, require_all, weight_files
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+CAUSE_LENGTH = 300
+"""Characters of a library's own words in an error message."""
+
+
+class ModelFolder:
+    """What a folder that from_pretrained loads holds.
+
+    error: TeacherError or StudentError, raised for all that is wrong with the folder
+    trust: digest of the folder's own code that may run, or its start; None where it brings none
+    """
+
+    def __init__(self, path: Path, error: type[InputError], trust: str | None = None) -> None:
+        self.path, self.error, self.trust = path, error, trust
+
+    @cached_property
+    def code(self) -> OwnCode:
+        """The folder's own code, allowed by its digest; empty where none is run."""
+        with self._answering("its own code cannot be read"):
+            return allowed_code(self.path, self.trust, self.error)
+
+    @cached_property
+    def place(self) -> Path:
+        """Where transformers loads from: the folder, or a private copy where code of its own is run."""
+        return place_of(self.path, self.code)
+
+    @cached_property
+    def config(self) -> Any:
+        """The config of a causal LM: one that transformers knows, or that the folder's own code makes."""
+        if not self.path.is_dir():
+            raise self.error("this is not a folder" if self.path.exists() else "no such folder", where=self.path)
+        if not (self.path / "config.json").is_file():
+            raise self.error("no config.json here; a model folder is one that save_pretrained wrote", where=self.path)
+        with self._answering("config.json cannot be used"):
+            config = self._from_pretrained(AutoConfig)
+            if self.trust is None or AutoModelForCausalLM.__name__ not in (getattr(config, "auto_map", None) or {}):
+                self._require_causal(config)
+            return config
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's tokenizer."""
+        if not any((self.path / name).exists() for name in TOKENIZER_FILES):
+            raise self.error(
+                "no tokenizer in this folder; copy tokenizer.json and tokenizer_config.json into it", where=self.path
+            )
+        with self._answering("its tokenizer does not load"):
+            tokenizer: PreTrainedTokenizerBase = self._from_pretrained(AutoTokenizer)
+            return tokenizer
+
+    @cached_property
+    def weights(self) -> dict[str, Path]:
+        """Tensor name -> the safetensors file that holds it; each file is whole."""
+        if (self.path / ADAPTER).exists():
+            raise self.error(
+                f"this is an adapter ({ADAPTER}); merge it into its base model (peft: merge_and_unload, then "
+                "save_pretrained)",
+                where=self.path,
+            )
+        with self._answering("the weight files cannot be read; copy them again"):
+            return weight_files(self.path, self.error)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over config, weights and the code that runs; reads every byte of the weights."""
+        with self._answering("it cannot be read"):
+            return digest_model(self.path, self.code.digest)
+
+    def examine(self) -> None:
+        """All that is found wrong without a weight being read: own code, config, names and headers of the weights."""
+        self.skeleton()
+        _ = self.weights
+
+    def skeleton(self) -> Any:
+        """The model on the meta device: its modules and the shapes of its weights, no memory."""
+        config = copy.deepcopy(self.config)
+        with self._answering("transformers cannot build the model of config.json"), torch.device("meta"):
+            # With own code, config.name_or_path is the private copy that the config was read from.
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=bool(self.code))
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The whole model on `device`; a weight that is missing, left over or of another shape is an error."""
+        names = self.weights
+        with self._answering("the model does not load"):
+            model, loading = self._from_pretrained(
+                AutoModelForCausalLM,
+                config=copy.deepcopy(self.config),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # require_all names them
+            )
+            require_all(loading, names, self.error, self.path)
+            if model.get_output_embeddings() is None:
+                raise self.error(f"{type(model).__name__} has no lm_head; not a causal LM", where=self.path)
+            loaded: PreTrainedModel = model.to(device)
+            return loaded
+
+    def _from_pretrained(self, auto: Any, **arguments: Any) -> Any:
+        """auto.from_pretrained(folder); `auto` is an Auto class."""
+        return auto.from_pretrained(
+            str(self.place), local_files_only=True, trust_remote_code=bool(self.code), **arguments
+        )
+
+    def _require_causal(self, config: Any) -> None:
+        """BERT is in transformers' mapping of causal LMs, BertForMaskedLM is not one."""
+        mapping, names = AutoModelForCausalLM._model_mapping, tuple(config.architectures or ())
+        if type(config) not in mapping or (names and not _is_causal(names, mapping[type(config)].__name__)):
+            kind = ", ".join(names) or "no name"
+            raise self.error(f"'{config.model_type}' ({kind}) is not a causal LM", where=self.path)
+
+    @contextmanager
+    def _answering(self, what: str) -> Iterator[None]:
+        """Whatever a library raises in the block becomes one line of the folder's error.
+
+        Not a list of types: they change with each version, and a folder's own code may raise anything. BaseException,
+        because a panic in tokenizers' Rust code is none of Exception.
+        """
+        try:
+            yield
+        except (KdpipeError, KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as err:
+            raise self.error(f"{what}: {_words(err)}", where=self.path) from err
+
+
+def _is_causal(names: tuple[str, ...], mapped: str) -> bool:
+    return mapped in names or names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def _words(err: BaseException) -> str:
+    """Class and text of an exception on one line, cut."""
+    text = " ".join(f"{type(err).__name__}: {err}".split())
+    return text if len(text) <= CAUSE_LENGTH else text[:CAUSE_LENGTH] + " ..."

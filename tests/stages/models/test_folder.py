@@ -1,0 +1,116 @@
+"""Model folders: what is wrong with one is one line, and a model is loaded whole or not at all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.models import KINDS, make_model
+
+from kdpipe.manifests.errors import StudentError, TeacherError
+from kdpipe.stages.models.folder import ModelFolder
+
+CPU = torch.device("cpu")
+Weights = dict[str, torch.Tensor]
+
+
+def change_weights(folder: Path, change: Callable[[Weights], Weights]) -> Path:
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def load(folder: Path) -> torch.nn.Module:
+    return ModelFolder(folder, StudentError).load(torch.float32, CPU)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_model_loads_with_or_without_its_tied_head(kind: str, tmp_path: Path) -> None:
+    folder = make_model(kind, tmp_path)
+    stored, model = load_file(folder / "model.safetensors"), load(folder)
+    loaded = model.state_dict()
+    assert stored.keys() <= loaded.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in stored.items())
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+HARM: dict[str, tuple[Callable[[Weights], Weights], str]] = {
+    "a weight missing": (lambda w: {k: v for k, v in w.items() if k != NORM}, f"1 weight ('{NORM}') missing"),
+    "one left over": (lambda w: {**w, "model.norm.gain": torch.ones(3)}, "1 weight ('model.norm.gain') left over"),
+    "compiled": (lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}, "start with '_orig_mod.' (torch.compile)"),
+    "of DDP": (lambda w: {f"module.{k}": v for k, v in w.items()}, "start with 'module.' (DistributedDataParallel)"),
+    "of peft": (lambda w: {f"base_model.model.{k}": v for k, v in w.items()}, "start with 'base_model.model.' (peft)"),
+    "wrapped": (lambda w: {f"student.{k}": v for k, v in w.items()}, "start with 'student.'; save"),
+    "of another shape": (lambda w: {**w, NORM: torch.ones(3)}, f"'{NORM}' has shape [3] in the weight files and [48]"),
+    "none at all": (lambda w: {}, "missing"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_weights_that_are_not_the_models_are_refused_by_name(harm: str, tmp_path: Path) -> None:
+    change, said = HARM[harm]
+    folder = change_weights(make_model("llama", tmp_path), change)
+    with pytest.raises(StudentError) as caught:
+        load(folder)
+    assert said in str(caught.value)
+    assert caught.value.where == str(folder)
+
+
+def test_an_index_that_names_a_tensor_which_its_file_lacks_is_refused_before_the_load(tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index = {"weight_map": dict.fromkeys([*load_file(folder / "a.safetensors"), "model.absent"], "a.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(TeacherError, match=r"a\.safetensors: .*'model\.absent'"):
+        ModelFolder(folder, TeacherError).examine()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_adapter_is_refused_with_the_way_to_merge_it(beside: bool, tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path)
+    (folder / "adapter_config.json").write_text("{}")
+    if not beside:
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(StudentError, match="merge_and_unload"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "raised", [RuntimeError("a\nb"), OverflowError(), SystemExit(3), type("PanicException", (BaseException,), {})("x")]
+)
+def test_whatever_a_library_raises_is_one_line_of_the_folder(
+    raised: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ModelFolder(make_model("llama", tmp_path), TeacherError)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
+    with pytest.raises(TeacherError) as caught:
+        _ = folder.config
+    assert type(raised).__name__ in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), MemoryError()])
+def test_an_interrupt_and_lack_of_memory_are_not_the_folders_fault(
+    raised: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ModelFolder(make_model("llama", tmp_path), TeacherError)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
+    with pytest.raises(type(raised)):
+        _ = folder.config
+
+
+def test_a_folder_is_read_once(tmp_path: Path) -> None:
+    folder = ModelFolder(make_model("llama", tmp_path), TeacherError)
+    config, digest = folder.config, folder.digest
+    (tmp_path / "config.json").unlink()
+    assert (folder.config, folder.digest) == (config, digest)
