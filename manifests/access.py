@@ -3,18 +3,21 @@
 A mapping costs nothing and is shared by every process of a node. On a network file system each fault of a page is a
 round trip and a file that shrinks under its reader is a bus error; there `pread` reads whole ranges, and what is not
 there is an error like any other.
-Invariant: nothing but a regular file of exactly the expected size is opened.
+Invariant: nothing but a regular file of exactly the expected size is opened, and no descriptor is kept.
 """
 
+import ctypes
+import errno
 import mmap
 import os
+import weakref
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from kdpipe.manifests.durable import disk_error, open_regular
-from kdpipe.manifests.errors import CorruptError, LayoutError
+from kdpipe.manifests.errors import CorruptError, KdpipeError, LayoutError
 from kdpipe.manifests.specs import Io
 
 
@@ -28,17 +31,41 @@ class FileBytes(Protocol):
         """Ask the kernel to read them ahead."""
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def most_mappings() -> int:
+    """How many files a process may keep mapped: half of vm.max_map_count, as libraries, heaps and threads need some."""
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text()) // 2
+    except (OSError, ValueError):
+        return 65530 // 2  # the kernel's default
+
+
 class MappedFile:
-    """A file mapped for as long as the object or an array of it lives; reading copies nothing."""
+    """A file mapped for as long as the object or an array of it lives; reading copies nothing.
+
+    mmap.mmap of Python keeps a descriptor with every mapping, and of those a process may have as few as 1024: hence
+    the system call itself.
+    """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         descriptor = _open(path, num_bytes)
         try:
-            # A private mapping: nothing can write through it, and torch takes its arrays without complaint.
-            self._map = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            address = _libc.mmap(None, num_bytes, mmap.PROT_READ, mmap.MAP_PRIVATE, descriptor, 0)
         finally:
             os.close(descriptor)
-        self._bytes = np.frombuffer(self._map, np.uint8)
+        if address == MAP_FAILED:
+            raise _not_mapped(ctypes.get_errno(), path)
+        memory = (ctypes.c_uint8 * num_bytes).from_address(address)
+        # Every array of the mapping holds `memory`; the last of them to go unmaps it, none at the end of the process.
+        weakref.finalize(memory, _libc.munmap, address, num_bytes).atexit = False
+        self._address, self._bytes = address, np.frombuffer(memoryview(memory).toreadonly(), np.uint8)
 
     def read(self, begin: int, end: int) -> np.ndarray:
         return self._bytes[begin:end]
@@ -46,7 +73,7 @@ class MappedFile:
     def prefetch(self, begin: int, end: int) -> None:
         begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin:
-            self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+            _libc.madvise(self._address + begin, end - begin, mmap.MADV_WILLNEED)
 
 
 class ReadFile:
@@ -83,6 +110,16 @@ class ReadFile:
 def open_bytes(path: Path, num_bytes: int, io: Io) -> FileBytes:
     """The bytes of a file of this size. Raises CorruptError where it is gone, LayoutError for another size."""
     return MappedFile(path, num_bytes) if io == "mmap" else ReadFile(path, num_bytes)
+
+
+def _not_mapped(number: int, path: Path) -> KdpipeError:
+    if number == errno.ENOMEM:
+        return KdpipeError(
+            "the kernel gives this process no more mappings or memory (vm.max_map_count, ulimit -v); read without "
+            "mapping: --io pread",
+            where=path,
+        )
+    return disk_error(OSError(number, os.strerror(number)), path)
 
 
 def _open(path: Path, num_bytes: int) -> int:

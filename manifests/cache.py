@@ -3,22 +3,25 @@
     cache = Cache.open(path); len(cache); cache[i] -> SampleView(token_ids, supervised, rows)
 
 Invariant: only committed shards are read, and no byte of theirs is used before its block's checksum agreed.
-Cost: one open mapping a shard, kept for the life of the object. Format: FORMAT.md.
+Cost: one mapping a shard that was read lately, at most `most_mappings` over all caches of the process; a view keeps its
+own. Format: FORMAT.md.
 """
 
 # Shapes: N samples, n tokens and R rows of one sample, E teacher width, V rows of the teacher's head.
 
 import contextlib
 import os
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import xxhash
 
-from kdpipe.manifests.access import open_bytes
+from kdpipe.manifests.access import most_mappings, open_bytes
 from kdpipe.manifests.durable import open_regular
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.plan import GROWN, Plan, Samples, read_plan
@@ -42,12 +45,18 @@ class HeadArrays:
 class Cache:
     """A cache folder, open for reading; it may still be growing, then `complete` is False."""
 
+    _open: ClassVar["weakref.WeakSet[Cache]"] = weakref.WeakSet()
+
     def __init__(self, path: Path, plan: Plan, io: Io = "mmap") -> None:
         self.path, self.plan, self.io = path, plan, io
         self.samples = Samples(path, plan, io)
         self._first = [shard.first_sample for shard in plan.shards]
         self._every_row = plan.settings.rows == "all"
         self._shards: dict[int, Shard] = {}
+        self._checked: dict[int, bytearray] = {}
+        """Of shards that were let go: which of their blocks were found good."""
+        self._most = most_mappings()
+        self._open.add(self)
 
     @classmethod
     def open(cls, path: str | Path, *, io: Io = "mmap", fingerprint: str | None = None) -> "Cache":
@@ -105,9 +114,12 @@ class Cache:
         return self.shard(number), index - self._first[number]
 
     def shard(self, number: int) -> Shard:
-        """A committed shard, mapped once. Raises IncompleteError if it is not committed yet."""
+        """A committed shard; the one opened first makes room. Raises IncompleteError if it is not committed yet."""
         if number not in self._shards:
-            self._shards[number] = Shard(self.path, self.plan, number, self.io)
+            while len(self._shards) >= max(self._most // len(self._open), 1):
+                oldest = next(iter(self._shards))
+                self._checked[oldest] = self._shards.pop(oldest).good
+            self._shards[number] = Shard(self.path, self.plan, number, self.io, good=self._checked.pop(number, None))
         return self._shards[number]
 
     def committed(self) -> list[int]:

@@ -4,18 +4,22 @@
 written after every file it names, and the folder gets its name after that.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from kdpipe.manifests.durable import read_small
 from kdpipe.manifests.errors import LayoutError
 from kdpipe.manifests.plan import Record
 from kdpipe.manifests.specs import RunSpec
 
 RUN_FILE = "kdpipe.json"
 CHECKPOINT_FILE = "checkpoint.json"
+MAX_RECORD_BYTES = 16 << 20
+"""A checkpoint's record has some 80 bytes a rank."""
 
 ELASTIC = (
     "spec.train.grad_accum",
@@ -92,11 +96,11 @@ def read_run(folder: Path) -> RunRecord | None:
 
 
 def read_record(path: Path, kind: type[R]) -> R | None:
-    """The record at `path`, None where there is none. Raises LayoutError for another kind of file."""
-    if not path.is_file():
+    """The record at `path`, None where nothing is. Raises LayoutError for another file, a link, a large one."""
+    if not os.path.lexists(path):
         return None
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(read_small(path, MAX_RECORD_BYTES))
     except ValidationError as err:
         first = err.errors()[0]
         raise LayoutError(f"'{'.'.join(map(str, first['loc']))}': {first['msg']}", where=path) from None

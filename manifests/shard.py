@@ -258,7 +258,7 @@ def adopt(folder: Path, plan: Plan, index: int) -> bool:
 class Shard:
     """A committed shard, open for reading; mapped, it stays so for as long as the object lives."""
 
-    def __init__(self, folder: Path, plan: Plan, index: int, io: Io = "mmap") -> None:
+    def __init__(self, folder: Path, plan: Plan, index: int, io: Io = "mmap", *, good: bytearray | None = None) -> None:
         self.path = shard_path(folder, index)
         commit = read_commit(folder, plan, index)
         self.layout = shard_layout(plan, index, commit.digest)
@@ -280,8 +280,8 @@ class Shard:
         tensors = self.layout.tensors
         self._hidden_at, self._checked_to = tensors["hidden"].begin, tensors["crc32c"].begin
         self._crc = self._file.read(self._checked_to, self.layout.num_bytes).view(np.uint32)
-        self._good = bytearray(len(self._crc))
-        """1 for every block that was found good."""
+        self.good = bytearray(len(self._crc)) if good is None else good
+        """1 for every block that was found good, by this object or, where `good` is given, by one before it."""
         first = tensors["row_offsets"].begin
         tables = self._checked(first, self._checked_to)
         names = ("row_offsets", "token_offsets", "token_ids", "supervised", "sample_ids")
@@ -325,7 +325,7 @@ class Shard:
     def _unseen(self, begin: int, end: int) -> int:
         """The first block not verified before that holds some of bytes begin..end; -1 where there is none."""
         body = self._hidden_at
-        return self._good.find(0, (begin - body) // BLOCK, (end - 1 - body) // BLOCK + 1)
+        return self.good.find(0, (begin - body) // BLOCK, (end - 1 - body) // BLOCK + 1)
 
     def _checked(self, begin: int, end: int) -> np.ndarray:
         """Bytes begin..end, read together with the rest of the blocks that are verified on the way."""
@@ -345,13 +345,13 @@ class Shard:
                     f"(crc32c {found:08x}, recorded {int(self._crc[block]):08x})",
                     where=self.path,
                 )
-            self._good[block] = 1
-            block = self._good.find(0, block, last + 1)
+            self.good[block] = 1
+            block = self.good.find(0, block, last + 1)
         return data[begin - low : end - low]
 
     def verify(self, samples: pa.RecordBatch | None) -> None:
         """Every block, the digest, and the tables against samples.arrow where that is given. Raises CorruptError."""
-        self._good = bytearray(len(self._good))
+        self.good = bytearray(len(self.good))
         found = xxhash.xxh3_128()
         for begin, end in blocks(self.layout):
             found.update(self._checked(begin, end).data)

@@ -1,5 +1,6 @@
 """A cache read with pread is the one that is mapped; a file that shrinks under its reader is named, not a crash."""
 
+import gc
 import os
 import shutil
 import signal
@@ -48,6 +49,73 @@ def test_pread_keeps_nothing_open_and_nothing_mapped(folder: Path) -> None:
     assert len(rows) == 400
     assert str(folder / "shards") not in Path("/proc/self/maps").read_text()
     assert not any(str(folder / "shards") in path for path in opened)
+
+
+def mapped_shards(folder: Path) -> int:
+    """How many mappings of this process are of a shard in the folder."""
+    return Path("/proc/self/maps").read_text().count(f"{folder}/shards/")
+
+
+def test_a_bounded_number_of_shards_stays_mapped_and_a_view_keeps_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdpipe.manifests.cache.most_mappings", lambda: 6, raising=False)
+    cache = make_cache(tmp_path / "one", num_samples=60)
+    assert len(cache.plan.shards) > 9
+    written = [view.rows.tobytes() for view in cache]
+    assert mapped_shards(cache.path) <= 6
+    held = [cache[index].rows for index in range(60)]
+    assert mapped_shards(cache.path) == len(cache.plan.shards)
+    assert [rows.tobytes() for rows in held] == written
+    del held
+    gc.collect()
+    other = make_cache(tmp_path / "other", num_samples=60, seed=1)
+    for index in (*range(60), *range(60)):
+        assert cache[index].rows.tobytes() == written[index]
+        other[index]
+    assert mapped_shards(tmp_path) == 0
+    assert mapped_shards(cache.path) + mapped_shards(other.path) <= 6
+
+
+def test_a_shard_that_was_let_go_is_not_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdpipe.manifests.cache.most_mappings", lambda: 2, raising=False)
+    cache = make_cache(tmp_path, num_samples=60)
+    assert sum(len(view.rows) for view in cache)
+    monkeypatch.setattr("crc32c.crc32c", lambda _: pytest.fail("a block was checked twice"))
+    assert sum(len(view.rows) for view in cache)
+
+
+def test_a_mapping_keeps_no_descriptor(folder: Path) -> None:
+    """A process may have as few as 1024."""
+    cache = Cache.open(folder)
+    rows = [view.rows for view in cache]
+    opened = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    assert mapped_shards(folder) == len(cache.plan.shards) > 1
+    assert not any(path.startswith(f"{folder}/shards") for path in opened)
+    assert len(rows) == 400
+
+
+def test_a_shard_that_cannot_be_mapped_is_one_line_with_the_way_out(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM, folder], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.startswith(f"E-KDPIPE {shard_path(folder, 0)}: "), done.stderr
+    assert "--io pread" in done.stdout
+
+
+NO_ROOM = """
+import resource, sys
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import KdpipeError
+cache = Cache.open(sys.argv[1])
+cache.num_tokens()
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 20), now + (1 << 20)))
+try:
+    cache[0]
+except KdpipeError as err:
+    print(err)
+"""
 
 
 def refusal(cache: Cache, index: int) -> str:
