@@ -1,14 +1,17 @@
 """Forms: a raw record -> a conversation, a prompt and its completion, or plain text.
 
 Invariant: equal content gives an equal `content()` whatever the form or file it came in, so it gives an equal id; a
-record that fits no form, or has a value of the wrong type, is a DataError naming file, line, column or role and never
-the text. The forms, first match wins:
+record that fits no form, has a value of the wrong type, or can be read in two ways, is a DataError naming file, line,
+column or role and never the text. What else it holds is read, refused or counted (columns.py). Forms, first match wins:
 
-    messages                                  chat; a `prompt` beside it is ignored (TRL's GKD recipes)
-    conversations                             ShareGPT: from and value, or role and content
-    prompt + completion | response | output   strings, or lists of messages (TRL's prompt-completion)
-    instruction [+ input] + output            alpaca
-    text                                      plain language modelling
+    messages | conversations                              chat, OpenAI's or ShareGPT's spelling (messages.py)
+    prompt [+ input] + completion | response | output     texts, or lists of messages (TRL's prompt-completion)
+    instruction [+ input] + output                        alpaca
+    text                                                  plain language modelling
+
+A conversation takes `system` (or `system_prompt`), `tools` (or `functions`); alpaca and prompt forms also `history`, a
+list of earlier [question, answer], and the answer's thought. A column of another form beside these must say the same
+(TRL's GKD recipes keep the `prompt` beside messages).
 """
 
 from dataclasses import dataclass
@@ -16,15 +19,24 @@ from typing import Any
 
 from kdpipe.manifests.errors import DataError, nearest
 from kdpipe.manifests.sample import IncidentKind
+from kdpipe.stages.prepare.columns import ANSWERS, CHATS, READ, RECORD_COLUMNS, SAMPLE_WEIGHTS, SYSTEMS, THOUGHTS, TOOLS
 from kdpipe.stages.prepare.json_stream import kind_of
+from kdpipe.stages.prepare.messages import (
+    Message,
+    Reading,
+    Turn,
+    either,
+    is_absent,
+    read_tools,
+    read_turns,
+    rows_of,
+    sort_out,
+    text_of,
+)
 from kdpipe.stages.prepare.sources import RawRecord
 
-COMPLETIONS = ("completion", "response", "output")
-COLUMNS = ("messages", "conversations", "prompt", *COMPLETIONS, "instruction", "text")
+FORM_COLUMNS = (*CHATS, "prompt", *ANSWERS, "instruction", "text")
 KNOWN = "messages; conversations; prompt with completion, response or output; instruction with output; text"
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-# What a template may read besides role and content; leaving it out would train on another conversation.
-MESSAGE_EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 # Which roles may follow a role; None is the start.
 NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user"),
@@ -33,27 +45,30 @@ NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-ROLES = ("system", "user", "assistant", "tool")
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chat:
-    """A conversation; its completion begins at message `completion_from`, or is the last assistant turn."""
+    """A conversation; its completion begins at message `completion_from`, or is the last assistant turn.
+
+    unsupervised: numbers of the messages whose own marks say that they are not to be learnt
+    """
 
     messages: list[Message]
     tools: list[Any] | None = None
     completion_from: int | None = None
+    unsupervised: frozenset[int] = frozenset()
 
     def content(self) -> object:
         return {"messages": self.messages, "tools": self.tools} if self.tools else {"messages": self.messages}
 
     def emptiness(self) -> tuple[IncidentKind, str] | None:
-        """Why there is nothing to learn: an assistant turn says nothing and calls no tool."""
-        turns = [message for message in self.messages if message["role"] == "assistant"]
-        for number, turn in enumerate(turns, start=1):
-            if not turn["content"].strip() and not turn.get("tool_calls"):
+        """Why there is nothing to learn: an assistant turn says nothing, thinks nothing and calls no tool."""
+        turns = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+        for number, index in enumerate(turns, start=1):
+            turn = self.messages[index]
+            says = turn["content"].strip() or turn.get(THOUGHTS[0]) or turn.get("tool_calls")
+            if not says and index not in self.unsupervised:
                 return "empty_completion", f"assistant turn {number} of {len(turns)} is empty"
         return None
 
@@ -93,153 +108,189 @@ class Text:
 Form = Chat | Pair | Text
 
 
-def read_form(record: RawRecord) -> Form:
-    """What a record says, normalised; null columns count as absent. Raises DataError (see the module's invariant)."""
-    fields = {name: value for name, value in record.fields.items() if value is not None}
-    place = record.place
-    for column in ("messages", "conversations"):
-        if column in fields:
-            return _chat(_messages(fields[column], column, place), fields, place)
-    if "prompt" in fields:
-        found = [column for column in COMPLETIONS if column in fields]
-        if len(found) > 1:
-            raise DataError(f"which is the answer to 'prompt': '{found[0]}' or '{found[1]}'? Keep one", where=place)
-        if found:
-            return _prompt_completion(fields, found[0], place)
-    if "instruction" in fields and "output" in fields:
-        return _alpaca(fields, place)
-    if "text" in fields:
-        return Text(text=_string(fields["text"], "column 'text'", place))
-    raise _unrecognised(record)
+def read_form(record: RawRecord, unread: set[str] | None = None) -> Form:
+    """What a record says, normalised; null columns count as absent. Raises DataError (see the module's invariant).
+
+    The names of columns, and of keys of messages, that hold something and are not read are added to `unread`.
+    """
+    reading = Reading(place=record.place, unread=set() if unread is None else unread)
+    # What is read is taken out of `left`; what stays says nothing, says the same, or is refused.
+    left = {name: value for name, value in record.fields.items() if value is not None}
+    asked = [column for column in ("prompt", "instruction") if column in left]
+    answers = [column for column in ANSWERS if column in left]
+    if chat := next((column for column in CHATS if column in left), None):
+        form: Form = _conversation(chat, left, reading)
+    elif asked and answers:
+        _one(answers, left, f"the answer to '{asked[0]}'", reading)
+        form = _exchange(asked[0], answers[0], left, reading)
+    elif "text" in left:
+        chat = "text"
+        form = Text(text=text_of(left.pop("text"), "column 'text'", reading))
+    else:
+        raise _unrecognised(record)
+    _settle(left, form, chat or asked[0], reading)
+    return form
 
 
 def _unrecognised(record: RawRecord) -> DataError:
     columns = list(record.fields)
     problem = "no known form of record"
     near = ""
-    nulls = [column for column in columns if column in COLUMNS and record.fields[column] is None]
+    nulls = [column for column in columns if column in FORM_COLUMNS and record.fields[column] is None]
     if nulls:
         near = f"; '{nulls[0]}' is null"
     else:
         for column in columns:
-            if not near and column not in (*COLUMNS, "input"):
-                near = nearest(column, COLUMNS)
-    if "prompt" in columns:
-        problem = f"'prompt' without an answer ({', '.join(COMPLETIONS)})"
+            if not near and column not in RECORD_COLUMNS:
+                near = nearest(column, FORM_COLUMNS)
+    if "chosen" in columns:
+        problem = (
+            "preference data; to learn what was chosen, rename 'chosen' to 'completion' (a list of both: 'messages')"
+        )
+    elif "prompt" in columns:
+        problem = f"'prompt' without an answer ({', '.join(ANSWERS)})"
     elif "instruction" in columns:
         problem = "'instruction' without 'output'"
     listed = ", ".join(str(column)[:40] for column in columns[:20]) or "none"
     return DataError(f"{problem}; columns: {listed}{near} (known forms: {KNOWN})", where=record.place)
 
 
-def _chat(messages: list[Message], fields: dict[str, Any], place: str, completion_from: int | None = None) -> Chat:
-    _check_order(messages, place)
-    tools = fields.get("tools") or None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"column 'tools': expected a list of objects, found {kind_of(tools)}", where=place)
-    return Chat(messages=messages, tools=_without_nulls(tools), completion_from=completion_from)
+def _conversation(column: str, left: dict[str, Any], reading: Reading) -> Chat:
+    turns = read_turns(left.pop(column), column, reading)
+    return _chat([*_system(turns, left, reading), *turns], left, reading)
 
 
-def _prompt_completion(fields: dict[str, Any], column: str, place: str) -> Form:
-    prompt, completion = fields["prompt"], fields[column]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        text = _string(prompt, "column 'prompt'", place)
-        return Pair(prompt=text, completion=_string(completion, f"column '{column}'", place))
-    head = _turns(prompt, "user", "prompt", place)
-    return _chat([*head, *_turns(completion, "assistant", column, place)], fields, place, completion_from=len(head))
+def _exchange(asked: str, answer: str, left: dict[str, Any], reading: Reading) -> Form:
+    prompt, completion = left.pop(asked), left.pop(answer)
+    head, glue = _head(prompt, asked, left, reading)
+    tail = _turns(completion, "assistant", answer, reading)
+    thought = _one([name for name in THOUGHTS if not is_absent(left.get(name))], left, "the thought", reading)
+    if thought and isinstance(completion, str):
+        tail[0].message[THOUGHTS[0]] = text_of(left.pop(thought), f"column '{thought}'", reading)
+    head = [*_system(head, left, reading), *head]
+    chat = _chat([*head, *tail], left, reading, completion_from=len(head))
+    if isinstance(prompt, str) and isinstance(completion, str) and len(head) == 1 and not (chat.tools or thought):
+        return Pair(prompt=head[0].message["content"], completion=completion, glue=glue)
+    return chat
 
 
-def _turns(value: object, role: str, column: str, place: str) -> list[Message]:
+def _head(prompt: object, column: str, left: dict[str, Any], reading: Reading) -> tuple[list[Turn], str]:
+    """What stands before the answer, and what joins the two as running text."""
+    if not isinstance(prompt, str):
+        return read_turns(prompt, column, reading), ""
+    parts = [text_of(prompt, f"column '{column}'", reading)]
+    if "input" in left:
+        parts.append(text_of(left.pop("input"), "column 'input'", reading))
+    glue = "\n\n" if column == "instruction" or any(parts[1:]) else ""
+    asked = Turn(message={"role": "user", "content": "\n\n".join(part for part in parts if part)})
+    return [*_history(left, reading), asked], glue
+
+
+def _history(left: dict[str, Any], reading: Reading) -> list[Turn]:
+    """Earlier questions and answers as turns."""
+    value = left.pop("history", None)
+    if is_absent(value):
+        return []
+    turns = []
+    for index, pair in enumerate(rows_of(value, "column 'history'", "pairs [question, answer]", reading)):
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise reading.error(f"history[{index}]: expected a pair [question, answer], found {kind_of(pair)}")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append(Turn(message={"role": role, "content": text_of(text, f"history[{index}] ({role})", reading)}))
+    return turns
+
+
+def _turns(value: object, role: str, column: str, reading: Reading) -> list[Turn]:
     """A column that holds messages, or the text of one message of `role`."""
     if isinstance(value, str):
-        return [{"role": role, "content": _string(value, f"column '{column}'", place)}]
-    return _messages(value, column, place)
+        return [Turn(message={"role": role, "content": text_of(value, f"column '{column}'", reading)})]
+    return read_turns(value, column, reading)
 
 
-def _alpaca(fields: dict[str, Any], place: str) -> Pair:
-    asked = [_string(fields[c], f"column '{c}'", place) for c in ("instruction", "input") if c in fields]
-    completion = _string(fields["output"], "column 'output'", place)
-    return Pair(prompt="\n\n".join(part for part in asked if part), completion=completion, glue="\n\n")
+def _system(turns: list[Turn], left: dict[str, Any], reading: Reading) -> list[Turn]:
+    """The system message that stands in a column of its own, unless it is the first of `turns` already."""
+    column = _one([name for name in SYSTEMS if not is_absent(left.get(name))], left, "the system prompt", reading)
+    if column is None:
+        return []
+    text = text_of(left.pop(column), f"column '{column}'", reading)
+    if turns[0].message["role"] != "system":
+        return [Turn(message={"role": "system", "content": text})]
+    if turns[0].message["content"] != text:
+        raise reading.error(f"which is the system prompt, column '{column}' or that of the messages? Keep one")
+    return []
 
 
-def _messages(value: object, column: str, place: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise DataError(f"column '{column}': expected a list of messages, found {kind_of(value)}", where=place)
-    if not value:
-        raise DataError(f"column '{column}': the list of messages is empty", where=place)
-    return [_message(item, f"{column}[{index}]", column, place) for index, item in enumerate(value)]
+def _one(names: list[str], left: dict[str, Any], what: str, reading: Reading) -> str | None:
+    """The one column of `names`, or None without any; those that say the same count as one."""
+    if len(names) > 1 and any(left[name] != left[names[0]] for name in names[1:]):
+        raise reading.error(f"which is {what}, {either(names)}? Keep one")
+    return names[0] if names else None
 
 
-def _message(item: object, name: str, column: str, place: str) -> Message:
-    """One message as role, content and whatever else a template reads."""
-    if not isinstance(item, dict):
-        raise DataError(f"{name}: expected an object, found {kind_of(item)}", where=place)
-    sharegpt = column == "conversations" and "role" not in item
-    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
-    role = item.get(role_key)
-    if not isinstance(role, str):
-        raise DataError(f"{name}: expected a role under '{role_key}', found {_found(item, role_key)}", where=place)
-    role = SHAREGPT_ROLES.get(role, role) if sharegpt else role
-    if role not in ROLES:
-        known = (*SHAREGPT_ROLES, *ROLES) if sharegpt else ROLES
-        # Only what is a word can be a role misspelt; anything else may be text of the data, which is not told.
-        said = f"'{role}'{nearest(role, known)}" if role.isidentifier() and len(role) <= 20 else "a longer text"
-        raise DataError(f"{name}: unknown role {said} (known: {', '.join(known)})", where=place)
-    extras = {key: _without_nulls(item[key]) for key in MESSAGE_EXTRAS if item.get(key)}
-    content = item.get(content_key)
-    if content is None and extras.get("tool_calls"):
-        content = ""
-    if content is None:
-        raise DataError(f"{name} ({role}): '{content_key}' is {_found(item, content_key)}", where=place)
-    return {"role": role, "content": _content(content, f"{name} ({role}): '{content_key}'", place), **extras}
+def _chat(turns: list[Turn], left: dict[str, Any], reading: Reading, completion_from: int | None = None) -> Chat:
+    messages = [turn.message for turn in turns]
+    _check_order(messages, reading)
+    column = _one([name for name in TOOLS if not is_absent(left.get(name))], left, "the list of tools", reading)
+    tools = read_tools(left.pop(column), f"column '{column}'", reading) if column else None
+    if column == "functions":
+        tools = [{"type": "function", "function": function} for function in tools or ()]
+    unsupervised = frozenset(index for index, turn in enumerate(turns) if not turn.learnt)
+    return Chat(messages=messages, tools=tools, completion_from=completion_from, unsupervised=unsupervised)
 
 
-def _found(item: dict[str, Any], key: str) -> str:
-    if key in item:
-        return kind_of(item[key])
-    listed = ", ".join(str(name)[:40] for name in list(item)[:20]) or "none"
-    return f"missing (keys: {listed})"
-
-
-def _content(value: object, name: str, place: str) -> str:
-    """The text of a message: a string, or the texts of its parts joined."""
-    if not isinstance(value, list):
-        return _string(value, name, place)
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            came = f"a part of type '{str(part.get('type'))[:40]}'" if isinstance(part, dict) else kind_of(part)
-            raise DataError(f"{name}: expected parts of type 'text', found {came}", where=place)
-        texts.append(_string(part.get("text"), f"{name}: 'text'", place))
-    return "".join(texts)
-
-
-def _string(value: object, name: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name}: expected text, found {kind_of(value)}", where=place)
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as err:
-            raise DataError(f"{name}: half a surrogate pair at character {err.start}", where=place) from None
-    return value
-
-
-def _without_nulls(value: Any) -> Any:
-    """`value` less the null entries that a columnar file adds to objects of one column, so that all files agree."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _check_order(messages: list[Message], place: str) -> None:
+def _check_order(messages: list[Message], reading: Reading) -> None:
     before: str | None = None
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         if role not in NEXT_ROLES[before]:
-            came = f"'{role}' after '{before}'" if before else f"'{role}' at the start"
-            wanted = " or ".join(f"'{name}'" for name in NEXT_ROLES[before])
-            raise DataError(f"roles out of order: message {number} is {came}, expected {wanted}", where=place)
+            found = f"'{role}' after '{before}'" if before else f"'{role}' at the start"
+            raise reading.error(
+                f"roles out of order: message {number} is {found}, expected {either(NEXT_ROLES[before])}"
+            )
         before = role
     if all(message["role"] != "assistant" for message in messages):
-        raise DataError("no assistant turn in the conversation: there is nothing to learn from it", where=place)
+        raise reading.error("no assistant turn in the conversation: there is nothing to learn from it")
+
+
+def _settle(left: dict[str, Any], form: Form, column: str, reading: Reading) -> None:
+    """Columns beside the form `column`: bookkeeping is noted, what would change the conversation must say the same."""
+    sort_out(left, RECORD_COLUMNS, "", reading)
+    for name, value in left.items():
+        if RECORD_COLUMNS.get(name) != READ or (is_absent(value) and name != "label"):
+            continue
+        if name == "label" or name in SAMPLE_WEIGHTS:
+            if value is False or (name != "label" and value != 1):
+                raise reading.error(f"column '{name}': samples cannot be weighted or unlearnt; leave such records out")
+        elif not _says_same(name, value, form):
+            raise reading.error(f"which is meant, '{name}' or '{column}'? They stand side by side and differ; keep one")
+        reading.unread.add(name)
+
+
+def _says_same(column: str, value: object, form: Form) -> bool:
+    """Whether a column repeats what the form says."""
+    if isinstance(form, Text):
+        return isinstance(value, str) and value.strip() in form.text
+    messages = (form.chat() if isinstance(form, Pair) else form).messages
+    contents = [message["content"].strip() for message in messages]
+    if isinstance(value, str) and column == "text":
+        at = 0
+        for content in contents:
+            at = value.find(content, at) + len(content) if value.find(content, at) >= 0 else len(value) + 1
+        return at <= len(value)
+    if isinstance(value, str):
+        if column == "context":
+            return any(value.strip() in content for content in contents)
+        if column in THOUGHTS:
+            return value == messages[-1].get(THOUGHTS[0])
+        questions = [message["content"] for message in messages if message["role"] == "user"]
+        return value in ((messages[-1]["content"],) if column in (*ANSWERS, "chosen") else questions[:1])
+    try:
+        told = [turn.message for turn in read_turns(value, column, Reading(place=""))]
+    except DataError:
+        return False
+    if column in ANSWERS:
+        return messages[-len(told) :] == told
+    if column == "prompt":
+        bare = messages[1:] if messages[0]["role"] == "system" != told[0]["role"] else messages
+        return bare[: len(told)] == told
+    return messages == told

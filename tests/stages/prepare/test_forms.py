@@ -1,5 +1,6 @@
 """Each form of record is understood alike; what is wrong with one is said with its place and without its text."""
 
+import json
 import re
 from typing import Any
 
@@ -41,7 +42,7 @@ SAME_EXCHANGE: dict[str, dict[str, Any]] = {
     "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
     "sharegpt roles": {"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]},
     "conversations": {"conversations": [user("hi"), assistant("hello")]},
-    "alpaca": {"instruction": "hi", "output": "hello", "text": "the two, formatted"},
+    "alpaca": {"instruction": "hi", "output": "hello", "text": "### Instruction:\nhi\n\n### Response:\nhello"},
     "alpaca, no input": {"instruction": "hi", "input": "", "output": "hello"},
 }
 
@@ -72,6 +73,44 @@ def test_what_a_template_reads_besides_text_is_kept_and_nulls_of_columnar_files_
     assert chat.emptiness() is None
     other = form({"messages": fields["messages"]})
     assert content_id(other.content()) != content_id(chat.content())
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+SAME_CALL: dict[str, dict[str, Any]] = {
+    "an object": {"role": "assistant", "content": None, "tool_calls": [call({"a": 1})]},
+    "text": {"role": "assistant", "content": "", "tool_calls": [call('{"a": 1}')]},
+    "all of it text": {"role": "assistant", "tool_calls": json.dumps([call('{"a": 1}')])},
+    "an object of lists": {"role": "assistant", "tool_calls": {k: [v] for k, v in call({"a": 1}).items()}},
+    "function_call": {"role": "assistant", "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+    "sharegpt": {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+}
+
+
+@pytest.mark.parametrize("name", SAME_CALL)
+def test_a_call_of_a_tool_is_the_same_in_each_spelling(name: str) -> None:
+    chat = form({"messages": [user("1?"), SAME_CALL[name]]})
+    assert isinstance(chat, Chat)
+    assert chat.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call({"a": 1})]}
+
+
+@pytest.mark.parametrize("key", ["thinking", "reasoning", "reasoning_content"])
+def test_a_thought_is_read_under_each_of_its_names(key: str) -> None:
+    chat = form({"messages": [user("1?"), {**assistant("2"), key: "one more"}]})
+    assert isinstance(chat, Chat)
+    assert chat.messages[1] == {**assistant("2"), "reasoning_content": "one more"}
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss", "loss_mask"])
+@pytest.mark.parametrize("no", [0, False, 0.0])
+def test_messages_whose_own_mark_says_so_are_not_supervised(key: str, no: object) -> None:
+    messages = [user("q"), {**assistant("BAD"), key: no}, user("again"), {**assistant("good"), key: 1}]
+    chat = form({"system": "be brief", "messages": messages})
+    assert isinstance(chat, Chat)
+    assert chat.unsupervised == {2}
+    assert chat.messages[2] == assistant("BAD")
 
 
 EMPTY: dict[str, tuple[dict[str, Any], str]] = {

@@ -1,0 +1,66 @@
+"""Columns: what becomes of every column of a record and of every key of a message.
+
+Invariant: a name in these tables is read, or refused in one line where it holds something, because it would change the
+conversation in a way that cannot be honoured. Any other name is bookkeeping: it is not read, and it is counted by name.
+"""
+
+READ = "read"
+
+NO_MEDIA = "images, audio and files cannot be given to the teacher; leave such records out"
+NO_WEIGHTS = "tokens cannot be weighted or marked one by one; give each message a 'weight' of 0 or 1"
+
+MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale")
+"""Names of a message's own mark: 0 or false says that it is not to be learnt."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Names of what an assistant thought before its answer; kdpipe's own is the first."""
+MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio", "file", "files")
+
+MESSAGE_KEYS: dict[str, str] = {
+    "role": READ,
+    "content": READ,
+    "from": READ,  # ShareGPT's role
+    "value": READ,  # ShareGPT's content
+    "name": READ,
+    "tool_calls": READ,
+    "tool_call_id": READ,
+    "function_call": READ,  # OpenAI's tool call of before 2023-11
+    **dict.fromkeys(THOUGHTS, READ),
+    **dict.fromkeys(MARKS, READ),
+    **dict.fromkeys(MEDIA, NO_MEDIA),
+    "refusal": "it is what the assistant says instead of content; put it under 'content' to learn it",
+    "prefix": "an answer that is begun and not ended cannot be learnt; give the whole answer",
+    "channel": "give what stands in channel 'analysis' as 'reasoning_content' of the message that answers",
+    "recipient": "give calls of tools as 'tool_calls'",
+    "documents": "give documents in the text of a message",
+    **dict.fromkeys(("mask", "masked", "labels", "train_detail", "training_detail"), NO_WEIGHTS),
+}
+
+ANSWERS = ("completion", "response", "output")
+"""Columns that hold the answer to `prompt` or `instruction`."""
+CHATS = ("messages", "conversations")
+SYSTEMS = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
+SAMPLE_WEIGHTS = ("weight", "loss_weight", "sample_weight")
+
+RECORD_COLUMNS: dict[str, str] = {
+    **dict.fromkeys(CHATS, READ),
+    "prompt": READ,
+    "instruction": READ,
+    "input": READ,
+    **dict.fromkeys(ANSWERS, READ),
+    "text": READ,
+    **dict.fromkeys(SYSTEMS, READ),
+    "history": READ,
+    **dict.fromkeys(TOOLS, READ),
+    **dict.fromkeys(THOUGHTS, READ),
+    # Read to see whether they say something else than the form does.
+    "context": READ,
+    "chosen": READ,
+    "label": READ,
+    **dict.fromkeys(SAMPLE_WEIGHTS, READ),
+    **dict.fromkeys(MEDIA, NO_MEDIA),
+    "documents": "give documents in the text of a message",
+    "chat_template": "one chat template renders all records, that of the teacher's tokenizer",
+    "chat_template_kwargs": "one chat template with its own defaults renders all records; leave such records out",
+    **dict.fromkeys(("labels", "loss_masks", "label_mask", "assistant_masks", "completion_mask"), NO_WEIGHTS),
+}
