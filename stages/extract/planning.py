@@ -40,8 +40,9 @@ from kdpipe.manifests.provenance import digest_json, digest_model
 from kdpipe.manifests.sample import Incident, Sample, is_heldout, row_positions
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
-from kdpipe.stages.causal_lm import load_tokenizer, real_vocab_size, vocabulary_digest
+from kdpipe.stages.causal_lm import real_vocab_size, vocabulary_digest
 from kdpipe.stages.extract.present import Present
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.own_code import allowed_code
 from kdpipe.stages.prepare import prepare
 from kdpipe.stages.teacher import ENGINES, pick_engine
@@ -113,7 +114,7 @@ class Forecast:
 def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     """Read the data as extract would and say what comes of it. Writes nothing, loads no weights."""
     info = describe_teacher(spec.teacher, spec.dtype, spec.options.trust)
-    tokenizer = load_tokenizer(spec.teacher, TeacherError, spec.options.trust)
+    tokenizer = teacher_tokenizer(spec, progress)
     incidents: Counter[str] = Counter()
     num_samples = num_tokens = num_rows = num_heldout = 0
     for sample in _samples(spec, info, tokenizer, lambda incident: incidents.update([incident.kind]), progress):
@@ -139,6 +140,15 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
         head_bytes=info.head_rows * info.hidden_size * width,
         teacher_params=info.num_params,
     )
+
+
+def teacher_tokenizer(spec: ExtractSpec, progress: Progress) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer, with a note of how it was read where that needs one."""
+    folder = ModelFolder(spec.teacher, TeacherError, spec.options.trust)
+    tokenizer = folder.tokenizer
+    for note in folder.notes:
+        progress.note(note)
+    return tokenizer
 
 
 def require_same(plan: Plan, existing: Plan, cache: Path) -> None:

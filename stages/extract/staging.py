@@ -29,7 +29,7 @@ from kdpipe.manifests.durable import (
     share,
     sweep,
 )
-from kdpipe.manifests.errors import CacheError, CorruptError, TeacherError, TemporaryError
+from kdpipe.manifests.errors import CacheError, CorruptError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.plan import (
     FOLDERS,
@@ -43,8 +43,8 @@ from kdpipe.manifests.plan import (
     read_plan,
 )
 from kdpipe.manifests.progress import Progress
-from kdpipe.stages.causal_lm import load_tokenizer, save_tokenizer
-from kdpipe.stages.extract.planning import ExtractSpec, engine_record, plan_cache, require_same
+from kdpipe.stages.causal_lm import save_tokenizer
+from kdpipe.stages.extract.planning import ExtractSpec, engine_record, plan_cache, require_same, teacher_tokenizer
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.head import Head, read_head
 from kdpipe.stages.teacher.rows import as_array
@@ -108,7 +108,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     """
     info = describe_teacher(spec.teacher, spec.dtype, spec.options.trust)
     engine = engine_record(spec, info, progress)
-    tokenizer = load_tokenizer(spec.teacher, TeacherError, spec.options.trust)
+    tokenizer = teacher_tokenizer(spec, progress)
     check_folders(cache)
     if cache.resolve() == Path.cwd():
         raise CacheError("this is the folder you are in; name one in it", where=cache)

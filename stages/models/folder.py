@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from kdpipe.manifests.errors import InputError, KdpipeError
 from kdpipe.manifests.provenance import digest_model
 from kdpipe.stages.models.own_code import OwnCode, allowed_code, place_of
+from kdpipe.stages.models.tokenizer import read_tokenizer, tokenizer_files
 from kdpipe.stages.models.weights import ADAPTER, require_all, weight_files
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 CAUSE_LENGTH = 300
 """Characters of a library's own words in an error message."""
 
@@ -32,10 +32,12 @@ class ModelFolder:
 
     error: TeacherError or StudentError, raised for all that is wrong with the folder
     trust: digest of the folder's own code that may run, or its start; None where it brings none
+    notes: what the user should know of how its parts were read, one line each
     """
 
     def __init__(self, path: Path, error: type[InputError], trust: str | None = None) -> None:
         self.path, self.error, self.trust = path, error, trust
+        self.notes: list[str] = []
 
     @cached_property
     def code(self) -> OwnCode:
@@ -63,14 +65,17 @@ class ModelFolder:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's tokenizer."""
-        if not any((self.path / name).exists() for name in TOKENIZER_FILES):
-            raise self.error(
-                "no tokenizer in this folder; copy tokenizer.json and tokenizer_config.json into it", where=self.path
-            )
+        """The folder's tokenizer, with the ids of its own tokenizer.json; see tokenizer.py."""
         with self._answering("its tokenizer does not load"):
-            tokenizer: PreTrainedTokenizerBase = self._from_pretrained(AutoTokenizer)
-            return tokenizer
+            read = read_tokenizer(self.place, lambda: self._from_pretrained(AutoTokenizer), self.error, self.path)
+        self.notes += [read.note] if read.note else []
+        return read.tokenizer
+
+    @cached_property
+    def tokenizer_files(self) -> tuple[str, ...]:
+        """Names of the files that the tokenizer is read from: what goes with a copy of the model, byte for byte."""
+        with self._answering("its tokenizer does not load"):
+            return tokenizer_files(self.path)
 
     @cached_property
     def weights(self) -> dict[str, Path]:
