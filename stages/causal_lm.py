@@ -6,13 +6,13 @@ The formula between hidden state and logits is read from the config; the teacher
 import hashlib
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from kdpipe.manifests.errors import InputError, TeacherError
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.head import Finish
 
 # Where each family keeps the soft cap on its final logits.
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -28,23 +28,15 @@ SCALE_FIELDS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogitFormula:
-    """logits = softcap * tanh(scale * (hidden @ head.T + bias) / softcap); softcap None: no tanh."""
-
-    softcap: float | None
-    scale: float
-
-
-def logit_formula(config: PretrainedConfig) -> LogitFormula:
-    """The formula a model's config asks for."""
+def logit_formula(config: PretrainedConfig) -> Finish:
+    """What a model's config puts between the matrix product and the logits."""
     text = config.get_text_config()
     caps = (getattr(text, name, None) for name in SOFTCAP_FIELDS)
     scale = 1.0
     for family, field, power in SCALE_FIELDS:
         if text.model_type.startswith(family):
             scale = float(getattr(text, field)) ** power
-    return LogitFormula(softcap=next((float(cap) for cap in caps if cap), None), scale=scale)
+    return Finish(softcap=next((float(cap) for cap in caps if cap), None), scale=scale)
 
 
 def load_tokenizer(folder: Path, error: type[InputError], trust: str | None = None) -> PreTrainedTokenizerBase:

@@ -28,6 +28,7 @@ from kdpipe.stages.student import (
     load_student,
     load_teacher_head,
     pick_device,
+    probe_text,
 )
 
 
@@ -107,6 +108,7 @@ def evaluate_student(
     place = pick_device(device)
     precision = checkpoint_dtype(student, trust) if dtype == "auto" else getattr(torch, dtype)
     model = Student(load_student(student, precision, place, trust))
+    model.examine(probe_text(rows, members, model.model.config), student)
     teacher = load_teacher_head(rows.caches[0], place)
     packer = Packer(rows, padded=model.padded, pin=place.type == "cuda")
     progress.begin("eval", total=int(rows.num_tokens[members].sum()), unit="tokens")

@@ -48,6 +48,7 @@ from kdpipe.stages.student import (
     load_student,
     load_teacher_head,
     pick_device,
+    probe_text,
     reduce_gradients,
     shard,
 )
@@ -153,6 +154,8 @@ class Run:
         student = Student(model).train()
         mesh = init_device_mesh(device.type, (world_size,))
         self.student = shard(student, mesh, getattr(torch, spec.dtype))
+        everything = np.arange(len(rows.num_tokens))
+        student.examine(probe_text(rows, everything, model.config), job.student)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in student.parameters() if p.ndim >= 2], "weight_decay": spec.weight_decay},

@@ -18,11 +18,12 @@ STAGES_EDGES = {
     ("train", "feed"), ("train", "job"), ("train", "student"), ("train", "evaluate"),
     ("job", "checkpoint"), ("job", "feed"), ("job", "loss"), ("job", "student"),
     ("train", "schedule"), ("train", "checkpoint"), ("train", "draws"), ("feed", "draws"), ("loss", "draws"),
-    ("student", "attention"), ("student", "causal_lm"), ("student", "feed"), ("student", "loss"),
+    ("student", "models"), ("student", "causal_lm"), ("student", "feed"), ("student", "loss"),
     ("teacher", "causal_lm"), ("extract", "causal_lm"), ("extract", "prepare"),
     ("evaluate", "feed"), ("evaluate", "loss"), ("evaluate", "student"),
     ("extract", "models"), ("extract", "teacher"), ("causal_lm", "models"), ("teacher", "models"),
-    ("student", "models"), ("job", "models"), ("train", "models"),
+    ("job", "models"), ("train", "models"),
+    ("models", "feed"), ("loss", "models"),
     ("rollout", "student"), ("rollout", "teacher"),
 }  # fmt: skip
 

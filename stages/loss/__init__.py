@@ -3,10 +3,10 @@
 from kdpipe.stages.loss.divergences import DIVERGENCES
 from kdpipe.stages.loss.divergences import find as find_divergence
 from kdpipe.stages.loss.fused import fused_distill_loss
-from kdpipe.stages.loss.head import Head
 from kdpipe.stages.loss.metrics import TokenMetrics, token_metrics
 from kdpipe.stages.loss.problem import DistillLoss
 from kdpipe.stages.loss.reference import reference_distill_loss
+from kdpipe.stages.models.head import Head
 
 __all__ = [
     "DIVERGENCES",

@@ -21,9 +21,9 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from kdpipe.stages.loss.divergences import find
-from kdpipe.stages.loss.head import Finish
 from kdpipe.stages.loss.pointwise import Rows, normalised, one_hot
 from kdpipe.stages.loss.problem import IGNORED, Problem
+from kdpipe.stages.models.head import Finish
 
 VALUES = ("kd", "ce", "z", "teacher_entropy")
 

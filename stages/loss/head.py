@@ -1,12 +1,6 @@
-"""Head: what turns a hidden state into logits, with the model family's own final touches.
+"""Side: one model's half of a loss, its hidden states and its head, and whether they fit each other."""
 
-Definition, in the order of the transformers modelling files (Cohere, Granite, Gemma 2 and 3):
-    logits = (hidden @ weight.T + bias) * scale;  if softcap: logits = softcap * tanh(logits / softcap)
-Cohere gives scale = logit_scale, Granite scale = 1 / logits_scaling, Gemma softcap = final_logit_softcapping.
-Invariant: a head owns no memory and is never changed.
-"""
-
-# Shapes: T tokens, V vocabulary, D width, R rows in a block.
+# Shapes: T tokens, V vocabulary.
 
 from dataclasses import dataclass
 
@@ -15,48 +9,9 @@ from torch import Tensor
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.loss.divergences import is_number
+from kdpipe.stages.models.head import Head
 
 DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Head:
-    """An output head: weight [rows, D], bias [rows], final softcap and scale; rows may exceed the vocabulary."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-
-    def logits(self, hidden: Tensor, vocab_size: int) -> Tensor:
-        """Logits [T, V] of hidden [T, D], dense and differentiable, in the operands' dtype."""
-        bias = None if self.bias is None else self.bias[:vocab_size]
-        logits = torch.nn.functional.linear(hidden, self.weight[:vocab_size], bias) * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    @property
-    def finish(self) -> "Finish":
-        return Finish(scale=self.scale, softcap=self.softcap)
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """What follows the matrix product: bias, scale and softcap, on fp32 logits [R, V]."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def apply(self, raw: Tensor, bias: Tensor | None) -> Tensor:
-        logits = raw if bias is None else raw + bias[: raw.shape[1]].to(raw.dtype)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def slope(self, logits: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient with respect to raw logits (and to the bias) from that with respect to finished ones."""
-        if self.softcap is not None:
-            gradient = gradient * (1.0 - (logits / self.softcap).square())
-        return gradient if self.scale == 1.0 else gradient * self.scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)

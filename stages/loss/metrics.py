@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import kdpipe.stages.loss.pointwise as pointwise
-from kdpipe.stages.loss.head import Head, Side
+from kdpipe.stages.loss.head import Side
 from kdpipe.stages.loss.layout import row_blocks, rows_per_block
 from kdpipe.stages.loss.pointwise import Rows, normalised
 from kdpipe.stages.loss.problem import IGNORED, checked_labels, shared_vocab
+from kdpipe.stages.models.head import Head
 
 CHUNK_TOKENS = 256
 HEAD_ROWS = 8192

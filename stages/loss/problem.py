@@ -14,7 +14,8 @@ from torch import Tensor
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.draws import uniform
 from kdpipe.stages.loss.divergences import Divergence, find, is_number
-from kdpipe.stages.loss.head import Head, Side
+from kdpipe.stages.loss.head import Side
+from kdpipe.stages.models.head import Head
 
 IGNORED = -100  # the label of a token without cross-entropy, as in torch and transformers
 LABEL_DTYPES = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}

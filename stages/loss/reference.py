@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdpipe.stages.loss.head import Head, Side
+from kdpipe.stages.loss.head import Side
 from kdpipe.stages.loss.problem import IGNORED, RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose
+from kdpipe.stages.models.head import Head
 
 
 def reference_distill_loss(

@@ -1,14 +1,13 @@
 """The student: a causal LM that answers with losses, examined before it is trained and exported after."""
 
+from kdpipe.stages.student.exam import probe_text
 from kdpipe.stages.student.student import (
     LOSS_SUMS,
     Student,
     TeacherHead,
-    backbone_hidden,
     check_student,
     checkpoint_dtype,
     export,
-    keeps_samples_apart,
     load_student,
     load_teacher_head,
     loss_arguments,
@@ -21,15 +20,14 @@ __all__ = [
     "LOSS_SUMS",
     "Student",
     "TeacherHead",
-    "backbone_hidden",
     "check_student",
     "checkpoint_dtype",
     "export",
-    "keeps_samples_apart",
     "load_student",
     "load_teacher_head",
     "loss_arguments",
     "pick_device",
+    "probe_text",
     "reduce_gradients",
     "shard",
 ]

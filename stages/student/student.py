@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError, StudentError
 from kdpipe.manifests.specs import LossSpec
-from kdpipe.stages.attention import use_packed_attention
 from kdpipe.stages.causal_lm import (
     logit_formula,
     save_tokenizer,
@@ -31,10 +30,11 @@ from kdpipe.stages.causal_lm import (
 )
 from kdpipe.stages.feed import PackedBatch
 from kdpipe.stages.loss import Head, TokenMetrics, fused_distill_loss, token_metrics
+from kdpipe.stages.models.backbone import packed_hidden
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.own_code import NO_CODE, OwnCode
+from kdpipe.stages.student.exam import examine
 
-PROBE_LENGTHS = (5, 11, 3)
 LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked")
 """What a training batch's forward pass tells of itself, sums over its tokens; see loss.Metrics."""
 
@@ -124,21 +124,38 @@ def checkpoint_dtype(folder: Path, trust: str | None = None) -> torch.dtype:
 class Student(torch.nn.Module):
     """A causal LM that answers with losses: `student(batch, teacher, loss)` and `student.measure(batch, teacher)`.
 
-    `padded` says that its layers cannot tell packed samples apart, so batches must be padded.
+    It is examined first; `padded` says then that its layers cannot tell packed samples apart: batches must be padded.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         self._formula = logit_formula(model.config)
-        use_packed_attention(model, model.device)
-        self.padded = not keeps_samples_apart(model)
-        if self.padded:
-            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        self._padded: bool | None = None
+
+    @property
+    def padded(self) -> bool:
+        assert self._padded is not None, "examine the student first"
+        return self._padded
+
+    def examine(self, text: np.ndarray, folder: Path) -> None:
+        """Find out how its samples share a batch; see exam.examine. Collective where the student is sharded."""
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            self._padded = self.examined(text, folder)
+        self.train(training)
+        if isinstance(self, FSDPModule):
+            self.reshard()  # parameters() would give an optimizer the root's whole parameters, which are made anew
+
+    def examined(self, text: np.ndarray, folder: Path) -> bool:
+        """A forward method to FSDP: parameters are whole inside."""
+        return examine(self.model, self.head(), text, folder)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
-        """Head inputs of the supervised rows, [R, D]."""
-        return backbone_hidden(self.model, batch).flatten(0, 1)[batch.rows]
+        """Head inputs of the supervised rows, [R, D], in the head's dtype: Mamba's last norm gives float32."""
+        rows = packed_hidden(self.model, batch).flatten(0, 1)[batch.rows]
+        return rows.to(self.model.get_output_embeddings().weight.dtype)
 
     def head(self) -> Head:
         """The lm_head as it is now: whole, in the dtype of the pass, when called inside forward."""
@@ -198,54 +215,6 @@ def loss_arguments(spec: LossSpec) -> dict[str, Any]:
     return chosen | spec.options
 
 
-def backbone_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """The input of the lm_head for every token, [1, L, D] packed or [S, L, D] padded."""
-    kwargs: dict[str, object] = {}
-    if batch.attention_mask is None:
-        bounds = torch.nn.functional.pad(batch.seq_lens.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(batch.seq_lens.max())
-        kwargs = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-    output = model.base_model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-        **kwargs,
-    )
-    return output.last_hidden_state
-
-
-@torch.no_grad()
-def keeps_samples_apart(model: PreTrainedModel) -> bool:
-    """Whether packed samples come out as they do alone: false for state-space and linear attention layers.
-
-    Runs three short samples of fixed ids packed and alone, and compares what reaches the lm_head.
-    """
-    training = model.training
-    model.eval()
-    size = model.config.get_text_config().vocab_size
-    samples = [torch.arange(1, length + 1, device=model.device) * 7 % size for length in PROBE_LENGTHS]
-
-    def batch(members: list[torch.Tensor]) -> PackedBatch:
-        nothing = torch.zeros(0, dtype=torch.int64, device=model.device)
-        return PackedBatch(
-            input_ids=torch.cat(members)[None],
-            position_ids=torch.cat([torch.arange(len(ids), device=model.device) for ids in members])[None],
-            seq_lens=torch.tensor([len(ids) for ids in members], dtype=torch.int32, device=model.device),
-            attention_mask=None,
-            rows=nothing,
-            labels=nothing,
-            keys=nothing,
-            teacher_rows=nothing,
-        )
-
-    packed = backbone_hidden(model, batch(samples))[0]
-    alone = torch.cat([backbone_hidden(model, batch([ids]))[0] for ids in samples])
-    model.train(training)
-    # A leak between samples changes rows by their own size; rounding, even of bfloat16, by a hundredth.
-    return bool((packed - alone).abs().max() <= 0.05 * alone.abs().max())
-
-
 def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype) -> Student:
     """Shard the student over the mesh in place (FSDP2): each decoder layer by itself, the rest as the root.
 
@@ -257,6 +226,7 @@ def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype) -> Student:
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(student, "examined")
     for module in student.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -5,9 +5,9 @@ architecture with a step that HeadRecord has no word for (another scale, a proje
 is refused here, before a row is stored.
 """
 
-# Shapes: R rows, V' rows of the head, E teacher width, C vocabulary entries of a chunk.
+# Shapes: V' rows of the head, E teacher width.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,14 +16,7 @@ import torch
 
 from kdpipe.manifests.compare import TOLERANCE
 from kdpipe.manifests.errors import TeacherError
-from kdpipe.stages.teacher.head import Head, head_logits
-from kdpipe.stages.teacher.rows import TORCH_DTYPES
-
-# fp32 copies of the head exist for so many vocabulary entries at a time: 16384 take twice as long, out of the cache.
-CHUNK_ENTRIES = 2048
-
-# What fp32 sums in another order differ by, relative to the logits' root mean square: measured 2e-7 to 1e-6.
-FLOAT32_ERROR = 1e-5
+from kdpipe.stages.teacher.head import Head
 
 
 class ShowsLogits(Protocol):
@@ -38,7 +31,7 @@ def check_head(engine: ShowsLogits, head: Head, samples: Sequence[np.ndarray], *
     The error is root mean square of the differences over that of the logits. Allowed: fp32 summation, or the rounding
     of each logit to the model's dtype. Raises TeacherError beyond it.
     """
-    allowed = max(FLOAT32_ERROR, torch.finfo(TORCH_DTYPES[head.record.dtype]).eps)
+    allowed = head.formula.allowed_error
     errors = []
     for token_ids in samples:
         rows, logits = engine.rows_and_logits(token_ids)
@@ -48,7 +41,7 @@ def check_head(engine: ShowsLogits, head: Head, samples: Sequence[np.ndarray], *
                 "are the weights whole? Try another --dtype",
                 where=path,
             )
-        errors.append(head_error(rows, logits, head))
+        errors.append(head.formula.error(rows, logits))
     worst = float(np.max(errors, initial=0.0))  # a NaN among them is the maximum
     if not worst <= allowed:
         raise TeacherError(
@@ -79,21 +72,3 @@ def compare_rows(
             where=path,
         )
     return worst
-
-
-def head_error(rows: torch.Tensor, logits: torch.Tensor, head: Head) -> float:
-    """rms(formula(rows) - logits) / rms(logits), rows [R, E], the model's logits [R, V']; inf for other shapes."""
-    if logits.shape != (len(rows), head.record.head_rows):
-        return float("inf")
-    off = total = 0.0
-    for start, stop in _chunks(head):
-        own = logits[:, start:stop].double()
-        ours = head_logits(rows.to(head.weight.device), head, start, stop).to(own.device)
-        off += float((ours - own).square().sum())
-        total += float(own.square().sum())
-    return (off / total) ** 0.5 if total else off**0.5
-
-
-def _chunks(head: Head) -> Iterator[tuple[int, int]]:
-    for start in range(0, head.record.head_rows, CHUNK_ENTRIES):
-        yield start, min(start + CHUNK_ENTRIES, head.record.head_rows)

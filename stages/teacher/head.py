@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.teacher import HeadRecord
+from kdpipe.stages.models import head as models_head
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.teacher.describe import TeacherInfo
 from kdpipe.stages.teacher.rows import TORCH_DTYPES
@@ -28,6 +29,10 @@ class Head:
     weight: torch.Tensor
     bias: torch.Tensor | None
     record: HeadRecord
+
+    @property
+    def formula(self) -> models_head.Head:
+        return models_head.Head(self.weight, self.bias, self.record.softcap, self.record.scale)
 
 
 def read_head(path: Path, info: TeacherInfo, vocab_size: int) -> Head:
@@ -53,12 +58,6 @@ def head_record(info: TeacherInfo, vocab_size: int) -> HeadRecord:
     )
 
 
-def head_logits(rows: torch.Tensor, head: Head, start: int, stop: int) -> torch.Tensor:
-    """Logits [R, stop-start] in fp32 of rows [R, E] for the vocabulary entries start:stop, by HeadRecord's formula."""
-    logits = rows.float() @ head.weight[start:stop].float().T
-    return _finished(logits, head, slice(start, stop))
-
-
 def chosen_logits(rows: torch.Tensor, head: Head, ids: torch.Tensor) -> torch.Tensor:
     """Logits [R, M] in fp32 of rows [R, E] for other entries in each row, ids [R, M], by HeadRecord's formula."""
     block = max(1, COLUMN_ELEMENTS // (ids.shape[1] * rows.shape[1]))
@@ -66,17 +65,9 @@ def chosen_logits(rows: torch.Tensor, head: Head, ids: torch.Tensor) -> torch.Te
         torch.linalg.vecdot(head.weight[entries].float(), some[:, None].float())
         for some, entries in zip(rows.split(block), ids.split(block), strict=True)
     ]
-    return _finished(torch.cat(products), head, ids)
-
-
-def _finished(logits: torch.Tensor, head: Head, entries: slice | torch.Tensor) -> torch.Tensor:
-    """Bias, scale and soft cap on raw logits of some entries of the vocabulary."""
-    if head.bias is not None:
-        logits = logits + head.bias[entries].float()
-    logits = logits * head.record.scale
-    if head.record.softcap is not None:
-        logits = head.record.softcap * torch.tanh(logits / head.record.softcap)
-    return logits
+    bias = None if head.bias is None else head.bias[ids].float()
+    raw = torch.cat(products)
+    return head.formula.finish.apply(raw if bias is None else raw + bias, None)
 
 
 def _tensor(files: dict[str, Path], key: str, info: TeacherInfo) -> torch.Tensor:

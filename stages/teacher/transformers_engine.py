@@ -24,6 +24,7 @@ import transformers
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
+from kdpipe.stages.models.backbone import backbone
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.teacher.canary import check_head
 from kdpipe.stages.teacher.describe import describe_teacher
@@ -157,7 +158,7 @@ class TransformersEngine:
         self._keep: torch.Tensor | None = None
         if model is not None:
             self._num_ids = model.get_input_embeddings().weight.shape[0]
-            model.get_decoder().register_forward_hook(self._capture)
+            backbone(model).register_forward_hook(self._capture)
 
     def _capture(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         """Hook: keep the backbone's last hidden state, pass on the rows of `_keep` (all where it is None)."""

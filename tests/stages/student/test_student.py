@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-import transformers
 from tests.conftest import Bench
-from tests.models import KINDS, make_model, make_tokenizer
+from tests.models import make_model, make_tokenizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CorruptError, IncompleteError, KdpipeError, LayoutError, StudentError
@@ -17,12 +19,12 @@ from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed import PackedBatch, Packer, Rows
 from kdpipe.stages.student import (
     Student,
-    backbone_hidden,
     check_student,
-    keeps_samples_apart,
     load_student,
     load_teacher_head,
+    shard,
 )
+from kdpipe.stages.train import process_group
 
 CPU = torch.device("cpu")
 LOSSES = [
@@ -33,21 +35,10 @@ LOSSES = [
 ]
 
 
-def packed(*lengths: int) -> PackedBatch:
-    """Samples of ids 1, 2, 3 ... of these lengths, with nothing supervised."""
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return PackedBatch(
-        input_ids=torch.cat([torch.arange(3, 3 + length) * (index + 2) % 250 for index, length in enumerate(lengths)])[
-            None
-        ],
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        seq_lens=torch.tensor(lengths, dtype=torch.int32),
-        attention_mask=None,
-        rows=nothing,
-        labels=nothing,
-        keys=nothing,
-        teacher_rows=nothing,
-    )
+def opened(folder: Path) -> Student:
+    student = Student(load_student(folder, torch.float32, CPU))
+    student.examine(np.arange(3, 45), folder)
+    return student
 
 
 def gradients(
@@ -64,35 +55,12 @@ def gradients(
     return {"loss": total} | {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_samples_come_out_as_they_do_alone(kind: str, tmp_path: Path) -> None:
-    model = load_student(make_model(kind, tmp_path / kind), torch.float32, CPU)
-    student = Student(model)
-    assert not student.padded
-    # Longer than Gemma's window of 16 too.
-    together = backbone_hidden(model, packed(5, 23, 1, 37))[0]
-    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
-    batch = packed(5, 23, 1, 37)
-    alone = torch.cat(
-        [reference.base_model(ids[None]).last_hidden_state[0] for ids in batch.input_ids[0].split([5, 23, 1, 37])]
-    )
-    assert (together - alone).abs().max() <= 2e-6 * alone.abs().max()
-
-
-def test_state_space_layers_are_found_out_and_padded(tmp_path: Path) -> None:
-    config = transformers.MambaConfig(vocab_size=251, hidden_size=32, state_size=4, num_hidden_layers=2)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    assert not keeps_samples_apart(model)
-    assert Student(model).padded
-
-
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.divergence}-{loss.kd_weight}")
 @pytest.mark.parametrize("padded", [False, True])
 def test_packing_changes_neither_loss_nor_gradient(loss: LossSpec, padded: bool, bench: Bench) -> None:
     rows = Rows([Cache.open(bench.cache)])
     members = [3, 17, 4, 29, 50]
-    student = Student(load_student(bench.student, torch.float32, CPU))
+    student = opened(bench.student)
     alone = gradients(student, [copy(Packer(rows).pack([member])) for member in members], bench, loss)
     if padded:
         student.model.set_attn_implementation("sdpa")
@@ -113,7 +81,7 @@ def copy(batch: PackedBatch) -> PackedBatch:
 def test_swapping_two_samples_rows_changes_the_loss(bench: Bench) -> None:
     """The comparison above can fail: the same ids with another sample's teacher rows give another loss."""
     rows = Rows([Cache.open(bench.cache)])
-    student = Student(load_student(bench.student, torch.float32, CPU))
+    student = opened(bench.student)
     batch = Packer(rows).pack([3, 17])
     right = gradients(student, [batch], bench, LOSSES[0])["loss"]
     batch.teacher_rows.copy_(batch.teacher_rows.flip(0))
@@ -162,3 +130,13 @@ def test_a_caches_tokenizer_that_is_not_what_was_written_is_named(
     with pytest.raises(error) as caught:
         check_student(other, Cache.open(cache))
     assert caught.value.where == str(path)
+
+
+def test_an_exam_leaves_the_parameters_sharded(bench: Bench) -> None:
+    """An optimizer made of whole ones would train copies that the next step throws away."""
+    with process_group(CPU):
+        student = shard(
+            Student(load_student(bench.student, torch.float32, CPU)), init_device_mesh("cpu", (1,)), torch.bfloat16
+        )
+        student.examine(np.arange(3, 45), bench.student)
+        assert all(isinstance(parameter, DTensor) for parameter in student.parameters())

@@ -10,7 +10,7 @@ from tests.models import KINDS, make_model
 from tests.stages.teacher.make_requests import make_request
 
 from kdpipe.manifests.errors import TeacherError
-from kdpipe.stages.teacher import canary
+from kdpipe.stages.models import head as formula
 from kdpipe.stages.teacher import head as head_module
 from kdpipe.stages.teacher.canary import check_head, compare_rows
 from kdpipe.stages.teacher.describe import describe_teacher
@@ -28,7 +28,7 @@ def opened(kind: str, folder: Path, dtype: str) -> tuple[TransformersEngine, Hea
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_times_head_are_the_models_own_logits(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(canary, "CHUNK_ENTRIES", 100)
+    monkeypatch.setattr(formula, "CHUNK_ENTRIES", 100)
     engine, head = opened(kind, tmp_path, "float32")
     assert check_head(engine, head, SAMPLES, path=tmp_path) < 1e-6
     engine, head = opened(kind, tmp_path, "bfloat16")

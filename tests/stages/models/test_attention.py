@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from kdpipe.stages.attention import PACKED, packed_attention, use_packed_attention
+from kdpipe.stages.models.attention import PACKED, packed_attention, use_packed_attention
 
 LENGTHS = (5, 23, 1, 37)
 

@@ -1,0 +1,66 @@
+"""Backbone: the part of a causal LM that makes hidden states, everything before its lm_head.
+
+One answer for teacher and student, whatever wraps it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kdpipe.stages.feed import PackedBatch
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The module whose last_hidden_state enters the lm_head: the decoder, seen through a wrapper of peft."""
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    found: nn.Module = inner.get_decoder()
+    if found is not inner:
+        return found
+    # Llama4ForCausalLM names its backbone as its multimodal parent does, so transformers does not find it by name.
+    return next(child for child in inner.children() if isinstance(child, PreTrainedModel))
+
+
+def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
+    """The input of the lm_head for every token, [1, L, D] packed or [S, L, D] padded.
+
+    Padded on the right, positions are the model's own, which count from its first token as they do without padding.
+    """
+    if batch.attention_mask is not None:
+        output = backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return output.last_hidden_state
+    bounds = torch.nn.functional.pad(batch.seq_lens.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(batch.seq_lens.max())
+    output = backbone(model)(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=longest,
+        max_length_k=longest,
+    )
+    return output.last_hidden_state
+
+
+@contextmanager
+def hidden_states(model: nn.Module, keep: int) -> Iterator[list[torch.Tensor]]:
+    """Collects what the backbone makes in each forward of the causal LM, [B, n, D]; its head gets the last `keep` rows.
+
+    So logits of a long sample never exist in full, whether or not the model's forward knows `logits_to_keep`.
+    """
+    found: list[torch.Tensor] = []
+
+    def capture(module: nn.Module, args: Any, output: Any) -> Any:
+        found.append(output.last_hidden_state)
+        output.last_hidden_state = found[-1][:, -keep:]
+        return output
+
+    handle = backbone(model).register_forward_hook(capture)
+    try:
+        yield found
+    finally:
+        handle.remove()

@@ -1,0 +1,117 @@
+"""What a student shows before its first step: its own logits, and samples in a batch that come out as they do alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tests.models import KINDS, make_model
+
+from kdpipe.manifests.errors import StudentError
+from kdpipe.stages import causal_lm
+from kdpipe.stages.models.attention import PACKED
+from kdpipe.stages.student import Student, load_student
+from kdpipe.stages.student.exam import probe_length
+
+CPU = torch.device("cpu")
+TEXT = np.random.default_rng(0).integers(3, 250, 64)
+SIZES: dict[str, Any] = {
+    "vocab_size": 251,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.15,
+}
+
+
+def made(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).float()
+
+
+def examined(model: transformers.PreTrainedModel, text: np.ndarray = TEXT) -> Student:
+    student = Student(model)
+    student.examine(text, Path("student"))
+    return student
+
+
+def llama4(chunk: int) -> transformers.PreTrainedModel:
+    config = transformers.Llama4TextConfig(
+        **SIZES, head_dim=12, num_local_experts=2, intermediate_size_mlp=80, attention_chunk_size=chunk
+    )
+    return made(config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_kind_packs_its_samples_and_has_its_own_logits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    assert not examined(load_student(make_model(kind, tmp_path), dtype, CPU)).padded
+
+
+@pytest.mark.parametrize(("kind", "lost"), [("granite", "SCALE_FIELDS"), ("gemma2", "SOFTCAP_FIELDS")])
+def test_a_step_that_kdpipe_does_not_know_is_refused(
+    kind: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, lost, ())
+    model = load_student(make_model(kind, tmp_path), torch.float32, CPU)
+    with pytest.raises(StudentError, match="does something between hidden state and logits") as caught:
+        examined(model)
+    assert caught.value.exit_code == 4
+
+
+def test_state_space_layers_are_padded() -> None:
+    config = transformers.MambaConfig(vocab_size=251, hidden_size=32, state_size=4, num_hidden_layers=2)
+    assert examined(made(config)).padded
+
+
+def test_chunked_attention_is_seen_and_padded_with_the_models_own() -> None:
+    model = llama4(chunk=8)
+    own = model.config._attn_implementation
+    assert examined(model).padded
+    assert model.config._attn_implementation == own != PACKED
+
+
+def test_chunks_longer_than_any_sample_do_not_stop_packing() -> None:
+    assert not examined(llama4(chunk=64)).padded
+
+
+@pytest.mark.parametrize("window", [8, 200])
+def test_a_window_is_packed(window: int) -> None:
+    model = made(transformers.MistralConfig(**SIZES, sliding_window=window))
+    assert not examined(model, np.resize(TEXT, 320)).padded
+
+
+def test_an_encoder_that_sees_later_tokens_is_refused() -> None:
+    with pytest.raises(StudentError, match="sees the tokens after it"):
+        examined(made(transformers.BertGenerationConfig(**SIZES)))
+
+
+def test_a_model_that_needs_more_than_ids_is_refused_in_one_line() -> None:
+    model = made(transformers.LlamaConfig(**SIZES))
+    model.forward = lambda **_: (_ for _ in ()).throw(TypeError("pixel_values is missing\nand more"))
+    with pytest.raises(StudentError, match=r"on token ids alone: TypeError: pixel_values is missing$"):
+        examined(model)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = made(transformers.LlamaConfig(**SIZES))
+    model.lm_head.weight.data[7, 7] = torch.nan
+    with pytest.raises(StudentError, match="not finite"):
+        examined(model)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 20])
+def test_short_samples_are_enough(length: int) -> None:
+    assert not examined(made(transformers.LlamaConfig(**SIZES)), TEXT[:length]).padded
+
+
+def test_the_long_probe_fills_windows_and_tables_of_positions_and_no_more_than_the_longest_sample() -> None:
+    plain = transformers.LlamaConfig(**SIZES)
+    assert [probe_length(plain, longest) for longest in (9, 64, 5000)] == [9, 64, 64]
+    window = transformers.MistralConfig(**SIZES, sliding_window=100)
+    assert [probe_length(window, longest) for longest in (9, 120, 5000)] == [9, 120, 158]
+    assert probe_length(transformers.GPT2Config(n_positions=900), 900) == 900
