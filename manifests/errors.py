@@ -21,9 +21,6 @@
 A message is one line: where, what was expected, what was found, what to do.
 """
 
-import difflib
-from collections.abc import Iterable
-
 
 class KdpipeError(Exception):
     """An error for a person: `code: where: message`, one line, with the exit code of its class."""
@@ -132,9 +129,3 @@ def stopped(signal_name: str, *, where: object = None, kept: str = "") -> Kdpipe
     error = TemporaryError(message, where=where)
     error.ending = "terminated"
     return error
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'X'?" for the known word nearest to `word`, or "" where none is near."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{found[0]}'?" if found else ""

@@ -20,10 +20,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from kdpipe.manifests.durable import QUARANTINE, canonical, open_regular, read_small
 from kdpipe.manifests.errors import CacheError, CorruptError, LayoutError
+from kdpipe.manifests.record import Record, first_problem
 from kdpipe.manifests.sample import ID_BYTES, Sample, row_positions
 from kdpipe.manifests.specs import Codec, Dtype, Io, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
@@ -54,10 +55,6 @@ SCHEMA = pa.schema(
 )
 
 Count = Annotated[int, Field(ge=0)]
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Fingerprint(Record):
@@ -212,9 +209,7 @@ def read_plan(cache: Path, generation: int | None = None) -> Plan:
     try:
         plan = Plan.model_validate_json(data)
     except ValidationError as err:
-        first = err.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise LayoutError(f"'{place}': {first['msg']}; made by another version of kdpipe?", where=path) from None
+        raise LayoutError(f"{first_problem(err)}; made by another version of kdpipe?", where=path) from None
     if plan.to_bytes() != data:
         raise LayoutError("PLAN.json was edited after it was written", where=path)
     if plan.generation != generation or sorted(plan.brought(), key=lambda each: each.start) != plan.brought():

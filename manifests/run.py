@@ -4,22 +4,15 @@
 written after every file it names, and the folder gets its name after that.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
-
-from kdpipe.manifests.durable import read_small
-from kdpipe.manifests.errors import LayoutError
-from kdpipe.manifests.plan import Record
+from kdpipe.manifests.record import Record, read_record
 from kdpipe.manifests.specs import RunSpec
 
 RUN_FILE = "kdpipe.json"
 CHECKPOINT_FILE = "checkpoint.json"
-MAX_RECORD_BYTES = 16 << 20
-"""A checkpoint's record has some 80 bytes a rank."""
 
 ELASTIC = (
     "spec.train.grad_accum",
@@ -30,8 +23,6 @@ ELASTIC = (
     "spec.loss.chunk_tokens",
 )
 """Inputs that may change between a checkpoint and the run that goes on from it: the steps are the same with any."""
-
-R = TypeVar("R", bound=Record)
 
 
 class RunInputs(Record):
@@ -93,17 +84,6 @@ class CheckpointRecord(Record):
 def read_run(folder: Path) -> RunRecord | None:
     """The record of the run whose student is in `folder`; None where it is not a student of ours."""
     return read_record(folder / RUN_FILE, RunRecord)
-
-
-def read_record(path: Path, kind: type[R]) -> R | None:
-    """The record at `path`, None where nothing is. Raises LayoutError for another file, a link, a large one."""
-    if not os.path.lexists(path):
-        return None
-    try:
-        return kind.model_validate_json(read_small(path, MAX_RECORD_BYTES))
-    except ValidationError as err:
-        first = err.errors()[0]
-        raise LayoutError(f"'{'.'.join(map(str, first['loc']))}': {first['msg']}", where=path) from None
 
 
 def _leaves(tree: dict[str, Any]) -> dict[str, object]:

@@ -36,7 +36,8 @@ from kdpipe.manifests.durable import (
 )
 from kdpipe.manifests.errors import CorruptError, DriftError, IncompleteError, LayoutError
 from kdpipe.manifests.failpoints import failpoint
-from kdpipe.manifests.plan import Plan, Record
+from kdpipe.manifests.plan import Plan
+from kdpipe.manifests.record import Record, first_problem
 from kdpipe.manifests.sample import ID_BYTES, SampleView
 from kdpipe.manifests.specs import Io
 from kdpipe.manifests.tensorfile import DTYPES, TAGS, Layout, lay_out
@@ -218,7 +219,7 @@ def read_commit(folder: Path, plan: Plan, index: int) -> Commit:
     except FileNotFoundError:
         raise IncompleteError("not extracted yet; run the same kdpipe extract again", where=path) from None
     except ValidationError as err:
-        raise LayoutError(f"not a commit record: {err.errors()[0]['msg']}", where=path) from None
+        raise LayoutError(f"not a commit record: {first_problem(err)}", where=path) from None
     if canonical(record.model_dump()) != data:
         raise LayoutError("it was edited after it was written", where=path)
     expected = plan.digest_in(index)

@@ -4,6 +4,7 @@ Invariant: a spec that validated holds only known keys with values in range. `lo
 nearest known key in its error.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from kdpipe.manifests.errors import ConfigError, nearest
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.nearest import OTHER_NAMES, near, nearest
+from kdpipe.manifests.record import in_words
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -60,6 +63,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "distillkit": {"divergence": "forward_kl", "temperature": 1.0, "kd_weight": 0.5, "scale_t2": True},
 }
 """Losses of other projects at their defaults; docs/losses.md says how their names map."""
+
+
+LOSS_OPTIONS = ("alpha", "beta", "forward_share", "k", "power", "samples")
+"""Keys of loss.options over all divergences; each takes its own, as docs/losses.md says."""
 
 
 class LossSpec(Spec):
@@ -189,8 +196,30 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = value
 
 
+def full_keys(word: str) -> list[str]:
+    """The keys of the run file that a bare word may stand for, whole: "lr" -> ["train.lr"], "k" -> ["loss.options.k"].
+
+    Exact words and their other names alone, not misspelt ones.
+    """
+    wanted = {word, *OTHER_NAMES.get(word, ())}
+    return [key for key in _all_keys() if key.rpartition(".")[2] in wanted]
+
+
+def misspelt_keys(word: str) -> list[str]:
+    """As `full_keys`, for the key that is spelled most like the word."""
+    names = near(word, [key.rpartition(".")[2] for key in _all_keys()])
+    return full_keys(names[0]) if names else []
+
+
+def _all_keys() -> list[str]:
+    """Every key of the run file, whole."""
+    tables: Any = {table: entry.annotation for table, entry in RunSpec.model_fields.items()}
+    keys = [f"{table}.{key}" for table, model in tables.items() for key in model.model_fields]
+    return [*keys, *(f"loss.options.{name}" for name in LOSS_OPTIONS)]
+
+
 def _explain(err: ValidationError) -> str:
-    """The first of pydantic's findings as one line, with the nearest key for one that is unknown."""
+    """The first of pydantic's findings as one line, with the nearest key or value for one that is unknown."""
     first = err.errors()[0]
     *tables, leaf = [str(part) for part in first["loc"]]
     key = ".".join([*tables, leaf])
@@ -199,5 +228,12 @@ def _explain(err: ValidationError) -> str:
         for table in tables:
             model = model.model_fields[table].annotation
         known = sorted(model.model_fields)
-        return f"unknown key '{key}'{nearest(leaf, known)} (known here: {', '.join(known)})"
-    return f"'{key}' = {first['input']!r}: {first['msg']}"
+        meant = full_keys(leaf) or near(leaf, known) or misspelt_keys(leaf)
+        hint = f"; did you mean '{meant[0]}'?" if meant else ""
+        return f"unknown key '{key}'{hint} (known here: {', '.join(known)})"
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        return (
+            f"'{key}' = {first['input']!r}: expected {first['ctx']['expected']}{nearest(str(first['input']), choices)}"
+        )
+    return f"'{key}' = {first['input']!r}: {in_words(first)}"

@@ -16,7 +16,9 @@ from typing import NoReturn
 import click
 
 from kdpipe.manifests.bus_errors import explain_bus_errors
-from kdpipe.manifests.errors import ConfigError, KdpipeError, SpaceError, nearest
+from kdpipe.manifests.errors import ConfigError, KdpipeError, SpaceError
+from kdpipe.manifests.nearest import nearest
+from kdpipe.manifests.specs import full_keys, misspelt_keys
 from kdpipe.pipeline.endings import Terminated, ending
 from kdpipe.pipeline.streams import lasting_streams
 
@@ -123,12 +125,28 @@ def _invoke(args: list[str]) -> None:
     try:
         with kdpipe.make_context("kdpipe", args) as ctx:
             kdpipe.invoke(ctx)
+    except click.NoSuchOption as err:
+        place = err.ctx.command_path if err.ctx else "kdpipe"
+        raise ConfigError(f"{_unknown_option(err, args)}; see: {place} --help", where=place) from None
     except click.UsageError as err:
         place = err.ctx.command_path if err.ctx else "kdpipe"
         message = err.format_message().rstrip(".")
         raise ConfigError(f"{message}; see: {place} --help", where=place) from None
     except click.ClickException as err:
         raise ConfigError(err.format_message()) from None
+
+
+def _unknown_option(err: click.NoSuchOption, args: list[str]) -> str:
+    """What is said of an option that is not there: which key of the run file it is, else the nearest option."""
+    word = err.option_name.lstrip("-").replace("-", "_")
+    meant = [name for name in err.possibilities or () if name != "--help"]  # click's cutoff lets it through
+    takes_keys = err.ctx is not None and any(param.name == "sets" for param in err.ctx.command.params)
+    keys = (full_keys(word) or ([] if meant else misspelt_keys(word))) if takes_keys else []
+    if not keys:
+        return f"no option '{err.option_name}'" + (f"; did you mean '{meant[0]}'?" if meant else "")
+    after = " ".join(args).partition(err.option_name)[2][1:].split()
+    value = after[0] if after and not after[0].startswith("--") else "VALUE"
+    return f"no option '{err.option_name}': it is a key of the run file, use --set {keys[0]}={value}"
 
 
 def main(args: Sequence[str] | None = None) -> None:

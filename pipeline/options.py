@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.provenance import SHORTEST_DIGEST
 from kdpipe.manifests.specs import DataSpec, RunSpec, load
 
@@ -44,6 +45,14 @@ def spread(args: list[str], flags: set[str]) -> list[str]:
             out += [flag, arg] if flag and has_value else [arg]
             has_value = True
     return out
+
+
+class OneOf(click.Choice[str]):
+    """One of a few words; the error offers the one that was meant."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        names = ", ".join(f"'{name}'" for name in self.choices)
+        return f"'{value}' is not one of {names}{nearest(str(value), self.choices)}"
 
 
 class Part(click.ParamType):
@@ -166,12 +175,12 @@ data_options = stack(
     ),
     click.option(
         "--overlong",
-        type=click.Choice(["truncate", "drop"]),
+        type=OneOf(["truncate", "drop"]),
         help=f"A longer sample loses its tail, or is left out.  [default: {USUAL.overlong}]",
     ),
     click.option(
         "--supervise",
-        type=click.Choice(["assistant", "last", "completion", "all"]),
+        type=OneOf(["assistant", "last", "completion", "all"]),
         help="Which tokens students learn from: every assistant turn, the last one, the completion, or every "
         f"token.  [default: {USUAL.supervise}]",
     ),
@@ -182,13 +191,13 @@ data_options = stack(
     ),
     click.option(
         "--rows",
-        type=click.Choice(["supervised", "all"]),
+        type=OneOf(["supervised", "all"]),
         default="supervised",
         help="Keep the rows of supervised tokens only, or of every token.",
     ),
     click.option(
         "--dtype",
-        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+        type=OneOf(["auto", "bfloat16", "float16", "float32"]),
         default="auto",
         help="Precision of the teacher and of the stored rows; auto is that of its checkpoint.",
     ),
@@ -196,7 +205,7 @@ data_options = stack(
 engine_options = stack(
     click.option(
         "--engine",
-        type=click.Choice(["auto", "transformers", "sglang"]),
+        type=OneOf(["auto", "transformers", "sglang"]),
         default="auto",
         help="What runs the teacher; auto takes sglang on a GPU where version and architecture were tried, else "
         "transformers; it says why.",
@@ -231,7 +240,7 @@ engine_options = stack(
 )
 io_option = click.option(
     "--io",
-    type=click.Choice(["mmap", "pread"]),
+    type=OneOf(["mmap", "pread"]),
     default="mmap",
     help="How the cache is read: mapped, or with pread, which suits network file systems.",
 )
@@ -244,7 +253,7 @@ group_option = click.option(
 )
 device_option = click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=OneOf(["auto", "cpu", "cuda"]),
     default="auto",
     help="Where models run; auto takes GPUs where there are any.",
 )

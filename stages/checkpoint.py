@@ -27,7 +27,8 @@ from kdpipe.manifests.errors import CorruptError, KdpipeError, LayoutError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_file
-from kdpipe.manifests.run import CHECKPOINT_FILE, CheckpointRecord, WrittenFile, read_record
+from kdpipe.manifests.record import read_record
+from kdpipe.manifests.run import CHECKPOINT_FILE, CheckpointRecord, WrittenFile
 
 State = dict[str, torch.Tensor]
 CHECKPOINTS = "checkpoints"

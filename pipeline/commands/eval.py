@@ -9,6 +9,7 @@ from kdpipe.pipeline.options import (
     PATH,
     Finite,
     ManyCommand,
+    OneOf,
     device_option,
     io_option,
     json_option,
@@ -33,7 +34,7 @@ from kdpipe.pipeline.progress import EventLog, watch
 @device_option
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    type=OneOf(["auto", "bfloat16", "float16", "float32"]),
     default="auto",
     help="Precision of the student; auto is the one its weights are stored in.",
 )

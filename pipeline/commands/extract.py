@@ -12,6 +12,7 @@ from kdpipe.manifests.specs import Codec, DeviceChoice, DtypeChoice, RowsChoice
 from kdpipe.pipeline.options import (
     PATH,
     ManyCommand,
+    OneOf,
     Part,
     data_options,
     device_option,
@@ -32,7 +33,7 @@ from kdpipe.stages.teacher.engine import EngineOptions
 @data_options
 @click.option("--cache", type=PATH, required=True, metavar="FOLDER", help="The cache to make or to finish.")
 @engine_options
-@click.option("--codec", type=click.Choice(["raw"]), default="raw", help="How rows are stored: raw is as they come.")
+@click.option("--codec", type=OneOf(["raw"]), default="raw", help="How rows are stored: raw is as they come.")
 @device_option
 @trust_option
 @click.option(

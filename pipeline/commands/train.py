@@ -12,6 +12,7 @@ from kdpipe.manifests.specs import PRESETS, Io
 from kdpipe.pipeline.options import (
     PATH,
     ManyCommand,
+    OneOf,
     device_option,
     group_option,
     io_option,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--loss-preset",
-    type=click.Choice(list(PRESETS)),
+    type=OneOf(list(PRESETS)),
     help="Start from another project's loss at its defaults, as loss.preset; docs/losses.md says what each is.",
 )
 @trust_option

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import kdpipe.stages.loss.dense as dense
 import kdpipe.stages.loss.pointwise as pointwise
-from kdpipe.manifests.errors import ConfigError, nearest
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.nearest import nearest
 
 
 def is_number(value: object) -> TypeGuard[float]:

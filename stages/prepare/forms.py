@@ -17,7 +17,8 @@ list of earlier [question, answer], and the answer's thought. A column of anothe
 from dataclasses import dataclass
 from typing import Any
 
-from kdpipe.manifests.errors import DataError, nearest
+from kdpipe.manifests.errors import DataError
+from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.sample import IncidentKind
 from kdpipe.stages.prepare.columns import ANSWERS, CHATS, READ, RECORD_COLUMNS, SAMPLE_WEIGHTS, SYSTEMS, THOUGHTS, TOOLS
 from kdpipe.stages.prepare.json_stream import kind_of

@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdpipe.manifests.errors import DataError, nearest
+from kdpipe.manifests.errors import DataError
+from kdpipe.manifests.nearest import nearest
 from kdpipe.stages.prepare.json_stream import json_values, parse_object
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdpipe.manifests.errors import ConfigError, nearest
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.specs import Device, Dtype
 from kdpipe.stages.teacher.engine import Determinism, EngineOptions, TeacherEngine
 

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from kdpipe.manifests.errors import ConfigError, nearest
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.nearest import nearest
 from kdpipe.stages.teacher.session import name_semaphores
 from kdpipe.stages.teacher.sink import Order, Sink
 

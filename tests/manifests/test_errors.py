@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from kdpipe.manifests import errors
-from kdpipe.manifests.errors import CorruptError, KdpipeError, nearest
+from kdpipe.manifests.errors import CorruptError, KdpipeError, stopped
 
 
 def tree(base: type[KdpipeError] = KdpipeError) -> list[type[KdpipeError]]:
@@ -47,6 +47,15 @@ def test_an_error_survives_the_way_between_processes() -> None:
     assert (type(came), str(came)) == (CorruptError, "E-CORRUPT a/b: bits flipped")
 
 
-def test_the_nearest_word_is_offered_only_where_one_is_near() -> None:
-    assert nearest("temprature", ["temperature", "lr"]) == "; did you mean 'temperature'?"
-    assert nearest("xyz", ["temperature", "lr"]) == ""
+def test_the_hint_can_be_left_out_where_several_errors_share_it() -> None:
+    err = CorruptError("bits flipped", where="a/b", hint="kdpipe cache repair a puts it aside")
+    assert str(err) == "E-CORRUPT a/b: bits flipped; kdpipe cache repair a puts it aside"
+    assert err.without_hint() == "E-CORRUPT a/b: bits flipped"
+    assert pickle.loads(pickle.dumps(err)).without_hint() == err.without_hint()
+
+
+@pytest.mark.parametrize(("name", "code", "ending"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 75, "terminated")])
+def test_a_signal_is_an_error_that_says_what_is_kept(name: str, code: int, ending: str) -> None:
+    err = stopped(name, where="c", kept="3 of 12 shards are kept")
+    assert (err.exit_code, err.ending) == (code, ending)
+    assert str(err).endswith(f" c: stopped by {name}; 3 of 12 shards are kept; run the same command again")

@@ -1,0 +1,68 @@
+"""Nearest: what somebody may have meant by a word that is not known; for the end of an error message.
+
+One literal table of what the words are called elsewhere; the rest is spelling.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+OTHER_NAMES = {
+    "bf16": ("bfloat16",),
+    "fp16": ("float16",),
+    "f16": ("float16",),
+    "half": ("float16",),
+    "fp32": ("float32",),
+    "f32": ("float32",),
+    "full": ("float32",),
+    "kl": ("forward_kl", "reverse_kl"),
+    "kld": ("forward_kl", "reverse_kl"),
+    "kl_div": ("forward_kl", "reverse_kl"),
+    "fkl": ("forward_kl",),
+    "rkl": ("reverse_kl",),
+    "js": ("jsd",),
+    "gkd": ("jsd",),
+    "akl": ("adaptive_kl",),
+    "skl": ("skew_kl",),
+    "srkl": ("skew_reverse_kl",),
+    "sce": ("soft_cross_entropy",),
+    "hf": ("transformers",),
+    "gpu": ("cuda",),
+    "learning_rate": ("lr",),
+    "num_epochs": ("epochs",),
+    "num_train_epochs": ("epochs",),
+    "steps": ("max_steps",),
+    "batch_size": ("batch_tokens",),
+    "gradient_accumulation_steps": ("grad_accum",),
+    "gradient_checkpointing": ("grad_checkpointing",),
+    "warmup": ("warmup_ratio",),
+    "lr_scheduler_type": ("schedule",),
+    "scheduler": ("schedule",),
+    "max_seq_length": ("max_length",),
+    "max_seq_len": ("max_length",),
+    "precision": ("dtype",),
+    "kd_ratio": ("kd_weight",),
+    "kd_coef": ("kd_weight",),
+    "tau": ("temperature",),
+    "loss": ("divergence",),
+    "eval_steps": ("eval_every",),
+    "save_steps": ("save_every",),
+    "save_total_limit": ("keep",),
+}
+
+
+def near(word: str, known: Iterable[str]) -> list[str]:
+    """The known words that `word` may stand for: its own spelling in another case, its other name, else the nearest."""
+    names, plain = list(known), _plain(word)
+    same = [name for name in names if _plain(name) == plain]
+    other = [name for name in OTHER_NAMES.get(plain, ()) if name in names]
+    return same or other or difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'X'?" for the known words near to `word`, or "" where none is near."""
+    found = " or ".join(f"'{name}'" for name in near(word, known))
+    return f"; did you mean {found}?" if found else ""
+
+
+def _plain(word: str) -> str:
+    return word.strip().lower().replace("-", "_")
