@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdpipe.manifests.errors import DataError, nearest
+from kdpipe.manifests.errors import DataError
+from kdpipe.manifests.nearest import nearest
 from kdpipe.stages.prepare.columns import MARKS, MESSAGE_KEYS, READ, THOUGHTS
 from kdpipe.stages.prepare.json_stream import kind_of
 
