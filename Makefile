@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# No page of warnings at each step: what is installed beside SGLang is checked once, by `rivals`.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
 .PHONY: venv sglang rivals demo test soak check bench clean
 
@@ -10,30 +12,36 @@ venv: $(VENV)/.installed
 # A stamp file: the environment is made once and reused until the pins or the dependencies change.
 $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
 # SGLang on a machine without a GPU; with one: pip install 'kdpipe[sglang]'.
 sglang: $(VENV)/.sglang
 
 $(VENV)/.sglang: $(VENV)/.installed tools/sglang-cpu/requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tools/sglang-cpu/requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps tools/sglang-cpu/placeholders
+	$(PIP) --no-deps -r tools/sglang-cpu/requirements.txt
+	$(PIP) --no-deps tools/sglang-cpu/placeholders
 	touch $@
 
 # What tests and benchmarks measure against; after SGLang, so that what both need is there in SGLang's versions.
 rivals: $(VENV)/.rivals
 
 $(VENV)/.rivals: $(VENV)/.sglang
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rivals]'
+	$(PIP) -c constraints.txt -e '.[rivals]'
+	@# What SGLang lists beyond its own requirements.txt here is for GPUs and servers. Any other gap is shown, and an error.
+	@! $(BIN)/python -m pip check --disable-pip-version-check | grep -v -e '^sglang ' -e '^No broken requirements'
+	@echo "SGLang is installed for the CPU, without the packages that it wants for GPUs and servers: the tests need none."
 	touch $@
 
 demo: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/demo/run.py --out .demo
 
+# WORKERS=8: eight. Each has one thread; the tests of a file share a worker, and so what the file builds once.
+WORKERS ?= 2
+
 test: venv sglang rivals
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The long tests: large sizes, thousands of kills.
 soak: venv sglang rivals
