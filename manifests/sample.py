@@ -35,14 +35,45 @@ class Sample:
     truncated: bool = False
 
 
-IncidentKind = Literal["truncated", "dropped_overlong", "empty_completion", "empty_text", "no_supervised_token"]
+IncidentKind = Literal[
+    # the sample is kept
+    "truncated",
+    "thought_left_out",
+    "tools_left_out",
+    "prompt_changed",
+    "no_stop_token",
+    "special_token_in_text",
+    "doubled_token",
+    "rendered_already",
+    # the record is left out
+    "dropped_overlong",
+    "empty_completion",
+    "empty_text",
+    "no_supervised_token",
+    "answer_changed",
+    "tool_call_left_out",
+]
+KEPT: frozenset[IncidentKind] = frozenset(
+    {
+        "truncated",
+        "thought_left_out",
+        "tools_left_out",
+        "prompt_changed",
+        "no_stop_token",
+        "special_token_in_text",
+        "doubled_token",
+        "rendered_already",
+    }
+)
+"""Kinds of incident of a record that becomes a sample all the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Incident:
-    """A record that did not become a whole sample, and why: cut ("truncated") or, for every other kind, left out.
+    """A record that did not become a sample, or not the sample that it says, and why.
 
-    A record has one incident at most, so records read = samples + incidents whose `dropped` is true.
+    A record that is left out has one incident that says so, its last; what else is wrong with it has one of each kind.
+    So records read = samples + incidents whose `dropped` is true.
     detail: counts and roles only, never the text of the data
     """
 
@@ -53,7 +84,7 @@ class Incident:
 
     @property
     def dropped(self) -> bool:
-        return self.kind != "truncated"
+        return self.kind not in KEPT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -37,10 +37,10 @@ from kdpipe.manifests.plan import (
 )
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json, digest_model
-from kdpipe.manifests.sample import Incident, Sample, is_heldout, row_positions
+from kdpipe.manifests.sample import KEPT, Incident, Sample, is_heldout, row_positions
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
-from kdpipe.stages.causal_lm import real_vocab_size, vocabulary_digest
+from kdpipe.stages.causal_lm import real_vocab_size, stop_ids, vocabulary_digest
 from kdpipe.stages.extract.present import Present
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.own_code import allowed_code
@@ -370,7 +370,8 @@ def _samples(
 ) -> Iterator[Sample]:
     """Every sample of the data. Raises DataError for one that is longer than the teacher takes."""
     progress.begin("prepare", total=None, unit="samples")
-    for sample in prepare(spec.data, tokenizer, spec.data_spec, on_incident=record):
+    stops = stop_ids(spec.teacher)
+    for sample in prepare(spec.data, tokenizer, spec.data_spec, on_incident=record, stop_ids=stops):
         if info.max_positions is not None and len(sample.token_ids) > info.max_positions:
             raise DataError(
                 f"{len(sample.token_ids)} tokens, the teacher takes {info.max_positions} (max_position_embeddings); "
@@ -383,7 +384,7 @@ def _samples(
 
 
 def _counts(num_samples: int, incidents: Counter[str]) -> dict[str, int]:
-    dropped = sum(count for kind, count in incidents.items() if kind != "truncated")
+    dropped = sum(count for kind, count in incidents.items() if kind not in KEPT)
     return {"read": num_samples + dropped, "kept": num_samples, **dict(sorted(incidents.items()))}
 
 

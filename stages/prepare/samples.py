@@ -6,7 +6,7 @@ Cost: at most BATCH_RECORDS records, or BATCH_CHARS characters and one record, a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,13 +40,16 @@ def prepare(
     spec: DataSpec,
     *,
     on_incident: Callable[[Incident], None],
+    stop_ids: Collection[int] = (),
 ) -> Iterator[Sample]:
     """The samples in the data files and folders, in order; `on_incident` is told of every record cut or left out.
+
+    stop_ids: tokens at which the model's generation ends, beside the tokenizer's end of text
 
     Paths and tokenizer are checked at the call, the rest while iterating. Raises ConfigError for a tokenizer without a
     fast backend; DataError for a malformed record, a file that cannot be read, or when no sample is left at all.
     """
-    tokenizing = Tokenizing(tokenizer, spec.supervise)
+    tokenizing = Tokenizing(tokenizer, spec.supervise, stop_ids)
     return _stream(list_files(paths), tokenizing, spec, on_incident)
 
 
@@ -58,15 +61,15 @@ def _stream(
     for batch in _batches(files, tokenizing):
         tokens = iter(tokenizing.encode([prepared.marked for prepared in batch if prepared.marked is not None]))
         for prepared in batch:
-            sample, incident = _finish(prepared, next(tokens) if prepared.marked else None, spec)
-            if incident is not None:
-                counts[incident.kind] += 1
+            sample, incidents = _finish(prepared, next(tokens) if prepared.marked else None, spec)
+            for incident in incidents:
+                counts[incident.kind] += incident.dropped
                 on_incident(incident)
             if sample is not None:
                 num_samples += 1
                 yield sample
     if not num_samples:
-        reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()) if count)
         raise DataError(f"none of the {counts.total()} records read can be used: {reasons}", where=_named(files))
 
 
@@ -90,25 +93,30 @@ def _batches(files: list[Path], tokenizing: Tokenizing) -> Iterator[list[Prepare
         yield batch
 
 
-def _finish(prepared: Prepared, tokens: Tokens | None, spec: DataSpec) -> tuple[Sample | None, Incident | None]:
-    """A record's sample, or why there is none; both when it was cut."""
+def _finish(prepared: Prepared, tokens: Tokens | None, spec: DataSpec) -> tuple[Sample | None, list[Incident]]:
+    """A record's sample, or none, and its incidents: those of a record without a sample end with the reason."""
     record = prepared.record
 
     def incident(kind: IncidentKind, detail: str) -> Incident:
         return Incident(source=record.source, line=record.line, kind=kind, detail=detail)
 
-    if tokens is None:
+    if tokens is None or prepared.marked is None:
         kind_and_detail = prepared.form.emptiness()
         assert kind_and_detail is not None, "a record without tokens is empty"
-        return None, incident(*kind_and_detail)
+        return None, [incident(*kind_and_detail)]
+    found = [incident(finding.kind, finding.detail) for finding in prepared.marked.findings]
+    kept = [each for each in found if not each.dropped]
+    if dropped := [each for each in found if each.dropped]:
+        return None, [*kept, dropped[0]]
     num_tokens = len(tokens.token_ids)
     too_long = num_tokens > spec.max_length
     length = f"{num_tokens} tokens, at most {spec.max_length} are kept"
     if too_long and spec.overlong == "drop":
-        return None, incident("dropped_overlong", length)
+        return None, [*kept, incident("dropped_overlong", length)]
     supervised = tokens.supervised[: spec.max_length]
     if not supervised.any():
-        return None, incident("no_supervised_token", length if too_long else f"none of {num_tokens} tokens is a target")
+        reason = length if too_long and tokens.supervised.any() else f"none of {num_tokens} tokens is a target"
+        return None, [*kept, incident("no_supervised_token", reason)]
     sample = Sample(
         content_id=content_id(prepared.form.content()),
         source=record.source,
@@ -117,4 +125,4 @@ def _finish(prepared: Prepared, tokens: Tokens | None, spec: DataSpec) -> tuple[
         supervised=supervised.copy(),
         truncated=too_long,
     )
-    return sample, incident("truncated", length) if too_long else None
+    return sample, [*kept, incident("truncated", length)] if too_long else kept

@@ -16,20 +16,19 @@ The first token of a sample is never a target: nothing comes before it. Cost: ab
 # Shapes: n tokens of one sample.
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdpipe.manifests.errors import ConfigError, DataError
-from kdpipe.stages.prepare.forms import Chat, Form, Pair, Text
-from kdpipe.stages.prepare.template import ChatTemplate, Span
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.stages.prepare.forms import Form, Pair, Text
+from kdpipe.stages.prepare.marked import ChatMarker, Marked, Supervise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Supervise = Literal["assistant", "last", "completion", "all"]
 Offset = tuple[int, int]
 
 
@@ -41,22 +40,16 @@ class Tokens:
     supervised: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Marked:
-    """A text to tokenise. targets: spans of characters to learn, None for all; plain: add special tokens."""
-
-    text: str
-    targets: list[Span] | None
-    plain: bool
-
-
 class Tokenizing:
     """Tokenises records with one tokenizer and one rule of what is supervised.
 
+    stop_ids: tokens at which the model's generation ends, beside the tokenizer's end of text
     Raises ConfigError for a tokenizer without a fast backend, DataError for chat data where it has no chat template.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", supervise: Supervise) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", supervise: Supervise, stop_ids: Collection[int] = ()
+    ) -> None:
         if not tokenizer.is_fast:
             raise ConfigError(
                 "this tokenizer has no fast (Rust) backend, so characters cannot be matched to tokens; "
@@ -65,17 +58,29 @@ class Tokenizing:
             )
         self._tokenizer = tokenizer
         self._supervise = supervise
-        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._marker = ChatMarker(tokenizer, supervise, _stop_texts(tokenizer, stop_ids))
+        self._adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("").input_ids
 
     def mark(self, form: Form, place: str) -> Marked:
         """The text that the model will see of a record at `place`, and which of its characters are targets."""
         if isinstance(form, Text):
-            return Marked(text=form.text, targets=None, plain=True)
-        if isinstance(form, Pair) and self._template is None:
-            prompt = form.prompt + form.glue
-            text = prompt + form.completion
-            return Marked(text=text, targets=self._unless_all([(len(prompt), len(text))]), plain=True)
-        return self._mark_chat(form.chat() if isinstance(form, Pair) else form, place)
+            text = self._without_ends(form.text)
+            return Marked(text=text, targets=None, plain=True, findings=self._marker.of_text(form.text))
+        if isinstance(form, Pair) and not self._tokenizer.chat_template:
+            prompt = self._without_ends(form.prompt + form.glue, at_end=False)
+            text = self._without_ends(prompt + form.completion)
+            targets = None if self._supervise == "all" else [(len(prompt), len(text))]
+            return Marked(text=text, targets=targets, plain=True)
+        return self._marker.mark(form.chat() if isinstance(form, Pair) else form, place)
+
+    def _without_ends(self, text: str, *, at_end: bool = True) -> str:
+        """Running text less the special tokens around it that tokenising adds."""
+        bos, eos = self._tokenizer.bos_token, self._tokenizer.eos_token
+        while self._adds_bos and text.startswith(bos):
+            text = text.removeprefix(bos)
+        while at_end and eos and text.rstrip().endswith(eos):
+            text = text.rstrip().removesuffix(eos)
+        return text
 
     def encode(self, batch: Sequence[Marked]) -> list[Tokens]:
         """The tokens of each text, in order."""
@@ -86,26 +91,6 @@ class Tokenizing:
                 rows = self._encode([batch[index] for index in chosen], plain=plain)
                 found.update(zip(chosen, rows, strict=True))
         return [found[index] for index in range(len(batch))]
-
-    def _mark_chat(self, chat: Chat, place: str) -> Marked:
-        if self._template is None:
-            raise DataError(
-                "a conversation, but the tokenizer has no chat template; put a chat_template.jinja beside the "
-                "tokenizer, or give prompt and completion as strings",
-                where=place,
-            )
-        if self._supervise == "all":
-            return Marked(text=self._template.text(chat, place), targets=None, plain=False)
-        text, turns = self._template.text_and_turns(chat, place)
-        if self._supervise == "completion" and chat.completion_from is not None:
-            later = chat.messages[chat.completion_from :]
-            turns = turns[-sum(message["role"] == "assistant" for message in later) :]
-        elif self._supervise != "assistant":
-            turns = turns[-1:]
-        return Marked(text=text, targets=turns, plain=False)
-
-    def _unless_all(self, spans: list[Span]) -> list[Span] | None:
-        return None if self._supervise == "all" else spans
 
     def _encode(self, batch: list[Marked], *, plain: bool) -> list[Tokens]:
         encoded = self._tokenizer(
@@ -124,8 +109,7 @@ class Tokenizing:
         while num_tokens and offsets[num_tokens - 1] == (0, 0):
             num_tokens -= 1  # special tokens that the tokenizer adds at the end stand at no character
         end_of_text = self._tokenizer.eos_token_id if marked.plain else None
-        last = max(num_tokens - 1, 0)  # a text may bring its end-of-text token along
-        if end_of_text is not None and end_of_text not in ids[last:]:
+        if end_of_text is not None and end_of_text not in ids[num_tokens:]:
             ids = [*ids[:num_tokens], end_of_text, *ids[num_tokens:]]
         supervised = np.zeros(len(ids), dtype=np.bool_)
         if marked.targets is None:
@@ -134,9 +118,16 @@ class Tokenizing:
             first = _first_token(offsets, num_tokens, marked.text, start)
             supervised[first : _first_token(offsets, num_tokens, marked.text, end)] = True
         if end_of_text is not None:
-            supervised[num_tokens : ids.index(end_of_text, last) + 1] = True
+            supervised[num_tokens : ids.index(end_of_text, num_tokens) + 1] = True
         supervised[:1] = False
         return Tokens(token_ids=np.array(ids, dtype=np.int32), supervised=supervised)
+
+
+def _stop_texts(tokenizer: "PreTrainedTokenizerBase", stop_ids: Collection[int]) -> tuple[str, ...]:
+    """How the tokens that end generation stand in a text, the tokenizer's own end of text first."""
+    ids = [tokenizer.eos_token_id, *sorted(stop_ids)]
+    texts = (tokenizer.decode([number]) for number in ids if number is not None and 0 <= number < len(tokenizer))
+    return tuple(dict.fromkeys(text for text in texts if text.strip()))
 
 
 def _first_token(offsets: list[Offset], num_tokens: int, text: str, char: int) -> int:

@@ -97,6 +97,7 @@ def kit() -> Kit:
 @pytest.fixture
 def chatml(kit: Kit) -> PreTrainedTokenizerFast:
     tokenizer = kit.train()
+    tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = kit.template("chatml", marked=False)
     return tokenizer
 

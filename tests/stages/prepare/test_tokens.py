@@ -116,7 +116,7 @@ def test_special_tokens_are_neither_doubled_nor_missing(
     text, ended, pair = run(path, tokenizer).samples
     bos = "<s>" * adds_bos
     assert tokenizer.decode(text.token_ids) == f"{bos}Hello</s>"
-    assert tokenizer.decode(ended.token_ids) == f"{bos}Hello</s>" + "</s>" * adds_eos
+    assert tokenizer.decode(ended.token_ids) == f"{bos}Hello</s>"
     assert targets(text, tokenizer).endswith("</s>")
     assert tokenizer.decode(pair.token_ids) == f"{bos}Hello world</s>"
     assert targets(pair, tokenizer) == " world</s>"
@@ -284,7 +284,7 @@ def test_a_template_that_moves_the_system_prompt_still_has_its_turns_found(
     assert tokenizer.decode(sample.token_ids).startswith("<s>[INST] q[/INST] first</s>")
     assert targets(sample, tokenizer) == " first</s> [/INST] second</s> third</s>"
     tokenizer.chat_template = MOVED_SYSTEM.replace("m.content | trim", "m.content | replace('t', 'T')")
-    with pytest.raises(DataError, match=r"jsonl:1: .*where an assistant turn begins cannot be told; mark the turns"):
+    with pytest.raises(DataError, match=r"none of the 1 records read can be used: 1 answer_changed"):
         run(write([turns("q", "first", "q", "second", system="be brief")]), tokenizer)
 
 
@@ -333,7 +333,7 @@ def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day(kit: An
     tokenizer = kit.train()
     tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}. " + kit.template("chatml", marked=False)
     chat = Chat(messages=turns("q", "a")["messages"])
-    assert ChatTemplate(tokenizer).text(chat, "x:1").startswith("Today is 26 Jul 2024. ")
+    assert ChatTemplate(tokenizer).render(chat.messages, None, "x:1").text.startswith("Today is 26 Jul 2024. ")
 
 
 def test_a_template_that_refuses_a_conversation_is_an_error_with_its_place(kit: Any, write: Write, run: Run) -> None:

@@ -1,0 +1,181 @@
+"""Marked texts: the text of a record, which of its characters are targets, and what is not as it should be.
+
+Invariant: what of a conversation is not in its text, a learnt turn that ends without a stop token, a special token that
+the data brings along: each is a finding. A prompt that is rendered already is refused, never rendered twice.
+
+    supervise = assistant     every assistant turn, less those whose own marks say not to learn them
+                last          the last one
+                completion    those of the completion; the last one where the record has no completion
+                all           every token
+
+Cost: that of finding the turns, and a search of each message.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kdpipe.manifests.errors import DataError
+from kdpipe.stages.prepare.forms import Chat
+from kdpipe.stages.prepare.rendered import Finding, left_out, position
+from kdpipe.stages.prepare.template import ChatTemplate, Span
+from kdpipe.stages.prepare.turns import Shape, Turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Supervise = Literal["assistant", "last", "completion", "all"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Marked:
+    """A text to tokenise. targets: spans of characters to learn, None for all; plain: add special tokens."""
+
+    text: str
+    targets: list[Span] | None
+    plain: bool
+    findings: tuple[Finding, ...] = ()
+
+
+class ChatMarker:
+    """Marks conversations with one tokenizer's templates and one rule of what is supervised.
+
+    stops: texts of the tokens at which generation ends
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", supervise: Supervise, stops: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._supervise = supervise
+        self._stops = stops
+        self._turns: dict[bool, Turns] = {}
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = frozenset(special | set(tokenizer.all_special_tokens))
+        self._foreign: re.Pattern[str] | None = None
+
+    def mark(self, chat: Chat, place: str) -> Marked:
+        """The conversation's text and what of it is to be learned. Raises DataError where that cannot be told."""
+        turns = self._finder(chat, place)
+        if self._is_rendered(chat.messages[0]["content"], turns.shape):
+            raise DataError(
+                f"message 1 ({chat.messages[0]['role']}) is a text that went through a chat template already (it has "
+                f"{turns.shape.before_question.strip()!r}); give the messages themselves",
+                where=place,
+            )
+        chat = turns.without_closing(chat)
+        findings = [*self._specials(chat)]
+        if self._supervise == "all" and not chat.unsupervised:
+            text = turns.text(chat, place)
+            spans = [(0, len(text.rstrip()))]
+            learnt, targets = [*range(_num_turns(chat))], None
+        else:
+            text, spans = turns.text_and_turns(chat, place)
+            learnt = self._learnt(chat)
+            targets = [spans[turn] for turn in learnt]
+            if self._supervise == "all":
+                targets = _all_but(text, spans, chat)
+        findings += left_out(text, spans, chat, learnt)
+        findings += self._unstopped(text, spans, learnt)
+        return Marked(text=text, targets=targets, plain=False, findings=tuple(findings))
+
+    def of_text(self, text: str) -> tuple[Finding, ...]:
+        """What there is to say of running text of which every token is a target."""
+        try:
+            shape = self._finder(None, "").shape
+        except DataError:  # a template that is not needed for it
+            return ()
+        if not self._is_rendered(text, shape):
+            return ()
+        detail = "the text went through the chat template already: every token of it is a target, the user's too"
+        return (Finding(kind="rendered_already", detail=detail),)
+
+    def _finder(self, chat: Chat | None, place: str) -> Turns:
+        """The turns of the template that transformers takes for the conversation."""
+        with_tools = chat is not None and chat.tools is not None
+        with_tools = with_tools and isinstance(self._tokenizer.chat_template, dict)
+        if with_tools not in self._turns:
+            if not self._tokenizer.chat_template:
+                raise DataError(
+                    "a conversation, but the tokenizer has no chat template; put a chat_template.jinja beside the "
+                    "tokenizer, or give prompt and completion as strings",
+                    where=place,
+                )
+            self._turns[with_tools] = Turns(ChatTemplate(self._tokenizer, with_tools=with_tools), self._stops)
+        return self._turns[with_tools]
+
+    def _is_rendered(self, text: str, shape: Shape) -> bool:
+        """Whether a text begins as a conversation does that went through the template."""
+        header, after = shape.before_question.strip(), shape.after_question.strip()
+        if not header or header not in text:
+            return False
+        start = text.lstrip()
+        if any(token in header for token in self._special):
+            return start.startswith(header) or any(start.startswith(token) for token in self._special)
+        start = start.removeprefix(self._tokenizer.bos_token or "").lstrip()
+        return start.startswith(header) and bool(after) and after in text
+
+    def _learnt(self, chat: Chat) -> list[int]:
+        """Which assistant turns are supervised, counted from 0."""
+        places = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        chosen = [(turn, index) for turn, index in enumerate(places) if index not in chat.unsupervised]
+        if self._supervise == "completion" and chat.completion_from is not None:
+            return [turn for turn, index in chosen if index >= chat.completion_from]
+        if self._supervise in ("last", "completion"):
+            return [turn for turn, index in chosen if index == places[-1]]
+        return [turn for turn, index in chosen]
+
+    def _specials(self, chat: Chat) -> Iterator[Finding]:
+        """Special tokens within what was said: the model reads them as the structure of the conversation."""
+        if self._foreign is None:
+            tokens = sorted(self._special, key=len, reverse=True)
+            self._foreign = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        for number, message in enumerate(chat.messages, start=1):
+            found = self._foreign.search(message["content"])
+            if found or (found := self._foreign.search(message.get("reasoning_content") or "")):
+                detail = f"message {number} ({message['role']}) has the special token {found[0]}"
+                yield Finding(kind="special_token_in_text", detail=detail)
+                return
+
+    def _unstopped(self, text: str, spans: Sequence[Span], learnt: Sequence[int]) -> Iterator[Finding]:
+        """Learnt turns at whose end the model does not learn to stop, and special tokens that stand twice."""
+        bad = [turn + 1 for turn in learnt if not text.endswith(self._stops, 0, spans[min(turn, len(spans) - 1)][1])]
+        if bad:
+            which = ", ".join(map(str, bad[:12]))
+            known = f"known: {', '.join(self._stops[:6])}" if self._stops else "the model folder names none"
+            detail = f"assistant turn {which} ends without a stop token ({known}), so stopping is not learned there"
+            yield Finding(kind="no_stop_token", detail=detail)
+        bos = self._tokenizer.bos_token
+        if bos and text.startswith(bos * 2):
+            yield Finding(kind="doubled_token", detail=f"the text begins with {bos} twice")
+        for turn in learnt:
+            end = spans[min(turn, len(spans) - 1)][1]
+            twice = [
+                s
+                for s in self._stops
+                if text.endswith(s, 0, end) and s in (text[end : end + len(s)], text[end - 2 * len(s) : end - len(s)])
+            ]
+            if twice:
+                yield Finding(kind="doubled_token", detail=f"assistant turn {turn + 1} ends with {twice[0]} twice")
+                return
+
+
+def _num_turns(chat: Chat) -> int:
+    return sum(message["role"] == "assistant" for message in chat.messages)
+
+
+def _all_but(text: str, spans: Sequence[Span], chat: Chat) -> list[Span]:
+    """The text less the messages whose own marks say not to learn them."""
+    out: list[Span] = []
+    number = before = 0
+    for index, message in enumerate(chat.messages):
+        after = spans[number][0] if number < len(spans) else len(text)
+        if message["role"] == "assistant":
+            said: Span | None = spans[number]
+            before = spans[number][1]
+            number += 1
+        else:
+            said = position(text, message["content"], (before, after))
+        if said and index in chat.unsupervised:
+            out.append(said)
+    edges = [0, *(edge for span in out for edge in span), len(text)]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]

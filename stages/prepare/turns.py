@@ -1,0 +1,308 @@
+r"""Turns: a conversation -> its text and the span of characters that each assistant turn takes.
+
+Invariant: a span begins where the generation prompt ends and ends with the token at which the model is to stop, blanks
+before the answer included, blanks after the stop token excluded, so it is exactly what the model has to write.
+Templates with `{% generation %}` and those without give the same spans. The text is rendered once and never put
+together from pieces.
+
+    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
+                                                           ^^^^^^^^^^^^^^^
+    <|user|>\nHi<|assistant|>\nHello<|user|>\nBye       where the next role's marker is a stop token
+                             ^^^^^^^^^^^^^^^
+
+Cost: one rendering with `{% generation %}`, else one more for each assistant turn, and a second one for a turn that is
+not shown word for word.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kdpipe.manifests.errors import DataError
+from kdpipe.stages.prepare.dialect import ANSWER, CALL_ID, KEY, NAME, TOOL, VALUE
+from kdpipe.stages.prepare.forms import Chat, Message
+from kdpipe.stages.prepare.rendered import look, position
+from kdpipe.stages.prepare.template import ChatTemplate, Span
+
+QUESTION = "kdpipeprobesquestion"
+FOLLOWING = "kdpipeprobesfollowing"
+UNTELLABLE = "so where {what} cannot be told; mark the turns in the template with {{% generation %}}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What a template puts around messages, learned from a few probes.
+
+    opening: what the generation prompt adds, such as "<|im_start|>assistant\\n"; may be empty
+    header: what stands between the generation prompt and the answer; not blank where a template ignores the prompt flag
+    closing, inner_closing: what ends the last assistant turn, such as "<|im_end|>", and an earlier one; may be empty
+    closings: all that may end an assistant turn: the two, and what ends one that calls tools
+    next_headers: what begins the message that follows an assistant turn, by its role
+    before_question, after_question: what stands around the only user turn of a prompt
+    marks: whether the {% generation %} marks can be used
+    """
+
+    opening: str
+    header: str
+    closing: str
+    inner_closing: str
+    closings: tuple[str, ...]
+    next_headers: dict[str, str]
+    before_question: str
+    after_question: str
+    marks: bool
+
+
+class Turns:
+    """Finds the assistant turns in what a template renders.
+
+    stops: texts of the tokens at which generation ends
+    """
+
+    def __init__(self, template: ChatTemplate, stops: tuple[str, ...]) -> None:
+        self._template = template
+        self._stops = stops
+        self.shape = _learn_shape(template)
+        self._closers = tuple(c for c in dict.fromkeys((*stops, self.shape.closing.strip())) if c in template.tokens)
+
+    def text(self, chat: Chat, place: str) -> str:
+        """The whole conversation as the template renders it."""
+        return self._template.render(chat.messages, chat.tools, place).text
+
+    def text_and_turns(self, chat: Chat, place: str) -> tuple[str, list[Span]]:
+        """The conversation's text and the span of every assistant turn in it, in order.
+
+        Raises DataError when the template changes a turn so that where it begins or ends cannot be told.
+        """
+        text, marks = self._template.render(chat.messages, chat.tools, place)
+        turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if self.shape.marks and len(marks) == len(turns):
+            spans = [self._with_closing(text, mark) for mark in marks]
+        else:
+            starts: list[int] = []
+            for index in turns:
+                starts.append(self._start(text, chat, index, starts[-1] if starts else 0, place))
+            limits = [*starts[1:], len(text)]
+            spans = [
+                (start, self._end(text, start, limit, chat, index, place))
+                for index, start, limit in zip(turns, starts, limits, strict=True)
+            ]
+        return text, [(start, self._to_stop(text, start, end)) for start, end in spans]
+
+    def without_closing(self, chat: Chat) -> Chat:
+        """The conversation less stop tokens that end its answers already: the template adds them once more."""
+        if not self._closers or not any(_ends_with(message, self._closers) for message in chat.messages):
+            return chat
+        return replace(chat, messages=[self._cut(message) for message in chat.messages])
+
+    def _cut(self, message: Message) -> Message:
+        content = message["content"]
+        while _ends_with({**message, "content": content}, self._closers):
+            content = content.rstrip()
+            content = content.removesuffix(next(closer for closer in self._closers if content.endswith(closer)))
+        return {**message, "content": content}
+
+    def _with_closing(self, text: str, span: Span) -> Span:
+        """A marked span made to end with the end-of-turn marker, wherever the template's author put the mark."""
+        start, end = span
+        for closing in self.shape.closings:
+            if text.startswith(closing, end):
+                return start, end + len(closing)
+            inside = text[start:end].rstrip()
+            if inside.endswith(closing.rstrip()):
+                return start, start + len(inside)
+        return span
+
+    def _to_stop(self, text: str, start: int, end: int) -> int:
+        """The end of a turn that no marker ends, moved behind a stop token that follows: the next role's marker."""
+        if text.endswith((*self._stops, *self.shape.closings), start, end):
+            return end
+        after = end + len(text[end:]) - len(text[end:].lstrip()) if text[end : end + 1].isspace() else end
+        return next((after + len(stop) for stop in self._stops if text.startswith(stop, after)), end)
+
+    def _start(self, text: str, chat: Chat, index: int, after: int, place: str) -> int:
+        """Where the assistant turn at message `index` begins; it is the first turn that begins behind `after`."""
+        shape = self.shape
+        prompt = self._template.render(chat.messages[:index], chat.tools, place, generation_prompt=True).text
+        if text.startswith(prompt):
+            return self._behind_header(text, len(prompt))
+        history = prompt.removesuffix(shape.opening)
+        at = len(history) if text.startswith(history) else self._history_end(history, text, chat, index, after)
+        if at < 0 and shape.opening.strip():
+            # The history is shown differently as a whole; the opening comes somewhere behind the turn before.
+            line, newline, _ = shape.opening.partition("\n")
+            at = text.find(line + newline, after)
+        if at >= 0 and not shape.opening.strip():
+            return self._behind_header(text, at)
+        shown = self._shown_opening(text, at) if at >= 0 else 0
+        if not shown:
+            raise DataError(
+                "the chat template shows this conversation in another way than its beginning, "
+                + UNTELLABLE.format(what="an assistant turn begins"),
+                where=place,
+            )
+        return at + shown
+
+    def _behind_header(self, text: str, at: int) -> int:
+        """`at`, moved behind the role's header where a template gives it with the answer only."""
+        header = self.shape.header
+        ignores_flag = not self.shape.opening and header.strip() and text.startswith(header, at)
+        return at + len(header) if ignores_flag else at
+
+    def _history_end(self, history: str, text: str, chat: Chat, index: int, after: int) -> int:
+        """Where the message before `index` ends in the text, found by its own words and what follows them; or -1.
+
+        For templates such as Mistral's, which move the system prompt or the tools to the last question.
+        """
+        said = position(history, chat.messages[index - 1]["content"], last=True) if index else None
+        if said is None:
+            return -1
+        at = text.find(history[said[0] :], after)
+        return at + len(history) - said[0] if at >= 0 else -1
+
+    def _shown_opening(self, text: str, at: int) -> int:
+        """How much of the generation prompt stands in the text at `at`, in whole lines and special tokens.
+
+        "assistant\\n<think>\\n" is offered to the model, but earlier turns are shown without their thoughts.
+        """
+        opening = self.shape.opening
+        shared = _shared_prefix(text[at : at + len(opening)], opening)
+        if shared == len(opening):
+            return shared
+        breaks = (*self._template.tokens, "\n")
+        ends = (found + len(item) for item in breaks if (found := opening.rfind(item, 0, shared)) >= 0)
+        return max(ends, default=0)
+
+    def _end(self, text: str, start: int, limit: int, chat: Chat, index: int, place: str) -> int:
+        """Where the turn ends that begins at `start`, in text that has no later assistant turn before `limit`."""
+        message = chat.messages[index]
+        is_last = index == len(chat.messages) - 1
+        verbatim = self._verbatim_end(text, start, message, is_last=is_last)
+        if verbatim is not None:
+            return verbatim
+        shown = look(text, (start, limit), message).end
+        whole = len(text) if is_last else self._history_length(text, start, chat, index, place)
+        if whole is not None:
+            # Nothing but this turn lies before `whole`: its last marker ends it.
+            found = [(at + len(c)) for c in self.shape.closings if c and (at := text.rfind(c, shown, whole)) >= 0]
+            return max(found, default=whole if is_last else start + len(text[start:whole].rstrip()))
+        found = [(at + len(c)) for c in self.shape.closings if c and (at := text.find(c, shown, limit)) >= 0]
+        if found:
+            return min(found)
+        header = self.shape.next_headers.get(chat.messages[index + 1]["role"], "")
+        at = text.find(header, shown, limit) if header else -1
+        if at < 0:
+            raise DataError(
+                "the chat template rewrites an assistant turn and ends it with no marker, "
+                + UNTELLABLE.format(what="it ends"),
+                where=place,
+            )
+        return at
+
+    def _verbatim_end(self, text: str, start: int, message: Message, *, is_last: bool) -> int | None:
+        """The end of a turn that is shown word for word: the usual case, and without a further rendering."""
+        content = message["content"]
+        body = content.strip()
+        if not body or message.get("tool_calls"):
+            return None
+        begin = start + len(self.shape.header) if text.startswith(self.shape.header, start) else start
+        begin += len(text[begin:]) - len(text[begin:].lstrip()) if text[begin : begin + 1].isspace() else 0
+        if not text.startswith(body, begin):
+            return None
+        end = begin + len(body)
+        for kept in (content[len(content.rstrip()) :], ""):
+            for closing in self.shape.closings:
+                if text.startswith(kept + closing, end):
+                    return end + len(kept + closing)
+        # A marker that comes only at the end of a conversation.
+        return end if not is_last and not self.shape.inner_closing else None
+
+    def _history_length(self, text: str, start: int, chat: Chat, index: int, place: str) -> int | None:
+        """How much of the text the messages up to `index` take; None where they are shown differently alone."""
+        try:
+            alone = self._template.render(chat.messages[: index + 1], chat.tools, place).text
+        except DataError:
+            return None
+        return len(alone) if text.startswith(alone) and len(alone) > start else None
+
+
+def _ends_with(message: Message, closers: tuple[str, ...]) -> bool:
+    return message["role"] == "assistant" and message["content"].rstrip().endswith(closers)
+
+
+def _learn_shape(template: ChatTemplate) -> Shape:
+    """What the template puts around messages. Raises DataError for one that shows no answer."""
+    question: Message = {"role": "user", "content": QUESTION}
+    answer: Message = {"role": "assistant", "content": ANSWER}
+    lead: list[Message] = []
+    tools: list[Any] | None = None
+    try:
+        text, marks = template.render([question, answer], None, template.where)
+    except DataError:  # some templates insist on a system prompt, or on tools
+        lead, tools = [{"role": "system", "content": "Hi"}], [TOOL]
+        text, marks = template.render([*lead, question, answer], tools, template.where)
+
+    def shown(*messages: Message, generation_prompt: bool = False) -> str:
+        try:
+            return template.render([*lead, *messages], tools, template.where, generation_prompt=generation_prompt).text
+        except DataError:
+            return ""
+
+    before, found, after = text.partition(ANSWER)
+    if not found:
+        raise DataError("the chat template leaves out the assistant's answer", where=template.where)
+    asked, prompt = shown(question), shown(question, generation_prompt=True)
+    closing = _up_to_first(template.tokens, after)
+    following: Message = {"role": "user", "content": FOLLOWING}
+    later_text = shown(question, answer, following)
+    joint = later_text.partition(ANSWER)[2].partition(FOLLOWING)[0]
+    user_header = _common_suffix(asked.partition(QUESTION)[0], joint)
+    call = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": {KEY: VALUE}}}
+    calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result: Message = {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": FOLLOWING}
+    called = shown(question, calling)
+    tool_header = _difference(called, shown(question, calling, result).partition(FOLLOWING)[0])
+    # Between turns may stand nothing but the next one's header.
+    inner_closing = "" if joint.strip() == user_header.strip() else _up_to_first(template.tokens, joint)
+    call_closing = _last(template.tokens, called.rpartition(VALUE)[2])
+    # Marks inside a macro come with wrong positions (transformers counts only what was printed so far).
+    span = (len(before), len(before) + len(ANSWER))
+    return Shape(
+        opening=prompt[len(asked) :] if prompt.startswith(asked) else "",
+        header=before[len(prompt) :] if before.startswith(prompt) else "",
+        closing=closing,
+        inner_closing=inner_closing,
+        closings=tuple(dict.fromkeys(filter(None, (closing, inner_closing, call_closing)))),
+        next_headers={"user": user_header, "tool": tool_header},
+        before_question=user_header,
+        after_question=prompt.partition(QUESTION)[2],
+        marks=len(marks) == 1 and marks[0][0] <= span[0] and span[1] <= marks[0][1] <= len(text),
+    )
+
+
+def _up_to_first(tokens: tuple[str, ...], trailer: str) -> str:
+    """`trailer` up to its first added token: "</s>" of "</s>\\n". Without one, all but the blanks at its end."""
+    found = [(at, at + len(token)) for token in tokens if (at := trailer.find(token)) >= 0]
+    # At the same place the longest token counts: `tokens` begins with the longest.
+    return trailer[: min(found, key=lambda span: span[0])[1]] if found else trailer.rstrip() or trailer
+
+
+def _last(tokens: tuple[str, ...], trailer: str) -> str:
+    """The last added token in `trailer`, or nothing."""
+    found = [(at + len(token), token) for token in tokens if (at := trailer.rfind(token)) >= 0]
+    return max(found)[1] if found else ""
+
+
+def _common_suffix(one: str, other: str) -> str:
+    shared = _shared_prefix(one[::-1], other[::-1])
+    return one[len(one) - shared :]
+
+
+def _shared_prefix(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _difference(shorter: str, longer: str) -> str:
+    """What `longer` has beyond `shorter`; nothing where it does not begin with it."""
+    return longer[len(shorter) :] if shorter and longer.startswith(shorter) else ""
