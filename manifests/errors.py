@@ -13,7 +13,8 @@
         TeacherError   E-TEACHER         4   a teacher folder, or rows that are not finite
         StudentError   E-STUDENT         4   a student folder
         CacheError     E-CACHE           4   a cache that belongs to something else
-        SpaceError     E-SPACE           4   no room on the disk
+        SpaceError     E-SPACE           4   no room on the disk or in memory
+      InternalError    E-INTERNAL       70   a fault of kdpipe itself; its traceback is in a file
       TemporaryError   E-TEMPORARY      75   preempted, peer gone: run it again
         EngineError    E-ENGINE         75   the teacher's engine died or fell silent; finished shards are kept
       StoppedError     E-INTERRUPTED   130   Ctrl-C: run it again
@@ -101,6 +102,12 @@ class CacheError(InputError):
 
 class SpaceError(InputError):
     code = "E-SPACE"
+
+
+class InternalError(KdpipeError):
+    code = "E-INTERNAL"
+    exit_code = 70
+    ending = "crashed"
 
 
 class TemporaryError(KdpipeError):

@@ -1,7 +1,7 @@
 """The command line: `kdpipe COMMAND ...`, one module a command, imported when that command runs.
 
 Invariant: `--help`, `--version` and the commands that only read records load no torch. Whatever goes wrong that a
-person can answer is one line on stderr and the exit code of its error; a traceback is a bug of ours.
+person can answer is one line on stderr and the exit code of its error; a traceback is a bug of ours and goes to a file.
 """
 
 import errno
@@ -16,10 +16,11 @@ from typing import NoReturn
 import click
 
 from kdpipe.manifests.bus_errors import explain_bus_errors
-from kdpipe.manifests.errors import ConfigError, KdpipeError, SpaceError
+from kdpipe.manifests.errors import ConfigError, InternalError, SpaceError
 from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.specs import full_keys, misspelt_keys
 from kdpipe.pipeline.endings import Terminated, ending
+from kdpipe.pipeline.last_net import crash_of, kept
 from kdpipe.pipeline.streams import lasting_streams
 
 # name -> what `kdpipe --help` says of it; the command is the object `command` in kdpipe.pipeline.commands.NAME.
@@ -88,7 +89,8 @@ def kdpipe(ctx: click.Context) -> None:
     kdpipe train   --student S --cache C --output O
     kdpipe eval    --student O --cache C
 
-    Exit codes: 0 ok, 1 failed check, 2 incomplete, 3 drift, 4 usage or bad input, 75 temporary, 130 interrupted.
+    Exit codes: 0 ok, 1 failed check, 2 incomplete, 3 drift, 4 usage or bad input, 70 a fault of kdpipe, 75 temporary,
+    130 interrupted.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -100,9 +102,12 @@ def guard(run: Callable[[], object]) -> int:
         run()
     except click.exceptions.Exit as done:
         return done.exit_code
-    except (KdpipeError, PermissionError, NotADirectoryError, KeyboardInterrupt, click.Abort) as err:
+    except SystemExit:
+        raise
+    except BaseException as err:  # the last net: a panic in a library's Rust code is none of Exception
         end = ending(KeyboardInterrupt() if isinstance(err, click.Abort) else err)
-        _say(end.error)
+        unforeseen = end.exit_code == InternalError.exit_code and not isinstance(err, InternalError)
+        _say(str(kept(crash_of(err))) if unforeseen else end.error)
         return end.exit_code
     return 0
 

@@ -1,11 +1,12 @@
 """Endings: how a command can end other than well, and what is said of it: exit code, one line, last event."""
 
+import errno
 import os
 from dataclasses import dataclass
 
-from kdpipe.manifests.errors import InputError, KdpipeError, stopped
+from kdpipe.manifests.errors import InputError, InternalError, KdpipeError, SpaceError, stopped
 
-CRASHED = 70
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Terminated(KeyboardInterrupt):
@@ -29,9 +30,34 @@ def ending(err: BaseException, *, kept: str = "", where: object = None) -> Endin
     """How `err` ends a command. kept, where: what of its work is kept, for a signal"""
     if isinstance(err, KeyboardInterrupt):
         err = stopped(getattr(err, "signal_name", "SIGINT"), kept=kept, where=where)
+    if (ours := answered(err)) is not None:
+        return Ending(kind=ours.ending, exit_code=ours.exit_code, error=str(ours))
+    return Ending(kind=InternalError.ending, exit_code=InternalError.exit_code, error=type(err).__name__)
+
+
+def answered(err: BaseException) -> KdpipeError | None:
+    """`err` as an error that a person can answer; None for one that nobody foresaw."""
+    if isinstance(err, KdpipeError):
+        return err
     if isinstance(err, PermissionError | NotADirectoryError):
         reason = os.strerror(err.errno or 0).lower()
-        err = InputError(f"{reason}; get the right to it (chmod, chown) or name another place", where=err.filename)
-    if isinstance(err, KdpipeError):
-        return Ending(kind=err.ending, exit_code=err.exit_code, error=str(err))
-    return Ending(kind="crashed", exit_code=CRASHED, error=type(err).__name__)
+        return InputError(f"{reason}; get the right to it (chmod, chown) or name another place", where=err.filename)
+    if isinstance(err, OSError) and err.errno in NO_ROOM:
+        return SpaceError(
+            f"{os.strerror(err.errno).lower()}; free some room, or set TMPDIR to another disk for files "
+            "that last as long as the command",
+            where=err.filename,
+        )
+    if _is_lack_of_memory(err):
+        return SpaceError(
+            f"memory ran out ({str(err).partition(chr(10))[0] or type(err).__name__}); lower "
+            "train.batch_tokens or --batch-tokens, or ask for more memory"
+        )
+    return None
+
+
+def _is_lack_of_memory(err: BaseException) -> bool:
+    """Python's or torch's, which has a class for GPUs alone."""
+    if isinstance(err, RuntimeError):
+        return type(err).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(err)
+    return isinstance(err, MemoryError)

@@ -12,9 +12,9 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdpipe.manifests import errors
 from kdpipe.manifests.bus_errors import explain_bus_errors
-from kdpipe.manifests.errors import KdpipeError, TemporaryError
+from kdpipe.manifests.errors import InternalError, KdpipeError, TemporaryError
+from kdpipe.pipeline.endings import answered
+from kdpipe.pipeline.last_net import Crash, crash_of, kept
 
 LAUNCHER_LOGS = ("torch.distributed.elastic", "torch.multiprocessing")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
@@ -39,7 +41,7 @@ def launch(function: Callable[..., object], *args: object, nproc: int) -> Any:
 
     The function and its arguments must pickle: a function of a module. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT are in each rank's environment. Raises the first KdpipeError a rank raised, TemporaryError for a rank
-    killed by a signal, KdpipeError with the traceback on stderr for any other exception, KeyboardInterrupt on Ctrl-C.
+    killed by a signal, InternalError that names a file for any other exception, KeyboardInterrupt on Ctrl-C.
     """
     config = LaunchConfig(
         min_nodes=1,
@@ -74,16 +76,16 @@ def _rank(function: Callable[..., object], args: tuple[object, ...], folder: str
     explain_bus_errors(lambda err: _leave_error(Path(folder), err))
     try:
         return function(*args)
-    except KdpipeError as err:
-        _leave_error(Path(folder), err)
-        if isinstance(err, TemporaryError):
-            time.sleep(BYSTANDER_S)
-        sys.exit(err.exit_code)
     except Exception as err:
-        # The boundary of the process: nobody above could show this traceback, and only one rank's is wanted.
-        _leave(Path(folder), {"traceback": traceback.format_exc(), "message": repr(err)})
-        time.sleep(BYSTANDER_S)
-        sys.exit(1)
+        # The boundary of the process: nobody above could keep this traceback, and only one rank's is wanted.
+        ours = answered(err)
+        if ours is None:
+            _leave(Path(folder), {"crash": asdict(crash_of(err))})
+        else:
+            _leave_error(Path(folder), ours)
+        if ours is None or isinstance(ours, TemporaryError):
+            time.sleep(BYSTANDER_S)
+        sys.exit(InternalError.exit_code if ours is None else ours.exit_code)
 
 
 def _leave_error(folder: Path, err: KdpipeError) -> None:
@@ -107,7 +109,7 @@ def _verdict(folder: Path, rank: int, exitcode: int) -> BaseException:
     words = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda word: word["time"])
     ours = [word for word in words if "class" in word]
     ours.sort(key=lambda word: word["class"] == TemporaryError.__name__)  # stable: by time, lost peers last
-    bugs = [word for word in words if "traceback" in word]
+    bugs = [word for word in words if "crash" in word]
     if ours and ours[0]["class"] != TemporaryError.__name__:
         return _rebuilt(ours[0])
     if exitcode == -signal.SIGINT:
@@ -121,8 +123,8 @@ def _verdict(folder: Path, rank: int, exitcode: int) -> BaseException:
     if ours:
         return _rebuilt(ours[0])
     if bugs:
-        print(bugs[0]["traceback"], end="", file=sys.stderr)
-        return KdpipeError(f"{bugs[0]['message']}: a bug, its traceback is above", where=f"rank {bugs[0]['rank']}")
+        crash = Crash(**bugs[0]["crash"])
+        return kept(replace(crash, summary=f"rank {bugs[0]['rank']}: {crash.summary}"))
     return KdpipeError(f"ended with exit code {exitcode} and no message", where=f"rank {rank}")
 
 

@@ -156,11 +156,6 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err == "E-INTERRUPTED: stopped by SIGINT; run the same command again\n"
 
 
-def test_a_bug_shows_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        cli.guard(lambda: 1 // 0)
-
-
 def printing(
     *args: object, stdout: int | IO[str] = subprocess.PIPE, stderr: int | IO[str] = subprocess.PIPE
 ) -> subprocess.Popen[str]:

@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kdpipe.manifests.errors import CorruptError, DataError, KdpipeError, TemporaryError
+from kdpipe.manifests.errors import CorruptError, DataError, InternalError, TemporaryError
 from kdpipe.pipeline.launch import _threads, launch
 
 pytestmark = pytest.mark.timeout(120)
@@ -85,12 +86,16 @@ def test_a_mapped_file_cut_under_a_rank_is_named(run: Launch, tmp_path: Path) ->
     assert caught.value.where == str(tmp_path / "rows")
 
 
-def test_a_bug_in_a_rank_shows_its_traceback_once(
-    run: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_bug_in_a_rank_leaves_its_traceback_in_one_file(
+    run: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(KdpipeError, match="rank 0: ZeroDivisionError"):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    with pytest.raises(InternalError, match="rank 0: ZeroDivisionError: the loss of nothing"):
         run("bug")
-    assert capfd.readouterr().err.count("Traceback") == 1
+    assert capfd.readouterr().err == ""
+    (report,) = (tmp_path / "tmp").glob("kdpipe-crash-*.txt")
+    assert "in bug\n" in report.read_text()
     assert_no_rank_left(tmp_path)
 
 
