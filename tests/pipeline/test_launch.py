@@ -113,5 +113,5 @@ def test_a_signal_to_the_launcher_ends_every_rank(tmp_path: Path, number: signal
         _, err = process.communicate(timeout=60)
     assert process.returncode == code
     if number == signal.SIGINT:
-        assert err == "interrupted\n"
+        assert err == "E-INTERRUPTED: stopped by SIGINT; run the same command again\n"
     assert_no_rank_left(tmp_path)
