@@ -18,6 +18,7 @@ import numpy as np
 
 from kdpipe.manifests.durable import disk_error, open_regular
 from kdpipe.manifests.errors import CorruptError, KdpipeError, LayoutError
+from kdpipe.manifests.made_with import repair
 from kdpipe.manifests.specs import Io
 
 
@@ -90,7 +91,9 @@ class ReadFile:
             while at < len(data):
                 came = os.preadv(descriptor, [data[at:].data], begin + at)
                 if not came:
-                    raise CorruptError(f"it ends at byte {begin + at} while it is read", where=self._path)
+                    raise CorruptError(
+                        f"it ends at byte {begin + at} while it is read", where=self._path, hint=_repair(self._path)
+                    )
                 at += came
         except OSError as err:
             raise disk_error(err, self._path) from err
@@ -126,9 +129,14 @@ def _open(path: Path, num_bytes: int) -> int:
     try:
         descriptor = open_regular(path)
     except FileNotFoundError:
-        raise CorruptError("committed, but the file is gone; look with kdpipe cache verify", where=path) from None
+        raise CorruptError("committed, but the file is gone", where=path, hint=_repair(path)) from None
     size = os.fstat(descriptor).st_size
     if size != num_bytes:
         os.close(descriptor)
-        raise LayoutError(f"{size} bytes, the plan says {num_bytes}", where=path)
+        raise LayoutError(f"{size} bytes, the plan says {num_bytes}", where=path, hint=_repair(path))
     return descriptor
+
+
+def _repair(path: Path) -> str:
+    """A file lies in a folder of its cache."""
+    return repair(path.parent.parent)

@@ -11,6 +11,7 @@ own. Format: FORMAT.md.
 
 import contextlib
 import os
+import shlex
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ import xxhash
 from kdpipe.manifests.access import most_mappings, open_bytes
 from kdpipe.manifests.durable import open_regular
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
+from kdpipe.manifests.made_with import extract_again, last_extraction, repair
 from kdpipe.manifests.plan import GROWN, Plan, Samples, read_plan
 from kdpipe.manifests.provenance import digest_stream
 from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
@@ -135,8 +137,9 @@ class Cache:
         done = len(self.committed())
         if done < len(self.plan.shards):
             raise IncompleteError(
-                f"{done} of {len(self.plan.shards)} shards are extracted; run the same kdpipe extract again",
+                f"{done} of {len(self.plan.shards)} shards are extracted",
                 where=self.path,
+                hint=extract_again(self.path),
             )
 
     def num_tokens(self) -> np.ndarray:
@@ -163,13 +166,11 @@ class Cache:
         try:
             descriptor = open_regular(path)
         except FileNotFoundError:
-            raise IncompleteError(
-                "the teacher's head is missing; run the same kdpipe extract again", where=path
-            ) from None
+            raise IncompleteError("the teacher's head is missing", where=path, hint=extract_again(self.path)) from None
         size = os.fstat(descriptor).st_size
         os.close(descriptor)
         if not size:
-            raise LayoutError("an empty file", where=path)
+            raise LayoutError("an empty file", where=path, hint=repair(self.path))
         buffer = open_bytes(path, size, self.io).read(0, size)
         found, metadata = parse(buffer.data, path)
         record, digest = self.plan.head, metadata.get("xxh3_128", "")
@@ -180,10 +181,11 @@ class Cache:
                 f"not the head PLAN.json describes: {record.dtype}, {shape[0]} x {shape[1]}, "
                 f"{'a' if record.has_bias else 'no'} bias",
                 where=path,
+                hint=repair(self.path),
             )
-        came, planned = xxhash.xxh3_128_hexdigest(buffer.data), self.plan.teacher_files.get(HEAD_FILE)
-        if came != planned:
-            raise CorruptError(f"xxh3-128 {came}, PLAN.json says {planned}", where=path)
+        actual, planned = xxhash.xxh3_128_hexdigest(buffer.data), self.plan.teacher_files.get(HEAD_FILE)
+        if actual != planned:
+            raise CorruptError(f"xxh3-128 {actual}, PLAN.json says {planned}", where=path, hint=repair(self.path))
         arrays = {name: tensor.view(buffer) for name, tensor in layout.tensors.items()}
         return HeadArrays(weight=arrays["weight"], bias=arrays.get("bias"))
 
@@ -194,11 +196,11 @@ class Cache:
         """
         found = teacher_files(self.teacher_folder, but=HEAD_FILE)
         for name, planned in sorted(self.plan.teacher_files.items()):
-            came, where = found.get(name), self.teacher_folder / name
-            if came is None and name != HEAD_FILE:
-                raise IncompleteError("it is missing; run the same kdpipe extract again", where=where)
-            if came is not None and came != planned:
-                raise CorruptError(f"xxh3-128 {came}, PLAN.json says {planned}", where=where)
+            actual, where = found.get(name), self.teacher_folder / name
+            if actual is None and name != HEAD_FILE:
+                raise IncompleteError("it is missing", where=where, hint=extract_again(self.path))
+            if actual is not None and actual != planned:
+                raise CorruptError(f"xxh3-128 {actual}, PLAN.json says {planned}", where=where, hint=repair(self.path))
 
     def num_bytes(self) -> int:
         """Bytes of the files in the cache, without the unfinished ones of writers at work."""
@@ -232,7 +234,13 @@ class Cache:
             "heldout_fraction": plan.heldout_fraction,
             "num_heldout": int(self.heldout().sum()),
             "counts": plan.counts,
+            "made_with": self._made_with(),
         }
+
+    def _made_with(self) -> dict[str, object] | None:
+        """The last extraction, as a hint: the cache may have moved, and its teacher and data too."""
+        made = last_extraction(self.path)
+        return None if made is None else {"command": shlex.join(made.argv), "folder": made.folder, **made.paths}
 
 
 def teacher_files(folder: Path, *, but: str | None = None) -> dict[str, str]:

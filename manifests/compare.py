@@ -25,7 +25,7 @@ class Comparison:
 
     rows_equal: share of the rows that are the same bit for bit
     mean_distance, worst_distance: over all rows
-    worst_sample, worst_row: where the worst is; -1 where no two rows differ
+    worst_sample, worst_row: where the worst is; None where no two rows differ
     heads_equal: whether both hold the same lm_head, so that equal rows mean equal logits
     """
 
@@ -34,8 +34,8 @@ class Comparison:
     rows_equal: float
     mean_distance: float
     worst_distance: float
-    worst_sample: int
-    worst_row: int
+    worst_sample: int | None
+    worst_row: int | None
     heads_equal: bool
 
 
@@ -51,7 +51,8 @@ def compare(first: Cache, second: Cache, advance: Callable[[int], None] = lambda
     if first.plan.head.hidden_size != second.plan.head.hidden_size:
         widths = f"{first.plan.head.hidden_size} and {second.plan.head.hidden_size}"
         raise CacheError(f"rows are {widths} wide; not of the same teacher", where=second.path)
-    equal, total, worst, place = 0, 0.0, 0.0, (-1, -1)
+    equal, total, worst = 0, 0.0, 0.0
+    place: tuple[int | None, int | None] = (None, None)
     for sample, (ours, theirs) in enumerate(zip(first, second, strict=True)):
         same_ids = np.array_equal(ours.token_ids, theirs.token_ids)
         if not (same_ids and np.array_equal(ours.supervised, theirs.supervised)):

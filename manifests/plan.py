@@ -33,6 +33,7 @@ PLAN_FILE = "PLAN.json"
 MAX_PLAN_BYTES = 32 << 20
 """Some 300,000 shards of 64 MiB."""
 SAMPLES_FILE = "samples.arrow"
+SAMPLES_HINT = "it says which sample is where: put it back from a copy, or extract into another folder"
 GROWN = "grown"
 FOLDERS = ("shards", "commits", "claims", "tmp", "runs", "teacher")
 SHARD_TOKENS = 65536
@@ -343,7 +344,9 @@ class Samples:
         try:
             return self._readers[generation].get_batch(index - self._first[generation])
         except (OSError, pa.ArrowException) as err:
-            raise LayoutError(f"not readable as Arrow: {err}", where=self.paths[generation]) from None
+            raise LayoutError(
+                f"not readable as Arrow: {err}", where=self.paths[generation], hint=SAMPLES_HINT
+            ) from None
 
     def column(self, name: str) -> np.ndarray:
         """A fixed-width column of all samples as one array: content_id as uint8 [N, 16], the others as they are.
@@ -392,10 +395,10 @@ class Samples:
             expected += [(path, before.samples_digest), (path.with_name(PLAN_FILE), before.plan)]
         for path, digest in expected:
             with open(open_regular(path), "rb") as file:
-                came = hashlib.file_digest(file, "sha256").hexdigest()
-            if came != digest:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != digest:
                 newest = plan_folder(Path(), self.plan.generation) / PLAN_FILE
-                raise CorruptError(f"sha256 {came}, {newest} says {digest}", where=path)
+                raise CorruptError(f"sha256 {found}, {newest} says {digest}", where=path, hint=SAMPLES_HINT)
         self._good = True
 
 
@@ -404,9 +407,9 @@ def _open_samples(path: Path, num_shards: int, io: Io) -> pa.ipc.RecordBatchFile
         os.close(open_regular(path))  # arrow would wait for ever at a pipe
         reader = pa.ipc.open_file(pa.memory_map(str(path)) if io == "mmap" else pa.OSFile(str(path)))
     except (OSError, pa.ArrowException) as err:
-        raise LayoutError(f"not readable as Arrow: {err}", where=path) from None
+        raise LayoutError(f"not readable as Arrow: {err}", where=path, hint=SAMPLES_HINT) from None
     if reader.schema != SCHEMA:
-        # The columns that came are not named: in a damaged file their names need not be text.
+        # The columns that were found are not named: in a damaged file their names need not be text.
         raise LayoutError(f"its columns are not {', '.join(SCHEMA.names)}", where=path)
     if reader.num_record_batches != num_shards:
         raise LayoutError(f"{reader.num_record_batches} record batches, PLAN.json says {num_shards} shards", where=path)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.record import Record, read_record
 from kdpipe.manifests.specs import RunSpec
 
@@ -63,6 +64,8 @@ class RunRecord(Record):
     metrics: dict[str, int | float]
     files: dict[str, WrittenFile]
     """The student's files, by their names in the folder."""
+    made_with: MadeWith | None = None
+    """The command that made it, for people; compared with nothing."""
 
 
 class CheckpointRecord(Record):

@@ -36,6 +36,7 @@ from kdpipe.manifests.durable import (
 )
 from kdpipe.manifests.errors import CorruptError, DriftError, IncompleteError, LayoutError
 from kdpipe.manifests.failpoints import failpoint
+from kdpipe.manifests.made_with import extract_again, repair
 from kdpipe.manifests.plan import Plan
 from kdpipe.manifests.record import Record, first_problem
 from kdpipe.manifests.sample import ID_BYTES, SampleView
@@ -217,16 +218,17 @@ def read_commit(folder: Path, plan: Plan, index: int) -> Commit:
         data = read_small(path, MAX_COMMIT_BYTES)
         record = Commit.model_validate_json(data)
     except FileNotFoundError:
-        raise IncompleteError("not extracted yet; run the same kdpipe extract again", where=path) from None
+        raise IncompleteError("not extracted yet", where=path, hint=extract_again(folder)) from None
     except ValidationError as err:
-        raise LayoutError(f"not a commit record: {first_problem(err)}", where=path) from None
+        raise LayoutError(f"not a commit record: {first_problem(err)}", where=path, hint=repair(folder)) from None
     if canonical(record.model_dump()) != data:
-        raise LayoutError("it was edited after it was written", where=path)
+        raise LayoutError("it was edited after it was written", where=path, hint=repair(folder))
     expected = plan.digest_in(index)
     if record.shard != index or record.plan != expected:
         raise LayoutError(
             f"it is for shard {record.shard} of plan {record.plan}, expected shard {index} of {expected}",
             where=path,
+            hint=repair(folder),
         )
     return record
 
@@ -260,7 +262,7 @@ class Shard:
     """A committed shard, open for reading; mapped, it stays so for as long as the object lives."""
 
     def __init__(self, folder: Path, plan: Plan, index: int, io: Io = "mmap", *, good: bytearray | None = None) -> None:
-        self.path = shard_path(folder, index)
+        self.path, self._cache = shard_path(folder, index), folder
         commit = read_commit(folder, plan, index)
         self.layout = shard_layout(plan, index, commit.digest)
         self.digest = commit.digest
@@ -268,16 +270,13 @@ class Shard:
             raise LayoutError(
                 f"it says {commit.num_bytes} bytes, the plan says {self.layout.num_bytes}",
                 where=commit_path(folder, index),
+                hint=repair(folder),
             )
         self._file = open_bytes(self.path, self.layout.num_bytes, io)
         header = self._file.read(0, self.layout.body).tobytes()
         if header != self.layout.header:
             at = next(i for i, (a, b) in enumerate(zip(header, self.layout.header, strict=True)) if a != b)
-            raise CorruptError(
-                f"header differs from what the plan and the commit record say at byte {at}; look with kdpipe cache "
-                "verify",
-                where=self.path,
-            )
+            raise self.corrupt(f"header differs from what the plan and the commit record say at byte {at}")
         tensors = self.layout.tensors
         self._hidden_at, self._checked_to = tensors["hidden"].begin, tensors["crc32c"].begin
         self._crc = self._file.read(self._checked_to, self.layout.num_bytes).view(np.uint32)
@@ -295,6 +294,10 @@ class Shard:
         self._dtype = DTYPES[tensors["hidden"].dtype]
         self._row_bytes = self._width * self._dtype.itemsize
         self._mapped = None if io == "pread" else tensors["hidden"].view(self._file.read(0, self._checked_to))
+
+    def corrupt(self, what: str) -> CorruptError:
+        """The error for damage in this shard."""
+        return CorruptError(what, where=self.path, hint=repair(self._cache))
 
     def sample(self, index: int) -> SampleView:
         """The sample at `index` within this shard, with all its rows; blocks are checked on first touch."""
@@ -341,10 +344,9 @@ class Shard:
             start = body + block * BLOCK
             found = crc32c.crc32c(data[start - low : start - low + BLOCK])
             if found != self._crc[block]:
-                raise CorruptError(
+                raise self.corrupt(
                     f"bytes {start}-{min(start + BLOCK, stop) - 1} do not match their checksum "
-                    f"(crc32c {found:08x}, recorded {int(self._crc[block]):08x})",
-                    where=self.path,
+                    f"(crc32c {found:08x}, recorded {int(self._crc[block]):08x})"
                 )
             self.good[block] = 1
             block = self.good.find(0, block, last + 1)
@@ -359,7 +361,7 @@ class Shard:
         found.update(self._file.read(self._checked_to, self.layout.num_bytes).data)
         digest = found.hexdigest()
         if digest != self.digest:
-            raise CorruptError(f"digest {digest}, the commit record says {self.digest}", where=self.path)
+            raise self.corrupt(f"digest {digest}, the commit record says {self.digest}")
         if samples is None:
             return
         ids = np.frombuffer(samples.column("content_id").buffers()[1], np.uint8)[: self.sample_ids.size]
@@ -370,4 +372,4 @@ class Shard:
             and np.array_equal(self.sample_ids.reshape(-1), ids)
         )
         if not agree:
-            raise CorruptError("its ids, masks or row counts are not those of samples.arrow", where=self.path)
+            raise self.corrupt("its ids, masks or row counts are not those of samples.arrow")

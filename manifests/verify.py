@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.durable import QUARANTINE, disk_error, open_regular, put_aside, read_small, sweep
 from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError, KdpipeError, LayoutError
+from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.plan import PLAN_FILE, plan_folder
 from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import MAX_COMMIT_BYTES, Commit, Shard, blocks, commit_path, shard_path
@@ -101,9 +102,7 @@ def _plan_named(cache: Cache, number: int) -> str:
 def _check_shard(cache: Cache, number: int, level: Level, against_samples: bool) -> None:
     if not commit_path(cache.path, number).exists():
         # linked, not committed: a writer is at work or was killed; extract settles it
-        raise IncompleteError(
-            "not extracted yet; run the same kdpipe extract again", where=shard_path(cache.path, number)
-        )
+        raise IncompleteError("not extracted yet", where=shard_path(cache.path, number), hint=extract_again(cache.path))
     shard = Shard(cache.path, cache.plan, number, cache.io)  # size, header, tables
     if level == "quick":
         begin, end = next(blocks(shard.layout))
@@ -120,12 +119,12 @@ def _check_rows(shard: Shard, *, every: bool) -> None:
         view = shard.sample(index)
         wanted = len(row_positions(view.supervised, every=every))
         if len(view.rows) != wanted:
-            raise CorruptError(f"sample {index} of it has {len(view.rows)} rows, its mask {wanted}", where=shard.path)
+            raise shard.corrupt(f"sample {index} of it has {len(view.rows)} rows, its mask {wanted}")
     for first in range(0, shard.num_rows, FINITE_ROWS):
         rows = shard.rows(first, min(first + FINITE_ROWS, shard.num_rows))
         bad = np.flatnonzero(~np.isfinite(rows.astype(np.float32)).all(1))
         if len(bad):
-            raise CorruptError(f"row {first + int(bad[0])} is not finite", where=shard.path)
+            raise shard.corrupt(f"row {first + int(bad[0])} is not finite")
 
 
 def repair(cache: Cache, level: Level = "full") -> list[Finding]:
@@ -135,14 +134,8 @@ def repair(cache: Cache, level: Level = "full") -> list[Finding]:
     """
     damaged = [finding for finding in examine(cache, level) if finding.damaged]
     for finding in damaged:
-        if finding.part == "plan" and finding.error is not None:
+        if finding.part in ("plan", "samples") and finding.error is not None:
             raise finding.error
-        if finding.part == "samples":
-            raise CorruptError(
-                f"{finding.error.args[0] if finding.error else ''}; it says which sample is where, so nothing here can "
-                "be trusted: extract into another folder",
-                where=finding.error.where if finding.error else None,
-            )
     for finding in damaged:
         if isinstance(finding.part, int):
             put_aside(cache.path, commit_path(cache.path, finding.part), shard_path(cache.path, finding.part))

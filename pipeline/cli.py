@@ -128,7 +128,7 @@ def _invoke(args: list[str]) -> None:
             signal.signal(number, _terminate)
     # Not kdpipe.main(): it prints usage over several lines, exits with 2 and swallows KeyboardInterrupt.
     try:
-        with kdpipe.make_context("kdpipe", args) as ctx:
+        with kdpipe.make_context("kdpipe", args, obj=("kdpipe", *args)) as ctx:
             kdpipe.invoke(ctx)
     except click.NoSuchOption as err:
         place = err.ctx.command_path if err.ctx else "kdpipe"

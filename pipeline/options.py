@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from kdpipe.manifests.made_with import MadeWith, made_with
 from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.provenance import SHORTEST_DIGEST
 from kdpipe.manifests.specs import DataSpec, RunSpec, load
@@ -138,6 +139,11 @@ class NameValue(click.ParamType):
         if not (name and equals):
             self.fail(f"'{value}' is not NAME=VALUE", param, ctx)
         return name.replace("-", "_"), text
+
+
+def this_command(**named: Path | tuple[Path, ...] | None) -> MadeWith:
+    """The command line as it was typed, and what it names, by option."""
+    return made_with(click.get_current_context().find_root().obj or (), **named)
 
 
 def stack(*decorators: Decorator) -> Decorator:

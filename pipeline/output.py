@@ -7,10 +7,16 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from kdpipe.manifests.provenance import SHORTEST_DIGEST
+
+MOST_LINES = 50
+"""Of a list in a listing."""
+DIGEST = re.compile(r"[0-9a-f]{32,64}")
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -53,7 +59,10 @@ def show(record: Mapping[str, object], *, as_json: bool) -> None:
 
 
 def listing(record: Mapping[str, object]) -> str:
-    """Two aligned columns, one entry a line; nested records are spelled out: "settings rows    all"."""
+    """Two aligned columns, one entry a line; nested records are spelled out: "settings rows    all".
+
+    A list has a line for each entry, and a digest is cut short: JSON has all of it.
+    """
     rows = list(_flat(record, ""))
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
@@ -64,6 +73,10 @@ def _flat(record: Mapping[str, object], prefix: str) -> Iterator[tuple[str, str]
         name = f"{prefix} {key}".strip().replace("_", " ")
         if isinstance(value, Mapping):
             yield from _flat(value, name)
+        elif isinstance(value, list | tuple):
+            yield from ((name if not at else "", _text(name, entry)) for at, entry in enumerate(value[:MOST_LINES]))
+            if len(value) > MOST_LINES:
+                yield "", f"... and {len(value) - MOST_LINES:,} more, all with --json"
         else:
             yield name, _text(name, value)
 
@@ -77,6 +90,8 @@ def _text(name: str, value: object) -> str:
         return human_bytes(value)
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, str) and DIGEST.fullmatch(value):
+        return value[:SHORTEST_DIGEST]
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -16,6 +16,7 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import disk_error, fsync_folder
 from kdpipe.manifests.errors import ConfigError, CorruptError, SpaceError, StudentError
 from kdpipe.manifests.failpoints import failpoint
+from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_model, num_bytes
 from kdpipe.manifests.run import CHECKPOINT_FILE, RUN_FILE, RunInputs, RunRecord, read_run
@@ -51,6 +52,7 @@ class TrainJob:
     trust: digest of the student's own code that may run, or its start; None where it brings none
     resume: "auto" goes on from the newest good checkpoint in output, "never" starts again, a path goes on from there
     group: number of the Unix group that may read the output
+    made_with: the command, as the finished student's record keeps it for people
     """
 
     student: Path
@@ -62,6 +64,7 @@ class TrainJob:
     trust: str | None = None
     resume: str = "auto"
     group: int | None = None
+    made_with: MadeWith | None = None
 
 
 def check_job(job: TrainJob, nproc: int) -> None:

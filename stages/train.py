@@ -380,6 +380,7 @@ class Run:
             num_skipped=self.num_skipped,
             metrics=metrics,
             files={},
+            made_with=self.job.made_with,
         )
         if self.rank == 0:
             usual_modes(scratch)

@@ -1,15 +1,18 @@
 """kdpipe cache info|verify|repair|gc|compare: from the files alone, without torch; only --recompute runs a teacher."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.compare import TOLERANCE, compare
 from kdpipe.manifests.durable import QUARANTINE
-from kdpipe.manifests.errors import CheckFailed, ConfigError, DriftError, IncompleteError
+from kdpipe.manifests.errors import CheckFailed, ConfigError, DriftError, IncompleteError, KdpipeError
+from kdpipe.manifests.made_with import extract_again
+from kdpipe.manifests.made_with import repair as way_out
 from kdpipe.manifests.specs import Io
 from kdpipe.manifests.verify import Finding, Level, collect_garbage, examine, repair
 from kdpipe.pipeline.options import PATH, Finite, io_option, json_option, trust_option
@@ -19,6 +22,8 @@ from kdpipe.pipeline.progress import EventLog, watch
 if TYPE_CHECKING:
     from kdpipe.stages.extract.recompute import Recomputed
 
+BEYOND_REPAIR = ("plan", "samples")
+"""Parts that say what all the others are: without them nothing can be made again in its place."""
 cache_argument = click.argument("cache", type=PATH, metavar="CACHE")
 
 
@@ -94,7 +99,8 @@ def verify(
     shards = [finding for finding in findings if isinstance(finding.part, int)]
     errors = [finding.error for finding in findings if finding.error is not None]
     errors.sort(key=lambda error: not isinstance(error, CheckFailed))
-    told: dict[str, object] = {
+    damage = [error for error in errors if isinstance(error, CheckFailed)]
+    result: dict[str, object] = {
         "ok": not errors,
         "level": level,
         "shards": len(shards),
@@ -102,18 +108,21 @@ def verify(
         "shards_missing": sum(isinstance(finding.error, IncompleteError) for finding in shards),
         "determinism": opened.plan.engine.determinism,
     }
-    if errors:
-        told |= {"error": str(errors[0]), "problems": [str(error) for error in errors]}
+    if errors and as_json:
+        result |= {"error": str(errors[0]), "problems": [str(error) for error in errors]}
+    elif damage:
+        result |= {"problems": [error.without_hint() for error in damage]}
     again = None
     if recompute is not None and teacher is not None and not errors:
         again = _recomputed(opened, teacher, recompute, tp, trust)
-        told |= {"ok": again.worst_distance <= again.bound, "recomputed": dataclasses.asdict(again)}
-    show(told, as_json=as_json)
-    damage = [error for error in errors if isinstance(error, CheckFailed)]
-    for error in damage[1:]:
-        click.echo(str(error), err=True)
+        recomputed = dataclasses.asdict(again)
+        result |= {
+            "ok": again.worst_distance <= again.bound,
+            "recomputed": recomputed if as_json else in_words(recomputed),
+        }
+    show(result, as_json=as_json)
     if damage:
-        raise damage[0]
+        raise _verdict(cache, damage, findings)
     if errors:  # something is missing: a file of the teacher's, or shards
         opened.head()
         opened.check_teacher_files()
@@ -124,6 +133,23 @@ def verify(
             f"{again.bound:g}); is the engine another, or were the rows wrong from the start?",
             where=cache,
         )
+
+
+def _verdict(cache: Path, damage: Sequence[KdpipeError], findings: Sequence[Finding]) -> KdpipeError:
+    """The error that ends `verify` where there is damage: its problems were printed, so this is the way out of them."""
+    beyond = next((finding.error for finding in findings if finding.damaged and finding.part in BEYOND_REPAIR), None)
+    if beyond is not None:
+        return beyond
+    names = sorted({Path(str(error.where)).name for error in damage})
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return type(damage[0])(f"damaged: {shown}", where=cache, hint=way_out(cache))
+
+
+def in_words(found: dict[str, Any]) -> dict[str, object]:
+    """A comparison for a person: how many rows of how many are equal, and no place where nothing differs."""
+    equal, total = round(found["rows_equal"] * found["num_rows"]), found["num_rows"]
+    words: dict[str, object] = {"rows_equal": f"{equal:,} of {total:,} bit for bit"}
+    return found | words
 
 
 def _recomputed(opened: Cache, teacher: Path, count: int, tp: int, trust: str | None) -> "Recomputed":
@@ -162,11 +188,11 @@ def repair_cache(cache: Path, level: Level, as_json: bool) -> None:
     opened = Cache.open(cache)
     with watch("cache repair", EventLog(None)):
         damaged = repair(opened, level)
-    show({"put_aside": len(damaged), "problems": [str(finding.error) for finding in damaged]}, as_json=as_json)
+    problems = [finding.error.without_hint() for finding in damaged if finding.error is not None]
+    show({"put_aside": len(damaged)} | ({"problems": problems} if problems or as_json else {}), as_json=as_json)
     if damaged:
-        raise IncompleteError(
-            f"{len(damaged)} damaged parts are in {QUARANTINE}/; run the same kdpipe extract again", where=cache
-        )
+        what = "1 damaged part is" if len(damaged) == 1 else f"{len(damaged)} damaged parts are"
+        raise IncompleteError(f"{what} in {QUARANTINE}/ now", where=cache, hint=extract_again(cache))
 
 
 @command.command("gc")
@@ -209,7 +235,8 @@ def compare_caches(cache: Path, other: Path, tolerance: float | None, as_json: b
         progress.begin("compare", total=first.plan.num_rows, unit="rows")
         found = compare(first, second, progress.advance)
         progress.end()
-    show(dataclasses.asdict(found) | {"tolerance": bound}, as_json=as_json)
+    result = dataclasses.asdict(found)
+    show((result if as_json else in_words(result)) | {"tolerance": bound}, as_json=as_json)
     if not found.worst_distance <= bound:
         raise DriftError(
             f"row {found.worst_row} of sample {found.worst_sample} is {found.worst_distance:.1e} from that of {cache} "

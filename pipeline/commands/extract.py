@@ -22,6 +22,7 @@ from kdpipe.pipeline.options import (
     kept_group,
     run_options,
     run_spec,
+    this_command,
     trust_option,
 )
 from kdpipe.pipeline.output import results_only, show
@@ -132,7 +133,9 @@ def command(
     )
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.jsonl"
     log = EventLog(cache / "runs" / name, after=cache / PLAN_FILE, once="plan")
-    with results_only(), watch("extract", log, where=cache, kept=lambda: _kept(cache), part=part) as progress:
+    typed = this_command(teacher=teacher, data=data, cache=cache).model_dump()
+    run_log = watch("extract", log, where=cache, kept=lambda: _kept(cache), part=part, made_with=typed)
+    with results_only(), run_log as progress:
         made = extract(spec, cache, progress, part=part)
     show(made.info(), as_json=as_json)
 

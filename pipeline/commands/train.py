@@ -20,6 +20,7 @@ from kdpipe.pipeline.options import (
     kept_group,
     run_options,
     run_spec,
+    this_command,
     trust_option,
 )
 from kdpipe.pipeline.output import results_only, show
@@ -110,6 +111,7 @@ def command(
         trust=trust,
         resume=resume,
         group=kept_group(group, output),
+        made_with=this_command(student=student, cache=caches, output=output),
     )
     with results_only():
         check_job(job, nproc)
@@ -128,7 +130,9 @@ def train_rank(job: "TrainJob") -> dict[str, object]:
     if os.environ.get("RANK", "0") != "0":
         return train(job, Silent())
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    with lasting_streams(), watch("train", _events(job), where=job.output, num_ranks=num_ranks) as progress:
+    made = None if job.made_with is None else job.made_with.model_dump()
+    run = watch("train", _events(job), where=job.output, num_ranks=num_ranks, made_with=made)
+    with lasting_streams(), run as progress:
         return train(job, progress)
 
 

@@ -33,7 +33,7 @@ class Recomputed:
     """How far the teacher's answer of now is from the cache's; distances are |a - b| / |a| of whole rows.
 
     rows_equal: share of the rows that are the same bit for bit
-    worst_sample: where the worst is; -1 where no two rows differ
+    worst_sample: where the worst is; None where no two rows differ
     bound: what another machine or number of threads may change
     """
 
@@ -41,7 +41,7 @@ class Recomputed:
     num_rows: int
     rows_equal: float
     worst_distance: float
-    worst_sample: int
+    worst_sample: int | None
     bound: float
 
 
@@ -128,7 +128,8 @@ def _batches(cache: Cache, samples: Sequence[int], probe_every: int, scratch: Sc
 
 
 def _compared(cache: Cache, requests: Sequence[Request]) -> Recomputed:
-    equal, num_rows, worst, place = 0, 0, 0.0, -1
+    equal, num_rows, worst = 0, 0, 0.0
+    place: int | None = None
     for request in requests:
         distance = row_distance(cache.stored_rows(request.sample), request.target.array)
         equal, num_rows = equal + int((distance == 0.0).sum()), num_rows + len(distance)

@@ -17,6 +17,7 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.claims import Claims, sweep_claims
 from kdpipe.manifests.durable import QUARANTINE, put_aside
 from kdpipe.manifests.errors import CheckFailed, CorruptError, GateError
+from kdpipe.manifests.made_with import repair
 from kdpipe.manifests.plan import PLAN_FILE, Plan, Samples
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import row_positions
@@ -40,7 +41,6 @@ PROBES = 3
 """Rows of a sample whose log-probability is recomputed: the first, one between, the last."""
 SEED_STRIDE = 1_000_003
 """Between the draws of two seeds: odd, so that other samples are probed inside."""
-REPAIR = "kdpipe cache repair puts it aside, the same extract then makes it again"
 CANARIES = 3
 CANARY_TOKENS = 64
 
@@ -83,9 +83,9 @@ def require_whole(plan: Plan, cache: Path) -> None:
         try:
             found, wanted = path.stat().st_size, shard_layout(plan, number, NO_DIGEST).num_bytes
         except FileNotFoundError:
-            raise CorruptError(f"committed, but the file is gone; {REPAIR}", where=path) from None
+            raise CorruptError("committed, but the file is gone", where=path, hint=repair(cache)) from None
         if found != wanted:
-            raise CorruptError(f"{found:,} bytes, the plan says {wanted:,}; {REPAIR}", where=path)
+            raise CorruptError(f"{found:,} bytes, the plan says {wanted:,}", where=path, hint=repair(cache))
 
 
 def fill(cache: Cache, engine: TeacherEngine, head: Head, progress: Progress, todo: Sequence[int]) -> None:

@@ -48,6 +48,9 @@ def test_two_students_from_one_cache(bench: Bench, main: Main, tmp_path: Path) -
         events = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]
         assert [event["kind"] for event in events].count("step") == trained["num_steps"]
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        made = json.loads((tmp_path / name / "kdpipe.json").read_text())["made_with"]
+        assert made["argv"][:4] == ["kdpipe", "train", "--student", str(bench.student)]
+        assert made["paths"]["cache"] == [str(cache)]
     keys = {
         "heldout_kl",
         "heldout_reverse_kl",
@@ -62,6 +65,9 @@ def test_two_students_from_one_cache(bench: Bench, main: Main, tmp_path: Path) -
     assert scores["kd"]["num_tokens"] == scores["ce"]["num_tokens"]
     code, out, _ = main("cache", "verify", cache, "--json")
     assert (code, found(out)["ok"]) == (0, True)
+    made = found(main("cache", "info", cache, "--json")[1])["made_with"]
+    assert (made["teacher"], made["data"]) == ([str(bench.teacher)], [str(bench.data)])
+    assert made["command"].startswith(f"kdpipe extract --teacher {bench.teacher}")
 
 
 def test_two_ranks_train_the_student_of_one(bench: Bench, main: Main, tmp_path: Path) -> None:

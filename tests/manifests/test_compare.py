@@ -40,7 +40,7 @@ def cache(tmp_path: Path) -> Path:
 
 def test_a_cache_equals_itself(cache: Path) -> None:
     found = compare(Cache.open(cache), Cache.open(cache))
-    assert (found.rows_equal, found.mean_distance, found.worst_distance, found.worst_row) == (1.0, 0.0, 0.0, -1)
+    assert (found.rows_equal, found.mean_distance, found.worst_distance, found.worst_row) == (1.0, 0.0, 0.0, None)
     assert found.heads_equal
     assert found.num_rows == Cache.open(cache).plan.num_rows > 0
 
@@ -54,6 +54,7 @@ def test_rounding_is_measured_and_a_wrong_row_is_named(cache: Path, tmp_path: Pa
     assert (code, out.count("\n")) == (3, 1)
     assert err.splitlines()[-1].startswith(f"E-DRIFT {wrong}: row ")
     found = compare(Cache.open(cache), Cache.open(wrong))
+    assert found.worst_sample is not None
     bad = Cache.open(wrong)[found.worst_sample].rows[found.worst_row]
     assert np.array_equal(bad, random_rows(Cache.open(wrong).plan, 0)[4])
     assert main("cache", "compare", cache, wrong, "--tolerance", "9")[0] == 0

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -240,6 +241,30 @@ def test_verify_exits_1_on_damage_and_2_on_missing_shards(main: Main, cache: Pat
     code, out, err = main("cache", "verify", cache, "--json")
     assert (code, json.loads(out)["ok"], json.loads(out)["shards_good"]) == (1, False, 1)
     assert "000001.safetensors" in err.splitlines()[-1]
+    code, out, err = main("cache", "verify", cache)
+    assert (out + err).count("do not match their checksum") == 1, "each problem once"
+    assert re.search(r"^problems +E-CORRUPT \S+000001\.safetensors: ", out, re.MULTILINE)
+    assert "[" not in out
+    code, out, err = main("cache", "repair", cache)
+    assert (code, out.count("E-CORRUPT"), "repair" in out) == (2, 1, False)
+
+
+def test_damage_names_the_way_out_wherever_it_is_found(main: Main, cache: Path) -> None:
+    path = shard_path(cache, 1)
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:-1])
+    for words in (["cache", "compare", cache, cache], ["cache", "verify", cache, "--quick"]):
+        code, _, err = main(*words)
+        assert (code, err.count("E-")) == (1, 1)
+        said = f"put it aside with: kdpipe cache repair {cache} ; then run the same kdpipe extract again"
+        assert said in err.splitlines()[-1]
+
+
+def test_an_equal_cache_shows_how_many_rows_are_equal_and_no_worst_one(main: Main, cache: Path) -> None:
+    _, out, _ = main("cache", "compare", cache, cache)
+    lines = dict(line.split("  ", 1) for line in out.splitlines())
+    assert (lines["rows equal"].strip(), lines["worst sample"].strip()) == ("12 of 12 bit for bit", "-")
+    assert json.loads(main("cache", "compare", cache, cache, "--json")[1])["worst_sample"] is None
 
 
 # What it hands to the stages

@@ -29,6 +29,15 @@ def test_byte_sizes_are_readable(num_bytes: int, text: str) -> None:
     assert human_bytes(num_bytes) == text
 
 
+def test_a_list_of_texts_has_a_line_for_each_and_a_digest_is_short() -> None:
+    assert listing({"problems": ["one", "two"], "fingerprint": "0123456789ab" + "c" * 52}).splitlines() == [
+        "problems     one",
+        "             two",
+        "fingerprint  0123456789ab",
+    ]
+    assert listing({"problems": ["x"] * 60}).splitlines()[-1].strip() == "... and 10 more, all with --json"
+
+
 def test_a_list_has_two_aligned_columns_and_spells_out_nested_records() -> None:
     record = {"num_rows": 12345, "complete": True, "settings": {"codec": "raw"}, "bytes_per_codec": {"raw": 2048}}
     assert listing(record).splitlines() == [
