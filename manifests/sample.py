@@ -52,6 +52,7 @@ IncidentKind = Literal[
     "no_supervised_token",
     "answer_changed",
     "tool_call_left_out",
+    "bad_record",
 ]
 KEPT: frozenset[IncidentKind] = frozenset(
     {
@@ -66,6 +67,8 @@ KEPT: frozenset[IncidentKind] = frozenset(
     }
 )
 """Kinds of incident of a record that becomes a sample all the same."""
+STRICT: frozenset[IncidentKind] = frozenset({*KEPT - {"truncated"}, "answer_changed", "tool_call_left_out"})
+"""Kinds that say that the text which is trained on is not what the record says; --strict makes errors of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +77,7 @@ class Incident:
 
     A record that is left out has one incident that says so, its last; what else is wrong with it has one of each kind.
     So records read = samples + incidents whose `dropped` is true.
-    detail: counts and roles only, never the text of the data
+    detail: counts, roles and reasons only, never the text of the data
     """
 
     source: str

@@ -54,6 +54,12 @@ class DataSpec(Spec):
     """Which tokens are targets: every assistant turn, the last one, the completion, or every token."""
     heldout_fraction: Fraction = 0.05
     """Share of the samples kept out of training for evaluation, chosen by each sample's content."""
+    bad_records: Literal["stop", "skip"] = "stop"
+    """A record that cannot be read ends the command with what is wrong, or is left out, counted and listed in runs/."""
+    max_bad: Fraction = 0.01
+    """Share of the records that may be left out as bad; more of them is an error."""
+    strict: bool = False
+    """A sample whose text is not what its record says is an error, not a count."""
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {

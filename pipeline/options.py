@@ -196,6 +196,23 @@ data_options = stack(
         help=f"Share of the samples kept for evaluation, chosen by content.  [default: {USUAL.heldout_fraction}]",
     ),
     click.option(
+        "--bad-records",
+        type=OneOf(["stop", "skip"]),
+        help="A record that cannot be read ends the command, which shows the first ten, or is left out, counted and "
+        f"listed in CACHE/runs/prepare.jsonl.  [default: {USUAL.bad_records}]",
+    ),
+    click.option(
+        "--max-bad",
+        type=Finite(0, 1),
+        help=f"Share of the records that may be left out as bad.  [default: {USUAL.max_bad}]",
+    ),
+    click.option(
+        "--strict/--no-strict",
+        default=None,
+        help="A sample whose text is not what its record says (the chat template dropped or changed something, nothing "
+        "ends an answer) is an error, not a count.",
+    ),
+    click.option(
         "--rows",
         type=OneOf(["supervised", "all"]),
         default="supervised",

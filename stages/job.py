@@ -17,6 +17,7 @@ from kdpipe.manifests.durable import disk_error, fsync_folder
 from kdpipe.manifests.errors import ConfigError, CorruptError, SpaceError, StudentError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.made_with import MadeWith
+from kdpipe.manifests.plan import Settings
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_model, num_bytes
 from kdpipe.manifests.run import CHECKPOINT_FILE, RUN_FILE, RunInputs, RunRecord, read_run
@@ -184,7 +185,7 @@ def heldout_fraction(spec: RunSpec) -> float | None:
 
 def _check_settings(spec: RunSpec, cache: Cache) -> None:
     """A run file that says how data was to be prepared must say what the cache was made with."""
-    for field in spec.data.model_fields_set - {"heldout_fraction"}:
+    for field in spec.data.model_fields_set & Settings.model_fields.keys():
         asked, made = getattr(spec.data, field), getattr(cache.plan.settings, field)
         if asked != made:
             raise ConfigError(

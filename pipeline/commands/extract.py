@@ -62,6 +62,9 @@ def command(
     overlong: str | None,
     supervise: str | None,
     heldout_fraction: float | None,
+    bad_records: str | None,
+    max_bad: float | None,
+    strict: bool | None,
     rows: RowsChoice,
     dtype: DtypeChoice,
     cache: Path,
@@ -102,6 +105,9 @@ def command(
         overlong=overlong,
         supervise=supervise,
         heldout_fraction=heldout_fraction,
+        bad_records=bad_records,
+        max_bad=max_bad,
+        strict=strict,
     )
     from kdpipe.stages.extract import ExtractSpec, extract  # torch takes seconds: not for --help or a misspelt option
 

@@ -31,6 +31,9 @@ def command(
     overlong: str | None,
     supervise: str | None,
     heldout_fraction: float | None,
+    bad_records: str | None,
+    max_bad: float | None,
+    strict: bool | None,
     rows: RowsChoice,
     dtype: DtypeChoice,
     cache: Path | None,
@@ -57,6 +60,9 @@ def command(
         overlong=overlong,
         supervise=supervise,
         heldout_fraction=heldout_fraction,
+        bad_records=bad_records,
+        max_bad=max_bad,
+        strict=strict,
     )
     student_params = None if student is None else count_parameters(student)
     from kdpipe.stages.extract import ExtractSpec, forecast  # torch takes seconds: not for --help or a misspelt option

@@ -53,6 +53,8 @@ from kdpipe.stages.teacher.head import head_record
 CUDA_BATCH_TOKENS = 16384
 SMALL_FILES = 16 << 20
 """Bytes kept free for tokenizer, plan and logs."""
+NAMES, NAME_CHARS = 50, 60
+"""Of columns that are not read, as many are named, at such a length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +118,9 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     info = describe_teacher(spec.teacher, spec.dtype, spec.options.trust)
     tokenizer = teacher_tokenizer(spec, progress)
     incidents: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     num_samples = num_tokens = num_rows = num_heldout = 0
-    for sample in _samples(spec, info, tokenizer, lambda incident: incidents.update([incident.kind]), progress):
+    for sample in _samples(spec, info, tokenizer, lambda incident: incidents.update([incident.kind]), unread, progress):
         num_samples += 1
         num_tokens += len(sample.token_ids)
         num_rows += len(row_positions(sample.supervised, every=spec.rows == "all"))
@@ -135,7 +138,7 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
         hidden_size=info.hidden_size,
         vocab_size=real_vocab_size(spec.teacher, tokenizer, info.head_rows),
         dtype=info.dtype,
-        counts=_counts(num_samples, incidents),
+        counts=_counts(num_samples, incidents, unread),
         bytes_per_codec={"raw": num_rows * info.hidden_size * width + overhead},
         head_bytes=info.head_rows * info.hidden_size * width,
         teacher_params=info.num_params,
@@ -333,13 +336,14 @@ def _write_samples(
         log_name = plan_folder(Path(), present.plan.generation + 1) / log_name
     kept = 0
     incidents: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     with open(folder / "runs" / log_name.name, "x", encoding="utf-8") as log:
 
         def record(incident: Incident) -> None:
             incidents[incident.kind] += 1
             log.write(json.dumps(asdict(incident)) + "\n")
 
-        for sample in _samples(spec, info, tokenizer, record, progress):
+        for sample in _samples(spec, info, tokenizer, record, unread, progress):
             if (highest := int(sample.token_ids.max())) >= plan.head.vocab_size:
                 raise DataError(
                     f"token id {highest} ({tokenizer.convert_ids_to_tokens(highest)}) has no row in the lm_head, "
@@ -352,7 +356,7 @@ def _write_samples(
             # The name alone: the same data from another place is the same cache.
             writer.add(replace(sample, source=Path(sample.source).name))
     shards = writer.close()
-    counts = _counts(kept, incidents)
+    counts = _counts(kept, incidents, unread)
     for kind, count in sorted(incidents.items()):
         what = kind.replace("_", " ")
         progress.note(f"{count} of {counts['read']} samples {what}: see {log_name} in the cache")
@@ -366,12 +370,24 @@ def _samples(
     info: TeacherInfo,
     tokenizer: PreTrainedTokenizerBase,
     record: Callable[[Incident], None],
+    unread: Counter[str],
     progress: Progress,
 ) -> Iterator[Sample]:
-    """Every sample of the data. Raises DataError for one that is longer than the teacher takes."""
+    """Every sample of the data, its records counted in `unread` by what they hold that is not read.
+
+    Raises DataError for a sample that is longer than the teacher takes.
+    """
     progress.begin("prepare", total=None, unit="samples")
-    stops = stop_ids(spec.teacher)
-    for sample in prepare(spec.data, tokenizer, spec.data_spec, on_incident=record, stop_ids=stops):
+    prepared = prepare(
+        spec.data,
+        tokenizer,
+        spec.data_spec,
+        on_incident=record,
+        stop_ids=stop_ids(spec.teacher),
+        on_note=progress.note,
+        unread=unread,
+    )
+    for sample in prepared:
         if info.max_positions is not None and len(sample.token_ids) > info.max_positions:
             raise DataError(
                 f"{len(sample.token_ids)} tokens, the teacher takes {info.max_positions} (max_position_embeddings); "
@@ -381,11 +397,24 @@ def _samples(
         progress.advance(1)
         yield sample
     progress.end()
+    if unread:
+        listed = ", ".join(f"{name} ({count:,})" for name, count in sorted(_shown(unread).items()))
+        progress.note(f"not read, with the number of records that have it: {listed}")
 
 
-def _counts(num_samples: int, incidents: Counter[str]) -> dict[str, int]:
+def _counts(num_samples: int, incidents: Counter[str], unread: Counter[str]) -> dict[str, int]:
     dropped = sum(count for kind, count in incidents.items() if kind not in KEPT)
-    return {"read": num_samples + dropped, "kept": num_samples, **dict(sorted(incidents.items()))}
+    left = {f"not read: {name}": count for name, count in _shown(unread).items()}
+    return {"read": num_samples + dropped, "kept": num_samples, **dict(sorted(incidents.items())), **left}
+
+
+def _shown(unread: Counter[str]) -> dict[str, int]:
+    """The names as a log can take them, the first of a great many: a data file may name its columns as it likes."""
+    shown: Counter[str] = Counter()
+    for number, (name, count) in enumerate(sorted(unread.items())):
+        safe = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:NAME_CHARS])
+        shown[safe if number < NAMES else "further columns"] += count
+    return dict(shown)
 
 
 def _total(shards: tuple[ShardPlan, ...], field: str) -> int:

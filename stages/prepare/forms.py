@@ -114,7 +114,10 @@ def read_form(record: RawRecord, unread: set[str] | None = None) -> Form:
 
     The names of columns, and of keys of messages, that hold something and are not read are added to `unread`.
     """
+    if record.error is not None:
+        raise record.error
     reading = Reading(place=record.place, unread=set() if unread is None else unread)
+    reading.unread.update(record.unread)
     # What is read is taken out of `left`; what stays says nothing, says the same, or is refused.
     left = {name: value for name, value in record.fields.items() if value is not None}
     asked = [column for column in ("prompt", "instruction") if column in left]
@@ -134,10 +137,10 @@ def read_form(record: RawRecord, unread: set[str] | None = None) -> Form:
 
 
 def _unrecognised(record: RawRecord) -> DataError:
-    columns = list(record.fields)
+    columns = [*record.fields, *record.unread]
     problem = "no known form of record"
     near = ""
-    nulls = [column for column in columns if column in FORM_COLUMNS and record.fields[column] is None]
+    nulls = [column for column in columns if column in FORM_COLUMNS and record.fields.get(column) is None]
     if nulls:
         near = f"; '{nulls[0]}' is null"
     else:

@@ -16,7 +16,7 @@ from kdpipe.manifests.errors import DataError
 
 CHUNK_BYTES = 1 << 18
 BLANK = re.compile(r"[ \t\r\n]*")
-DECODER = json.JSONDecoder()
+LONGEST_NUMBER = 4300  # digits that Python reads; beside it stands a column of somebody else
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,24 +28,40 @@ class JsonValue:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A value of a file that has no like in JSON; `kind` is what it is there."""
+
+    kind: str
+
+
 def kind_of(value: object) -> str:
     """What a JSON value is, for an error message that must not show the value."""
     if value is None:
         return "null"
+    if isinstance(value, Unreadable):
+        return value.kind
     if isinstance(value, bool):
         return "true or false"
     names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
 
 
+def _whole_number(digits: str) -> int | Unreadable:
+    return int(digits) if len(digits) <= LONGEST_NUMBER else Unreadable(f"a number of {len(digits):,} digits")
+
+
+DECODER = json.JSONDecoder(parse_int=_whole_number)
+
+
 def parse_object(text: str, place: str) -> dict[str, Any]:
     """The one JSON object that `text` is. Raises DataError at `place` for anything else."""
     try:
-        value = json.loads(text)
+        value = DECODER.decode(text)
     except json.JSONDecodeError as err:
         raise DataError(f"not JSON: {err.msg} at column {err.pos + 1}", where=place) from None
-    except (ValueError, RecursionError) as err:  # a number of thousands of digits; brackets nested too deep
-        raise DataError(f"not JSON that can be read: {err}", where=place) from None
+    except RecursionError:
+        raise DataError("not JSON that can be read: brackets are nested too deep", where=place) from None
     if not isinstance(value, dict):
         raise DataError(f"expected an object, found {kind_of(value)}", where=place)
     return value
@@ -122,8 +138,8 @@ class _Window:
                     self.advance(err.pos - self._at)
                     raise self.error(f"not JSON: {err.msg}") from None
                 num_bytes *= 2
-            except (ValueError, RecursionError) as err:
-                raise self.error(f"not JSON that can be read: {err}") from None
+            except RecursionError:
+                raise self.error("not JSON that can be read: brackets are nested too deep") from None
             else:
                 self.advance(end - self._at)
                 return value

@@ -342,7 +342,7 @@ def test_a_template_that_refuses_a_conversation_is_an_error_with_its_place(kit: 
     tokenizer.chat_template = refusal + kit.template("chatml", marked=False)
     path = write([turns("q", "a"), turns("secret", "a", system="secret")])
     message = (
-        r"data\.jsonl:2: the chat template refuses this conversation \(roles system, user, assistant\): no system role$"
+        r"data\.jsonl:2: the chat template refuses this conversation \(roles system, user, assistant\): no system role;"
     )
     with pytest.raises(DataError, match=message):
         run(path, tokenizer)
