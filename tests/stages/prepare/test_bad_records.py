@@ -100,7 +100,8 @@ def test_a_record_that_the_template_refuses_can_be_skipped(kit: Any, write: Writ
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     tokenizer.chat_template = refusal + kit.template("chatml", marked=False)
     path = write([GOOD, {"system": "be brief", **GOOD}, GOOD])
-    samples, [incident] = run(path, tokenizer, bad_records="skip", max_bad=0.5)
+    samples, incidents = run(path, tokenizer, bad_records="skip", max_bad=0.5)
+    [incident] = [each for each in incidents if each.kind == "bad_record"]
     assert [sample.line for sample in samples] == [1, 3]
     assert "no system role" in incident.detail
 
