@@ -29,6 +29,7 @@ from kdpipe.stages.student import (
     load_teacher_head,
     pick_device,
     probe_text,
+    require_context,
 )
 
 
@@ -105,6 +106,7 @@ def evaluate_student(
     _, members = rows.split(heldout_fraction)
     if not len(members):
         raise ConfigError("no sample of this cache is held out; give a larger --heldout-fraction", where=cache)
+    require_context(student, rows, members, trust)
     place = pick_device(device)
     precision = checkpoint_dtype(student, trust) if dtype == "auto" else getattr(torch, dtype)
     model = Student(load_student(student, precision, place, trust))

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kdpipe.manifests.cache import Cache
@@ -32,7 +33,7 @@ from kdpipe.stages.checkpoint import (
 from kdpipe.stages.feed import Feed, Rows
 from kdpipe.stages.loss import find_divergence
 from kdpipe.stages.models.own_code import allowed_code
-from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device
+from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device, require_context
 
 EVENTS = "events.jsonl"
 FOLDERS = {UNFINISHED, CHECKPOINTS}
@@ -79,6 +80,7 @@ def check_job(job: TrainJob, nproc: int) -> None:
     for cache in rows.caches:
         check_student(job.student, cache, job.trust)
         _check_settings(job.spec, cache)
+    require_context(job.student, rows, np.arange(len(rows.num_tokens)), job.trust)
     find_divergence(job.spec.loss.divergence).resolve(job.spec.loss.options)
     training, _ = rows.split(heldout_fraction(job.spec))
     if not len(training):

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.durable import canonical, disk_error, fsync_tree, make_folder, usual_modes, write_once
 from kdpipe.manifests.errors import CheckFailed, ConfigError, SpaceError, StudentError, TemporaryError
@@ -44,7 +43,6 @@ from kdpipe.stages.student import (
     TeacherHead,
     check_student,
     checkpoint_dtype,
-    export,
     load_student,
     load_teacher_head,
     pick_device,
@@ -52,6 +50,7 @@ from kdpipe.stages.student import (
     reduce_gradients,
     shard,
 )
+from kdpipe.stages.student.export import companions, export
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_SKIPPED = 20
@@ -143,10 +142,10 @@ class Run:
         self.job, self.rows, self.device, self.rank, self.world_size = job, rows, device, rank, world_size
         self.inputs = run_inputs(job, rows)
         require_agreement(self.inputs, device)
-        self.tokenizer: PreTrainedTokenizerBase = check_student(job.student, rows.caches[0], job.trust)
+        tokenizer = check_student(job.student, rows.caches[0], job.trust)
+        code = allowed_code(job.student, job.trust, StudentError)
         # As they are now: what is exported is what was trained, whatever becomes of the folder meanwhile.
-        self.code = allowed_code(job.student, job.trust, StudentError)
-        self.stored_dtype = checkpoint_dtype(job.student, job.trust)
+        self.beside = companions(job.student, tokenizer, rows.caches[0], checkpoint_dtype(job.student, job.trust), code)
         self.teacher: TeacherHead = load_teacher_head(rows.caches[0], device)
         model = load_student(job.student, torch.float32, device, job.trust)
         if spec.grad_checkpointing:
@@ -251,6 +250,8 @@ class Run:
         progress.event(
             "start", num_steps=self.num_steps, steps_per_epoch=self.feed.steps_per_epoch, ranks=self.world_size
         )
+        for note in self.beside.notes:
+            progress.note(note)
         if self.student.padded:
             progress.note("this model's layers cannot tell packed samples apart: batches are padded")
         total = epoch_tokens * self.num_steps // self.feed.steps_per_epoch
@@ -370,7 +371,7 @@ class Run:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         try:
-            export(self.student, self.tokenizer, scratch, self.stored_dtype, rank=self.rank, code=self.code)
+            export(self.student, self.beside, scratch, rank=self.rank)
         except (OSError, SafetensorError) as err:
             raise SpaceError(f"the student could not be written: {err}", where=output) from err
         record = RunRecord(

@@ -1,13 +1,11 @@
-"""The student: a causal LM that answers with losses, examined before it is trained and exported after."""
+"""The student: a causal LM that answers with losses, checked and examined before it is trained, exported after."""
 
+from kdpipe.stages.student.check import check_student, checkpoint_dtype, require_context
 from kdpipe.stages.student.exam import probe_text
 from kdpipe.stages.student.student import (
     LOSS_SUMS,
     Student,
     TeacherHead,
-    check_student,
-    checkpoint_dtype,
-    export,
     load_student,
     load_teacher_head,
     loss_arguments,
@@ -22,12 +20,12 @@ __all__ = [
     "TeacherHead",
     "check_student",
     "checkpoint_dtype",
-    "export",
     "load_student",
     "load_teacher_head",
     "loss_arguments",
     "pick_device",
     "probe_text",
     "reduce_gradients",
+    "require_context",
     "shard",
 ]

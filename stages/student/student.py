@@ -14,25 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError, StudentError
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.causal_lm import (
     logit_formula,
-    save_tokenizer,
-    vocabulary_difference,
-    vocabulary_digest,
 )
 from kdpipe.stages.feed import PackedBatch
 from kdpipe.stages.loss import Head, TokenMetrics, fused_distill_loss, token_metrics
 from kdpipe.stages.models.backbone import packed_hidden
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.models.own_code import NO_CODE, OwnCode
 from kdpipe.stages.student.exam import examine
 
 LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked")
@@ -75,50 +70,9 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def check_student(folder: Path, cache: Cache, trust: str | None = None) -> PreTrainedTokenizerBase:
-    """Whether the student in `folder` can learn from the cache; its tokenizer.
-
-    trust: digest of the folder's own code that may run
-    Raises StudentError for a folder without config or weights, a tokenizer that is not the cache's, a vocabulary too
-    small for the cache's ids.
-    """
-    model = ModelFolder(folder, StudentError, trust)
-    model.examine()
-    size = model.config.get_text_config().vocab_size
-    if size < cache.plan.head.vocab_size:
-        raise StudentError(
-            f"its vocabulary has {size} ids, the cache's has {cache.plan.head.vocab_size}; "
-            "enlarge its embedding (resize_token_embeddings) or pick a student of the teacher's family",
-            where=folder,
-        )
-    tokenizer = model.tokenizer
-    if vocabulary_digest(tokenizer) == cache.plan.vocabulary_digest:
-        return tokenizer
-    if difference := vocabulary_difference(tokenizer, _cached_tokenizer(cache)):
-        raise StudentError(
-            f"its tokenizer is not that of {cache.path}: {difference}; a student must use the teacher's tokenizer",
-            where=folder,
-        )
-    return tokenizer
-
-
-def _cached_tokenizer(cache: Cache) -> PreTrainedTokenizerBase:
-    """The teacher's, from the cache: its vocabulary alone, for which a teacher's own code is not needed."""
-    cache.check_teacher_files()
-    return PreTrainedTokenizerFast(tokenizer_file=str(cache.teacher_folder / "tokenizer.json"))
-
-
 def load_student(folder: Path, dtype: torch.dtype, device: torch.device, trust: str | None = None) -> PreTrainedModel:
     """The model with its weights in `dtype` on `device`."""
-    model = ModelFolder(folder, StudentError, trust).load(dtype, device)
-    model.config.use_cache = False
-    return model
-
-
-def checkpoint_dtype(folder: Path, trust: str | None = None) -> torch.dtype:
-    """The dtype the student's own weights are stored in; float32 where its config does not say."""
-    config = ModelFolder(folder, StudentError, trust).config
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return ModelFolder(folder, StudentError, trust).load(dtype, device)
 
 
 class Student(torch.nn.Module):
@@ -239,37 +193,3 @@ def reduce_gradients(student: Student, wanted: bool) -> None:
     """Whether the next backward pass sums gradients over ranks, or keeps them for the next micro-batch."""
     assert isinstance(student, FSDPModule)
     student.set_requires_gradient_sync(wanted)
-
-
-def export(
-    student: Student,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    dtype: torch.dtype,
-    *,
-    rank: int,
-    code: OwnCode = NO_CODE,
-) -> None:
-    """Write the student as from_pretrained loads it, weights in `dtype`. Every rank calls it; rank 0 writes.
-
-    code: the student's own, which goes with it: the digest that allows it is the same as before
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(student, options=options)
-    if rank == 0:
-        model = student.model
-        state = {
-            name.removeprefix("model."): tensor.to(dtype)
-            for name, tensor in weights.items()
-            if isinstance(tensor, torch.Tensor)
-        }
-        for tied in model.all_tied_weights_keys:
-            # Cast, the two names of a tied tensor no longer share memory, by which save_pretrained would know them.
-            del state[tied]
-        model.config.use_cache = True
-        model.save_pretrained(str(folder), state_dict=state)
-        # save_pretrained writes the dtype the model has in memory, float32, whatever it was given to save.
-        model.config.dtype = dtype
-        model.config.save_pretrained(str(folder))
-        save_tokenizer(tokenizer, folder)
-        code.write(folder)

@@ -1,7 +1,5 @@
 """A student sees each packed sample as if it were alone, and shards without changing a gradient."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,17 +7,14 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import Bench
-from tests.models import make_model, make_tokenizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import CorruptError, IncompleteError, KdpipeError, LayoutError, StudentError
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed import PackedBatch, Packer, Rows
 from kdpipe.stages.student import (
     Student,
-    check_student,
     load_student,
     load_teacher_head,
     shard,
@@ -87,49 +82,6 @@ def test_swapping_two_samples_rows_changes_the_loss(bench: Bench) -> None:
     batch.teacher_rows.copy_(batch.teacher_rows.flip(0))
     wrong = gradients(student, [batch], bench, LOSSES[0])["loss"]
     assert abs(wrong - right) > 1e-4 * abs(right)
-
-
-def test_student_of_another_tokenizer_is_refused_naming_the_first_difference(bench: Bench, tmp_path: Path) -> None:
-    make_tokenizer(make_model("llama", tmp_path, vocab_size=320), vocab_size=280)
-    with pytest.raises(StudentError, match=r"tokenizer is not that of .*: id 280 is None to the student"):
-        check_student(tmp_path, Cache.open(bench.cache))
-
-
-def test_student_with_too_small_a_vocabulary_is_refused(bench: Bench, tmp_path: Path) -> None:
-    make_tokenizer(make_model("llama", tmp_path, vocab_size=290))
-    with pytest.raises(StudentError, match="290 ids, the cache's has 300"):
-        check_student(tmp_path, Cache.open(bench.cache))
-
-
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_student_folder_that_lacks_a_part_is_refused(missing: str, bench: Bench, tmp_path: Path) -> None:
-    make_tokenizer(make_model("llama", tmp_path, vocab_size=320))
-    (tmp_path / missing).unlink()
-    with pytest.raises(StudentError) as caught:
-        check_student(tmp_path, Cache.open(bench.cache))
-    assert caught.value.exit_code == 4
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("how", "error"), [("missing", IncompleteError), ("changed", CorruptError), ("a pipe", LayoutError)]
-)
-def test_a_caches_tokenizer_that_is_not_what_was_written_is_named(
-    how: str, error: type[KdpipeError], bench: Bench, tmp_path: Path
-) -> None:
-    """It is read where a student's vocabulary is not the teacher's to the last token."""
-    cache = shutil.copytree(bench.cache, tmp_path / "cache")
-    path = cache / "teacher" / "tokenizer.json"
-    before = path.read_text()
-    path.unlink()
-    if how == "changed":
-        path.write_text(before.replace("0", "1", 1))
-    elif how == "a pipe":
-        os.mkfifo(path)
-    other = make_tokenizer(make_model("llama", tmp_path / "student", vocab_size=320), vocab_size=290)
-    with pytest.raises(error) as caught:
-        check_student(other, Cache.open(cache))
-    assert caught.value.where == str(path)
 
 
 def test_an_exam_leaves_the_parameters_sharded(bench: Bench) -> None:

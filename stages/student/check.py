@@ -1,0 +1,105 @@
+"""Check: what is found wrong with a student, for its caches, without a weight being read.
+
+Its folder, tokenizer and vocabulary; the ids that pad and stop a text; how it generates; how long a text it reads.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import StudentError
+from kdpipe.stages.causal_lm import context_of, vocabulary_difference, vocabulary_digest
+from kdpipe.stages.feed import Rows
+from kdpipe.stages.models.folder import ModelFolder
+
+IDS = ("pad_token_id", "eos_token_id")
+"""Config fields that name ids which end up in a batch or end a text."""
+
+
+def check_student(folder: Path, cache: Cache, trust: str | None = None) -> PreTrainedTokenizerBase:
+    """Whether the student in `folder` can learn from the cache; its tokenizer.
+
+    trust: digest of the folder's own code that may run
+    Raises StudentError for a folder without config or weights, a tokenizer that is not the cache's, a vocabulary too
+    small for the cache's ids, ids outside of it, a generation config that does not load.
+    """
+    model = ModelFolder(folder, StudentError, trust)
+    model.examine()
+    size = model.config.get_text_config().vocab_size
+    if size < cache.plan.head.vocab_size:
+        raise StudentError(
+            f"its vocabulary has {size} ids, the cache's has {cache.plan.head.vocab_size}; "
+            "enlarge its embedding (resize_token_embeddings) or pick a student of the teacher's family",
+            where=folder,
+        )
+    _check_ids(model.config, folder / "config.json", size)
+    _check_generation(folder, size)
+    tokenizer = model.tokenizer
+    if vocabulary_digest(tokenizer) == cache.plan.vocabulary_digest:
+        return tokenizer
+    if difference := vocabulary_difference(tokenizer, _cached_tokenizer(cache)):
+        raise StudentError(
+            f"its tokenizer is not that of {cache.path}: {difference}; a student must use the teacher's tokenizer",
+            where=folder,
+        )
+    return tokenizer
+
+
+def require_context(folder: Path, rows: Rows, members: np.ndarray, trust: str | None = None) -> None:
+    """Every one of the samples must fit the student's context. Raises StudentError with how many do not."""
+    context = context_of(ModelFolder(folder, StudentError, trust).config)
+    lengths = rows.num_tokens[members]
+    if context is None or not len(lengths) or lengths.max() <= context.tokens:
+        return
+    caches = ", ".join(str(cache.path) for cache in rows.caches)
+    raised = f", or raise {context.field} in its config.json if it is to learn longer texts" if context.rotary else ""
+    raise StudentError(
+        f"its context is {context.tokens} tokens ({context.field}), {(lengths > context.tokens).sum()} of the "
+        f"{len(lengths)} samples of {caches} are longer, up to {lengths.max()}; extract with --max-length "
+        f"{context.tokens} into another cache, or take a student with a longer context{raised}",
+        where=folder,
+    )
+
+
+def checkpoint_dtype(folder: Path, trust: str | None = None) -> torch.dtype:
+    """The dtype the student's own weights are stored in; float32 where its config does not say."""
+    config = ModelFolder(folder, StudentError, trust).config
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def _cached_tokenizer(cache: Cache) -> PreTrainedTokenizerBase:
+    """The teacher's, from the cache: its vocabulary alone, for which a teacher's own code is not needed."""
+    cache.check_teacher_files()
+    return PreTrainedTokenizerFast(tokenizer_file=str(cache.teacher_folder / "tokenizer.json"))
+
+
+def _check_generation(folder: Path, vocab_size: int) -> None:
+    """What save_pretrained would refuse (a temperature without sampling) is no fault: the file is exported as it is."""
+    path = folder / GENERATION_CONFIG_NAME
+    if not path.is_file():
+        return
+    try:
+        config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as err:
+        # transformers checks some fields and trips over others: OSError, ValueError, TypeError, AttributeError.
+        cause = " ".join(f"{err}".split())
+        raise StudentError(f"it does not load: {cause}; mend it, or remove the file", where=path) from err
+    _check_ids(config, path, vocab_size)
+
+
+def _check_ids(config: Any, path: Path, vocab_size: int) -> None:
+    """-1 stands for no id in old configs."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for field in IDS:
+        value = getattr(text, field, None)
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and (not isinstance(each, int) or not -1 <= each < vocab_size):
+                raise StudentError(
+                    f"{field} is {each!r}, the student's vocabulary has {vocab_size} ids; set one of them, or null",
+                    where=path,
+                )

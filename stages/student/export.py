@@ -1,0 +1,217 @@
+"""Export: the trained student as from_pretrained loads it, with all that lay beside its weights.
+
+    folder -> Companions (bytes, read before the first step) -> export -> weights + companions
+
+Invariant: a file that training has no reason to change is written byte for byte as it was when the run began, whatever
+becomes of the folder meanwhile. Changed are the chat template, to the one that the cache's data was rendered with, and
+the ids at which generation stops, to which those are added that the student learns to end its turns with.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.stages.models.own_code import NO_CODE, OwnCode
+from kdpipe.stages.student.student import Student
+
+TOKENIZER_FILES = (
+    FULL_TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    ADDED_TOKENS_FILE,
+    CHAT_TEMPLATE_FILE,
+    f"{CHAT_TEMPLATE_DIR}/*.jinja",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+)
+"""Patterns of what tokenizers of all kinds read."""
+
+SHARDS_SAMPLED = 8
+SAMPLED = 32
+"""Samples of a shard that are looked at for the tokens their answers end with."""
+STOP_SHARE = 0.05
+"""Of the answers that end with a special token: fewer are cut off there by chance."""
+
+
+class Sampled(NamedTuple):
+    """Token ids [n] of a sample and which of them are targets."""
+
+    ids: np.ndarray
+    supervised: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Companions:
+    """What is exported beside the weights.
+
+    files: by name in the folder
+    stop_ids: that the student learns to end its answers with
+    dtype: of the weights
+    code: the student's own, which goes with it: the digest that allows it is the same as before
+    notes: what of it is not as it was in the student's folder, a line each
+    """
+
+    files: Mapping[str, bytes]
+    stop_ids: tuple[int, ...]
+    dtype: torch.dtype
+    code: OwnCode = NO_CODE
+    notes: tuple[str, ...] = ()
+
+
+def companions(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, cache: Cache, dtype: torch.dtype, code: OwnCode = NO_CODE
+) -> Companions:
+    """Those of the student in `folder`, which has this tokenizer and is trained on the cache."""
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for pattern in (*TOKENIZER_FILES, GENERATION_CONFIG_NAME)
+        for path in folder.glob(pattern)
+        if path.is_file()
+    }
+    samples = _sampled(cache)
+    notes = []
+    stop_ids = trained_stops(samples, tokenizer)
+    stated = _stated_stops(files, folder)
+    if missing := [each for each in stop_ids if each not in stated]:
+        names = ", ".join(f"{tokenizer.convert_ids_to_tokens(each)} ({each})" for each in missing)
+        notes.append(f"the exported student stops at {names} too, which it is trained to end its answers with")
+    if (template := _trained_template(cache, tokenizer, samples)) is not None:
+        _replace_template(files, template)
+        notes.append("the exported student has the chat template of the cache, which is not its folder's")
+    return Companions(files=files, stop_ids=stop_ids, dtype=dtype, code=code, notes=tuple(notes))
+
+
+def export(student: Student, beside: Companions, folder: Path, *, rank: int) -> None:
+    """Write the student as from_pretrained loads it. Every rank calls it; rank 0 writes. Raises OSError."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(student, options=options)
+    if rank != 0:
+        return
+    model = student.model
+    state = {
+        name.removeprefix("model."): tensor.to(beside.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    for tied in model.all_tied_weights_keys:
+        # Cast, the two names of a tied tensor no longer share memory, by which save_pretrained would know them.
+        del state[tied]
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(str(folder), state_dict=state)
+    finally:
+        model.generation_config = generation
+    # save_pretrained writes the dtype the model has in memory, float32, whatever it was given to save.
+    model.config.dtype = beside.dtype
+    model.config.save_pretrained(str(folder))
+    made = (generation.to_json_string() + "\n").encode() if model.can_generate() else None
+    _write_companions(beside, folder, made)
+
+
+def trained_stops(samples: list[Sampled], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Special tokens that answers end with, most frequent first."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    ends: Counter[int] = Counter()
+    for ids, supervised in samples:
+        last = supervised & ~np.append(supervised[1:], False)
+        ends.update(int(each) for each in ids[last] if int(each) in special)
+    return tuple(each for each, count in ends.most_common() if count >= STOP_SHARE * ends.total())
+
+
+def _sampled(cache: Cache) -> list[Sampled]:
+    """Samples from the beginnings of shards all over the cache."""
+    num_shards = len(cache.plan.shards)
+    found: list[Sampled] = []
+    for index in sorted({place * num_shards // SHARDS_SAMPLED for place in range(SHARDS_SAMPLED)}):
+        batch = cache.samples.shard(index).slice(0, SAMPLED)
+        for ids, supervised in zip(batch.column("token_ids"), batch.column("supervised"), strict=True):
+            found.append(Sampled(ids.values.to_numpy(), supervised.values.to_numpy(zero_copy_only=False)))
+    return found
+
+
+def _stated_stops(files: Mapping[str, bytes], folder: Path) -> set[int]:
+    """Ids at which the student in `folder` stops generating, by its own word."""
+    text = files.get(GENERATION_CONFIG_NAME) or (folder / "config.json").read_bytes()
+    value = json.loads(text).get("eos_token_id")
+    return set(value) if isinstance(value, list) else {value}
+
+
+def _trained_template(
+    cache: Cache, tokenizer: PreTrainedTokenizerBase, samples: list[Sampled]
+) -> dict[str, bytes] | None:
+    """The template files of the cache, where its data went through them and they are not the student's own."""
+    cache.check_teacher_files()
+    files = {
+        path.relative_to(cache.teacher_folder).as_posix(): path.read_bytes()
+        for pattern in (CHAT_TEMPLATE_FILE, f"{CHAT_TEMPLATE_DIR}/*.jinja")
+        for path in cache.teacher_folder.glob(pattern)
+    }
+    if CHAT_TEMPLATE_FILE not in files:
+        return None
+    own = tokenizer.chat_template
+    templates = own if isinstance(own, dict) else {"default": own}
+    theirs = {"default" if name == CHAT_TEMPLATE_FILE else Path(name).stem: text for name, text in files.items()}
+    same = {name: (text or "").encode() for name, text in templates.items()} == theirs
+    return None if same or not _went_through(theirs["default"].decode(), tokenizer, samples) else files
+
+
+def _went_through(template: str, tokenizer: PreTrainedTokenizerBase, samples: list[Sampled]) -> bool:
+    """Whether samples have a special token that the template prints: plain texts go round it."""
+    printed = [token for token in tokenizer.get_added_vocab() if token in template]
+    ids = set(tokenizer.convert_tokens_to_ids(printed))
+    return not ids or any(not ids.isdisjoint(sample.ids.tolist()) for sample in samples)
+
+
+def _replace_template(files: dict[str, bytes], template: Mapping[str, bytes]) -> None:
+    """Old folders keep the template in tokenizer_config.json, where it would be a second one."""
+    for name in [name for name in files if name.endswith(".jinja")]:
+        del files[name]
+    files.update(template)
+    config = json.loads(files.get(TOKENIZER_CONFIG_FILE, b"{}"))
+    if config.pop("chat_template", None) is not None:
+        files[TOKENIZER_CONFIG_FILE] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_companions(beside: Companions, folder: Path, made: bytes | None) -> None:
+    """The files, those of generation with the trained stop ids; made: generation config of a student that had none."""
+    files = dict(beside.files)
+    generation = files.get(GENERATION_CONFIG_NAME, made)
+    (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
+    if generation is not None:
+        files[GENERATION_CONFIG_NAME] = _with_stops(generation, beside.stop_ids)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text)
+    beside.code.write(folder)
+
+
+def _with_stops(generation: bytes, stop_ids: tuple[int, ...]) -> bytes:
+    """The generation config that stops at these ids too; as it is where it does already."""
+    config = json.loads(generation)
+    value = config.get("eos_token_id")
+    stated = value if isinstance(value, list) else [] if value is None else [value]
+    if set(stop_ids) <= set(stated):
+        return generation
+    ids = [*stated, *(each for each in stop_ids if each not in stated)]
+    config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
