@@ -32,8 +32,17 @@ MESSAGE_KEYS: dict[str, str] = {
     "channel": "give what stands in channel 'analysis' as 'reasoning_content' of the message that answers",
     "recipient": "give calls of tools as 'tool_calls'",
     "documents": "give documents in the text of a message",
+    **dict.fromkeys(("tools", "functions"), "give them in the record's column 'tools'"),
     **dict.fromkeys(("mask", "masked", "labels", "train_detail", "training_detail"), NO_WEIGHTS),
 }
+
+PART_KEYS: dict[str, str] = {
+    "type": READ,
+    "text": READ,
+    **dict.fromkeys(MEDIA, NO_MEDIA),
+    **dict.fromkeys(MARKS, NO_WEIGHTS),
+}
+"""Of the parts of a message's content."""
 
 ANSWERS = ("completion", "response", "output")
 """Columns that hold the answer to `prompt` or `instruction`."""
@@ -62,5 +71,16 @@ RECORD_COLUMNS: dict[str, str] = {
     "documents": "give documents in the text of a message",
     "chat_template": "one chat template renders all records, that of the teacher's tokenizer",
     "chat_template_kwargs": "one chat template with its own defaults renders all records; leave such records out",
-    **dict.fromkeys(("labels", "loss_masks", "label_mask", "assistant_masks", "completion_mask"), NO_WEIGHTS),
+    **dict.fromkeys(("labels", "loss_mask", "label_mask", "assistant_masks", "completion_mask"), NO_WEIGHTS),
 }
+
+OTHER_NAMES = {
+    "question": "prompt",
+    "query": "prompt",
+    "answer": "completion",
+    "conversation": "conversations",
+    "dialogue": "messages",
+    "dialog": "messages",
+    "chat": "messages",
+}
+"""Columns that other projects use; they are not read, for what they hold differs from one to the next."""

@@ -6,7 +6,7 @@ column or role and never the text. What else it holds is read, refused or counte
 
     messages | conversations                              chat, OpenAI's or ShareGPT's spelling (messages.py)
     prompt [+ input] + completion | response | output     texts, or lists of messages (TRL's prompt-completion)
-    instruction [+ input] + output                        alpaca
+    instruction [+ input] + output | ...                  alpaca
     text                                                  plain language modelling
 
 A conversation takes `system` (or `system_prompt`), `tools` (or `functions`); alpaca and prompt forms also `history`, a
@@ -14,18 +14,32 @@ list of earlier [question, answer], and the answer's thought. A column of anothe
 (TRL's GKD recipes keep the `prompt` beside messages).
 """
 
+import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.sample import IncidentKind
-from kdpipe.stages.prepare.columns import ANSWERS, CHATS, READ, RECORD_COLUMNS, SAMPLE_WEIGHTS, SYSTEMS, THOUGHTS, TOOLS
+from kdpipe.stages.prepare.columns import (
+    ANSWERS,
+    CHATS,
+    OTHER_NAMES,
+    READ,
+    RECORD_COLUMNS,
+    SAMPLE_WEIGHTS,
+    SYSTEMS,
+    THOUGHTS,
+    TOOLS,
+)
 from kdpipe.stages.prepare.json_stream import kind_of
 from kdpipe.stages.prepare.messages import (
     Message,
     Reading,
     Turn,
+    check_once,
     either,
     is_absent,
     read_tools,
@@ -36,8 +50,15 @@ from kdpipe.stages.prepare.messages import (
 )
 from kdpipe.stages.prepare.sources import RawRecord
 
+ATTRIBUTE = re.compile(r"""\.([A-Za-z_]\w*)|\[\s*['"](\w+)['"]\s*\]""")
+"""What a template takes from an object: `message.name` or `message['name']`."""
+TOOL_KEYS = frozenset(
+    ("id", "type", "function", "arguments", "parameters", "properties", "description", "required", "title", "default")
+)
+"""Of tools and their calls: where a message has a key of that name, no template means it."""
+
 FORM_COLUMNS = (*CHATS, "prompt", *ANSWERS, "instruction", "text")
-KNOWN = "messages; conversations; prompt with completion, response or output; instruction with output; text"
+KNOWN = "messages; conversations; prompt with completion, response or output; instruction with the same; text"
 # Which roles may follow a role; None is the start.
 NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user"),
@@ -118,6 +139,7 @@ def read_form(record: RawRecord, unread: set[str] | None = None) -> Form:
         raise record.error
     reading = Reading(place=record.place, unread=set() if unread is None else unread)
     reading.unread.update(record.unread)
+    check_once(record.fields, "the record", reading)
     # What is read is taken out of `left`; what stays says nothing, says the same, or is refused.
     left = {name: value for name, value in record.fields.items() if value is not None}
     asked = [column for column in ("prompt", "instruction") if column in left]
@@ -140,9 +162,12 @@ def _unrecognised(record: RawRecord) -> DataError:
     columns = [*record.fields, *record.unread]
     problem = "no known form of record"
     near = ""
+    others = [column for column in columns if column in OTHER_NAMES]
     nulls = [column for column in columns if column in FORM_COLUMNS and record.fields.get(column) is None]
     if nulls:
         near = f"; '{nulls[0]}' is null"
+    elif others:
+        near = "; rename " + " and ".join(f"'{column}' to '{OTHER_NAMES[column]}'" for column in others)
     else:
         for column in columns:
             if not near and column not in RECORD_COLUMNS:
@@ -183,11 +208,25 @@ def _head(prompt: object, column: str, left: dict[str, Any], reading: Reading) -
     if not isinstance(prompt, str):
         return read_turns(prompt, column, reading), ""
     parts = [text_of(prompt, f"column '{column}'", reading)]
+    if _is_list_of_messages(prompt):
+        raise reading.error(
+            f"column '{column}': is it text, or the messages that it is as JSON? Give a list of messages"
+        )
     if "input" in left:
         parts.append(text_of(left.pop("input"), "column 'input'", reading))
     glue = "\n\n" if column == "instruction" or any(parts[1:]) else ""
     asked = Turn(message={"role": "user", "content": "\n\n".join(part for part in parts if part)})
     return [*_history(left, reading), asked], glue
+
+
+def _is_list_of_messages(text: str) -> bool:
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, list) and bool(found) and all(isinstance(e, dict) and "role" in e for e in found)
 
 
 def _history(left: dict[str, Any], reading: Reading) -> list[Turn]:
@@ -262,39 +301,62 @@ def _settle(left: dict[str, Any], form: Form, column: str, reading: Reading) -> 
     for name, value in left.items():
         if RECORD_COLUMNS.get(name) != READ or (is_absent(value) and name != "label"):
             continue
-        if name == "label" or name in SAMPLE_WEIGHTS:
-            if value is False or (name != "label" and value != 1):
-                raise reading.error(f"column '{name}': samples cannot be weighted or unlearnt; leave such records out")
-        elif not _says_same(name, value, form):
+        if name in SAMPLE_WEIGHTS and value != 1:
+            raise reading.error(f"column '{name}': samples cannot be weighted; give 1, or leave such records out")
+        if name == "label" and value is False and not isinstance(form, Text):
+            raise reading.error("column 'label': it says that the answer is a bad one; leave such records out")
+        if not (name in (*SAMPLE_WEIGHTS, "label") or _says_same(name, value, form)):
             raise reading.error(f"which is meant, '{name}' or '{column}'? They stand side by side and differ; keep one")
         reading.unread.add(name)
 
 
 def _says_same(column: str, value: object, form: Form) -> bool:
-    """Whether a column repeats what the form says."""
+    """Whether a column repeats what the form says, or a part of it."""
     if isinstance(form, Text):
         return isinstance(value, str) and value.strip() in form.text
     messages = (form.chat() if isinstance(form, Pair) else form).messages
-    contents = [message["content"].strip() for message in messages]
-    if isinstance(value, str) and column == "text":
-        at = 0
-        for content in contents:
-            at = value.find(content, at) + len(content) if value.find(content, at) >= 0 else len(value) + 1
-        return at <= len(value)
     if isinstance(value, str):
-        if column == "context":
-            return any(value.strip() in content for content in contents)
-        if column in THOUGHTS:
-            return value == messages[-1].get(THOUGHTS[0])
-        questions = [message["content"] for message in messages if message["role"] == "user"]
-        return value in ((messages[-1]["content"],) if column in (*ANSWERS, "chosen") else questions[:1])
+        return _is_said(column, value, messages)
     try:
         told = [turn.message for turn in read_turns(value, column, Reading(place=""))]
     except DataError:
         return False
-    if column in ANSWERS:
+    if column in (*ANSWERS, "chosen"):
         return messages[-len(told) :] == told
     if column == "prompt":
         bare = messages[1:] if messages[0]["role"] == "system" != told[0]["role"] else messages
         return bare[: len(told)] == told
     return messages == told
+
+
+def _is_said(column: str, value: str, messages: list[Message]) -> bool:
+    contents = [message["content"] for message in messages]
+    if column == "text":  # the whole conversation, formatted
+        for content in map(str.strip, contents):
+            _, found, value = value.partition(content) if content else ("", "nothing", value)
+            if not found:
+                return False
+        return True
+    if column == "prompt":
+        return value == next(message["content"] for message in messages if message["role"] == "user")
+    if column in (*ANSWERS, "chosen"):
+        return value == contents[-1]
+    if column in THOUGHTS:
+        return value == messages[-1].get(THOUGHTS[0])
+    if column in ("instruction", "input"):
+        return value in contents
+    return any(value.strip() in content for content in contents)
+
+
+def template_keys(template: str | dict[str, str] | None) -> frozenset[str]:
+    """Names that a chat template (or one of several) looks for in messages, and some that it looks for elsewhere."""
+    text = " ".join(template.values()) if isinstance(template, dict) else template or ""
+    return frozenset(first or second for first, second in ATTRIBUTE.findall(text)) - TOOL_KEYS
+
+
+def check_unread(unread: Iterable[str], wanted: frozenset[str], place: str) -> None:
+    """Raise DataError for a key of messages that was not read and that the chat template looks for."""
+    for name in unread:
+        _, of_message, key = name.rpartition(".")
+        if of_message and key in wanted:
+            raise DataError(f"the chat template reads '{key}' of a message, which kdpipe does not know", where=place)

@@ -47,11 +47,25 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+class Doubled(dict[str, Any]):
+    """An object in which a key, `name`, stands twice; it holds the last, as everywhere in Python."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.name = next(name for name in names if names.count(name) > 1)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else Doubled(pairs)
+
+
 def _whole_number(digits: str) -> int | Unreadable:
     return int(digits) if len(digits) <= LONGEST_NUMBER else Unreadable(f"a number of {len(digits):,} digits")
 
 
-DECODER = json.JSONDecoder(parse_int=_whole_number)
+DECODER = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=_object)
 
 
 def parse_object(text: str, place: str) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import Any
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.nearest import nearest
-from kdpipe.stages.prepare.columns import MARKS, MESSAGE_KEYS, READ, THOUGHTS
-from kdpipe.stages.prepare.json_stream import kind_of
+from kdpipe.stages.prepare.columns import MARKS, MESSAGE_KEYS, NO_WEIGHTS, PART_KEYS, READ, THOUGHTS
+from kdpipe.stages.prepare.json_stream import DECODER, Doubled, kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
 SAME_ROLE = {
@@ -87,11 +87,11 @@ def rows_of(value: object, name: str, what: str, reading: Reading) -> list[Any]:
 def from_json(text: str, name: str, reading: Reading) -> Any:
     """The value that `text` is as JSON."""
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
     except json.JSONDecodeError as err:
         raise reading.error(f"{name}: text that is not JSON: {err.msg} at character {err.pos}") from None
-    except (ValueError, RecursionError) as err:  # a number of thousands of digits; brackets nested too deep
-        raise reading.error(f"{name}: JSON that cannot be read: {err}") from None
+    except RecursionError:
+        raise reading.error(f"{name}: JSON that cannot be read: brackets are nested too deep") from None
 
 
 def text_of(value: object, name: str, reading: Reading) -> str:
@@ -109,6 +109,7 @@ def text_of(value: object, name: str, reading: Reading) -> str:
 def check_texts(value: object, name: str, reading: Reading) -> None:
     """Raise DataError unless `value` is JSON whose texts can all be encoded."""
     if isinstance(value, dict):
+        check_once(value, name, reading)
         for key, item in value.items():
             text_of(key, f"{name}: a key", reading)
             check_texts(item, name, reading)
@@ -143,8 +144,16 @@ def sort_out(fields: dict[str, Any], fates: dict[str, str], where: str, reading:
         fate = fates.get(key)
         if fate is None and value is not None:
             reading.unread.add(f"{where.partition('[')[0]}.{key}" if where else key)
-        elif fate not in (None, READ) and not is_absent(value):
+        # Of a mark false says something too, though not the same to everybody.
+        elif fate not in (None, READ) and not (value is None if fate == NO_WEIGHTS else is_absent(value)):
             raise reading.error(f"{where}: '{key}' cannot be honoured: {fate}" if where else f"column '{key}': {fate}")
+
+
+def check_once(fields: dict[str, Any], where: str, reading: Reading) -> None:
+    """Raise DataError for an object with one key twice."""
+    if isinstance(fields, Doubled):
+        shown = f"'{fields.name}'" if fields.name.isidentifier() and len(fields.name) <= 40 else "a key"
+        raise reading.error(f"{where}: {shown} stands there twice; keep one")
 
 
 def is_absent(value: object) -> bool:
@@ -155,6 +164,7 @@ def is_absent(value: object) -> bool:
 def _turn(item: object, name: str, column: str, reading: Reading) -> Turn:
     if not isinstance(item, dict):
         raise reading.error(f"{name}: expected an object, found {kind_of(item)}")
+    check_once(item, name, reading)
     sort_out(item, MESSAGE_KEYS, name, reading)
     old = "from" in item or ("role" not in item and column == "conversations")  # for what is missing
     roles = {key: _role(item[key], key, name, reading) for key in ("role", "from") if item.get(key) is not None}
@@ -178,7 +188,10 @@ def _turn(item: object, name: str, column: str, reading: Reading) -> Turn:
     if content is None:
         raise reading.error(f"{where} is {_found(item, key)}")
     message = {"role": role, "content": _content(content, where, reading), **extras}
-    return Turn(message=message, learnt=_learnt(item, name, reading))
+    learnt = _learnt(item, name, reading)
+    if role != "assistant" and learnt and (marks := [key for key in MARKS if item.get(key)]):
+        reading.unread.add(f"{column}.{marks[0]} of {role}")  # only answers are learnt
+    return Turn(message=message, learnt=learnt)
 
 
 def _role(said: object, key: str, name: str, reading: Reading) -> str:
@@ -279,5 +292,6 @@ def _content(value: object, name: str, reading: Reading) -> str:
         if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS:
             found = f"a part of type '{str(part.get('type'))[:40]}'" if isinstance(part, dict) else kind_of(part)
             raise reading.error(f"{name}: expected parts of type 'text', found {found}")
+        sort_out(part, PART_KEYS, name, reading)
         texts.append(text_of(part.get("text"), f"{name}: 'text'", reading))
     return "".join(texts)

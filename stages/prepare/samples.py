@@ -18,7 +18,7 @@ from kdpipe.manifests.sample import STRICT, Incident, IncidentKind, Sample, cont
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.stages.prepare.bad_records import LOOK_AHEAD, BadRecords
 from kdpipe.stages.prepare.files import Note, list_files, unheard
-from kdpipe.stages.prepare.forms import Form, read_form
+from kdpipe.stages.prepare.forms import Form, check_unread, read_form, template_keys
 from kdpipe.stages.prepare.sources import RawRecord, read_records
 from kdpipe.stages.prepare.tokens import Marked, Tokenizing, Tokens
 
@@ -63,7 +63,8 @@ def prepare(
     """
     tokenizing = Tokenizing(tokenizer, spec.supervise, stop_ids)
     files = list_files(paths, on_note)
-    batches = _batches(files, tokenizing, on_note, Counter() if unread is None else unread)
+    wanted = template_keys(tokenizer.chat_template)
+    batches = _batches(files, tokenizing, on_note, Counter() if unread is None else unread, wanted)
     return _stream(batches, tokenizing, spec, on_incident, on_note, _named(files))
 
 
@@ -108,12 +109,15 @@ def _named(files: list[Path]) -> str:
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
 
 
-def _batches(files: list[Path], tokenizing: Tokenizing, note: Note, unread: Counter[str]) -> Iterator[list[Prepared]]:
+def _batches(
+    files: list[Path], tokenizing: Tokenizing, note: Note, unread: Counter[str], wanted: frozenset[str]
+) -> Iterator[list[Prepared]]:
+    """wanted: keys of messages that the chat template looks for"""
     batch: list[Prepared] = []
     num_chars = 0
     for file in files:
         for record in read_records(file, on_empty=note if len(files) > 1 else None):
-            prepared = _prepared(record, tokenizing, unread)
+            prepared = _prepared(record, tokenizing, unread, wanted)
             batch.append(prepared)
             num_chars += len(prepared.marked.text) if prepared.marked else 0
             if len(batch) == BATCH_RECORDS or num_chars >= BATCH_CHARS:
@@ -123,10 +127,11 @@ def _batches(files: list[Path], tokenizing: Tokenizing, note: Note, unread: Coun
         yield batch
 
 
-def _prepared(record: RawRecord, tokenizing: Tokenizing, unread: Counter[str]) -> Prepared:
+def _prepared(record: RawRecord, tokenizing: Tokenizing, unread: Counter[str], wanted: frozenset[str]) -> Prepared:
     names: set[str] = set()
     try:
         form = read_form(record, names)
+        check_unread(names, wanted, record.place)
         marked = None if form.emptiness() else tokenizing.mark(form, record.place)
     except DataError as err:
         return Prepared(record=record, error=err)

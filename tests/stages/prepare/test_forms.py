@@ -9,6 +9,7 @@ import pytest
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.sample import content_id
 from kdpipe.stages.prepare.forms import Chat, Pair, Text, read_form
+from kdpipe.stages.prepare.json_stream import parse_object
 from kdpipe.stages.prepare.sources import RawRecord
 
 
@@ -196,3 +197,244 @@ def test_a_malformed_record_is_refused_with_its_place(name: str) -> None:
     assert str(caught.value).startswith("E-DATA d.jsonl:7: ")
     assert re.search(message, str(caught.value)), str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+EXCHANGE = [user("q"), assistant("a")]
+READ: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "system, messages": ({"system": "be brief", "messages": EXCHANGE}, [SYSTEM, *EXCHANGE]),
+    "system, the same": ({"system": "be brief", "messages": [SYSTEM, *EXCHANGE]}, [SYSTEM, *EXCHANGE]),
+    "system, blank": ({"system": "", "messages": EXCHANGE}, EXCHANGE),
+    "system, sharegpt": (
+        {"system": "be brief", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        [SYSTEM, *EXCHANGE],
+    ),
+    "system_prompt, prompt": ({"system_prompt": "be brief", "prompt": "q", "response": "a"}, [SYSTEM, *EXCHANGE]),
+    "system, alpaca": ({"system": "be brief", "instruction": "q", "output": "a"}, [SYSTEM, *EXCHANGE]),
+    "system, prompt of messages": (
+        {"system": "be brief", "prompt": [user("q")], "completion": "a"},
+        [SYSTEM, *EXCHANGE],
+    ),
+    "history": (
+        {"instruction": "q", "output": "a", "history": [["q1", "a1"], ["q2", "a2"]], "system": "be brief"},
+        [SYSTEM, user("q1"), assistant("a1"), user("q2"), assistant("a2"), *EXCHANGE],
+    ),
+    "history as text": (
+        {"prompt": "q", "output": "a", "history": '[["q1", "a1"]]'},
+        [user("q1"), assistant("a1"), *EXCHANGE],
+    ),
+    "input beside prompt": ({"prompt": "q", "input": "1 2", "completion": "a"}, [user("q\n\n1 2"), assistant("a")]),
+    "dolly": ({"instruction": "q", "context": "", "response": "a", "category": "qa"}, EXCHANGE),
+    "thought": (
+        {"prompt": "q", "reasoning": "hm", "response": "a"},
+        [user("q"), {**assistant("a"), "reasoning_content": "hm"}],
+    ),
+    "messages as text": ({"messages": json.dumps(EXCHANGE)}, EXCHANGE),
+    "messages as an object of lists": (
+        {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}},
+        EXCHANGE,
+    ),
+    "both at once": ({"messages": '{"role": ["user", "assistant"], "content": ["q", "a"]}'}, EXCHANGE),
+    "developer": ({"messages": [{"role": "developer", "content": "be brief"}, *EXCHANGE]}, [SYSTEM, *EXCHANGE]),
+    "roles of both": ({"messages": [{"role": "human", "content": "q"}, {"from": "bing", "value": "a"}]}, EXCHANGE),
+    "observation": (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "1"},
+                {"from": "gpt", "value": "a"},
+            ],
+            "tools": "[]",
+        },
+        [
+            user("q"),
+            {**assistant(""), "tool_calls": [call({"a": 1})]},
+            {"role": "tool", "content": "1"},
+            assistant("a"),
+        ],
+    ),
+    "openai": (
+        {"messages": [user("q"), {**assistant("a"), "refusal": None, "audio": None}], "parallel_tool_calls": False},
+        EXCHANGE,
+    ),
+    "ultrachat": (
+        {"prompt": "q", "prompt_id": "x", "messages": [*EXCHANGE, user("r"), assistant("b")]},
+        [*EXCHANGE, user("r"), assistant("b")],
+    ),
+    "ultrafeedback": (
+        {"prompt": "q", "chosen": EXCHANGE, "rejected": [user("q"), assistant("b")], "messages": EXCHANGE},
+        EXCHANGE,
+    ),
+    "formatted text": ({"messages": EXCHANGE, "text": "<user>q</user><assistant>a</assistant>"}, EXCHANGE),
+    "an answer again": ({"messages": EXCHANGE, "output": "a", "input": "q"}, EXCHANGE),
+    "a good label": ({"prompt": "q", "completion": "a", "label": True}, EXCHANGE),
+    "a sample's weight of 1": ({"messages": EXCHANGE, "weight": 1.0}, EXCHANGE),
+    "empty media": ({"messages": EXCHANGE, "images": [], "chat_template_kwargs": {}}, EXCHANGE),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_belongs_to_the_conversation_is_read(name: str) -> None:
+    fields, messages = READ[name]
+    assert form(fields).content() == {"messages": messages}
+
+
+def test_tools_are_read_from_objects_from_text_and_beside_a_prompt() -> None:
+    tool = {"type": "function", "function": {"name": "add"}}
+    for fields in (
+        {"tools": [tool]},
+        {"tools": json.dumps([tool])},
+        {"tools": [json.dumps(tool)]},
+        {"tools": {"type": ["function"], "function": [{"name": "add"}]}},
+        {"functions": [{"name": "add"}]},
+    ):
+        for beside in ({"messages": EXCHANGE}, {"prompt": "q", "completion": "a"}):
+            chat = form({**beside, **fields})
+            assert isinstance(chat, Chat)
+            assert chat.tools == [tool]
+            assert chat.messages == EXCHANGE
+
+
+def test_history_and_system_come_before_the_completion() -> None:
+    chat = form({"system": "s", "instruction": "q", "output": "a", "history": [["q1", "a1"]]})
+    assert isinstance(chat, Chat)
+    assert chat.completion_from == 4
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "two systems": ({"system": "b", "messages": [SYSTEM, *EXCHANGE]}, "which is the system prompt"),
+    "system and system_prompt": ({"system": "b", "system_prompt": "c", "messages": EXCHANGE}, "which is the system"),
+    "system beside text": ({"system": "secret", "text": "a"}, "which is meant, 'system' or 'text'"),
+    "history beside messages": ({"history": [["secret", "b"]], "messages": EXCHANGE}, "'history' or 'messages'"),
+    "history of three": ({"history": [["secret", "b", "c"]], "instruction": "q", "output": "a"}, r"history\[0\]: exp"),
+    "input beside messages": ({"input": "secret", "messages": EXCHANGE}, "'input' or 'messages'"),
+    "input beside a list": ({"input": "secret", "prompt": [user("q")], "completion": "a"}, "'input' or 'prompt'"),
+    "context": ({"context": "secret", "instruction": "q", "response": "a"}, "'context' or 'instruction'"),
+    "another prompt": ({"prompt": "secret", "messages": EXCHANGE}, "'prompt' or 'messages'"),
+    "a prompt that is no beginning": ({"prompt": [user("secret")], "messages": EXCHANGE}, "'prompt' or 'messages'"),
+    "a whole prompt": ({"prompt": "secret q", "instruction": "q", "output": "a"}, "'instruction' or 'prompt'"),
+    "messages and conversations": (
+        {"messages": EXCHANGE, "conversations": [user("secret"), assistant("a")]},
+        "'conversations' or 'messages'",
+    ),
+    "another answer": ({"messages": EXCHANGE, "response": "secret"}, "'response' or 'messages'"),
+    "another choice": ({"messages": EXCHANGE, "chosen": [user("q"), assistant("secret")]}, "'chosen' or 'messages'"),
+    "another text": ({"messages": EXCHANGE, "text": "secret"}, "'text' or 'messages'"),
+    "tools beside text": ({"tools": [{"name": "secret"}], "text": "a"}, "'tools' or 'text'"),
+    "tools and functions": ({"tools": [{"a": 1}], "functions": [{"b": 1}], "messages": EXCHANGE}, "the list of tools"),
+    "another thought": ({"thinking": "secret", "messages": EXCHANGE}, "'thinking' or 'messages'"),
+    "preference": ({"prompt": "q", "chosen": "secret", "rejected": "b"}, "preference data; .* rename 'chosen'"),
+    "kto": (
+        {"prompt": "q", "completion": "secret", "label": False},
+        "column 'label': it says that the answer is a bad",
+    ),
+    "a sample's weight": ({"messages": EXCHANGE, "weight": 0.5}, "column 'weight': samples cannot be weighted"),
+    "images": ({"messages": EXCHANGE, "images": ["secret.png"]}, "column 'images': images, audio and files cannot"),
+    "template arguments": (
+        {"messages": EXCHANGE, "chat_template_kwargs": {"enable_thinking": False}},
+        "column 'chat_template_kwargs'",
+    ),
+    "labels": ({"messages": EXCHANGE, "labels": [1]}, "column 'labels': tokens cannot be weighted"),
+    "question and answer": (
+        {"question": "secret", "answer": "a"},
+        "rename 'question' to 'prompt' and 'answer' to 'comp",
+    ),
+    "a prompt that is JSON": ({"prompt": json.dumps([user("secret")]), "completion": "a"}, "'prompt': is it text, or"),
+    "messages that are no JSON": ({"messages": "[secret"}, "column 'messages': text that is not JSON"),
+    "lists of other lengths": ({"messages": {"role": ["user"], "content": ["secret", "b"]}}, "an object of lists of 1"),
+    "two thoughts": (
+        {"messages": [user("q"), {**assistant("a"), "thinking": "secret", "reasoning": "b"}]},
+        "which is the thought, 'reasoning' or 'thinking'",
+    ),
+    "two roles": ({"messages": [{"role": "user", "from": "gpt", "content": "secret"}]}, "which is the role"),
+    "two contents": ({"messages": [{**user("secret"), "value": "b"}]}, "which is the content, 'content' or 'value'"),
+    "half a weight": ({"messages": [user("q"), {**assistant("secret"), "weight": 0.5}]}, "'weight' is 0.5; expected 0"),
+    "a mask of tokens": (
+        {"messages": [user("q"), {**assistant("secret"), "loss_mask": [0, 1]}]},
+        "'loss_mask' is a list",
+    ),
+    "marks that differ": (
+        {"messages": [user("q"), {**assistant("secret"), "weight": 0, "train": True}]},
+        "is it learnt",
+    ),
+    "a mask": ({"messages": [user("q"), {**assistant("secret"), "mask": False}]}, "'mask' cannot be honoured: tokens"),
+    "a refusal": ({"messages": [user("q"), {**assistant(""), "refusal": "secret"}]}, "'refusal' cannot be honoured"),
+    "a message's tools": (
+        {"messages": [{**SYSTEM, "tools": [{"name": "secret"}]}, *EXCHANGE]},
+        "record's column 'tools'",
+    ),
+    "a message's images": ({"messages": [{**user("secret"), "images": ["a"]}, assistant("a")]}, "'images' cannot be"),
+    "arguments that are no JSON": (
+        {"messages": [user("q"), {**assistant(None), "tool_calls": [call("{secret")]}]},
+        r"'tool_calls'\[0\]: 'arguments': text that is not JSON",
+    ),
+    "arguments that are no object": (
+        {"messages": [user("q"), {**assistant(None), "tool_calls": [call('"secret"')]}]},
+        "'arguments': expected an object, found a string",
+    ),
+    "a call without a name": (
+        {"messages": [user("q"), {**assistant(None), "tool_calls": [{"function": {"arguments": "secret"}}]}]},
+        "expected a function with its name",
+    ),
+    "half a surrogate pair in a key": (
+        {"messages": [user("q"), {**assistant(None), "tool_calls": [call({"secret\ud83d": 1})]}]},
+        "a key: half a surrogate pair at character 6",
+    ),
+    "half a surrogate pair in arguments as text": (
+        {"messages": [user("q"), {**assistant(None), "tool_calls": [call('{"a": "secret\\ud83d"}')]}]},
+        "'arguments': half a surrogate pair at character 6",
+    ),
+    "half a surrogate pair in a role": (
+        {"messages": [{"role": "secret\ud83d", "content": ""}]},
+        "unknown role a longer",
+    ),
+    "half a surrogate pair in a system": ({"system": "secret\ud83d", "messages": EXCHANGE}, "column 'system': half a"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_honoured_or_can_be_read_in_two_ways_is_refused_by_name(name: str) -> None:
+    fields, message = REFUSED[name]
+    with pytest.raises(DataError) as caught:
+        form(fields)
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"messages": [{"role": "user", "content": "a"}], "messages": [{"role": "user", "content": "b"}]}',
+        '{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]}',
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_where_it_is_read(line: str) -> None:
+    with pytest.raises(DataError, match=r"'(messages|content)' stands there twice; keep one"):
+        form(parse_object(line, "x"))
+    assert form(parse_object('{"text": "a", "meta": {"b": 1, "b": 2}}', "x")) == Text(text="a")
+
+
+def unread(fields: dict[str, Any]) -> set[str]:
+    names: set[str] = set()
+    read_form(RawRecord(source="d.jsonl", line=7, place="d.jsonl:7", fields=fields), names)
+    return names
+
+
+def test_what_is_not_read_is_named() -> None:
+    turns = [{**user("q"), "id": 0, "weight": 1}, {**assistant("a"), "weight": 1, "score": None}]
+    fields = {"id": 0, "source": "web", "meta": None, "tags": [], "prompt": [user("q")], "messages": turns}
+    assert unread(fields) == {"id", "source", "tags", "prompt", "messages.id", "messages.weight of user"}
+    assert unread({"text": "x", "label": False, "images": None}) == {"label"}
+
+
+def test_parts_are_read_alike_and_their_marks_are_refused() -> None:
+    parts = [{"type": "text", "text": "a", "cache_control": {"type": "x"}, "image_url": None}]
+    assert unread({"messages": [user("q"), assistant(parts)]}) == {"messages.cache_control"}
+    with pytest.raises(DataError, match="'content': 'weight' cannot be honoured"):
+        form({"messages": [user("q"), assistant([{"type": "text", "text": "a", "weight": 0}])]})
+
+
+def test_nulls_that_arguments_have_as_text_stay() -> None:
+    chat = form({"messages": [user("q"), {**assistant(None), "tool_calls": [call('{"a": null}')]}]})
+    assert isinstance(chat, Chat)
+    assert chat.messages[1]["tool_calls"] == [call({"a": None})]

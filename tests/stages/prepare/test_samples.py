@@ -1,6 +1,7 @@
 """Records become samples or incidents, one for one, streamed; the same content is the same sample in every file."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,49 @@ def test_batches_do_not_change_the_samples(
 def test_paths_are_checked_at_the_call(chatml: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no such file"):
         prepare([tmp_path / "gone.jsonl"], chatml, DataSpec(), on_incident=lambda incident: None)
+
+
+def test_records_are_counted_by_what_was_not_read(chatml: Any, write: Write) -> None:
+    path = write([{**exchange("q", "a"), "id": 1}, {**exchange("q", "b"), "id": 2, "source": "web"}])
+    unread: Counter[str] = Counter()
+    list(prepare([path], chatml, DataSpec(), on_incident=lambda incident: None, unread=unread))
+    assert unread == {"id": 2, "source": 1}
+
+
+def test_a_key_of_messages_that_the_template_reads_is_refused_unless_it_is_known(kit: Any, write: Write) -> None:
+    chat = exchange("q", "a")
+    chat["messages"][1] |= {"plan": "first", "id": 3}
+    for read, is_read in (("m.plan", True), ("m['plan']", True), ("m.planet", False), ("m.id", False)):
+        tokenizer = kit.train()
+        template = kit.template("chatml", marked=False)
+        tokenizer.chat_template = "{% for m in messages %}{{ " + read + " or '' }}{% endfor %}" + template
+        samples = prepare([write([chat])], tokenizer, DataSpec(), on_incident=lambda incident: None)
+        if is_read:
+            with pytest.raises(DataError, match=r"data\.jsonl:1: the chat template reads 'plan' of a message"):
+                next(samples)
+        else:
+            next(samples)
+
+
+def test_with_strict_a_text_that_is_not_the_records_is_an_error(kit: Any, write: Write, run: Run) -> None:
+    tokenizer = kit.train()
+    tokenizer.chat_template = kit.template("chatml", marked=False)
+    tokenizer.eos_token = "<|im_end|>"
+    chat = exchange("q", "a")
+    chat["messages"][1]["reasoning_content"] = "a thought that this template does not show"
+    path = write([exchange("q", "a"), chat])
+    _, incidents = run(path, tokenizer)
+    assert [(each.line, each.kind) for each in incidents] == [(2, "thought_left_out")]
+    with pytest.raises(DataError, match=r"data\.jsonl:2: thought left out, and --strict is given: "):
+        run(path, tokenizer, strict=True)
+    run(write([exchange("q", "")] * 2 + [exchange("q", "a")], "empty.jsonl"), tokenizer, strict=True)
+
+
+def test_a_file_without_records_among_others_is_noted(chatml: Any, write: Write, tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(CHATS[:2])
+    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(table.slice(0, 0), tmp_path / "b.parquet")
+    notes: list[str] = []
+    samples = prepare([tmp_path], chatml, DataSpec(), on_incident=lambda incident: None, on_note=notes.append)
+    assert len(list(samples)) == 2
+    assert notes == [f"{tmp_path / 'b.parquet'}: holds no record"]
