@@ -20,7 +20,7 @@ from typing import Any
 from kdpipe.manifests.errors import DataError
 from kdpipe.stages.prepare.dialect import ANSWER, CALL_ID, KEY, NAME, TOOL, VALUE
 from kdpipe.stages.prepare.forms import Chat, Message
-from kdpipe.stages.prepare.rendered import look, position
+from kdpipe.stages.prepare.rendered import position
 from kdpipe.stages.prepare.template import ChatTemplate, Span
 
 QUESTION = "kdpipeprobesquestion"
@@ -125,15 +125,17 @@ class Turns:
         prompt = self._template.render(chat.messages[:index], chat.tools, place, generation_prompt=True).text
         if text.startswith(prompt):
             return self._behind_header(text, len(prompt))
-        history = prompt.removesuffix(shape.opening)
+        opening = shape.opening if prompt.endswith(shape.opening) else ""
+        history = prompt.removesuffix(opening)
         at = len(history) if text.startswith(history) else self._history_end(history, text, chat, index, after)
         if at < 0 and shape.opening.strip():
             # The history is shown differently as a whole; the opening comes somewhere behind the turn before.
             line, newline, _ = shape.opening.partition("\n")
             at = text.find(line + newline, after)
-        if at >= 0 and not shape.opening.strip():
+            opening = shape.opening
+        if at >= 0 and not opening.strip():
             return self._behind_header(text, at)
-        shown = self._shown_opening(text, at) if at >= 0 else 0
+        shown = self._shared_tokens(text, at, opening) if at >= 0 else 0
         if not shown:
             raise DataError(
                 "the chat template shows this conversation in another way than its beginning, "
@@ -153,23 +155,28 @@ class Turns:
 
         For templates such as Mistral's, which move the system prompt or the tools to the last question.
         """
-        said = position(history, chat.messages[index - 1]["content"], last=True) if index else None
-        if said is None:
+        content = chat.messages[index - 1]["content"] if index else ""
+        said = position(history, content, last=True)
+        if said is None or not content.strip():
             return -1
         at = text.find(history[said[0] :], after)
-        return at + len(history) - said[0] if at >= 0 else -1
+        if at >= 0:
+            return at + len(history) - said[0]
+        # What follows the words may be other than at the end of a conversation: as much of it as is shown.
+        here = position(text, content, (after, len(text)))
+        shown = self._shared_tokens(text, here[1], history[said[1] :]) if here else 0
+        return here[1] + shown if here and shown else -1
 
-    def _shown_opening(self, text: str, at: int) -> int:
-        """How much of the generation prompt stands in the text at `at`, in whole lines and special tokens.
+    def _shared_tokens(self, text: str, at: int, offered: str) -> int:
+        """How much of `offered` stands in the text at `at`, in whole lines and special tokens.
 
         "assistant\\n<think>\\n" is offered to the model, but earlier turns are shown without their thoughts.
         """
-        opening = self.shape.opening
-        shared = _shared_prefix(text[at : at + len(opening)], opening)
-        if shared == len(opening):
+        shared = _shared_prefix(text[at : at + len(offered)], offered)
+        if shared == len(offered):
             return shared
         breaks = (*self._template.tokens, "\n")
-        ends = (found + len(item) for item in breaks if (found := opening.rfind(item, 0, shared)) >= 0)
+        ends = (found + len(item) for item in breaks if (found := offered.rfind(item, 0, shared)) >= 0)
         return max(ends, default=0)
 
     def _end(self, text: str, start: int, limit: int, chat: Chat, index: int, place: str) -> int:
@@ -179,24 +186,20 @@ class Turns:
         verbatim = self._verbatim_end(text, start, message, is_last=is_last)
         if verbatim is not None:
             return verbatim
-        shown = look(text, (start, limit), message).end
-        whole = len(text) if is_last else self._history_length(text, start, chat, index, place)
-        if whole is not None:
-            # Nothing but this turn lies before `whole`: its last marker ends it.
-            found = [(at + len(c)) for c in self.shape.closings if c and (at := text.rfind(c, shown, whole)) >= 0]
-            return max(found, default=whole if is_last else start + len(text[start:whole].rstrip()))
-        found = [(at + len(c)) for c in self.shape.closings if c and (at := text.find(c, shown, limit)) >= 0]
-        if found:
-            return min(found)
-        header = self.shape.next_headers.get(chat.messages[index + 1]["role"], "")
-        at = text.find(header, shown, limit) if header else -1
-        if at < 0:
+        if not is_last:
+            limit = self._next_content(text, chat, index, limit, place)
+            header = self.shape.next_headers.get(chat.messages[index + 1]["role"], "")
+            if header and text.endswith(header, start, limit):
+                return start + len(text[start : limit - len(header)].rstrip())
+        # Nothing but this turn and the next one's header lies before `limit`: the last marker ends the turn.
+        found = [at + len(c) for c in self.shape.closings if (at := text.rfind(c, start, limit)) >= 0]
+        if not found and not is_last:
             raise DataError(
                 "the chat template rewrites an assistant turn and ends it with no marker, "
                 + UNTELLABLE.format(what="it ends"),
                 where=place,
             )
-        return at
+        return max(found, default=limit)
 
     def _verbatim_end(self, text: str, start: int, message: Message, *, is_last: bool) -> int | None:
         """The end of a turn that is shown word for word: the usual case, and without a further rendering."""
@@ -216,13 +219,13 @@ class Turns:
         # A marker that comes only at the end of a conversation.
         return end if not is_last and not self.shape.inner_closing else None
 
-    def _history_length(self, text: str, start: int, chat: Chat, index: int, place: str) -> int | None:
-        """How much of the text the messages up to `index` take; None where they are shown differently alone."""
-        try:
-            alone = self._template.render(chat.messages[: index + 1], chat.tools, place).text
-        except DataError:
-            return None
-        return len(alone) if text.startswith(alone) and len(alone) > start else None
+    def _next_content(self, text: str, chat: Chat, index: int, limit: int, place: str) -> int:
+        """Where the content of the message behind `index` begins: where another rendering with other words differs."""
+        content = chat.messages[index + 1]["content"]
+        other = FOLLOWING if content.lstrip()[:1] != FOLLOWING[0] else FOLLOWING[1:]
+        changed = {**chat.messages[index + 1], "content": other}
+        messages = [*chat.messages[: index + 1], changed, *chat.messages[index + 2 :]]
+        return min(limit, _shared_prefix(text, self._template.render(messages, chat.tools, place).text))
 
 
 def _ends_with(message: Message, closers: tuple[str, ...]) -> bool:
@@ -298,9 +301,12 @@ def _common_suffix(one: str, other: str) -> str:
 
 
 def _shared_prefix(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning."""
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    """How many characters two texts have in common at their beginning, by halving."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one.startswith(other[:middle]) else (low, middle - 1)
+    return low
 
 
 def _difference(shorter: str, longer: str) -> str:

@@ -58,13 +58,21 @@ def template(name: str, *, marked: bool) -> str:
     return text.replace("<|im_end|>\n{%", "<|im_end|>{{ '\\n' }}{%").replace("]\n{%", "]{{ '\\n' }}{%")
 
 
+SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>")
+
+
 def train_tokenizer(
-    *, use_regex: bool = True, trim_offsets: bool = False, adds_bos: bool = False, adds_eos: bool = False
+    *,
+    use_regex: bool = True,
+    trim_offsets: bool = False,
+    adds_bos: bool = False,
+    adds_eos: bool = False,
+    special: tuple[str, ...] = SPECIAL,
+    eos: str = "</s>",
 ) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     backend.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=500 + len(special),
         special_tokens=[AddedToken(token, special=True) for token in special],
@@ -78,7 +86,7 @@ def train_tokenizer(
         ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
         steps.append(processors.TemplateProcessing(single=single, special_tokens=ids))
     backend.post_processor = processors.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos)
 
 
 class Kit(NamedTuple):
