@@ -307,7 +307,6 @@ def _settle(left: dict[str, Any], form: Form, column: str, reading: Reading) -> 
             raise reading.error("column 'label': it says that the answer is a bad one; leave such records out")
         if not (name in (*SAMPLE_WEIGHTS, "label") or _says_same(name, value, form)):
             raise reading.error(f"which is meant, '{name}' or '{column}'? They stand side by side and differ; keep one")
-        reading.unread.add(name)
 
 
 def _says_same(column: str, value: object, form: Form) -> bool:

@@ -130,6 +130,36 @@ def test_empty_last_assistant_turn_is_reported_and_not_trained_on(bench: Bench, 
     assert json.loads(line)["line"] > 1
 
 
+def test_what_is_not_read_is_counted_and_bad_records_can_be_left_out(bench: Bench, main: Main, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "What is a row?"}, {"role": "assistant", "content": "A hidden state."}]
+    lines = [json.dumps({"id": 7, "source": None, "messages": [{**turn, "at": 0} for turn in turns]})] * 3
+    lines[1:1] = ["{", json.dumps({"messages": [turns[0], turns[0]]}), "{"]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    words = ["--teacher", bench.teacher, "--data", tmp_path / "data.jsonl"]
+    code, out, err = main("plan", *words)
+    refused(code, out, err.splitlines()[-1], "data.jsonl:2: not JSON")
+    assert "3 of the 6 records read so far are bad: 2 x not JSON: " in err
+    assert err.count("bad record ") == 3
+    skip = ["--bad-records", "skip", "--max-bad", 0.5]
+    counts = {"read": 6, "kept": 3, "bad_record": 3, "not read: id": 3, "not read: messages.at": 3}
+    code, out, err = main("plan", *words, *skip, "--strict", "--json")
+    assert (code, found(out)["counts"]) == (0, counts)
+    assert "not read, with the number of records that have it: id (3), messages.at (3)" in err
+    plans = []
+    for name in ("a", "b", "a"):
+        code, out, err = main("extract", *words, *skip, "--cache", tmp_path / name, "--json")
+        assert (code, found(out)["counts"]) == (0, counts)
+        plans.append((tmp_path / name / "PLAN.json").read_bytes())
+    assert plans[0] == plans[1] == plans[2]
+    log = [json.loads(line) for line in (tmp_path / "a" / "runs" / "prepare.jsonl").read_text().splitlines()]
+    assert [(each["line"], each["kind"]) for each in log] == [(line, "bad_record") for line in (2, 3, 4)]
+    assert log[1]["detail"].startswith("roles out of order: message 2 is 'user'")
+    more = [*words, tmp_path / "more.jsonl", *skip, "--cache", tmp_path / "a", "--json"]
+    (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "And a shard?", "completion": "Many rows."}) + "\n{\n")
+    code, out, err = main("extract", *more)
+    assert (code, found(out)["num_samples"], found(out)["counts"]["bad_record"]) == (0, 4, 4)
+
+
 def test_overlong_samples_follow_the_policy_and_are_counted(bench: Bench, main: Main) -> None:
     for policy, field in (("truncate", "truncated"), ("drop", "dropped_overlong")):
         words = ["--teacher", bench.teacher, "--data", bench.data, "--max-length", 60, "--overlong", policy]

@@ -402,6 +402,11 @@ def test_run_file_that_contradicts_the_cache_is_refused(bench: Bench, tmp_path: 
         check_job(job, 1)
 
 
+def test_a_run_files_keys_of_extraction_alone_are_no_contradiction(bench: Bench, tmp_path: Path) -> None:
+    data = DataSpec(bad_records="skip", max_bad=0.5, strict=True, max_length=128)
+    check_job(dataclasses.replace(job_for(bench, tmp_path), spec=RunSpec(data=data)), 1)
+
+
 def test_gradient_that_is_not_finite_stops_the_run_and_exports_nothing(bench: Bench, tmp_path: Path) -> None:
     broken = make_tokenizer(make_model("llama", tmp_path / "broken", vocab_size=320))
     model = transformers.AutoModelForCausalLM.from_pretrained(broken)

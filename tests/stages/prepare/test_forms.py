@@ -423,8 +423,8 @@ def unread(fields: dict[str, Any]) -> set[str]:
 def test_what_is_not_read_is_named() -> None:
     turns = [{**user("q"), "id": 0, "weight": 1}, {**assistant("a"), "weight": 1, "score": None}]
     fields = {"id": 0, "source": "web", "meta": None, "tags": [], "prompt": [user("q")], "messages": turns}
-    assert unread(fields) == {"id", "source", "tags", "prompt", "messages.id", "messages.weight of user"}
-    assert unread({"text": "x", "label": False, "images": None}) == {"label"}
+    assert unread(fields) == {"id", "source", "tags", "messages.id", "messages.weight of user"}
+    assert unread({"text": "x", "label": False, "images": None}) == set()
 
 
 def test_parts_are_read_alike_and_their_marks_are_refused() -> None:
