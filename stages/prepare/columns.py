@@ -7,10 +7,13 @@ conversation in a way that cannot be honoured. Any other name is bookkeeping: it
 READ = "read"
 
 NO_MEDIA = "images, audio and files cannot be given to the teacher; leave such records out"
+NO_TEMPLATE_ARGUMENTS = "one chat template with its own defaults renders all records; leave such records out"
 NO_WEIGHTS = "tokens cannot be weighted or marked one by one; give each message a 'weight' of 0 or 1"
 
 MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale")
 """Names of a message's own mark: 0 or false says that it is not to be learnt."""
+OTHER_MARKS = ("mask", "masked", "ignore", "ignored", "supervise", "supervised", "labels")
+"""Names under which 0 or false means different things to different projects, or that mark tokens."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Names of what an assistant thought before its answer; kdpipe's own is the first."""
 MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio", "file", "files")
@@ -28,12 +31,12 @@ MESSAGE_KEYS: dict[str, str] = {
     **dict.fromkeys(MARKS, READ),
     **dict.fromkeys(MEDIA, NO_MEDIA),
     "refusal": "it is what the assistant says instead of content; put it under 'content' to learn it",
-    "prefix": "an answer that is begun and not ended cannot be learnt; give the whole answer",
     "channel": "give what stands in channel 'analysis' as 'reasoning_content' of the message that answers",
     "recipient": "give calls of tools as 'tool_calls'",
     "documents": "give documents in the text of a message",
     **dict.fromkeys(("tools", "functions"), "give them in the record's column 'tools'"),
-    **dict.fromkeys(("mask", "masked", "labels", "train_detail", "training_detail"), NO_WEIGHTS),
+    **dict.fromkeys(("thought", "thoughts", "tool_plan"), "give the thought as 'reasoning_content'"),
+    **dict.fromkeys(OTHER_MARKS, NO_WEIGHTS),
 }
 
 PART_KEYS: dict[str, str] = {
@@ -47,7 +50,7 @@ PART_KEYS: dict[str, str] = {
 ANSWERS = ("completion", "response", "output")
 """Columns that hold the answer to `prompt` or `instruction`."""
 CHATS = ("messages", "conversations")
-SYSTEMS = ("system", "system_prompt")
+SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 SAMPLE_WEIGHTS = ("weight", "loss_weight", "sample_weight")
 
@@ -66,12 +69,13 @@ RECORD_COLUMNS: dict[str, str] = {
     "context": READ,
     "chosen": READ,
     "label": READ,
+    **dict.fromkeys(MARKS, READ),
     **dict.fromkeys(SAMPLE_WEIGHTS, READ),
     **dict.fromkeys(MEDIA, NO_MEDIA),
     "documents": "give documents in the text of a message",
     "chat_template": "one chat template renders all records, that of the teacher's tokenizer",
-    "chat_template_kwargs": "one chat template with its own defaults renders all records; leave such records out",
-    **dict.fromkeys(("labels", "loss_mask", "label_mask", "assistant_masks", "completion_mask"), NO_WEIGHTS),
+    **dict.fromkeys(("chat_template_kwargs", "enable_thinking", "reasoning_effort"), NO_TEMPLATE_ARGUMENTS),
+    **dict.fromkeys(("loss_mask", "label_mask", "assistant_masks", "completion_mask", *OTHER_MARKS), NO_WEIGHTS),
 }
 
 OTHER_NAMES = {

@@ -26,6 +26,8 @@ from kdpipe.manifests.sample import IncidentKind
 from kdpipe.stages.prepare.columns import (
     ANSWERS,
     CHATS,
+    MARKS,
+    NO_WEIGHTS,
     OTHER_NAMES,
     READ,
     RECORD_COLUMNS,
@@ -45,7 +47,6 @@ from kdpipe.stages.prepare.messages import (
     read_tools,
     read_turns,
     rows_of,
-    sort_out,
     text_of,
 )
 from kdpipe.stages.prepare.sources import RawRecord
@@ -297,16 +298,29 @@ def _check_order(messages: list[Message], reading: Reading) -> None:
 
 def _settle(left: dict[str, Any], form: Form, column: str, reading: Reading) -> None:
     """Columns beside the form `column`: bookkeeping is noted, what would change the conversation must say the same."""
-    sort_out(left, RECORD_COLUMNS, "", reading)
+    is_text = isinstance(form, Text)
     for name, value in left.items():
-        if RECORD_COLUMNS.get(name) != READ or (is_absent(value) and name != "label"):
+        fate = RECORD_COLUMNS.get(name)
+        if is_absent(value) and fate is not None:
             continue
-        if name in SAMPLE_WEIGHTS and value != 1:
-            raise reading.error(f"column '{name}': samples cannot be weighted; give 1, or leave such records out")
-        if name == "label" and value is False and not isinstance(form, Text):
-            raise reading.error("column 'label': it says that the answer is a bad one; leave such records out")
-        if not (name in (*SAMPLE_WEIGHTS, "label") or _says_same(name, value, form)):
+        if fate is None or (is_text and (fate == NO_WEIGHTS or name == "label")):
+            reading.unread.add(name)  # a text has no turns that could be marked: they are labels of a classifier
+        elif fate != READ:
+            raise reading.error(f"column '{name}': {fate}")
+        elif name == "label" or name in MARKS or name in SAMPLE_WEIGHTS:
+            _check_mark(name, value, reading)
+        elif not _says_same(name, value, form):
             raise reading.error(f"which is meant, '{name}' or '{column}'? They stand side by side and differ; keep one")
+
+
+def _check_mark(name: str, value: object, reading: Reading) -> None:
+    """A mark of the whole record must let it be learnt as any other."""
+    if name in SAMPLE_WEIGHTS and value != 1:
+        raise reading.error(f"column '{name}': samples cannot be weighted; give 1, or leave such records out")
+    if value is False:
+        raise reading.error(f"column '{name}': it says that the answer is not to be learnt; leave such records out")
+    if name not in SAMPLE_WEIGHTS and value is not True:
+        reading.unread.add(name)
 
 
 def _says_same(column: str, value: object, form: Form) -> bool:

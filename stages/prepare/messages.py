@@ -18,7 +18,7 @@ from typing import Any
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.nearest import nearest
-from kdpipe.stages.prepare.columns import MARKS, MESSAGE_KEYS, NO_WEIGHTS, PART_KEYS, READ, THOUGHTS
+from kdpipe.stages.prepare.columns import MARKS, MESSAGE_KEYS, PART_KEYS, READ, THOUGHTS
 from kdpipe.stages.prepare.json_stream import DECODER, Doubled, kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -144,8 +144,7 @@ def sort_out(fields: dict[str, Any], fates: dict[str, str], where: str, reading:
         fate = fates.get(key)
         if fate is None and value is not None:
             reading.unread.add(f"{where.partition('[')[0]}.{key}" if where else key)
-        # Of a mark false says something too, though not the same to everybody.
-        elif fate not in (None, READ) and not (value is None if fate == NO_WEIGHTS else is_absent(value)):
+        elif fate not in (None, READ) and not is_absent(value):
             raise reading.error(f"{where}: '{key}' cannot be honoured: {fate}" if where else f"column '{key}': {fate}")
 
 
@@ -157,8 +156,8 @@ def check_once(fields: dict[str, Any], where: str, reading: Reading) -> None:
 
 
 def is_absent(value: object) -> bool:
-    """Null, false and what is empty say nothing."""
-    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+    """Null and what is empty say nothing."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _turn(item: object, name: str, column: str, reading: Reading) -> Turn:
@@ -247,6 +246,10 @@ def _call(call: Message, name: str, reading: Reading) -> Message:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise reading.error(f"{name}: expected a function with its name and arguments")
+    others = [key for key in function if key not in ("name", "arguments", "id", "type", "index", "description")]
+    if "arguments" not in function and others:
+        shown = ", ".join(f"'{key[:40]}'" for key in others[:5])
+        raise reading.error(f"{name}: expected the function's 'arguments', found {shown}")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         # Its nulls were written by somebody, so they stay.

@@ -329,6 +329,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "column 'label': it says that the answer is a bad",
     ),
     "a sample's weight": ({"messages": EXCHANGE, "weight": 0.5}, "column 'weight': samples cannot be weighted"),
+    "a record's mark": ({"messages": EXCHANGE, "train": False}, "column 'train': it says that"),
+    "thinking off": ({"messages": EXCHANGE, "enable_thinking": False}, "column 'enable_thinking': one chat template"),
+    "a plan": ({"messages": [user("q"), {**assistant("a"), "tool_plan": "secret"}]}, "'tool_plan' cannot be honoured"),
+    "arguments under another name": (
+        {"messages": [user("q"), {**assistant(None), "tool_calls": [{"name": "f", "input": {"a": "secret"}}]}]},
+        "expected the function's 'arguments', found 'input'",
+    ),
     "images": ({"messages": EXCHANGE, "images": ["secret.png"]}, "column 'images': images, audio and files cannot"),
     "template arguments": (
         {"messages": EXCHANGE, "chat_template_kwargs": {"enable_thinking": False}},
@@ -424,7 +431,10 @@ def test_what_is_not_read_is_named() -> None:
     turns = [{**user("q"), "id": 0, "weight": 1}, {**assistant("a"), "weight": 1, "score": None}]
     fields = {"id": 0, "source": "web", "meta": None, "tags": [], "prompt": [user("q")], "messages": turns}
     assert unread(fields) == {"id", "source", "tags", "messages.id", "messages.weight of user"}
-    assert unread({"text": "x", "label": False, "images": None}) == set()
+    assert unread({"text": "x", "label": False, "labels": [1], "images": None}) == {"label", "labels"}
+    assert unread({"messages": turns[1:], "prompt": None, "loss": 2.3} | {"messages": [user("q"), turns[1]]}) == {
+        "loss"
+    }
 
 
 def test_parts_are_read_alike_and_their_marks_are_refused() -> None:
