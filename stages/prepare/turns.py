@@ -133,16 +133,13 @@ class Turns:
             line, newline, _ = shape.opening.partition("\n")
             at = text.find(line + newline, after)
             opening = shape.opening
-        if at >= 0 and not opening.strip():
-            return self._behind_header(text, at)
-        shown = self._shared_tokens(text, at, opening) if at >= 0 else 0
-        if not shown:
+        if at < 0:
             raise DataError(
                 "the chat template shows this conversation in another way than its beginning, "
                 + UNTELLABLE.format(what="an assistant turn begins"),
                 where=place,
             )
-        return at + shown
+        return at + self._shared_tokens(text, at, opening) if opening.strip() else self._behind_header(text, at)
 
     def _behind_header(self, text: str, at: int) -> int:
         """`at`, moved behind the role's header where a template gives it with the answer only."""
@@ -258,7 +255,7 @@ def _learn_shape(template: ChatTemplate) -> Shape:
     following: Message = {"role": "user", "content": FOLLOWING}
     later_text = shown(question, answer, following)
     joint = later_text.partition(ANSWER)[2].partition(FOLLOWING)[0]
-    user_header = _common_suffix(asked.partition(QUESTION)[0], joint)
+    user_header = _common_end(template.tokens, asked.partition(QUESTION)[0], joint)
     call = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": {KEY: VALUE}}}
     calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
     result: Message = {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": FOLLOWING}
@@ -295,9 +292,11 @@ def _last(tokens: tuple[str, ...], trailer: str) -> str:
     return max(found)[1] if found else ""
 
 
-def _common_suffix(one: str, other: str) -> str:
-    shared = _shared_prefix(one[::-1], other[::-1])
-    return one[len(one) - shared :]
+def _common_end(tokens: tuple[str, ...], one: str, other: str) -> str:
+    """What two texts have in common at their ends, in whole tokens: "[INST] " of "<s>[INST] " and "</s>[INST] "."""
+    start = len(one) - _shared_prefix(one[::-1], other[::-1])
+    cut = [at + len(token) for token in tokens if 0 <= (at := one.rfind(token, 0, start + len(token) - 1)) < start]
+    return one[max([start, *(end for end in cut if end > start)]) :]
 
 
 def _shared_prefix(one: str, other: str) -> int:

@@ -219,10 +219,16 @@ def model_of(real: Real) -> Model:
     return real, tokenizer, Tokenizing(tokenizer, "assistant", stops)
 
 
-def run_through(model: Model, examples: int) -> dict[str, int]:
+def run_through(model: Model, examples: int, *, derandomize: bool) -> dict[str, int]:
     became: dict[str, int] = {}
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(
+        max_examples=examples,
+        derandomize=derandomize,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
     @given(records())
     def through(record: Record) -> None:
         what = check(model, record)
@@ -234,11 +240,11 @@ def run_through(model: Model, examples: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", REAL)
 def test_supervised_characters_are_supervised_once_or_said(name: str, models: dict[str, Model]) -> None:
-    became = run_through(models[name], 25)
+    became = run_through(models[name], 25, derandomize=True)
     assert became.get("kept", 0) + became.get("kept with incidents", 0) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_thousands_of_conversations_are_supervised_once_or_said(name: str, models: dict[str, Model]) -> None:
-    run_through(models[name], 1000)
+    run_through(models[name], 1000, derandomize=False)

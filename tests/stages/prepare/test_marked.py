@@ -1,0 +1,184 @@
+"""Turns are learnt to their stop token; special tokens stand once; what is rendered already is not rendered again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdpipe.manifests.errors import DataError
+from kdpipe.manifests.specs import DataSpec
+from kdpipe.stages.prepare import prepare
+from kdpipe.stages.prepare.forms import Chat
+from kdpipe.stages.prepare.tokens import Tokenizing
+
+Run = Callable[..., Any]
+Write = Callable[..., Path]
+Targets = Callable[..., str]
+
+END = "<|im_end|>"
+GLM = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\nBODY{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+THINKING = "{% if m.role == 'assistant' %}<think></think>\n{% endif %}{{ m.content }}"
+
+
+def chat(*said: str, system: str | None = None, **marks: Any) -> dict[str, Any]:
+    """A conversation that the user begins; marks: keys of the first answer."""
+    messages: list[dict[str, Any]] = [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)
+    ]
+    messages[1].update(marks)
+    return {"messages": [{"role": "system", "content": system}] * (system is not None) + messages}
+
+
+def through(kit: Any, path: Path, template: str, *, eos: str, stops: tuple[str, ...] = (), **spec: Any) -> Any:
+    """The tokenizer, and samples and incidents of a file."""
+    tokenizer = kit.train(eos=eos)
+    tokenizer.chat_template = template
+    found: list[Any] = []
+    ids = [tokenizer.convert_tokens_to_ids(stop) for stop in stops]
+    samples = list(prepare([path], tokenizer, DataSpec(**spec), on_incident=found.append, stop_ids=ids))
+    return tokenizer, samples, found
+
+
+@pytest.mark.parametrize("body", ["{{ m.content }}", THINKING])
+def test_a_role_marker_that_is_a_stop_token_is_learnt(body: str, kit: Any, write: Write, targets: Targets) -> None:
+    path = write([chat("q", "one", "q", "two"), chat("q", "one", "and")])
+    tokenizer, samples, found = through(kit, path, GLM.replace("BODY", body), eos="</s>", stops=("<|user|>",))
+    head = "\n<think></think>\n" if "think" in body else "\n"
+    assert [targets(sample, tokenizer) for sample in samples] == [f"{head}one<|user|>{head}two", f"{head}one<|user|>"]
+    assert [(each.line, each.kind) for each in found] == [(1, "no_stop_token")]
+    assert found[0].detail.startswith("assistant turn 2 ends without a stop token (known: </s>, <|user|>)")
+
+
+def test_a_role_marker_that_is_no_stop_token_is_not_learnt(kit: Any, write: Write, targets: Targets) -> None:
+    path = write([chat("q", "one", "q", "two")])
+    tokenizer, [sample], [found] = through(kit, path, GLM.replace("BODY", "{{ m.content }}"), eos="</s>")
+    assert targets(sample, tokenizer) == "\none\ntwo"
+    assert (found.kind, found.detail[:21]) == ("no_stop_token", "assistant turn 1, 2 e")
+
+
+@pytest.mark.parametrize(("eos", "stops"), [(END, ()), ("</s>", (END,))])
+def test_a_turn_that_ends_in_a_stop_token_is_whole(eos: str, stops: tuple[str, ...], kit: Any, write: Write) -> None:
+    path = write([chat("q", "a"), chat("q", "a", "q", "b")])
+    template = kit.template("chatml", marked=False)
+    assert through(kit, path, template, eos=eos, stops=stops)[2] == []
+    found = through(kit, path, template, eos="</s>")[2]
+    assert [each.kind for each in found] == ["no_stop_token"] * 2
+
+
+def test_marks_of_messages_are_obeyed(kit: Any, write: Write, targets: Targets) -> None:
+    path = write([chat("q", "BAD", "q", "good", weight=0), chat("q", "BAD", train=False)])
+    template = kit.template("chatml", marked=False)
+    tokenizer, [sample], [found] = through(kit, path, template, eos=END)
+    assert targets(sample, tokenizer) == f"good{END}"
+    assert (found.line, found.kind) == (2, "no_supervised_token")
+    _, [_], _ = through(kit, path, template, eos=END, supervise="last")
+    _, samples, _ = through(kit, path, template, eos=END, supervise="all")
+    assert "BAD" not in targets(samples[0], tokenizer)
+    assert targets(samples[0], tokenizer).count("q") == 2
+
+
+def test_a_completion_without_an_answer_teaches_nothing(kit: Any, write: Write) -> None:
+    """Defect: its turns were counted from the end, and of none of them all were taken: the prompt's answer."""
+    messages = chat("q", "of the prompt", "and?")["messages"]
+    tokenizer = kit.train(eos=END)
+    tokenizer.chat_template = kit.template("chatml", marked=False)
+    tokenizing = Tokenizing(tokenizer, "completion")
+    marked = tokenizing.mark(Chat(messages=messages, completion_from=2), "x:1")
+    assert marked.targets == []
+    assert not tokenizing.encode([marked])[0].supervised.any()
+
+
+@pytest.mark.parametrize("said", [f"a{END}", f"a{END}\n", f"a {END}{END}", f"a{END} {END} "])
+def test_an_answer_that_brings_its_stop_token_has_it_once(said: str, kit: Any, write: Write, targets: Targets) -> None:
+    template = kit.template("chatml", marked=False)
+    tokenizer, [sample, once], found = through(kit, write([chat("q", said), chat("q", "a")]), template, eos=END)
+    assert targets(sample, tokenizer).replace(" ", "") == targets(once, tokenizer) == f"a{END}"
+    assert found == []
+
+
+def test_a_template_that_prints_a_token_twice_is_said(kit: Any, write: Write) -> None:
+    template = kit.template("chatml", marked=False)
+    path = write([chat("q", "a")])
+    [found] = through(kit, path, "{{ bos_token }}{{ bos_token }}" + template, eos=END)[2]
+    assert (found.kind, found.detail) == ("doubled_token", "the text begins with <s> twice")
+    [found] = through(kit, path, template.replace(END, END + END), eos=END)[2]
+    assert (found.kind, found.detail) == ("doubled_token", f"assistant turn 1 ends with {END} twice")
+
+
+@pytest.mark.parametrize(("adds_bos", "adds_eos"), [(True, False), (True, True), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": "<s>Hello</s>"},
+        {"text": "<s><s>Hello</s>\n"},
+        {"prompt": "<s>Hel", "completion": "lo</s>"},
+        {"text": "<s>Hello"},
+    ],
+)
+def test_running_text_has_its_ends_once(
+    record: dict[str, str], adds_bos: bool, adds_eos: bool, kit: Any, write: Write, run: Run
+) -> None:
+    tokenizer = kit.train(adds_bos=adds_bos, adds_eos=adds_eos)
+    [sample], found = run(write([record]), tokenizer)
+    begins = record.get("text", "<s>").count("<s>") if not adds_bos else 1  # what is not added was meant
+    assert tokenizer.decode(sample.token_ids) == "<s>" * begins + "Hello</s>"
+    assert sample.supervised[-1]
+    assert found == []
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_special_token_in_what_is_said_is_told(role: str, kit: Any, write: Write) -> None:
+    bad = f"do this{END} and that"
+    said = {"user": "q", "assistant": "a"} | {role: bad}
+    record = chat(said["user"], said["assistant"], system=said.get("system"))
+    _, [_], [found] = through(kit, write([record]), kit.template("chatml", marked=False), eos=END)
+    number = {"system": 1, "user": 1, "assistant": 2}[role]
+    assert (found.kind, found.detail) == (
+        "special_token_in_text",
+        f"message {number} ({role}) has the special token {END}",
+    )
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama2", "llama3", "phi"])
+@pytest.mark.parametrize("system", [None, "be brief"])
+@pytest.mark.parametrize("generation_prompt", [True, False])
+def test_a_prompt_that_is_rendered_already_is_refused(
+    name: str, system: str | None, generation_prompt: bool, kit: Any, write: Write, run: Run
+) -> None:
+    tokenizer = kit.train()
+    tokenizer.chat_template = kit.template(name, marked=False)
+    messages = chat("What is it?", "", system=system)["messages"][:-1]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    for record in ({"prompt": text, "completion": "a"}, chat(text, "a")):
+        with pytest.raises(DataError, match=r"jsonl:1: message 1 \(user\) is a text that went through a chat template"):
+            run(write([record]), tokenizer)
+    assert len(run(write([chat("Explain INST and im_start", "a")]), tokenizer).samples) == 1
+
+
+def test_a_text_that_is_rendered_already_is_tokenised_as_it_is(kit: Any, write: Write, run: Run) -> None:
+    tokenizer = kit.train(eos=END)
+    tokenizer.chat_template = kit.template("chatml", marked=False)
+    messages = chat("q", "a")["messages"]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    [sample, _], found = run(write([{"text": text}, {"text": "plain"}]), tokenizer)
+    assert tokenizer.decode(sample.token_ids) == text.rstrip()
+    assert [(each.line, each.kind) for each in found] == [(1, "rendered_already")]
+
+
+def test_whatever_a_template_raises_is_one_line_with_the_place(kit: Any, write: Write, run: Run) -> None:
+    tokenizer = kit.train(eos=END)
+    for fault in (
+        "{{ 1 // (messages | length - 3) }}",
+        "{{ messages[2:][0].content.nothing.more }}",
+        "{{ messages[5 - messages | length].x.y }}",
+    ):
+        tokenizer.chat_template = fault + kit.template("chatml", marked=False)
+        with pytest.raises(DataError, match=r"the chat template refuses this conversation \(roles "):
+            run(write([chat("q", "a", "q")]), tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }"
+    with pytest.raises(DataError, match="the chat template refuses"):
+        run(write([chat("q", "a")]), tokenizer)
