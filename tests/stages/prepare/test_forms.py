@@ -326,7 +326,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "preference": ({"prompt": "q", "chosen": "secret", "rejected": "b"}, "preference data; .* rename 'chosen'"),
     "kto": (
         {"prompt": "q", "completion": "secret", "label": False},
-        "column 'label': it says that the answer is a bad",
+        "column 'label': it says that the answer is not",
     ),
     "a sample's weight": ({"messages": EXCHANGE, "weight": 0.5}, "column 'weight': samples cannot be weighted"),
     "a record's mark": ({"messages": EXCHANGE, "train": False}, "column 'train': it says that"),
