@@ -12,6 +12,7 @@ from tools import loss_doc, run_file_doc
 from kdpipe.manifests.specs import load
 from kdpipe.pipeline import cli
 from kdpipe.pipeline.options import ManyCommand
+from kdpipe.stages.prepare import columns
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "manifests" / "FORMAT.md"]
@@ -57,3 +58,8 @@ def test_run_file_page_is_made_from_the_specs() -> None:
 
 def test_the_page_of_the_losses_is_what_their_table_says() -> None:
     assert (ROOT / "docs" / "losses.md").read_text() == loss_doc.page()
+
+
+def test_the_page_of_data_names_every_column_and_key_that_has_a_fate() -> None:
+    names = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "data.md").read_text()))
+    assert {*columns.RECORD_COLUMNS, *columns.MESSAGE_KEYS, *columns.PART_KEYS} - names == set()

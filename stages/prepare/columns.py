@@ -16,7 +16,8 @@ OTHER_MARKS = ("mask", "masked", "ignore", "ignored", "supervise", "supervised",
 """Names under which 0 or false means different things to different projects, or that mark tokens."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Names of what an assistant thought before its answer; kdpipe's own is the first."""
-MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio", "file", "files")
+MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios")
+MESSAGE_MEDIA = (*MEDIA, "input_audio", "file", "files")
 
 MESSAGE_KEYS: dict[str, str] = {
     "role": READ,
@@ -29,7 +30,7 @@ MESSAGE_KEYS: dict[str, str] = {
     "function_call": READ,  # OpenAI's tool call of before 2023-11
     **dict.fromkeys(THOUGHTS, READ),
     **dict.fromkeys(MARKS, READ),
-    **dict.fromkeys(MEDIA, NO_MEDIA),
+    **dict.fromkeys(MESSAGE_MEDIA, NO_MEDIA),
     "refusal": "it is what the assistant says instead of content; put it under 'content' to learn it",
     "channel": "give what stands in channel 'analysis' as 'reasoning_content' of the message that answers",
     "recipient": "give calls of tools as 'tool_calls'",
@@ -42,7 +43,7 @@ MESSAGE_KEYS: dict[str, str] = {
 PART_KEYS: dict[str, str] = {
     "type": READ,
     "text": READ,
-    **dict.fromkeys(MEDIA, NO_MEDIA),
+    **dict.fromkeys(MESSAGE_MEDIA, NO_MEDIA),
     **dict.fromkeys(MARKS, NO_WEIGHTS),
 }
 """Of the parts of a message's content."""

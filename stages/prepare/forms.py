@@ -317,7 +317,7 @@ def _check_mark(name: str, value: object, reading: Reading) -> None:
     """A mark of the whole record must let it be learnt as any other."""
     if name in SAMPLE_WEIGHTS and value != 1:
         raise reading.error(f"column '{name}': samples cannot be weighted; give 1, or leave such records out")
-    if value is False:
+    if value is False or (value == 0 and name.startswith("train")):
         raise reading.error(f"column '{name}': it says that the answer is not to be learnt; leave such records out")
     if name not in SAMPLE_WEIGHTS and value is not True:
         reading.unread.add(name)

@@ -5,6 +5,8 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.sample import content_id
@@ -419,6 +421,42 @@ def test_a_key_that_stands_twice_is_refused_where_it_is_read(line: str) -> None:
     with pytest.raises(DataError, match=r"'(messages|content)' stands there twice; keep one"):
         form(parse_object(line, "x"))
     assert form(parse_object('{"text": "a", "meta": {"b": 1, "b": 2}}', "x")) == Text(text="a")
+
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=8)
+marks = st.sampled_from([{}, {}, {"weight": 0}, {"weight": 1}, {"train": False}, {"loss": True}, {"loss_mask": 0.0}])
+thoughts = st.one_of(st.just({}), words.map(lambda text: {"reasoning_content": text}))
+said = st.tuples(words, words, marks, thoughts)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(said, min_size=1, max_size=4), st.one_of(st.none(), words.filter(str.strip)))
+def test_a_conversation_is_the_same_in_every_spelling(exchanges: list[Any], system: str | None) -> None:
+    turns = [[user(q), {**assistant(a), **mark, **thought}] for q, a, mark, thought in exchanges]
+    messages = [message for pair in turns for message in pair]
+    names = {"role": "from", "content": "value", "reasoning_content": "thinking"}
+    people = {"user": "human", "assistant": "gpt"}
+    sharegpt = [{names.get(key, key): people.get(value, value) for key, value in m.items()} for m in messages]
+    keys = sorted({key for message in messages for key in message})
+    beside = {} if system is None else {"system": system}
+    spellings: list[dict[str, Any]] = [
+        {"messages": messages, **beside},
+        {"messages": ([{"role": "system", "content": system}] if system else []) + messages},
+        {"messages": json.dumps(messages), **beside},
+        {"conversations": sharegpt, **beside},
+        {"messages": {key: [message.get(key) for message in messages] for key in keys}, **beside},
+        {"prompt": messages[:-1], "completion": messages[-1:], **beside},
+    ]
+    found = [form(fields) for fields in spellings]
+    first = 1 if system is None else 2
+    wanted = [first + 2 * i for i, (_, _, mark, _) in enumerate(exchanges) if not all(mark.values())]
+    for chat in found:
+        assert isinstance(chat, Chat)
+        assert chat.content() == found[0].content()
+        assert sorted(chat.unsupervised) == wanted
+    if len(exchanges) == 1 and not messages[1].keys() - {"role", "content"}:
+        pair = form({"prompt": messages[0]["content"], "response": messages[1]["content"], **beside})
+        assert pair.content() == found[0].content()
 
 
 def unread(fields: dict[str, Any]) -> set[str]:
