@@ -45,6 +45,7 @@ from kdpipe.stages.extract.present import Present
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.own_code import allowed_code
 from kdpipe.stages.prepare import prepare
+from kdpipe.stages.prepare.columns import printable
 from kdpipe.stages.teacher import ENGINES, pick_engine
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
 from kdpipe.stages.teacher.engine import EngineOptions
@@ -412,8 +413,7 @@ def _shown(unread: Counter[str]) -> dict[str, int]:
     """The names as a log can take them, the first of a great many: a data file may name its columns as it likes."""
     shown: Counter[str] = Counter()
     for number, (name, count) in enumerate(sorted(unread.items())):
-        safe = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:NAME_CHARS])
-        shown[safe if number < NAMES else "further columns"] += count
+        shown[printable(name, NAME_CHARS) if number < NAMES else "further columns"] += count
     return dict(shown)
 
 
