@@ -1,19 +1,26 @@
-"""The demo's data and models: the corpus is a function of this Python alone; the tokenizer masks what it should."""
+"""The demo's parts, without the network: a tiny wheel that carries a tiny GGUF takes the teacher's place."""
 
+import hashlib
 import importlib
 import json
 import os
-import pathlib
-import random
+import re
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 from types import ModuleType
 
+import gguf
+import numpy as np
 import pytest
 import torch
+from tests.models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-DEMO = pathlib.Path(__file__).parents[2] / "tools" / "demo"
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "tools" / "demo"
+LAYERS = 6
 
 
 def demo_module(name: str) -> ModuleType:
@@ -25,58 +32,49 @@ def demo_module(name: str) -> ModuleType:
         sys.path.remove(str(DEMO))
 
 
-corpus, bpe, teacher, student = map(demo_module, ("corpus", "bpe", "teacher", "student"))
+answers, corpus, plot, run, student, teacher = map(
+    demo_module, ("answers", "corpus", "plot", "run", "student", "teacher")
+)
 
 
-NUM_TRANSFER = 500
-
-
-@pytest.fixture(scope="module")
-def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    corpus.write_corpus(folder / "teacher", transfer_path=folder / "transfer", num_transfer=NUM_TRANSFER)
-    return folder
+# The corpus
 
 
 @pytest.fixture(scope="module")
-def samples(corpus_folder: pathlib.Path) -> list:
-    return corpus.read_samples(corpus_folder / "teacher") + corpus.read_samples(corpus_folder / "transfer")
+def samples() -> list:
+    return corpus.gather_samples(seed=3)
 
 
-@pytest.fixture(scope="module")
-def tokenizer_folder(samples: list, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("demo") / "tokenizer"
-    texts = (text for sample in samples for text in (sample.question, sample.answer))
-    assert bpe.train_tokenizer(texts, folder=folder) == bpe.VOCAB_SIZE
-    return folder
-
-
-def test_corpus_is_the_same_in_a_process_with_another_hash_seed(corpus_folder: pathlib.Path, samples: list) -> None:
-    code = "import corpus; print(corpus._digest(corpus.gather_samples()))"
+def test_corpus_is_the_same_in_a_process_with_another_hash_seed(samples: list) -> None:
+    code = "import corpus, hashlib; print(hashlib.sha256(repr(corpus.gather_samples(seed=3)).encode()).hexdigest())"
     environment = {**os.environ, "PYTHONHASHSEED": "4711", "PYTHONPATH": str(DEMO)}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() == corpus._digest(sorted(samples, key=lambda sample: corpus._digest([sample])))
+    assert printed.stdout.strip() == hashlib.sha256(repr(samples).encode()).hexdigest()
 
 
-def test_corpus_is_not_tiny_and_its_two_files_share_no_answer(corpus_folder: pathlib.Path) -> None:
-    seen, kept = (corpus.read_samples(corpus_folder / name) for name in ("teacher", "transfer"))
-    assert len(seen) > 3000
-    assert len(kept) == NUM_TRANSFER
-    assert sum(len(sample.answer) for sample in seen) > 700_000
-    assert not {sample.answer for sample in seen} & {sample.answer for sample in kept}
-
-
-def test_samples_are_short_and_unlike_each_other(samples: list) -> None:
+def test_samples_are_many_within_their_lengths_and_unlike_each_other(samples: list) -> None:
+    assert len(samples) > 4 * run.NUM_CHATS
     assert len({" ".join(sample.answer.split()) for sample in samples}) == len(samples)
     assert max(len(sample.answer) for sample in samples) <= corpus.MAX_ANSWER_CHARS
     assert min(len(sample.answer) for sample in samples) >= corpus.MIN_ANSWER_CHARS
 
 
-def test_sample_is_read_back_as_it_was_written(tmp_path: pathlib.Path) -> None:
-    written = corpus.Sample(question="What is\u2028this?", answer='a line\n    "another"\x0b\x1c, é')
-    corpus._write_jsonl(tmp_path / "one", samples=[written])
-    assert corpus.read_samples(tmp_path / "one") == [written]
-    assert json.loads((tmp_path / "one").read_text(encoding="utf-8"))["messages"][1]["role"] == "assistant"
+def test_chats_of_another_seed_are_others_and_whole(
+    samples: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = [corpus.Sample(question="What is\u2028this?", answer=f'a line\n    "{n}"\x0b\x1c, é') for n in range(40)]
+    monkeypatch.setattr(corpus, "MIN_ANSWER_CHARS", 1)
+    monkeypatch.setattr(corpus, "topic_samples", lambda: odd)
+    monkeypatch.setattr(corpus, "library_files", lambda root: [])
+    drawn = []
+    for seed in (1, 2):
+        corpus.write_chats(tmp_path / "chats", num_chats=20, seed=seed)
+        lines = (tmp_path / "chats").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        drawn.append([json.loads(line)["messages"] for line in lines])
+        assert len(lines) == 20
+        assert all(messages in [sample.messages() for sample in odd] for messages in drawn[-1])
+    assert drawn[0] != drawn[1]
+    assert [turn["role"] for turn in drawn[0][0]] == ["user", "assistant"]
 
 
 def test_pieces_keep_every_word_and_the_limit() -> None:
@@ -105,90 +103,225 @@ def test_docstrings_are_found_in_methods_and_private_functions() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["def f(x):\n    return x\n", "  naïve — λ\t\x00 🐍", "<|nothing|>", " ,. '' n't"])
-def test_tokenizer_gives_back_every_text(text: str, tokenizer_folder: pathlib.Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+# The teacher
 
 
-def test_tokenizer_training_is_deterministic(tmp_path: pathlib.Path) -> None:
-    texts = ["What is a tie? ab ba ab ba", "the order of ties: cd dc cd dc"]
-    for run in "ab":
-        bpe.train_tokenizer(texts, folder=tmp_path / run, vocab_size=270)
-    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of six layers in the teacher's precision, with a tokenizer that takes digits one by one."""
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = {"num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024}
+    make_model("llama", folder, dtype="bfloat16", vocab_size=300, sizes=sizes)
+    make_tokenizer(folder)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    saved["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, saved["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    return folder
 
 
-@pytest.mark.parametrize("answer", ["It is a list.", "  indented first\n", "ends in a space "])
-def test_mask_covers_the_assistants_text_and_its_end_and_nothing_else(
-    answer: str, tokenizer_folder: pathlib.Path
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    chat = [
-        {"role": "system", "content": "Be short."},
-        {"role": "user", "content": "What is it?"},
-        {"role": "assistant", "content": answer},
-        {"role": "user", "content": "Sure?"},
-        {"role": "assistant", "content": "Yes."},
+@pytest.fixture(scope="module")
+def wheel(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel that carries the tiny model as GGUF; the pin for it lies beside it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    write_gguf(tiny, folder / "tiny.gguf")
+    path = folder / "tiny_llm-0.1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(folder / "tiny.gguf", "tiny_llm/tiny.gguf")
+        archive.writestr("tiny_llm-0.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-llm\nVersion: 0.1\n")
+        archive.writestr("tiny_llm-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_llm-0.1.dist-info/RECORD", "")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name("pin.txt").write_text(f"tiny-llm==0.1 --hash=sha256:{digest}\n")
+    return path
+
+
+def write_gguf(model: Path, path: Path) -> None:
+    """A llama of ours as llama.cpp's converter writes one."""
+    config = json.loads((model / "config.json").read_text())
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    entries = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(entries)
+    writer.add_token_types([gguf.TokenType.CONTROL if entry in special else gguf.TokenType.NORMAL for entry in entries])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    for name in ("bos", "eos", "pad"):
+        getattr(writer, f"add_{name}_token_id")(config[f"{name}_token_id"])
+    writer.add_chat_template((model / "chat_template.jinja").read_text())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, weight in AutoModelForCausalLM.from_pretrained(model).state_dict().items():
+        array = weight.float().numpy()
+        if "q_proj" in name or "k_proj" in name:  # GGUF has rotary pairs side by side, transformers half a head apart
+            count = heads if "q_proj" in name else kv_heads
+            array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def pinned(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny wheel in the teacher's place."""
+    monkeypatch.setattr(teacher, "PIN", wheel.with_name("pin.txt"))
+    return wheel
+
+
+@pytest.fixture
+def fetched(pinned: Path, tmp_path: Path) -> Path:
+    """A folder of a demo in which the wheel lies already, as where there is no network."""
+    (tmp_path / "wheel").mkdir()
+    (tmp_path / "wheel" / pinned.name).symlink_to(pinned)
+    return tmp_path
+
+
+def test_teacher_is_the_model_of_the_wheel_with_its_tokenizer(tiny: Path, fetched: Path) -> None:
+    teacher.write_teacher(fetched / "teacher")
+    assert sorted(path.name for path in fetched.iterdir()) == ["teacher", "wheel"]
+    mine, theirs = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+        for folder in (fetched / "teacher", tiny)
+    )
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    ids = [
+        [AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for folder in (fetched / "teacher", tiny)]
+        for text in ("In 2024, 12 of 1,234.5", "v3.11  99 and 89", "<|im_start|>naïve — λ 🐍 ½ ²³<|im_end|>")
     ]
-    encoded = tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
-    supervised = [id for id, asked in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if asked]
-    assert tokenizer.decode(supervised) == f"{answer}<|end|>Yes.<|end|>"
+    assert all(made == true for made, true in ids)
+    assert AutoTokenizer.from_pretrained(fetched / "teacher").chat_template
 
 
-def test_generation_prompt_is_what_stands_before_an_answer(tokenizer_folder: pathlib.Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)
-    assert tokenizer.apply_chat_template(chat, tokenize=False) == f"{prompt}So.<|end|>"
-
-
-def test_student_folder_loads_and_depends_on_its_seed_alone(
-    tmp_path: pathlib.Path, tokenizer_folder: pathlib.Path
+@pytest.mark.parametrize("changed", [("sha256:..", "sha256:00"), (" --hash=.*", "")], ids=["another hash", "no hash"])
+def test_teacher_is_nothing_but_what_the_pin_says(
+    changed: tuple[str, str], pinned: Path, fetched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        num_parameters = student.write_student(tmp_path / name, tokenizer_folder=tokenizer_folder, seed=seed)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters < 1_000_000
-        heads.append(model.lm_head.weight)
-    assert torch.equal(heads[0], heads[1])
-    assert not torch.equal(heads[0], heads[2])
-    # The model type must not talk AutoTokenizer into another tokenizer class.
-    text = "def f(x):\n    return  x"
-    ids = [AutoTokenizer.from_pretrained(folder).encode(text) for folder in (tokenizer_folder, tmp_path / "a")]
-    assert ids[0] == ids[1]
+    pin = fetched / "pin.txt"
+    pin.write_text(re.sub(*changed, pinned.with_name("pin.txt").read_text()))
+    monkeypatch.setattr(teacher, "PIN", pin)
+    with pytest.raises(SystemExit, match=r"demo: no teacher: the wheel that pin.txt names .* pip says: .*\nWithout a"):
+        teacher.write_teacher(fetched / "teacher")
+    assert not (fetched / "teacher").exists()
 
 
-def test_batches_hold_every_chat_once_within_their_tokens() -> None:
-    rng = random.Random(0)
-    lengths = [rng.randint(3, 300) for _ in range(211)]
-    made = teacher.batches(lengths, batch_tokens=1000, rng=rng)
-    assert sorted(position for batch in made for position in batch) == list(range(211))
-    widest = [len(batch) * max(teacher.width(lengths[position]) for position in batch) for batch in made]
-    assert max(widest) <= 1000
-
-
-def test_training_learns_and_an_interrupted_one_leaves_no_teacher(
-    tmp_path: pathlib.Path, tokenizer_folder: pathlib.Path, samples: list, monkeypatch: pytest.MonkeyPatch
+def test_teacher_that_cannot_be_fetched_is_one_line_and_the_way_without_a_network(
+    pinned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chats = [sample.messages() for sample in samples if len(sample.answer) < 60][:12]
-
-    def train(num_epochs: int) -> float:
-        return teacher.train_teacher(
-            chats, tokenizer_folder=tokenizer_folder, out=tmp_path / "teacher", num_epochs=num_epochs
-        ).loss
-
-    with monkeypatch.context() as patched:
-        patched.setattr(teacher.os, "replace", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(1)
-    assert not (tmp_path / "teacher").exists()
-    assert train(6) < 6.5  # log(2048) = 7.6 before it has seen anything
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher"]
-    AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
-    with pytest.raises(FileExistsError, match="teacher already"):
-        train(1)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(SystemExit) as caught:
+        teacher.write_teacher(tmp_path / "teacher")
+    said = str(caught.value)
+    assert "pip says: ERROR: No matching distribution found for tiny-llm==0.1" in said
+    assert f"into {tmp_path / 'wheel'}/" in said
+    assert len(said.splitlines()) == 2
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+# The student
+
+
+@pytest.mark.parametrize(("kind", "drop"), [("llama", {2, 3}), ("gemma2", {1, 2, 4})])
+def test_student_is_its_teacher_without_some_layers(kind: str, drop: set[int], tmp_path: Path) -> None:
+    keep = [layer for layer in range(LAYERS) if layer not in drop]
+    whole = make_tokenizer(make_model(kind, tmp_path / "whole", sizes={"num_hidden_layers": LAYERS}, vocab_size=300))
+    count = student.cut(whole, tmp_path / "cut", drop=drop)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "cut", whole))
+    assert sum(parameter.numel() for parameter in ours.parameters()) == count
+    assert len(ours.model.layers) == len(keep)
+    rest = {name: weight for name, weight in theirs.state_dict().items() if ".layers." not in name}
+    for place, layer in enumerate(keep):
+        own = theirs.model.layers[layer].state_dict()
+        rest |= {f"model.layers.{place}.{name}": weight for name, weight in own.items()}
+    assert ours.state_dict().keys() == rest.keys()
+    assert all(torch.equal(weight, rest[name]) for name, weight in ours.state_dict().items())
+    kinds = getattr(theirs.config, "layer_types", None)
+    assert kinds is None or ours.config.layer_types == [kinds[layer] for layer in keep]
+    for path in whole.glob("token*"):
+        assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "cut").chat_template
+
+
+@pytest.mark.parametrize("drop", [range(5, 6), range(4, 8), range(3, 3)])
+def test_layers_that_cannot_be_left_out_are_named(drop: range, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"student: layers .* cannot be left out of .*; give some of 1 to 4"):
+        student.cut(tiny, tmp_path / "cut", drop=drop)
+    assert not list(tmp_path.iterdir())
+
+
+# What is shown
+
+
+def test_answers_stand_side_by_side_under_their_question(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 16)
+    monkeypatch.setattr(answers, "WIDTH", 12)
+    shown = answers.side_by_side({"one": tiny, "the other": tiny}, ["What is a row?", "And a cache?"]).splitlines()
+    assert shown[0].split() == ["one", "the", "other"]
+    assert shown[2] == "What is a row?"
+    assert shown.index("And a cache?") > 3
+    columns = [(line[: answers.WIDTH].strip(), line[answers.WIDTH :].strip()) for line in shown[3:] if "?" not in line]
+    assert all(left == right for left, right in columns)
+    assert len("".join(left for left, _ in columns)) > 20
+    assert len(columns) > 4
+
+
+def test_table_has_a_line_a_model_and_a_column_a_figure() -> None:
+    row = {"heldout_kl": 0.5, "top1_agreement": 0.25, "heldout_ce": 3.0625, "tokens_per_s": 1234.5, "seconds": 99.6}
+    shown = run.table({"teacher": row, "kd": row, "ce": row}).splitlines()
+    assert [line[:12].strip() for line in shown] == ["", "teacher", "KD student", "CE student"]
+    assert all(line[12:].split() == ["0.500", "0.250", "3.062", "1,234", "100"] for line in shown[1:])
+    assert len({len(line) for line in shown}) == 1
+
+
+def test_plot_shows_both_students_and_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plot.pyplot, "close", drawn.append)  # the figure is looked at before it goes
+    for name, start in (("kd", 3.0), ("ce", 4.0)):
+        (tmp_path / name).mkdir()
+        scores = [{"kind": "eval", "step": n, "heldout_kl": start / n, "heldout_ce": start + n} for n in (1, 2, 4)]
+        lines = [{"kind": "step", "step": 1}, *scores, {"kind": "done"}]
+        (tmp_path / name / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot.draw({name: tmp_path / name for name in ("kd", "ce")}, tmp_path / "plot.png", teacher_ce=2.5)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    kl, ce = drawn[0].axes
+    assert [line.get_ydata().tolist() for line in kl.lines] == [[3.0, 1.5, 0.75], [4.0, 2.0, 1.0]]
+    assert [line.get_xdata().tolist() for line in ce.lines[:2]] == [[1, 2, 4]] * 2
+    assert set(ce.lines[2].get_ydata()) == {2.5}
+    assert [text.get_text() for text in ce.get_legend().get_texts()] == [*plot.LABELS.values(), "the teacher itself"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_whole_demo_on_the_tiny_teacher(
+    fetched: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    small = {"NUM_CHATS": 24, "DROPPED": range(2, 4), "TRAIN": run.TRAIN | {"batch_tokens": 2048, "eval_every": 2}}
+    for name, value in small.items():
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(fetched), "--seed", "1"])
+    run.main()
+    out, _ = capfd.readouterr()
+    for line in (*answers.QUESTIONS, "KD student", "train.seed=1", "times as far from the teacher", "plot.png"):
+        assert line in out
+    summary = json.loads((fetched / "summary.json").read_text())
+    assert summary.keys() == {"teacher", "students", "seconds"}
+    assert summary["students"].keys() == {"kd", "ce"}
+    assert summary["seconds"].keys() == {"teacher", "extract", "kd", "ce", "total"}
+    for row in (summary["teacher"], *summary["students"].values()):
+        assert set(run.COLUMNS) <= row.keys()
+    assert (fetched / "plot.png").stat().st_size > 10_000
+    run.prepare(fetched, seed=1)
+    assert "The teacher is there already" in capfd.readouterr().out

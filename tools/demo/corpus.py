@@ -2,24 +2,25 @@
 
 Owns what the demo's models read: the language reference (`pydoc_data.topics`) cut into pieces section by section,
 and the docstrings of the standard library, read with `ast` so that no module is imported for them.
-Invariant: a pure function of the Python installation. The samples, their order and the two files do not depend on
-the clock, the environment or the order in which a folder lists its files; no answer occurs twice.
+Invariant: a pure function of the Python installation and the seed. The samples and their order do not depend on the
+clock, the environment or the order in which a folder lists its files; no answer occurs twice.
 Cost: three seconds and nothing outside the standard library.
 """
 
 import ast
 import hashlib
 import inspect
+import itertools
 import json
 import pathlib
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
-MAX_ANSWER_CHARS = 640  # about 200 tokens of the demo's tokenizer
-MIN_ANSWER_CHARS = 40  # "See above." teaches nothing
+MAX_ANSWER_CHARS = 640  # about 160 tokens
+MIN_ANSWER_CHARS = 250  # a chat costs 50 tokens beside its answer, of which nothing is learnt
 MAX_SIGNATURE_CHARS = 80
 UNDERLINES = frozenset('*=-^~"')
 # Tests, bundled copies and programs that happen to live beside the library, and what later Pythons dropped.
@@ -37,15 +38,6 @@ class Sample:
     def messages(self) -> list[dict[str, str]]:
         """The sample in the chat layout that `kdpipe --data` and chat templates read."""
         return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CorpusInfo:
-    num_teacher_samples: int
-    num_transfer_samples: int
-    num_answer_chars: int
-    sha256: str
-    """Of every sample in order: two machines with one digest train on the same text."""
 
 
 def pieces(text: str, *, max_chars: int = MAX_ANSWER_CHARS) -> list[str]:
@@ -129,8 +121,8 @@ def _documented(
         yield Sample(question=question, answer=answers[0])
 
 
-def gather_samples() -> list[Sample]:
-    """Every sample of this Python in a fixed shuffled order, one for each answer, too short answers left out."""
+def gather_samples(*, seed: int = 0) -> list[Sample]:
+    """Every sample of this Python in an order that the seed decides, one for each answer, short answers left out."""
     candidates = list(topic_samples())
     for module, path in library_files(pathlib.Path(sysconfig.get_path("stdlib"))):
         candidates += docstring_samples(path.read_text(encoding="utf-8"), module=module)
@@ -139,37 +131,14 @@ def gather_samples() -> list[Sample]:
         if len(sample.answer) >= MIN_ANSWER_CHARS:
             first.setdefault(" ".join(sample.answer.split()), sample)
     # By digest: shuffled, yet a sample more or less (another Python) moves no other sample relative to the rest.
-    return sorted(first.values(), key=lambda sample: _digest([sample]))
+    return sorted(first.values(), key=lambda sample: _digest(sample, seed=seed))
 
 
-def write_corpus(teacher_path: pathlib.Path, *, transfer_path: pathlib.Path, num_transfer: int) -> CorpusInfo:
-    """Write the first `num_transfer` samples to `transfer_path`, for kdpipe, and all others to `teacher_path`.
-
-    The teacher never sees a transfer sample, so neither its rows nor the held-out numbers come from memory."""
-    samples = gather_samples()
-    _write_jsonl(transfer_path, samples=samples[:num_transfer])
-    _write_jsonl(teacher_path, samples=samples[num_transfer:])
-    return CorpusInfo(
-        num_teacher_samples=len(samples) - num_transfer,
-        num_transfer_samples=num_transfer,
-        num_answer_chars=sum(len(sample.answer) for sample in samples),
-        sha256=_digest(samples),
-    )
+def write_chats(path: pathlib.Path, *, num_chats: int, seed: int = 0) -> None:
+    """Write the first `num_chats` samples as JSON Lines for `kdpipe --data`."""
+    lines = (json.dumps({"messages": sample.messages()}, ensure_ascii=False) for sample in gather_samples(seed=seed))
+    path.write_text("".join(line + "\n" for line in itertools.islice(lines, num_chats)), encoding="utf-8")
 
 
-def _write_jsonl(path: pathlib.Path, *, samples: Iterable[Sample]) -> None:
-    lines = (json.dumps({"messages": sample.messages()}, ensure_ascii=False) for sample in samples)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def read_samples(path: pathlib.Path) -> list[Sample]:
-    """The samples of a file that `write_corpus` wrote."""
-    chats = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").split("\n") if line]
-    return [Sample(question=user["content"], answer=assistant["content"]) for user, assistant in chats]
-
-
-def _digest(samples: Iterable[Sample]) -> str:
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(json.dumps([sample.question, sample.answer]).encode())
-    return digest.hexdigest()
+def _digest(sample: Sample, *, seed: int) -> str:
+    return hashlib.sha256(json.dumps([seed, sample.question, sample.answer]).encode()).hexdigest()
