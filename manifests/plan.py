@@ -30,8 +30,8 @@ from kdpipe.manifests.specs import Codec, Dtype, Io, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
 
 PLAN_FILE = "PLAN.json"
-MAX_PLAN_BYTES = 32 << 20
-"""Some 300,000 shards of 64 MiB."""
+MAX_PLAN_BYTES = 256 << 20
+"""Some two million shards of 65,536 tokens, 1.4e11 tokens; such a plan is read in seconds."""
 SAMPLES_FILE = "samples.arrow"
 SAMPLES_HINT = "it says which sample is where: put it back from a copy, or extract into another folder"
 GROWN = "grown"
@@ -216,6 +216,18 @@ def read_plan(cache: Path, generation: int | None = None) -> Plan:
     if plan.generation != generation or sorted(plan.brought(), key=lambda each: each.start) != plan.brought():
         raise LayoutError(f"'grown_from': {plan.generation} earlier plans, expected {generation}", where=path)
     return plan
+
+
+def write_plan(folder: Path, plan: Plan, cache: Path) -> None:
+    """Write PLAN.json into a folder that is not in place yet. Raises CacheError for one that nobody could read."""
+    data = plan.to_bytes()
+    if len(data) > MAX_PLAN_BYTES:
+        raise CacheError(
+            f"{len(plan.shards):,} shards make a plan of {len(data):,} bytes, at most {MAX_PLAN_BYTES:,} can be read; "
+            "extract the data into several caches, kdpipe train takes them together",
+            where=cache,
+        )
+    (folder / PLAN_FILE).write_bytes(data)
 
 
 def cut_batches(num_tokens: Sequence[int], batch_tokens: int) -> np.ndarray:

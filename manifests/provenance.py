@@ -6,7 +6,7 @@ Cost: a model is read once at the speed of its disk (xxh3-128, 25 GB/s a core).
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,12 +53,13 @@ def digest_code(files: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def digest_model(folder: Path, code: str = "") -> str:
+def digest_model(folder: Path, code: str = "", digest: Callable[[Path], str] = digest_file) -> str:
     """sha256 over a model folder's config and its safetensors files (name, size, xxh3-128).
 
     code: digest of the folder's own code, where that is run; without any the digest is what it was before there was one
+    digest: xxh3-128 of a file, for a caller that knows some
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    weights = [(path.name, path.stat().st_size, digest_file(path)) for path in sorted(folder.glob("*.safetensors"))]
+    weights = [(path.name, path.stat().st_size, digest(path)) for path in sorted(folder.glob("*.safetensors"))]
     made_of = {"config": {key: config[key] for key in sorted(config.keys() - COSMETIC)}, "weights": weights}
     return digest_json(made_of | ({"code": code} if code else {}))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import field_validator
+
 from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.record import Record, read_record
 from kdpipe.manifests.specs import RunSpec
@@ -15,6 +17,16 @@ from kdpipe.manifests.specs import RunSpec
 RUN_FILE = "kdpipe.json"
 CHECKPOINT_FILE = "checkpoint.json"
 
+METRICS = (
+    "heldout_kl",
+    "heldout_reverse_kl",
+    "top1_agreement",
+    "heldout_ce",
+    "perplexity",
+    "teacher_ce",
+    "num_tokens",
+)
+"""In the order in which they are shown, whatever that of the keys in kdpipe.json; others come after them."""
 ELASTIC = (
     "spec.train.grad_accum",
     "spec.train.eval_every",
@@ -66,6 +78,12 @@ class RunRecord(Record):
     """The student's files, by their names in the folder."""
     made_with: MadeWith | None = None
     """The command that made it, for people; compared with nothing."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _in_order(cls, metrics: dict[str, int | float]) -> dict[str, int | float]:
+        known = [name for name in METRICS if name in metrics]
+        return {name: metrics[name] for name in (*known, *sorted(metrics.keys() - set(known)))}
 
 
 class CheckpointRecord(Record):

@@ -29,9 +29,19 @@ def break_even_students(epochs: float) -> int:
 
 def live_over_cached(students: int, epochs: float, *, teacher_params: int, student_params: int) -> float:
     """Operations of training `students` with a live teacher over those with a cache: above 1 the cache is cheaper."""
-    teacher, student = 2 * teacher_params, 6 * student_params
+    teacher, student = forward_flops(teacher_params, 1), step_flops(student_params, 1)
     passes = students * epochs
     return passes * (teacher + student) / (teacher + passes * student)
+
+
+def forward_flops(params: int, num_tokens: int) -> int:
+    """Floating-point operations of a forward pass."""
+    return 2 * params * num_tokens
+
+
+def step_flops(params: int, num_tokens: int) -> int:
+    """Floating-point operations of a training step: forward, backward, gradients of the weights."""
+    return 6 * params * num_tokens
 
 
 def compare(epochs: float, *, teacher_params: int, student_params: int) -> dict[str, float]:

@@ -276,6 +276,13 @@ class Feed:
         """Supervised tokens of a step over all ranks: what its loss is divided by, once."""
         return int(self._rows.num_supervised[self.members(step)].sum())
 
+    def num_tokens_before(self, step: int) -> int:
+        """Tokens of all steps before this one; reads no more than the order of one epoch."""
+        epochs, within = divmod(step, self.steps_per_epoch)
+        lengths = self._rows.num_tokens
+        rest = sum(int(lengths[self.members(epochs * self.steps_per_epoch + each)].sum()) for each in range(within))
+        return epochs * int(lengths[self._members].sum()) + rest
+
     def members(self, step: int) -> np.ndarray:
         """Samples of a step, those of all ranks."""
         epoch, within = divmod(step, self.steps_per_epoch)

@@ -45,6 +45,11 @@ from kdpipe.stages.teacher.engine import EngineOptions
     is_flag=True,
     help="Add the data to what is in the cache already. Not needed where the data named holds all of that too.",
 )
+@click.option(
+    "--check-inputs",
+    is_flag=True,
+    help="Read teacher and data in full, also where no file has changed since the cache was planned from them.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Chooses the rows that are checked twice.")
 @click.option(
     "--batch-tokens",
@@ -83,6 +88,7 @@ def command(
     trust: str | None,
     part: tuple[int, int] | None,
     grow: bool,
+    check_inputs: bool,
     seed: int,
     batch_tokens: int | None,
     group: int | None,
@@ -124,6 +130,7 @@ def command(
         batch_tokens=batch_tokens,
         group=kept_group(group, cache),
         grow=grow,
+        check_inputs=check_inputs,
         options=EngineOptions(
             tp=tp,
             dp=dp,

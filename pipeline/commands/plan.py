@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 import click
 
 from kdpipe.manifests.specs import DtypeChoice, RowsChoice, RunSpec
-from kdpipe.pipeline.forecast import break_even_students, compare, count_parameters, free_bytes
+from kdpipe.pipeline.forecast import (
+    break_even_students,
+    compare,
+    count_parameters,
+    forward_flops,
+    free_bytes,
+    step_flops,
+)
 from kdpipe.pipeline.options import PATH, ManyCommand, data_options, json_option, run_options, run_spec, trust_option
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
@@ -49,6 +56,9 @@ def command(
     one teacher pass for the cache is less than the passes of a live teacher, one in each epoch (train.epochs) of each
     student. With --student, live_over_cached is the total cost with a live teacher over that with a cache, for 1 to 16
     students, at 2 operations a parameter and token for the teacher and 6 for the student; disk time is not counted.
+    estimated_seconds are these operations at the speed of a matrix product that is timed here, on one GPU where there
+    are any: a lower bound, real runs take longer. A student that train would refuse, for another
+    tokenizer, is refused here.
 
     \b
     kdpipe plan --teacher models/large --data chat.jsonl more.parquet --cache /scratch/cache
@@ -65,6 +75,10 @@ def command(
         strict=strict,
     )
     student_params = None if student is None else count_parameters(student)
+    if student is not None:
+        from kdpipe.stages.student import check_student_of
+
+        check_student_of(student, teacher, trust)
     from kdpipe.stages.extract import ExtractSpec, forecast  # torch takes seconds: not for --help or a misspelt option
 
     spec = ExtractSpec(
@@ -82,7 +96,25 @@ def command(
     )
     with results_only(), watch("plan", EventLog(None)) as progress:
         found = forecast(spec, progress)
-    show(dataclasses.asdict(found) | _worth(found, run, student_params, cache or Path()), as_json=as_json)
+    worth = _worth(found, run, student_params, cache or Path())
+    show(dataclasses.asdict(found) | worth | {"estimated_seconds": _time(found, run, student_params)}, as_json=as_json)
+
+
+def _time(found: "Forecast", run: RunSpec, student_params: int | None) -> dict[str, float]:
+    """Seconds of the teacher's pass and of a student's training on this machine, one device, at a product's speed."""
+    import torch
+
+    from kdpipe.stages.models.speed import matmul_flops
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seconds = {
+        "extract": forward_flops(found.teacher_params, found.num_tokens)
+        / matmul_flops(getattr(torch, found.dtype), device)
+    }
+    if student_params is not None:
+        trained = step_flops(student_params, found.num_tokens) * run.train.epochs
+        seconds["train"] = trained / matmul_flops(getattr(torch, run.train.dtype), device)
+    return seconds
 
 
 def _worth(found: "Forecast", run: RunSpec, student_params: int | None, folder: Path) -> dict[str, object]:

@@ -33,7 +33,6 @@ from kdpipe.manifests.plan import (
     Settings,
     ShardPlan,
     plan_folder,
-    read_plan,
 )
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json, digest_model
@@ -41,6 +40,7 @@ from kdpipe.manifests.sample import KEPT, Incident, Sample, is_heldout, row_posi
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
 from kdpipe.stages.causal_lm import real_vocab_size, stop_ids, vocabulary_digest
+from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.present import Present
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.own_code import allowed_code
@@ -73,6 +73,7 @@ class ExtractSpec:
     options: how the engine is run
     group: number of the Unix group that may read the cache
     grow: add the data to what the cache holds; otherwise the data must have all of that too
+    check_inputs: read every file, also those that have not changed since the plan was made from them
     """
 
     teacher: Path
@@ -88,6 +89,7 @@ class ExtractSpec:
     options: EngineOptions = field(default_factory=EngineOptions)
     group: int | None = None
     grow: bool = False
+    check_inputs: bool = False
 
     def resolved_device(self) -> Device:
         """cpu or cuda. Raises ConfigError where cuda is asked for and there is none."""
@@ -193,7 +195,7 @@ def require_room(plan: Plan, folder: Path, cache: Path) -> None:
 def plan_cache(
     spec: ExtractSpec,
     info: TeacherInfo,
-    engine: EngineRecord,
+    plan: Plan,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     progress: Progress,
@@ -202,14 +204,10 @@ def plan_cache(
 ) -> tuple[Plan, bool]:
     """The plan, and whether it is new: that of the cache itself where it holds every sample.
 
-    The samples that are new are in `folder`. The teacher's files are known where there is a cache; otherwise none are.
-    Raises CacheError where it was made in another way.
+    plan: all of it that is decided before any data is read. The samples that are new are in `folder`. The teacher's
+    files are known where there is a cache; otherwise none are. Raises CacheError where it has other samples.
     """
-    plan = _plan_without_samples(spec, info, engine, tokenizer)
-    present = None
-    if (cache / PLAN_FILE).exists():
-        require_same(plan, read_plan(cache), cache)
-        present = Present(cache)
+    present = Present(cache) if (cache / PLAN_FILE).exists() else None
     (folder / "runs").mkdir()
     written = _write_samples(spec, info, tokenizer, folder, progress, plan=plan, present=present)
     plan = plan.model_copy(
@@ -236,14 +234,19 @@ def plan_cache(
     return plan, True
 
 
-def _plan_without_samples(
-    spec: ExtractSpec, info: TeacherInfo, engine: EngineRecord, tokenizer: PreTrainedTokenizerBase
+def plan_without_samples(
+    spec: ExtractSpec,
+    info: TeacherInfo,
+    engine: EngineRecord,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Inputs,
 ) -> Plan:
     """All of the plan that is decided before any data is read."""
+    code = allowed_code(spec.teacher, spec.options.trust, TeacherError)
     head = head_record(info, real_vocab_size(spec.teacher, tokenizer, info.head_rows))
     return Plan(
         fingerprint=Fingerprint(
-            teacher=digest_model(spec.teacher, allowed_code(spec.teacher, spec.options.trust, TeacherError).digest),
+            teacher=digest_model(spec.teacher, code.digest, inputs.digest),
             tokenizer=digest_json(json.loads(tokenizer.backend_tokenizer.to_str())),
             template=digest_json(tokenizer.chat_template),
             data="",

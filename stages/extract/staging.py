@@ -8,15 +8,18 @@ CACHE/grown, in the same way, and what was there is left as it is.
 import contextlib
 import os
 import shutil
-from collections.abc import Collection, Iterator
+import tempfile
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import Cache, teacher_files, write_head
 from kdpipe.manifests.durable import (
+    NO_RIGHT,
     canonical,
     disk_error,
     fsync_folder,
@@ -41,28 +44,44 @@ from kdpipe.manifests.plan import (
     check_folders,
     plan_folder,
     read_plan,
+    write_plan,
 )
 from kdpipe.manifests.progress import Progress
 from kdpipe.stages.causal_lm import save_tokenizer
-from kdpipe.stages.extract.planning import ExtractSpec, engine_record, plan_cache, require_same, teacher_tokenizer
+from kdpipe.stages.extract.inputs import Inputs
+from kdpipe.stages.extract.planning import (
+    ExtractSpec,
+    engine_record,
+    plan_cache,
+    plan_without_samples,
+    require_room,
+    require_same,
+    teacher_tokenizer,
+)
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.head import Head, read_head
 from kdpipe.stages.teacher.rows import as_array
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Staged:
     """A plan ready to be put in place, or found in place already.
 
+    read: reads the teacher's head
     folder: where PLAN.json lies now, beside the cache; None where it is in place
     made: folders whose entries are new because the cache's parents were missing
     """
 
     plan: Plan
-    head: Head
+    read: Callable[[], Head]
     cache: Path
     folder: Path | None = None
     made: tuple[Path, ...] = ()
+
+    @cached_property
+    def head(self) -> Head:
+        """Read where it is used: a finished cache does without."""
+        return self.read()
 
     def samples(self) -> Samples:
         """What there is to try the teacher on: the cache's samples, those of before where it grows."""
@@ -109,6 +128,44 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     info = describe_teacher(spec.teacher, spec.dtype, spec.options.trust)
     engine = engine_record(spec, info, progress)
     tokenizer = teacher_tokenizer(spec, progress)
+    _require_free(cache)
+    existing = read_plan(cache) if (cache / PLAN_FILE).exists() else None
+    inputs = Inputs() if spec.check_inputs else Inputs.of(cache, existing)
+    wanted = plan_without_samples(spec, info, engine, tokenizer, inputs)
+    if existing is not None:
+        require_same(wanted, existing, cache)
+    asked = inputs.asked(spec, wanted, info.max_positions)
+    if existing is not None and inputs.were_asked(asked) and not _lost_files(existing, cache):
+        progress.note(f"no input has changed since the plan was made: {existing.num_samples:,} samples")
+        with _as_disk_error(cache):
+            Samples(cache, existing).verify()
+            _prepare_folders(cache)
+            require_room(existing, cache, cache)
+            inputs.remember(plan_folder(cache, existing.generation), asked)
+            yield Staged(
+                plan=existing, read=lambda: read_head(spec.teacher, info, existing.head.vocab_size), cache=cache
+            )
+        return
+    with _scratch_folder(spec, cache, is_there=existing is not None) as (folder, made), _as_disk_error(cache):
+        plan, is_new = plan_cache(spec, info, wanted, tokenizer, folder, progress, cache=cache)
+        head = read_head(spec.teacher, info, plan.head.vocab_size)
+        _prepare_folders(cache if plan.teacher_files else folder)
+        if not plan.teacher_files:
+            write_teacher(tokenizer, head, folder / "teacher")
+            plan = Plan.model_validate(plan.model_dump() | {"teacher_files": teacher_files(folder / "teacher")})
+        elif lost := _lost_files(plan, cache):
+            restore_teacher(tokenizer, head, folder / "restored", plan, cache, lost)
+        inputs.remember(folder if is_new else plan_folder(cache, plan.generation), asked)
+        if is_new:
+            write_plan(folder, plan, cache)
+            failpoint("plan:written")
+            fsync_tree(folder)
+            failpoint("plan:flushed")
+        yield Staged(plan=plan, read=lambda: head, cache=cache, folder=folder if is_new else None, made=made)
+
+
+def _require_free(cache: Path) -> None:
+    """The folder is a cache, empty or not there. Raises CacheError, or LayoutError for a cache that lost its plan."""
     check_folders(cache)
     if cache.resolve() == Path.cwd():
         raise CacheError("this is the folder you are in; name one in it", where=cache)
@@ -116,47 +173,59 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
         if any(os.path.lexists(cache / name) for name in (SAMPLES_FILE, GROWN, PLAN_FILE)):
             read_plan(cache)  # says that the plan of a cache is lost
         raise CacheError("it exists and is not a cache; choose another name or remove it", where=cache)
+
+
+def _lost_files(plan: Plan, cache: Path) -> list[str]:
+    """Names of the teacher's files that the cache lacks."""
+    return [name for name in plan.teacher_files if not os.path.lexists(cache / "teacher" / name)]
+
+
+def _prepare_folders(cache: Path) -> None:
+    """Make the folders that a copy of a cache may lack because they were empty; sweep what killed writers left."""
+    for name in FOLDERS:
+        (cache / name).mkdir(exist_ok=True)
+    sweep((cache / "tmp").glob("*"))
+
+
+@contextmanager
+def _scratch_folder(spec: ExtractSpec, cache: Path, *, is_there: bool) -> Iterator[tuple[Path, tuple[Path, ...]]]:
+    """A folder beside the cache, gone when the block ends, and the folders above it that were made for it.
+
+    is_there: the cache exists; where nothing can be made beside it, all may be in it already, and any place will do
+    """
     parent = cache.absolute().parent
     made = [above for above in (parent, *parent.parents) if not above.exists()]
     folder = scratch_name(parent, f".{cache.name}.plan")
     try:
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as err:
+            if not is_there or err.errno not in NO_RIGHT:
+                raise
+            folder = Path(tempfile.mkdtemp(prefix="kdpipe-plan-"))
         share(folder, spec.group)
         held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as err:
         raise CacheError(f"cannot be created: {err.strerror}", where=cache) from None
     hold(held)
-    sweep([*scratch_of(parent, f".{cache.name}.plan"), *(cache / "tmp").glob("*")])
+    sweep(scratch_of(parent, f".{cache.name}.plan"))
     try:
-        plan, is_new = plan_cache(spec, info, engine, tokenizer, folder, progress, cache=cache)
-        head = read_head(spec.teacher, info, plan.head.vocab_size)
-        for name in FOLDERS:  # a copy of a cache may lack those that were empty
-            (cache / name if plan.teacher_files else folder / name).mkdir(exist_ok=True)
-        if not plan.teacher_files:
-            write_teacher(tokenizer, head, folder / "teacher")
-            plan = Plan.model_validate(plan.model_dump() | {"teacher_files": teacher_files(folder / "teacher")})
-        elif lost := [name for name in plan.teacher_files if not os.path.lexists(cache / "teacher" / name)]:
-            restore_teacher(tokenizer, head, folder / "restored", plan, cache, lost)
-        if is_new:
-            (folder / PLAN_FILE).write_bytes(plan.to_bytes())
-            failpoint("plan:written")
-            fsync_tree(folder)
-            failpoint("plan:flushed")
-        yield Staged(
-            plan=plan,
-            head=head,
-            cache=cache,
-            folder=folder if is_new else None,
-            made=tuple(above.parent for above in made),
-        )
-    except OSError as err:
-        raise disk_error(err, cache) from err
+        yield folder, tuple(above.parent for above in made)
     finally:
         os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
         for above in made:
             with contextlib.suppress(OSError):  # not empty: the cache is in it
                 above.rmdir()
+
+
+@contextmanager
+def _as_disk_error(cache: Path) -> Iterator[None]:
+    """A failed system call of the block is an error of ours."""
+    try:
+        yield
+    except OSError as err:
+        raise disk_error(err, cache) from err
 
 
 def write_teacher(tokenizer: PreTrainedTokenizerBase, head: Head, folder: Path) -> None:

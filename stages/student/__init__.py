@@ -1,6 +1,6 @@
 """The student: a causal LM that answers with losses, checked and examined before it is trained, exported after."""
 
-from kdpipe.stages.student.check import check_student, checkpoint_dtype, require_context
+from kdpipe.stages.student.check import check_student, check_student_of, checkpoint_dtype, require_context
 from kdpipe.stages.student.exam import probe_text
 from kdpipe.stages.student.student import (
     LOSS_SUMS,
@@ -19,6 +19,7 @@ __all__ = [
     "Student",
     "TeacherHead",
     "check_student",
+    "check_student_of",
     "checkpoint_dtype",
     "load_student",
     "load_teacher_head",

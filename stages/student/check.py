@@ -12,10 +12,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTo
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import StudentError
-from kdpipe.stages.causal_lm import context_of, vocabulary_difference, vocabulary_digest
+from kdpipe.manifests.errors import StudentError, TeacherError
+from kdpipe.stages.causal_lm import context_of, real_vocab_size, vocabulary_difference, vocabulary_digest
 from kdpipe.stages.feed import Rows
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.teacher.describe import describe_teacher
 
 IDS = ("pad_token_id", "eos_token_id")
 """Config fields that name ids which end up in a batch or end a text."""
@@ -29,25 +30,43 @@ def check_student(folder: Path, cache: Cache, trust: str | None = None) -> PreTr
     small for the cache's ids, ids outside of it, a generation config that does not load.
     """
     model = ModelFolder(folder, StudentError, trust)
+    _check_model(model, cache.plan.head.vocab_size, "the cache's")
+    if vocabulary_digest(model.tokenizer) != cache.plan.vocabulary_digest:
+        _check_tokens(model, _cached_tokenizer(cache), cache.path)
+    return model.tokenizer
+
+
+def check_student_of(folder: Path, teacher: Path, trust: str | None = None) -> None:
+    """Whether the student in `folder` can learn from a cache of this teacher, before there is one.
+
+    Raises StudentError as check_student does, TeacherError for a folder that is no teacher.
+    """
+    model, tokenizer = ModelFolder(folder, StudentError, trust), ModelFolder(teacher, TeacherError, trust).tokenizer
+    head_rows = describe_teacher(teacher, trust=trust).head_rows
+    _check_model(model, real_vocab_size(teacher, tokenizer, head_rows), "the teacher's")
+    _check_tokens(model, tokenizer, teacher)
+
+
+def _check_model(model: ModelFolder, vocab_size: int, whose: str) -> None:
+    """Its folder, the size of its vocabulary, its ids and how it generates."""
     model.examine()
     size = model.config.get_text_config().vocab_size
-    if size < cache.plan.head.vocab_size:
+    if size < vocab_size:
         raise StudentError(
-            f"its vocabulary has {size} ids, the cache's has {cache.plan.head.vocab_size}; "
+            f"its vocabulary has {size} ids, {whose} has {vocab_size}; "
             "enlarge its embedding (resize_token_embeddings) or pick a student of the teacher's family",
-            where=folder,
+            where=model.path,
         )
-    _check_ids(model.config, folder / "config.json", size)
-    _check_generation(folder, size)
-    tokenizer = model.tokenizer
-    if vocabulary_digest(tokenizer) == cache.plan.vocabulary_digest:
-        return tokenizer
-    if difference := vocabulary_difference(tokenizer, _cached_tokenizer(cache)):
+    _check_ids(model.config, model.path / "config.json", size)
+    _check_generation(model.path, size)
+
+
+def _check_tokens(model: ModelFolder, tokenizer: PreTrainedTokenizerBase, whose: Path) -> None:
+    if difference := vocabulary_difference(model.tokenizer, tokenizer):
         raise StudentError(
-            f"its tokenizer is not that of {cache.path}: {difference}; a student must use the teacher's tokenizer",
-            where=folder,
+            f"its tokenizer is not that of {whose}: {difference}; a student must use the teacher's tokenizer",
+            where=model.path,
         )
-    return tokenizer
 
 
 def require_context(folder: Path, rows: Rows, members: np.ndarray, trust: str | None = None) -> None:

@@ -202,6 +202,12 @@ def other_tokenizer(bench: Bench, folder: Path) -> list[object]:
     return ["--student", folder / "student", "--cache", bench.cache, "--output", folder / "out"]
 
 
+def test_plan_refuses_a_student_that_train_would_refuse(bench: Bench, main: Main, tmp_path: Path) -> None:
+    other_tokenizer(bench, tmp_path)
+    words = ["--teacher", bench.teacher, "--data", bench.data, "--student", tmp_path / "student"]
+    refused(*main("plan", *words), f"its tokenizer is not that of {bench.teacher}")
+
+
 def too_many_ranks(bench: Bench, folder: Path) -> list[object]:
     return ["--student", bench.student, "--cache", bench.cache, "--output", folder / "out", "--nproc", 500]
 

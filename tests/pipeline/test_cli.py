@@ -273,6 +273,8 @@ def test_an_equal_cache_shows_how_many_rows_are_equal_and_no_worst_one(main: Mai
 @dataclass(frozen=True)
 class FakeForecast:
     num_rows: int = 12
+    num_tokens: int = 21
+    dtype: str = "float32"
     teacher_params: int = 7000
     head_bytes: int = 220
     bytes_per_codec: dict[str, int] = field(default_factory=lambda: {"raw": 240})
@@ -310,6 +312,7 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
         "train": {"train": train},
         "job": {"TrainJob": types.SimpleNamespace, "check_job": lambda job, nproc: calls.append(("check", nproc))},
         "evaluate": {"evaluate_student": evaluate_student},
+        "student": {"check_student_of": lambda *given: calls.append(("check", *given))},
     }
     for name, members in fakes.items():
         module = types.ModuleType(f"kdpipe.stages.{name}")
@@ -351,6 +354,9 @@ def test_plan_compares_the_cost_for_a_given_student(main: Main, stages: list, tm
     _, out, _ = main("plan", *DATA, "--student", tmp_path, "--set", "train.epochs=2", "--json")
     found = json.loads(out)
     assert found["student_params"] == 300
+    assert stages[0] == ("check", tmp_path, Path("t"), None), "before the data is read"
+    assert found["estimated_seconds"].keys() == {"extract", "train"}
+    assert all(0 < seconds < 1 for seconds in found["estimated_seconds"].values())
     # One student, two epochs: (2 * (2 * 7000 + 6 * 300)) operations a token against 2 * 7000 + 2 * 6 * 300.
     assert found["live_over_cached"]["1"] == pytest.approx(31600 / 17600)
 

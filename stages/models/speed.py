@@ -1,0 +1,25 @@
+"""Speed: what a matrix product reaches here, for estimates of time."""
+
+import time
+
+import torch
+
+SIZE = 512
+TIMED_S = 0.2
+
+
+def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations a second of [512, 512] matrix products; takes a fraction of a second."""
+    square = torch.ones(SIZE, SIZE, dtype=dtype, device=device)
+    result, count = square @ square, 0  # the first one is slow
+    _wait(result)
+    began = time.perf_counter()
+    while (passed := time.perf_counter() - began) < TIMED_S:
+        _wait(square @ square)
+        count += 1
+    return 2 * SIZE**3 * count / passed
+
+
+def _wait(result: torch.Tensor) -> None:
+    if result.device.type == "cuda":
+        torch.cuda.synchronize()
