@@ -204,9 +204,7 @@ def read_plan(cache: Path, generation: int | None = None) -> Plan:
     except (FileNotFoundError, NotADirectoryError):
         if generation or os.path.lexists(cache / GROWN) or os.path.lexists(cache / SAMPLES_FILE):
             raise LayoutError("PLAN.json is missing; put it back from a copy", where=path.parent) from None
-        raise CacheError(
-            "no cache here: PLAN.json is missing; make one with: kdpipe extract", where=path.parent
-        ) from None
+        raise CacheError(_no_cache(path.parent), where=path.parent) from None
     try:
         plan = Plan.model_validate_json(data)
     except ValidationError as err:
@@ -216,6 +214,15 @@ def read_plan(cache: Path, generation: int | None = None) -> Plan:
     if plan.generation != generation or sorted(plan.brought(), key=lambda each: each.start) != plan.brought():
         raise LayoutError(f"'grown_from': {plan.generation} earlier plans, expected {generation}", where=path)
     return plan
+
+
+def _no_cache(folder: Path) -> str:
+    """What is said of a folder that is no cache: what it is, where that shows."""
+    if (folder / "config.json").exists():
+        return "this is a model, not a cache: PLAN.json is missing; are --student and --cache swapped?"
+    if not folder.exists():
+        return "no cache here: there is no such folder, so PLAN.json is missing; make one with: kdpipe extract"
+    return "no cache here: PLAN.json is missing; make one with: kdpipe extract"
 
 
 def write_plan(folder: Path, plan: Plan, cache: Path) -> None:

@@ -246,7 +246,6 @@ class Run:
 
     def steps(self, progress: Progress, asked: Sequence[signal.Signals] = ()) -> dict[str, float]:
         """All steps that are left, with evaluations and checkpoints on the way; the metrics of the last evaluation."""
-        epoch_tokens = int(self.rows.num_tokens[self.training].sum())
         progress.event(
             "start", num_steps=self.num_steps, steps_per_epoch=self.feed.steps_per_epoch, ranks=self.world_size
         )
@@ -254,8 +253,8 @@ class Run:
             progress.note(note)
         if self.student.padded:
             progress.note("this model's layers cannot tell packed samples apart: batches are padded")
-        total = epoch_tokens * self.num_steps // self.feed.steps_per_epoch
-        progress.begin("train", total=max(total - self.num_tokens, 0), unit="tokens")
+        left = self.feed.num_tokens_before(self.num_steps) - self.feed.num_tokens_before(self.done)
+        progress.begin("train", total=left, unit="tokens")
         while self.done < self.num_steps:
             fields = self.step(self.done, asked)
             self.done += 1

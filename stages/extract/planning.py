@@ -22,6 +22,7 @@ from kdpipe.manifests.errors import (
     SpaceError,
     TeacherError,
 )
+from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.plan import (
     PLAN_FILE,
     SAMPLES_FILE,
@@ -164,7 +165,7 @@ def require_same(plan: Plan, existing: Plan, cache: Path) -> None:
         if there[name] != value:
             raise CacheError(
                 f"this cache was made with {name} = {there[name]!r}, this command asks for {value!r}; "
-                "choose another --cache or repeat the first command",
+                f"choose another --cache, or {extract_again(cache)}",
                 where=cache,
             )
 

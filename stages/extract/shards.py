@@ -167,6 +167,8 @@ class Filling:
         started = time.perf_counter()
         try:
             for ack in self._engine.run(self._batches(free)):
+                while self._engine.notes:
+                    self._progress.note(self._engine.notes.pop(0))
                 shard = self._open[0]
                 request = shard.requests[len(shard.acks)]
                 check_ack(request, ack)

@@ -136,11 +136,13 @@ class TeacherEngine(Protocol):
 
     probe_every: of how many samples one is probed at several rows, the others at their last one only; scoring rows
         anywhere in a prompt costs some engines the head on every token
+    notes: what it has to say to whoever watches, oldest first; a reader takes them out
     """
 
     name: str
     version: str
     probe_every: int
+    notes: list[str]
 
     def canary(self, head: "Head", samples: Sequence[np.ndarray]) -> "Canary":
         """Run a few samples (int32 [n] each) before anything is written; what was measured.

@@ -83,6 +83,7 @@ class SglangEngine:
     def __init__(self, path: Path, *, dtype: Dtype, device: Device, options: EngineOptions | None = None) -> None:
         """Nothing is started yet. Raises ConfigError for a version or options that cannot be."""
         self.version = library_version()
+        self.notes: list[str] = []
         self._path, self._dtype, self._device = path, dtype, device
         self._options = options or EngineOptions()
         trust = self._options.trust

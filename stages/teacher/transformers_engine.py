@@ -11,7 +11,6 @@ Cost: the forward, plus one gather and one copy of the rows; on CUDA the copy of
 
 # Shapes: B requests of a batch, n tokens of the longest, R rows kept, K rows probed, E teacher width, V logits.
 
-import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Canary, Request
 from kdpipe.stages.teacher.head import Head
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor, checksum
-
-logger = logging.getLogger(__name__)
 
 # The trial of chunked against whole: tokens, and how far apart rows may be. Measured in bf16: rounding 0.004 to 0.012
 # over 18 small architectures, a state lost between chunks 0.18 (Bamba) to 1.1 (RecurrentGemma).
@@ -116,6 +113,7 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.version = library_version()
+        self.notes: list[str] = []
         self._path = path
         self._device = torch.device(device)
         self._dtype = TORCH_DTYPES[describe_teacher(path, "auto", trust).dtype if dtype == "auto" else dtype]
@@ -282,7 +280,7 @@ class TransformersEngine:
         if self._chunks_agree is None:
             self._chunks_agree = self._trial_error(token_ids) <= TRIAL_ERROR[self._dtype]
             if not self._chunks_agree:
-                logger.warning("long samples run whole: in chunks this model gives other rows")
+                self.notes.append("long samples run whole: in chunks this model gives other rows")
         return self._chunks_agree
 
     def _trial_error(self, token_ids: np.ndarray) -> float:

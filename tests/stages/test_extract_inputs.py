@@ -17,6 +17,7 @@ from kdpipe.manifests.errors import CacheError, CorruptError
 from kdpipe.manifests.plan import SAMPLES_FILE
 from kdpipe.manifests.progress import Silent
 from kdpipe.stages.extract import ExtractSpec, inputs, planning
+from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
 Reads = list[str]
 
@@ -184,3 +185,18 @@ def test_a_finished_cache_on_a_read_only_disk_needs_no_more(
     extract_small(spec, disk / "cache", moment=-1.0, progress=seen)
     assert "every shard is there already" in seen.notes
     assert Cache.open(disk / "cache").complete
+
+
+def test_what_an_engine_has_to_say_reaches_the_progress(
+    spec: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = TransformersEngine.canary
+
+    def canary(engine: TransformersEngine, *args: Any) -> Any:
+        engine.notes.append("long samples run whole")
+        return whole(engine, *args)
+
+    monkeypatch.setattr(TransformersEngine, "canary", canary)
+    seen = Notes()
+    extract_small(spec, tmp_path / "cache", progress=seen)
+    assert seen.notes.count("long samples run whole") == 1

@@ -242,6 +242,15 @@ def test_a_step_does_not_depend_on_the_steps_before(rows: Rows) -> None:
         assert resumed.members(step).tolist() == steps[step]
 
 
+def test_the_tokens_of_a_run_are_known_before_it_to_the_last_one(rows: Rows) -> None:
+    feed = Feed(rows, np.arange(43), seed=9, batch_tokens=200)
+    steps = 2 * feed.steps_per_epoch + 2
+    taken = [int(rows.num_tokens[feed.members(step)].sum()) for step in range(steps)]
+    assert [feed.num_tokens_before(step) for step in range(steps + 1)] == [
+        sum(taken[:step]) for step in range(steps + 1)
+    ]
+
+
 def test_ranks_without_samples_in_a_step_get_an_empty_batch(rows: Rows) -> None:
     feeds = [Feed(rows, np.arange(4), seed=0, batch_tokens=1, world_size=4, rank=rank) for rank in range(4)]
     batches = [batch for feed in feeds for batch in feed.step(0)]
