@@ -71,7 +71,7 @@ def repair(cache: Path) -> str:
 
 
 def _extractions(cache: Path) -> Iterator[MadeWith]:
-    """The commands that are told in a cache's logs, the last one first."""
+    """The commands in a cache's logs, the last one first."""
     try:
         names = sorted(filter(LOG_NAME.fullmatch, os.listdir(cache / RUNS)), reverse=True)
     except OSError:

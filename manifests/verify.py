@@ -1,4 +1,4 @@
-"""Verify and repair: every part of a cache against what was written, all damage told, and what is broken put aside.
+"""Verify and repair: every part of a cache against what was written, all damage reported, what is broken put aside.
 
     for finding in examine(cache, "full"): finding.part, finding.error
 

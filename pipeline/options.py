@@ -120,7 +120,7 @@ class CodeDigest(click.ParamType):
         if not (SHORTEST_DIGEST <= len(text) <= 64 and set(text) <= set(string.hexdigits)):
             self.fail(
                 f"'{value}' is not a digest of code: {SHORTEST_DIGEST} to 64 hexadecimal digits; without the option "
-                "the model's is told",
+                "the error names the model's",
                 param,
                 ctx,
             )

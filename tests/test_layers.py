@@ -18,7 +18,7 @@ STAGES_EDGES = {
     ("train", "feed"), ("train", "job"), ("train", "student"), ("train", "evaluate"),
     ("job", "checkpoint"), ("job", "feed"), ("job", "loss"), ("job", "student"),
     ("train", "schedule"), ("train", "checkpoint"), ("train", "draws"), ("feed", "draws"), ("loss", "draws"),
-    ("student", "models"), ("student", "causal_lm"), ("student", "feed"), ("student", "loss"),
+    ("student", "models"), ("student", "teacher"), ("student", "causal_lm"), ("student", "feed"), ("student", "loss"),
     ("teacher", "causal_lm"), ("extract", "causal_lm"), ("extract", "prepare"),
     ("evaluate", "feed"), ("evaluate", "loss"), ("evaluate", "student"),
     ("extract", "models"), ("extract", "teacher"), ("causal_lm", "models"), ("teacher", "models"),

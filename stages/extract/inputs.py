@@ -13,10 +13,9 @@ import contextlib
 import os
 import stat
 import time
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import transformers
 
@@ -27,16 +26,10 @@ from kdpipe.manifests.made_with import RUNS
 from kdpipe.manifests.plan import Plan, plan_folder
 from kdpipe.manifests.provenance import digest_json, digest_stream
 from kdpipe.manifests.record import Record, read_record
-from kdpipe.stages.causal_lm import stop_ids
 from kdpipe.stages.prepare.files import list_files
-
-if TYPE_CHECKING:
-    from kdpipe.stages.extract.planning import ExtractSpec
 
 INPUTS_FILE = "inputs.json"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
-NO_MATTER = {"teacher", "data", "group", "grow", "options", "check_inputs"}
-"""Of an ExtractSpec: what does not decide which samples there are; the files are told by their digests."""
 
 
 class SeenFile(Record):
@@ -93,17 +86,13 @@ class Inputs:
                     self._seen[name] = (found, is_old and stat.S_ISREG(before.st_mode))
         return self._seen[name][0].digest
 
-    def asked(self, spec: "ExtractSpec", plan: Plan, max_positions: int | None) -> str:
-        """The digest of all that decides which samples there are. plan: all of it that is known before any data."""
-        kept = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in NO_MATTER}
+    def asked(self, teacher: Path, data: Sequence[Path], choices: Mapping[str, object]) -> str:
+        """The digest of all that decides which samples there are. choices: all of it that is in no file"""
         return digest_json(
             {
-                "data": [[path.suffix.lower(), self.digest(path)] for path in list_files(spec.data)],
-                "teacher": {path.name: self.digest(path) for path in _small_files(spec.teacher)},
-                "spec": kept | {"data_spec": spec.data_spec.model_dump(mode="json")},
-                "plan": plan.model_dump(mode="json"),
-                "stop_ids": sorted(stop_ids(spec.teacher)),
-                "max_positions": max_positions,
+                "data": [[path.suffix.lower(), self.digest(path)] for path in list_files(data)],
+                "teacher": {path.name: self.digest(path) for path in _small_files(teacher)},
+                "choices": choices,
                 "versions": [_own_version(), transformers.__version__],
             }
         )

@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +91,12 @@ class ExtractSpec:
     group: int | None = None
     grow: bool = False
     check_inputs: bool = False
+
+    def choices(self) -> dict[str, object]:
+        """All that may decide which samples there are and is in no file, as JSON values."""
+        of_places = {"teacher", "data", "group", "grow", "options", "check_inputs"}
+        chosen = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in of_places}
+        return chosen | {"data_spec": self.data_spec.model_dump(mode="json")}
 
     def resolved_device(self) -> Device:
         """cpu or cuda. Raises ConfigError where cuda is asked for and there is none."""

@@ -134,7 +134,8 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     wanted = plan_without_samples(spec, info, engine, tokenizer, inputs)
     if existing is not None:
         require_same(wanted, existing, cache)
-    asked = inputs.asked(spec, wanted, info.max_positions)
+    choices = {"spec": spec.choices(), "plan": wanted.model_dump(mode="json"), "max_positions": info.max_positions}
+    asked = inputs.asked(spec.teacher, spec.data, choices)
     if existing is not None and inputs.were_asked(asked) and not _lost_files(existing, cache):
         progress.note(f"no input has changed since the plan was made: {existing.num_samples:,} samples")
         with _as_disk_error(cache):
