@@ -59,7 +59,8 @@ def digest_model(folder: Path, code: str = "", digest: Callable[[Path], str] = d
     code: digest of the folder's own code, where that is run; without any the digest is what it was before there was one
     digest: xxh3-128 of a file, for a caller that knows some
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # Infinity, as in Mamba 2's configs, has no place in canonical JSON: its name stands for it.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"), parse_constant=str)
     weights = [(path.name, path.stat().st_size, digest(path)) for path in sorted(folder.glob("*.safetensors"))]
     made_of = {"config": {key: config[key] for key in sorted(config.keys() - COSMETIC)}, "weights": weights}
     return digest_json(made_of | ({"code": code} if code else {}))

@@ -4,7 +4,6 @@ The formula between hidden state and logits is read from the config; the teacher
 """
 
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -77,19 +76,6 @@ def load_tokenizer(folder: Path, error: type[InputError], trust: str | None = No
     trust: digest of the folder's own code that may run
     """
     return ModelFolder(folder, error, trust).tokenizer
-
-
-def stop_ids(folder: Path) -> frozenset[int]:
-    """Tokens at which generation ends, as `generate` takes them: from the generation config, else from the config."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            given = json.loads((folder / name).read_bytes()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):  # whoever loads the model says what is wrong with it
-            given = None
-        ids = given if isinstance(given, list) else [given]
-        if found := frozenset(number for number in ids if isinstance(number, int)):
-            return found
-    return frozenset()
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -20,7 +20,7 @@ from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.plan import Settings
 from kdpipe.manifests.progress import Progress
-from kdpipe.manifests.provenance import digest_model, num_bytes
+from kdpipe.manifests.provenance import num_bytes
 from kdpipe.manifests.run import CHECKPOINT_FILE, RUN_FILE, RunInputs, RunRecord, read_run
 from kdpipe.manifests.specs import Io, RunSpec
 from kdpipe.stages.checkpoint import (
@@ -32,7 +32,7 @@ from kdpipe.stages.checkpoint import (
 )
 from kdpipe.stages.feed import Feed, Rows
 from kdpipe.stages.loss import find_divergence
-from kdpipe.stages.models.own_code import allowed_code
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device, require_context
 
 EVENTS = "events.jsonl"
@@ -199,7 +199,7 @@ def _check_settings(spec: RunSpec, cache: Cache) -> None:
 def run_inputs(job: TrainJob, rows: Rows) -> RunInputs:
     fraction = heldout_fraction(job.spec)
     return RunInputs(
-        student=digest_model(job.student, allowed_code(job.student, job.trust, StudentError).digest),
+        student=ModelFolder(job.student, StudentError, job.trust).digest(),
         caches=tuple(cache.plan.fingerprint.overall() for cache in rows.caches),
         heldout_fraction=rows.caches[0].plan.heldout_fraction if fraction is None else fraction,
         spec=job.spec,

@@ -35,7 +35,7 @@ from kdpipe.stages.checkpoint import UNFINISHED, Checkpoints, written
 from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.feed import Feed, Packer, Rows
 from kdpipe.stages.job import TrainJob, finished, heldout_fraction, move_in, open_rows, run_inputs
-from kdpipe.stages.models.own_code import allowed_code
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.schedule import learning_rate
 from kdpipe.stages.student import (
     LOSS_SUMS,
@@ -69,12 +69,12 @@ def train(job: TrainJob, progress: Progress) -> dict[str, object]:
     if (done := finished(job, rows)) is not None:
         progress.note(f"{job.output} holds this run's student already")
         return _result(done)
-    try:
-        make_folder(job.output, job.group)
-    except OSError as err:
-        raise disk_error(err, job.output) from err
     with process_group(device) as (rank, world_size):
         run = Run(job, rows, device, rank=rank, world_size=world_size)
+        try:
+            make_folder(job.output, job.group)  # a student that is refused leaves none
+        except OSError as err:
+            raise disk_error(err, job.output) from err
         with asked_to_stop() as asked:
             run.resume(progress)
             metrics = run.steps(progress, asked)
@@ -143,7 +143,7 @@ class Run:
         self.inputs = run_inputs(job, rows)
         require_agreement(self.inputs, device)
         tokenizer = check_student(job.student, rows.caches[0], job.trust)
-        code = allowed_code(job.student, job.trust, StudentError)
+        code = ModelFolder(job.student, StudentError, job.trust).code
         # As they are now: what is exported is what was trained, whatever becomes of the folder meanwhile.
         self.beside = companions(job.student, tokenizer, rows.caches[0], checkpoint_dtype(job.student, job.trust), code)
         self.teacher: TeacherHead = load_teacher_head(rows.caches[0], device)

@@ -36,17 +36,15 @@ from kdpipe.manifests.plan import (
     plan_folder,
 )
 from kdpipe.manifests.progress import Progress
-from kdpipe.manifests.provenance import digest_json, digest_model
+from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.sample import KEPT, Incident, Sample, is_heldout, row_positions
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
-from kdpipe.stages.causal_lm import real_vocab_size, stop_ids, vocabulary_digest
+from kdpipe.stages.causal_lm import real_vocab_size, vocabulary_digest
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.present import Present
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.models.own_code import allowed_code
 from kdpipe.stages.prepare import prepare
-from kdpipe.stages.prepare.columns import printable
 from kdpipe.stages.teacher import ENGINES, pick_engine
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
 from kdpipe.stages.teacher.engine import EngineOptions
@@ -155,9 +153,13 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     )
 
 
+def teacher_folder(spec: ExtractSpec) -> ModelFolder:
+    return ModelFolder(spec.teacher, TeacherError, spec.options.trust)
+
+
 def teacher_tokenizer(spec: ExtractSpec, progress: Progress) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer, with a note of how it was read where that needs one."""
-    folder = ModelFolder(spec.teacher, TeacherError, spec.options.trust)
+    folder = teacher_folder(spec)
     tokenizer = folder.tokenizer
     for note in folder.notes:
         progress.note(note)
@@ -249,11 +251,10 @@ def plan_without_samples(
     inputs: Inputs,
 ) -> Plan:
     """All of the plan that is decided before any data is read."""
-    code = allowed_code(spec.teacher, spec.options.trust, TeacherError)
     head = head_record(info, real_vocab_size(spec.teacher, tokenizer, info.head_rows))
     return Plan(
         fingerprint=Fingerprint(
-            teacher=digest_model(spec.teacher, code.digest, inputs.digest),
+            teacher=teacher_folder(spec).digest(inputs.digest),
             tokenizer=digest_json(json.loads(tokenizer.backend_tokenizer.to_str())),
             template=digest_json(tokenizer.chat_template),
             data="",
@@ -394,7 +395,7 @@ def _samples(
         tokenizer,
         spec.data_spec,
         on_incident=record,
-        stop_ids=stop_ids(spec.teacher),
+        stop_ids=teacher_folder(spec).stop_ids,
         on_note=progress.note,
         unread=unread,
     )
@@ -423,7 +424,8 @@ def _shown(unread: Counter[str]) -> dict[str, int]:
     """The names as a log can take them, the first of a great many: a data file may name its columns as it likes."""
     shown: Counter[str] = Counter()
     for number, (name, count) in enumerate(sorted(unread.items())):
-        shown[printable(name, NAME_CHARS) if number < NAMES else "further columns"] += count
+        safe = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:NAME_CHARS])
+        shown[safe if number < NAMES else "further columns"] += count
     return dict(shown)
 
 

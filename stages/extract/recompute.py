@@ -18,11 +18,10 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.compare import TOLERANCE, row_distance
 from kdpipe.manifests.errors import GateError, TeacherError
 from kdpipe.manifests.progress import Progress
-from kdpipe.manifests.provenance import digest_model
 from kdpipe.manifests.specs import Device
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
 from kdpipe.stages.extract.shards import shard_requests
-from kdpipe.stages.models.own_code import allowed_code
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.teacher import ENGINES
 from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
 from kdpipe.stages.teacher.gate import check_ack, check_finite
@@ -77,10 +76,8 @@ def recompute(
     """
     cache.require_complete()
     plan = cache.plan
-    if not (teacher / "config.json").is_file():
-        raise TeacherError("no config.json in the folder; give the teacher the cache was made by", where=teacher)
     options = options or EngineOptions()
-    found = digest_model(teacher, allowed_code(teacher, options.trust, TeacherError).digest)
+    found = ModelFolder(teacher, TeacherError, options.trust).digest()
     if found != plan.fingerprint.teacher:
         raise TeacherError(
             f"its digest is {found[:12]}, the cache was made by {plan.fingerprint.teacher[:12]}; give the teacher it "

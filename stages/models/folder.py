@@ -8,7 +8,9 @@ Each part is read when it is first asked for and kept: two questions about a fol
 """
 
 import copy
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +20,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdpipe.manifests.errors import InputError, KdpipeError
-from kdpipe.manifests.provenance import digest_model
+from kdpipe.manifests.provenance import digest_file, digest_model
 from kdpipe.stages.models.own_code import OwnCode, allowed_code, place_of
 from kdpipe.stages.models.tokenizer import read_tokenizer, tokenizer_files
-from kdpipe.stages.models.weights import ADAPTER, require_all, weight_files
+from kdpipe.stages.models.weights import ADAPTER, require_all, require_sizes, stored_dtype, weight_files
 
+GENERATION = "generation_config.json"
 CAUSE_LENGTH = 300
 """Characters of a library's own words in an error message."""
 
@@ -53,10 +56,7 @@ class ModelFolder:
     @cached_property
     def config(self) -> Any:
         """The config of a causal LM: one that transformers knows, or that the folder's own code makes."""
-        if not self.path.is_dir():
-            raise self.error("this is not a folder" if self.path.exists() else "no such folder", where=self.path)
-        if not (self.path / "config.json").is_file():
-            raise self.error("no config.json here; a model folder is one that save_pretrained wrote", where=self.path)
+        self._require_config()
         with self._answering("config.json cannot be used"):
             config = self._from_pretrained(AutoConfig)
             if self.trust is None or AutoModelForCausalLM.__name__ not in (getattr(config, "auto_map", None) or {}):
@@ -90,27 +90,71 @@ class ModelFolder:
             return weight_files(self.path, self.error)
 
     @cached_property
-    def digest(self) -> str:
-        """sha256 over config, weights and the code that runs; reads every byte of the weights."""
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens at which generation ends, as `generate` takes them: from the generation config, else the config."""
+        for name in (GENERATION, "config.json"):
+            given = self.read_json(name).get("eos_token_id")
+            ids = given if isinstance(given, list) else [given]
+            if found := frozenset(number for number in ids if isinstance(number, int)):
+                return found
+        return frozenset()
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object of the folder; empty where the file is missing."""
+        path = self.path / name
+        if not os.path.lexists(path):
+            return {}
+        with self._answering(f"{name} cannot be read"):
+            value = json.loads(path.read_bytes()) if path.is_file() else None
+            if not isinstance(value, dict):
+                raise self.error(f"{name} is not a file with one JSON object; copy it again", where=self.path)
+            return value
+
+    def digest(self, of_file: Callable[[Path], str] = digest_file) -> str:
+        """sha256 over config, weights and the code that runs; reads every byte of the weights.
+
+        of_file: for a caller that knows the digests of some files
+        """
+        self._require_config()
         with self._answering("it cannot be read"):
-            return digest_model(self.path, self.code.digest)
+            return digest_model(self.path, self.code.digest, of_file)
 
     def examine(self) -> None:
-        """All that is found wrong without a weight being read: own code, config, names and headers of the weights."""
-        self.skeleton()
-        _ = self.weights
+        """All that is wrong with the folder, short of the values of its weights.
+
+        In the dtype of its files a model maps its weights: the trial takes a fraction of a second and no memory, but
+        for what transformers puts together while it loads (experts of a mixture).
+        """
+        self._whole(stored_dtype(self.weights))
 
     def skeleton(self) -> Any:
         """The model on the meta device: its modules and the shapes of its weights, no memory."""
         config = copy.deepcopy(self.config)
         with self._answering("transformers cannot build the model of config.json"), torch.device("meta"):
+            num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
+            if num_layers > len(self.weights):  # modules take memory on the meta device too
+                raise self.error(
+                    f"config.json says {num_layers} layers, the weight files hold {len(self.weights)} weights; "
+                    "is it the config of another model?",
+                    where=self.path,
+                )
             # With own code, config.name_or_path is the private copy that the config was read from.
             return AutoModelForCausalLM.from_config(config, trust_remote_code=bool(self.code))
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole model on `device`; a weight that is missing, left over or of another shape is an error."""
-        names = self.weights
+        model = self._whole(dtype)
         with self._answering("the model does not load"):
+            loaded: PreTrainedModel = model.to(device)
+            return loaded
+
+    def _whole(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model on the CPU with every one of its weights."""
+        built = self.skeleton()
+        self.read_json(GENERATION)  # transformers takes one that it cannot read for none
+        with self._answering("the model does not load"):
+            if getattr(self.config, "quantization_config", None) is None:  # packed weights have sizes of their own
+                require_sizes(built, self.weights, self.error, self.path)
             model, loading = self._from_pretrained(
                 AutoModelForCausalLM,
                 config=copy.deepcopy(self.config),
@@ -118,17 +162,23 @@ class ModelFolder:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # require_all names them
             )
-            require_all(loading, names, self.error, self.path)
+            require_all(loading, self.weights, self.error, self.path)
             if model.get_output_embeddings() is None:
                 raise self.error(f"{type(model).__name__} has no lm_head; not a causal LM", where=self.path)
-            loaded: PreTrainedModel = model.to(device)
-            return loaded
+            whole: PreTrainedModel = model
+            return whole
 
     def _from_pretrained(self, auto: Any, **arguments: Any) -> Any:
         """auto.from_pretrained(folder); `auto` is an Auto class."""
         return auto.from_pretrained(
             str(self.place), local_files_only=True, trust_remote_code=bool(self.code), **arguments
         )
+
+    def _require_config(self) -> None:
+        if not self.path.is_dir():
+            raise self.error("this is not a folder" if self.path.exists() else "no such folder", where=self.path)
+        if not (self.path / "config.json").is_file():
+            raise self.error("no config.json here; a model folder is one that save_pretrained wrote", where=self.path)
 
     def _require_causal(self, config: Any) -> None:
         """BERT is in transformers' mapping of causal LMs, BertForMaskedLM is not one."""

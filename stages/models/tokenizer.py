@@ -78,7 +78,7 @@ def read_tokenizer(place: Path, made_by_auto: Callable[[], Any], error: type[Inp
     """
     if not tokenizer_files(place):
         raise error("no tokenizer in this folder; copy tokenizer.json and tokenizer_config.json into it", where=folder)
-    if not (place / TOKENIZER).exists():
+    if not (place / TOKENIZER).is_file():
         return Read(tokenizer=made_by_auto())
     own = tokenizers.Tokenizer.from_file(str(place / TOKENIZER))
     own.no_truncation()
@@ -153,7 +153,7 @@ def _named_tokens(place: Path) -> set[str]:
                 walk(each)
 
     for name in CONFIGS:
-        if (place / name).exists():
+        if (place / name).is_file():
             walk(json.loads((place / name).read_text(encoding="utf-8")))
     return found
 

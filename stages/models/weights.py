@@ -4,10 +4,12 @@ Cost: the headers of the files are read, the weights are not.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from kdpipe.manifests.errors import InputError
@@ -15,6 +17,7 @@ from kdpipe.manifests.errors import InputError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SHOWN_NAMES = 3
 """Names of weights in an error message; their number is given too."""
 
@@ -46,6 +49,28 @@ def weight_files(folder: Path, error: type[InputError]) -> dict[str, Path]:
     raise error(_what_is_there(folder), where=folder)
 
 
+def stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
+    """The dtype of the first weight; float32 for one that no model computes in."""
+    for name, file in files.items():
+        with safe_open(file, "pt") as opened:
+            return DTYPES.get(opened.get_slice(name).get_dtype(), torch.float32)
+    return torch.float32
+
+
+def require_sizes(model: Any, files: Mapping[str, Path], error: type[InputError], folder: Path) -> None:
+    """Weights that model and files have by the same name have as many elements: else memory would be made for noise.
+
+    Elements and not shapes: transformers transposes some while it loads.
+    """
+    built = model.state_dict()
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as opened:
+            for name in built.keys() & set(opened.keys()):
+                shape = opened.get_slice(name).get_shape()
+                if math.prod(shape) != built[name].numel():
+                    raise error(_mismatch(name, shape, built[name].shape), where=folder)
+
+
 def require_all(loading: Mapping[str, Any], names: Iterable[str], error: type[InputError], folder: Path) -> None:
     """Every weight of the model was in the files, and nothing else: transformers fills what lacks with noise.
 
@@ -57,11 +82,14 @@ def require_all(loading: Mapping[str, Any], names: Iterable[str], error: type[In
         said += [f"{_listed(left)} left over"] if left else []
         raise error(f"its weights are not those of its config: {'; '.join(said)}{_cause(missing, names)}", where=folder)
     for name, stored, expected in sorted(loading["mismatched_keys"]):
-        raise error(
-            f"'{name}' has shape {list(stored)} in the weight files and {list(expected)} by config.json; "
-            "is it the config of another model?",
-            where=folder,
-        )
+        raise error(_mismatch(name, stored, expected), where=folder)
+
+
+def _mismatch(name: str, stored: Iterable[int], expected: Iterable[int]) -> str:
+    return (
+        f"'{name}' has shape {list(stored)} in the weight files and {list(expected)} by config.json; "
+        "is it the config of another model?"
+    )
 
 
 def _shard_names(file: Path, error: type[InputError]) -> set[str]:

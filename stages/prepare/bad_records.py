@@ -8,7 +8,6 @@ shows what there is to mend.
 import re
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.stages.prepare.files import Note
@@ -36,11 +35,10 @@ class BadRecords:
     def stop(self, following: Iterable[DataError | None], num_good: int, note: Note) -> DataError:
         """The error of the first bad record, which begins `following`; the first ten are noted where there are more."""
         num_read = num_good
-        with suppress(DataError):  # a file that cannot be read on is the next thing to mend
-            for error in following:
-                num_read += 1
-                if error is not None:
-                    self.add(error)
+        for error in following:
+            num_read += 1
+            if error is not None:
+                self.add(error)
         first = self._first[0]
         if num_read == self.num:
             way_out = "" if self.num == 1 else f"; so are all {self.num:,} records read so far"

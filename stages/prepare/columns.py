@@ -4,8 +4,6 @@ Invariant: a name in these tables is read, or refused in one line where it holds
 conversation in a way that cannot be honoured. Any other name is bookkeeping: it is not read, and it is counted by name.
 """
 
-from collections.abc import Iterable
-
 READ = "read"
 
 NO_MEDIA = "images, audio and files cannot be given to the teacher; leave such records out"
@@ -91,13 +89,3 @@ OTHER_NAMES = {
     "chat": "messages",
 }
 """Columns that other projects use; they are not read, for what they hold differs from one to the next."""
-
-
-def listed(names: Iterable[str], most: int = 20) -> str:
-    """Names that a data file gives, as a message can take them: printable, each and all of them not too long."""
-    shown = [printable(name) for _, name in zip(range(most), names, strict=False)]
-    return ", ".join(shown) or "none"
-
-
-def printable(name: object, longest: int = 40) -> str:
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(name)[:longest])

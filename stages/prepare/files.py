@@ -30,7 +30,6 @@ SPLITS = {
     "eval": "validation",
     "evaluation": "validation",
     "heldout": "validation",
-    "holdout": "validation",
 }
 SPECIAL_FILES = (
     (stat.S_ISFIFO, "a pipe"),

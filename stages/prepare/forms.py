@@ -35,7 +35,6 @@ from kdpipe.stages.prepare.columns import (
     SYSTEMS,
     THOUGHTS,
     TOOLS,
-    listed,
 )
 from kdpipe.stages.prepare.json_stream import kind_of
 from kdpipe.stages.prepare.messages import (
@@ -182,7 +181,8 @@ def _unrecognised(record: RawRecord) -> DataError:
         problem = f"'prompt' without an answer ({', '.join(ANSWERS)})"
     elif "instruction" in columns:
         problem = "'instruction' without 'output'"
-    return DataError(f"{problem}; columns: {listed(columns)}{near} (known forms: {KNOWN})", where=record.place)
+    listed = ", ".join(str(column)[:40] for column in columns[:20]) or "none"
+    return DataError(f"{problem}; columns: {listed}{near} (known forms: {KNOWN})", where=record.place)
 
 
 def _conversation(column: str, left: dict[str, Any], reading: Reading) -> Chat:

@@ -18,7 +18,7 @@ from typing import Any
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.nearest import nearest
-from kdpipe.stages.prepare.columns import MARKS, MESSAGE_KEYS, PART_KEYS, READ, THOUGHTS, listed
+from kdpipe.stages.prepare.columns import MARKS, MESSAGE_KEYS, PART_KEYS, READ, THOUGHTS
 from kdpipe.stages.prepare.json_stream import DECODER, Doubled, kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -161,8 +161,6 @@ def is_absent(value: object) -> bool:
 
 
 def _turn(item: object, name: str, column: str, reading: Reading) -> Turn:
-    if isinstance(item, str) and item.lstrip().startswith("{"):
-        item = from_json(item, name, reading)
     if not isinstance(item, dict):
         raise reading.error(f"{name}: expected an object, found {kind_of(item)}")
     check_once(item, name, reading)
@@ -250,7 +248,8 @@ def _call(call: Message, name: str, reading: Reading) -> Message:
         raise reading.error(f"{name}: expected a function with its name and arguments")
     others = [key for key in function if key not in ("name", "arguments", "id", "type", "index", "description")]
     if "arguments" not in function and others:
-        raise reading.error(f"{name}: expected the function's 'arguments', found '{listed(others[:1])}'")
+        shown = ", ".join(f"'{key[:40]}'" for key in others[:5])
+        raise reading.error(f"{name}: expected the function's 'arguments', found {shown}")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         # Its nulls were written by somebody, so they stay.
@@ -283,7 +282,8 @@ def either(names: Iterable[str]) -> str:
 def _found(item: dict[str, Any], key: str) -> str:
     if key in item:
         return kind_of(item[key])
-    return f"missing (keys: {listed(item)})"
+    listed = ", ".join(str(name)[:40] for name in list(item)[:20]) or "none"
+    return f"missing (keys: {listed})"
 
 
 def _content(value: object, name: str, reading: Reading) -> str:

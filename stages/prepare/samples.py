@@ -115,18 +115,14 @@ def _batches(
     """wanted: keys of messages that the chat template looks for"""
     batch: list[Prepared] = []
     num_chars = 0
-    records = (record for file in files for record in read_records(file, note if len(files) > 1 else None))
-    try:
-        for record in records:
+    for file in files:
+        for record in read_records(file, on_empty=note if len(files) > 1 else None):
             prepared = _prepared(record, tokenizing, unread, wanted)
             batch.append(prepared)
             num_chars += len(prepared.marked.text) if prepared.marked else 0
             if len(batch) == BATCH_RECORDS or num_chars >= BATCH_CHARS:
                 yield batch
                 batch, num_chars = [], 0
-    except DataError:
-        yield batch  # what was read before the file that is broken comes first
-        raise
     if batch:
         yield batch
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdpipe.manifests.errors import CheckFailed, StudentError
+from kdpipe.manifests.errors import StudentError
 from kdpipe.stages.feed import PackedBatch, Rows
 from kdpipe.stages.models.attention import use_packed_attention
 from kdpipe.stages.models.backbone import hidden_states, packed_hidden
@@ -64,8 +64,8 @@ def examine(model: PreTrainedModel, head: Head, text: np.ndarray, folder: Path) 
     """Whether batches must be padded because packed samples would see each other; attention is set for either.
 
     text: ids of the long probe, at most as long as the longest sample; the others are made of it
-    Raises StudentError for a student that the loss would train on other logits than its own, CheckFailed for one whose
-    logits are not finite.
+    Raises StudentError for a student that the loss would train on other logits than its own, or whose logits are not
+    finite.
     """
     texts = [np.resize(text, min(SHORT[0], len(text))), np.resize(text[::-1], min(SHORT[1], len(text))), text]
     probes = [torch.from_numpy(each.astype(np.int64)).to(model.device) for each in texts]
@@ -110,7 +110,7 @@ def _alone(model: PreTrainedModel, head: Head, probes: Sequence[torch.Tensor], f
         hidden = states[0][0]
         rows = hidden[-LOGIT_ROWS:].to(head.weight.dtype)
         if not bool(torch.isfinite(rows).all() and torch.isfinite(logits).all()):
-            raise CheckFailed("its logits are not finite; are its weights?", where=folder)
+            raise StudentError("its logits are not finite; are its weights?", where=folder)
         error = head.error(rows, logits[0])
         if not error <= head.allowed_error:
             raise StudentError(

@@ -31,7 +31,7 @@ import torch
 from kdpipe.manifests.errors import ConfigError, EngineError, GateError, KdpipeError, TeacherError
 from kdpipe.manifests.plan import SHARD_TOKENS
 from kdpipe.manifests.specs import Device, Dtype
-from kdpipe.stages.models.own_code import allowed_code, place_of
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.teacher.canary import compare_rows
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Canary, EngineOptions, Request
@@ -88,7 +88,7 @@ class SglangEngine:
         self._options = options or EngineOptions()
         trust = self._options.trust
         self._info = describe_teacher(path, dtype, trust)
-        loaded = place_of(path, allowed_code(path, trust, TeacherError))
+        loaded = ModelFolder(path, TeacherError, trust).place
         self._arguments = server_arguments(loaded, self._info, device, self._options)
         self._session: Session | None = None
         self._link: Connection | None = None

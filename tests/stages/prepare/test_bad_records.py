@@ -64,13 +64,6 @@ def test_a_long_file_is_not_read_to_its_end_for_an_error(
     assert "10 of the 59 records read so far are bad" in str(error)
 
 
-def test_the_first_error_is_said_though_a_later_file_is_cut(chatml: Any, write: Write, tmp_path: Path) -> None:
-    path = write([GOOD, BAD[1]], "a.jsonl")
-    (tmp_path / "b.json").write_text('[{"prompt": "q", ')
-    with pytest.raises(DataError, match=r"a\.jsonl:2: messages\[0\]"):
-        list(prepare([path, tmp_path / "b.json"], chatml, DataSpec(), on_incident=lambda incident: None))
-
-
 def test_skipped_records_are_incidents_and_the_others_samples(chatml: Any, write: Write, run: Run) -> None:
     path = write([GOOD, *BAD, GOOD, GOOD])
     with path.open("ab") as file:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from tests.models import KINDS, make_model
 
-from kdpipe.manifests.errors import CheckFailed, StudentError
+from kdpipe.manifests.errors import StudentError
 from kdpipe.stages import causal_lm
 from kdpipe.stages.models.attention import PACKED
 from kdpipe.stages.student import Student, load_student
@@ -100,7 +100,7 @@ def test_a_model_that_needs_more_than_ids_is_refused_in_one_line() -> None:
 def test_weights_that_are_not_finite_are_refused() -> None:
     model = made(transformers.LlamaConfig(**SIZES))
     model.lm_head.weight.data[7, 7] = torch.nan
-    with pytest.raises(CheckFailed, match="not finite"):
+    with pytest.raises(StudentError, match="not finite"):
         examined(model)
 
 
