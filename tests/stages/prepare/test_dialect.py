@@ -31,6 +31,13 @@ def test_a_thought_has_the_name_that_the_template_reads(key: str, kit: Any) -> N
     assert "[hm]yes<|im_end|>" in shown(template, content="yes", reasoning_content="hm")
 
 
+def test_a_thought_that_is_shown_beside_a_call_alone_has_the_name_it_needs(kit: Any) -> None:
+    body = "{% if m.thinking and m.tool_calls %}[{{ m.thinking }}]{% endif %}" + CALLS.replace("ARGS", "")
+    template = template_of(kit, body)
+    assert template.dialect == Dialect(thought="thinking")
+    assert "[hm]<call>add" in shown(template, reasoning_content="hm", tool_calls=[CALL])
+
+
 def test_a_thought_is_written_into_the_content_where_the_template_reads_it_there(kit: Any) -> None:
     parts = "m.content.split('</think>')"
     template = template_of(
