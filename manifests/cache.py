@@ -98,6 +98,11 @@ class Cache:
             view = replace(view, rows=_select(view.rows, row_positions(view.supervised)))
         return view
 
+    def without_rows(self, index: int) -> SampleView:
+        """A sample's ids and mask; its rows, [0, E] here, are not read."""
+        shard, within = self._locate(index)
+        return shard.sample(within, with_rows=False)
+
     def stored_rows(self, index: int) -> np.ndarray:
         """All rows that are kept of a sample, [R, E]: `cache[index].rows` has those of supervised tokens alone."""
         shard, within = self._locate(index)

@@ -16,6 +16,7 @@
         SpaceError     E-SPACE           4   no room on the disk or in memory
       InternalError    E-INTERNAL       70   a fault of kdpipe itself; its traceback is in a file
       TemporaryError   E-TEMPORARY      75   preempted, peer gone: run it again
+        BusyError      E-BUSY           75   another run is at work in the output
         EngineError    E-ENGINE         75   the teacher's engine died or fell silent; finished shards are kept
       StoppedError     E-INTERRUPTED   130   Ctrl-C: run it again
 
@@ -113,6 +114,10 @@ class InternalError(KdpipeError):
 class TemporaryError(KdpipeError):
     code = "E-TEMPORARY"
     exit_code = 75
+
+
+class BusyError(TemporaryError):
+    code = "E-BUSY"
 
 
 class EngineError(TemporaryError):

@@ -17,6 +17,20 @@ from kdpipe.manifests.durable import canonical
 PIECE = 1 << 24
 # What a config says of itself that does not change what the model computes.
 COSMETIC = {"_name_or_path", "transformers_version", "use_cache"}
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""What goes with a model beside config and weights: how texts become ids and ids texts, and where an answer ends."""
 SHORTEST_DIGEST = 12
 """Characters that a digest may be cut to where a person gives it."""
 
@@ -64,3 +78,8 @@ def digest_model(folder: Path, code: str = "", digest: Callable[[Path], str] = d
     weights = [(path.name, path.stat().st_size, digest(path)) for path in sorted(folder.glob("*.safetensors"))]
     made_of = {"config": {key: config[key] for key in sorted(config.keys() - COSMETIC)}, "weights": weights}
     return digest_json(made_of | ({"code": code} if code else {}))
+
+
+def digest_tokenizer(folder: Path) -> str:
+    """sha256 over the files of a model folder that are its tokenizer's: name and xxh3-128 of each."""
+    return digest_json([(name, digest_file(folder / name)) for name in TOKENIZER_FILES if (folder / name).is_file()])

@@ -32,10 +32,15 @@ ELASTIC = (
     "spec.train.eval_every",
     "spec.train.eval_tokens",
     "spec.train.save_every",
+    "spec.train.save_minutes",
     "spec.train.keep",
     "spec.loss.chunk_tokens",
 )
 """Inputs that may change between a checkpoint and the run that goes on from it: the steps are the same with any."""
+
+
+Metrics = dict[str, int | float | str]
+"""Figures by name, and the dtype they were measured in."""
 
 
 class RunInputs(Record):
@@ -43,6 +48,8 @@ class RunInputs(Record):
 
     student: str
     """sha256 over the student's weight files and config, and its own code if it ran."""
+    tokenizer: str = ""
+    """sha256 over the student's tokenizer files, which are exported with it; "" in records of before they counted."""
     caches: tuple[str, ...]
     """Fingerprint of every cache trained on."""
     heldout_fraction: float
@@ -73,7 +80,8 @@ class RunRecord(Record):
     num_tokens: int
     num_skipped: int
     """Steps that were left out because their loss or gradient was not finite."""
-    metrics: dict[str, int | float]
+    metrics: Metrics | None
+    """Of the exported student on all held-out samples; None until it was measured, {} where none is held out."""
     files: dict[str, WrittenFile]
     """The student's files, by their names in the folder."""
     made_with: MadeWith | None = None
@@ -81,7 +89,9 @@ class RunRecord(Record):
 
     @field_validator("metrics")
     @classmethod
-    def _in_order(cls, metrics: dict[str, int | float]) -> dict[str, int | float]:
+    def _in_order(cls, metrics: Metrics | None) -> Metrics | None:
+        if metrics is None:
+            return None
         known = [name for name in METRICS if name in metrics]
         return {name: metrics[name] for name in (*known, *sorted(metrics.keys() - set(known)))}
 

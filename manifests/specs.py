@@ -140,15 +140,17 @@ class TrainSpec(Spec):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the forward and backward pass; weights, moments and reductions are float32 in every case."""
     eval_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
+    """Steps between evaluations on held-out rows; 0 evaluates before the first step and at the end only."""
     save_every: Annotated[int, Field(ge=0)] = 200
     """Steps between checkpoints, from which an interrupted run goes on; 0 makes none."""
+    save_minutes: Annotated[float, Field(ge=0.0)] = 15.0
+    """Minutes after which a checkpoint is due whatever the steps, for runs of slow steps; 0 counts steps alone."""
     keep: Count = 2
     """Checkpoints kept, the newest; all are removed when the run is finished."""
     on_nonfinite: Literal["stop", "skip", "halve"] = "stop"
     """A step whose loss or gradient is not finite: stop, leave it out, or leave it out and halve the learning rate."""
     eval_tokens: Count = 16384
-    """Tokens of held-out samples used by an evaluation during training; the last one takes all."""
+    """Tokens of held-out samples used by an evaluation before or during training; the last one takes all."""
     grad_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, a third more time."""
 

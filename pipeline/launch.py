@@ -1,19 +1,21 @@
 """Launch: one function in N processes of this machine, one a rank, through torch's elastic launcher.
 
 Invariant: when `launch` returns or raises, no rank is left; a rank's KdpipeError is raised here as it was raised there.
-Ranks die with the launcher, even when that is killed. Cost: a start of Python and torch for each rank.
+The first signal to stop is passed on to the ranks, which end by themselves when their work is saved; the next kills
+them. Ranks end with the launcher, even when that is killed. Cost: a start of Python and torch for each rank.
 """
 
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdpipe.manifests import errors
 from kdpipe.manifests.bus_errors import explain_bus_errors
-from kdpipe.manifests.errors import InternalError, KdpipeError, TemporaryError
+from kdpipe.manifests.errors import InternalError, KdpipeError, TemporaryError, stopped
 from kdpipe.pipeline.endings import answered
 from kdpipe.pipeline.last_net import Crash, crash_of, kept
 
 LAUNCHER_LOGS = ("torch.distributed.elastic", "torch.multiprocessing")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 SHUTDOWN_S = 100
-"""How long ranks have to finish their step and save it when they are asked to stop; Slurm kills after its KillWait."""
+"""How long the others have to end by themselves when a rank has failed."""
 BYSTANDER_S = 3.0
 """How long a rank waits before it dies of what may be another's death, so that the launcher sees that one first."""
 
@@ -41,7 +43,8 @@ def launch(function: Callable[..., object], *args: object, nproc: int) -> Any:
 
     The function and its arguments must pickle: a function of a module. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT are in each rank's environment. Raises the first KdpipeError a rank raised, TemporaryError for a rank
-    killed by a signal, InternalError that names a file for any other exception, KeyboardInterrupt on Ctrl-C.
+    killed by a signal, InternalError that names a file for any other exception. A signal to stop ends as the rank says
+    that it ended by it, else with StoppedError (Ctrl-C) or TemporaryError.
     """
     config = LaunchConfig(
         min_nodes=1,
@@ -54,24 +57,22 @@ def launch(function: Callable[..., object], *args: object, nproc: int) -> Any:
         max_restarts=0,
         start_method="spawn",
         shutdown_timeout=SHUTDOWN_S,
-        signals_to_handle=",".join(number.name for number in SIGNALS),
+        signals_to_handle=signal.SIGQUIT.name,  # the others are ours
     )
-    with tempfile.TemporaryDirectory(prefix="kdpipe-ranks-") as folder, _quiet(), _own_signals(), _threads(nproc):
+    with tempfile.TemporaryDirectory(prefix="kdpipe-ranks-") as folder, _quiet(), _threads(nproc), _signals() as asked:
         try:
             return elastic_launch(config, _rank)(function, args, folder)[0]
         except ChildFailedError as err:
             rank, failure = err.get_first_failure()
-            raise _verdict(Path(folder), rank, failure.exitcode) from None
+            raise _verdict(Path(folder), rank, failure.exitcode, asked) from None
         except SignalException as err:
-            if err.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise TemporaryError(f"stopped by {err.sigval.name}; run the same command again") from None
+            raise _verdict(Path(folder), 0, -err.sigval, asked or [err.sigval]) from None
 
 
 def _rank(function: Callable[..., object], args: tuple[object, ...], folder: str) -> object:
     """What each process runs: an error is left as JSON in `folder` for the launcher to raise."""
     # SIGINT comes from Ctrl-C and, by torch's doing, when the launcher is gone. A rank deep in a collective would never
-    # notice a KeyboardInterrupt, so the signal itself ends it.
+    # notice a KeyboardInterrupt, so the signal itself ends it, unless the function has a handler for it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     explain_bus_errors(lambda err: _leave_error(Path(folder), err))
     try:
@@ -89,7 +90,8 @@ def _rank(function: Callable[..., object], args: tuple[object, ...], folder: str
 
 
 def _leave_error(folder: Path, err: KdpipeError) -> None:
-    _leave(folder, {"class": type(err).__name__, "code": err.code, "where": err.where, "message": err.args[0]})
+    fields = {"class": type(err).__name__, "code": err.code, "ending": err.ending, "where": err.where}
+    _leave(folder, fields | {"message": err.args[0]})
 
 
 def _leave(folder: Path, fields: dict[str, object]) -> None:
@@ -100,18 +102,20 @@ def _leave(folder: Path, fields: dict[str, object]) -> None:
     half.rename(folder / f"{rank}.json")
 
 
-def _verdict(folder: Path, rank: int, exitcode: int) -> BaseException:
+def _verdict(folder: Path, rank: int, exitcode: int, asked: Sequence[signal.Signals]) -> BaseException:
     """The error to raise, from what the ranks left behind and the exit code of the first that fell.
 
     A rank that raised an error of ours knows best. A rank that was killed comes next: the exceptions of the others are
-    then about their lost peer.
+    then about their lost peer. asked: the signals that the launcher was sent
     """
     words = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda word: word["time"])
     ours = [word for word in words if "class" in word]
     ours.sort(key=lambda word: word["class"] == TemporaryError.__name__)  # stable: by time, lost peers last
     bugs = [word for word in words if "crash" in word]
-    if ours and ours[0]["class"] != TemporaryError.__name__:
+    if ours and (asked or ours[0]["class"] != TemporaryError.__name__):
         return _rebuilt(ours[0])
+    if asked:
+        return stopped(asked[0].name)
     if exitcode == -signal.SIGINT:
         return KeyboardInterrupt()
     if exitcode < 0:
@@ -130,7 +134,7 @@ def _verdict(folder: Path, rank: int, exitcode: int) -> BaseException:
 
 def _rebuilt(word: dict[str, Any]) -> KdpipeError:
     err: KdpipeError = getattr(errors, word["class"], KdpipeError)(word["message"], where=word["where"])
-    err.code = word["code"]
+    err.code, err.ending = word["code"], word["ending"]
     return err
 
 
@@ -150,11 +154,31 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Put the signal handlers back that the launcher replaces."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+def _signals() -> Iterator[list[signal.Signals]]:
+    """The signals that asked the launcher to stop: the first is passed on to the ranks, the next kills them.
+
+    One that is ignored (nohup) stays so.
+    """
+    asked: list[signal.Signals] = []
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGQUIT)}
+
+    def pass_on(number: int, frame: object) -> None:
+        asked.append(signal.Signals(number))
+        ranks = multiprocessing.active_children()
+        for rank in ranks:
+            if len(asked) > 1:
+                rank.kill()
+            elif rank.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.pid, number)
+        if len(asked) > 1 or not ranks:
+            raise SignalException(f"stopped by {asked[0].name}", sigval=asked[0])
+
+    for number in SIGNALS:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, pass_on)
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

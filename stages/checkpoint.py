@@ -37,15 +37,25 @@ UNFINISHED = ".unfinished"
 
 
 class Checkpoints:
-    """The checkpoints of one output folder. Every method but `numbers` is collective."""
+    """The checkpoints of one output folder. Every method but `records` and `path` is collective."""
 
     def __init__(self, output: Path, keep: int, device: torch.device) -> None:
         self.folder, self._keep, self._device = output / CHECKPOINTS, keep, device
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     def numbers(self) -> list[int]:
-        """Steps that have a checkpoint, the newest first."""
+        """Steps that have a checkpoint, the newest first, as rank 0 sees them: another may be another NFS client."""
+        found = [self._numbers() if self._rank == 0 else []]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _numbers(self) -> list[int]:
         return [int(path.name) for path in checkpoint_folders(self.folder.parent)]
+
+    def records(self) -> list[tuple[Path, CheckpointRecord]]:
+        """Every checkpoint whose record can be read, whatever run it is of."""
+        found = ((path, newest_record(path)) for path in checkpoint_folders(self.folder.parent))
+        return [(path, record) for path, record in found if record is not None]
 
     def path(self, step: int) -> Path:
         return self.folder / f"{step:06d}"
@@ -56,7 +66,7 @@ class Checkpoints:
         try:
             if self._rank == 0:
                 shutil.rmtree(scratch.parent, ignore_errors=True)
-                if record.step in self.numbers():
+                if record.step in self._numbers():
                     shutil.rmtree(final)  # found damaged at the resume, or it would not be made again
                 scratch.mkdir(parents=True)
             dist.barrier()
@@ -95,7 +105,7 @@ class Checkpoints:
         failpoint("checkpoint:named")
         fsync_folder(self.folder)
         fsync_folder(self.folder.parent)
-        for old in self.numbers()[self._keep :]:
+        for old in self._numbers()[self._keep :]:
             shutil.rmtree(self.path(old))
         failpoint("checkpoint:pruned")
 
@@ -144,7 +154,7 @@ class Checkpoints:
     def forget(self, *, after: int) -> None:
         """Remove those of later steps, damaged or of a run that is started again: they would count as the newest."""
         if self._rank == 0:
-            for step in self.numbers():
+            for step in self._numbers():
                 if step > after:
                     shutil.rmtree(self.path(step), ignore_errors=True)
         dist.barrier()

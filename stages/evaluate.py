@@ -5,13 +5,14 @@ ranks and divided once.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, ConfigError
@@ -30,28 +31,38 @@ from kdpipe.stages.student import (
     pick_device,
     probe_text,
     require_context,
+    shard,
 )
 
 
 def batches(
     rows: Rows, packer: Packer, members: np.ndarray, batch_tokens: int, *, rank: int = 0, world_size: int = 1
-) -> Iterator[PackedBatch]:
-    """This rank's share of the samples, the same number of batches on every rank."""
-    for cut in cut_steps(members, rows.num_tokens[members], batch_tokens * world_size):
-        mine = deal(cut, rows.num_tokens[cut], world_size)[rank]
-        yield packer.pack(mine) if len(mine) else packer.empty()
+) -> Iterator[tuple[PackedBatch, int]]:
+    """This rank's share of the samples, the same number of batches on every rank, each with the tokens of all ranks."""
+    cuts = cut_steps(members, rows.num_tokens[members], batch_tokens * world_size)
+    shares = [deal(cut, rows.num_tokens[cut], world_size)[rank] for cut in cuts]
+    for number, (cut, mine) in enumerate(zip(cuts, shares, strict=True)):
+        for member in shares[number + 1] if number + 1 < len(shares) else ():
+            rows.prefetch(int(member))
+        yield (packer.pack(mine) if len(mine) else packer.empty()), int(rows.num_tokens[cut].sum())
 
 
 def measure(
-    student: Student, teacher: TeacherHead, feed: Iterator[PackedBatch], device: torch.device, progress: Progress
+    student: Student,
+    teacher: TeacherHead,
+    feed: Iterator[tuple[PackedBatch, int]],
+    device: torch.device,
+    progress: Progress,
+    stop: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The metrics over all batches of all ranks. Collective where a process group is up."""
+    """The metrics over all batches of all ranks; `stop` is called after each batch and may raise. Collective."""
     student.eval()
     total = torch.zeros(len(fields(TokenMetrics)), dtype=torch.float64, device=device)
-    for batch in feed:
+    for batch, num_tokens in feed:
         sums = student.measure(batch.to(device), teacher)
         total += torch.stack([getattr(sums, field.name) for field in fields(TokenMetrics)])
-        progress.advance(int(batch.seq_lens.sum()))
+        progress.advance(num_tokens)
+        stop()
     student.train()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -71,6 +82,48 @@ def summary(sums: dict[str, float]) -> dict[str, float]:
         "teacher_ce": sums["teacher_ce"] / count,
         "num_tokens": int(sums["num_tokens"]),
     }
+
+
+def score(
+    student: Path,
+    rows: Rows,
+    members: np.ndarray,
+    *,
+    dtype: str,
+    batch_tokens: int,
+    device: torch.device,
+    progress: Progress,
+    trust: str | None = None,
+    mesh: DeviceMesh | None = None,
+    stop: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Metrics of the student in a folder on some samples: what `kdpipe eval` and the end of `kdpipe train` both say.
+
+    mesh: the ranks that share the work, each with its shard of the weights; None where there is one
+    stop: called after each batch, may raise
+    Raises StudentError, CorruptError; CheckFailed where a figure is not finite. Collective where there is a mesh.
+    """
+    precision = getattr(torch, dtype)
+    model = Student(load_student(student, precision, device, trust))
+    if mesh is not None:
+        model = shard(model, mesh, precision)
+    model.examine(probe_text(rows, members, model.model.config), student)
+    teacher = load_teacher_head(rows.caches[0], device)
+    packer = Packer(rows, padded=model.padded, pin=device.type == "cuda")
+    rank, world_size = (mesh.get_rank(), mesh.size()) if mesh is not None else (0, 1)
+    feed = batches(rows, packer, members, batch_tokens, rank=rank, world_size=world_size)
+    progress.begin("eval", total=int(rows.num_tokens[members].sum()), unit="tokens")
+    progress.advance(0, f"in {dtype}")
+    metrics = measure(model, teacher, feed, device, progress, stop)
+    progress.end()
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise CheckFailed("its logits are not finite; are its weights?", where=student)
+    return metrics
+
+
+def run_dtype(student: Path, dtype: DtypeChoice, trust: str | None = None) -> str:
+    """The dtype a student is measured in: for "auto" the one it is stored in."""
+    return str(checkpoint_dtype(student, trust)).removeprefix("torch.") if dtype == "auto" else dtype
 
 
 def evaluate_student(
@@ -99,23 +152,23 @@ def evaluate_student(
     if record is not None:
         trained = record.inputs.heldout_fraction
         heldout_fraction = trained if heldout_fraction is None else heldout_fraction
-        if heldout_fraction > trained and rows.caches[0].fingerprints() & set(record.inputs.caches):
+        if heldout_fraction > trained:
+            seen = rows.caches[0].fingerprints() & set(record.inputs.caches)
             progress.note(
-                f"this student held out {trained} of the samples: it was trained on some that are measured now"
+                f"this student held out {trained} of its samples, {heldout_fraction} are measured: it was trained on "
+                f"some of them{'' if seen else ', where its data had the texts of this cache'}"
             )
     _, members = rows.split(heldout_fraction)
     if not len(members):
         raise ConfigError("no sample of this cache is held out; give a larger --heldout-fraction", where=cache)
     require_context(student, rows, members, trust)
-    place = pick_device(device)
-    precision = checkpoint_dtype(student, trust) if dtype == "auto" else getattr(torch, dtype)
-    model = Student(load_student(student, precision, place, trust))
-    model.examine(probe_text(rows, members, model.model.config), student)
-    teacher = load_teacher_head(rows.caches[0], place)
-    packer = Packer(rows, padded=model.padded, pin=place.type == "cuda")
-    progress.begin("eval", total=int(rows.num_tokens[members].sum()), unit="tokens")
-    metrics = measure(model, teacher, batches(rows, packer, members, batch_tokens), place, progress)
-    progress.end()
-    if not all(math.isfinite(value) for value in metrics.values()):
-        raise CheckFailed("its logits are not finite; are its weights?", where=student)
-    return metrics
+    return score(
+        student,
+        rows,
+        members,
+        dtype=run_dtype(student, dtype, trust),
+        batch_tokens=batch_tokens,
+        device=pick_device(device),
+        progress=progress,
+        trust=trust,
+    )

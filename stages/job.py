@@ -18,10 +18,11 @@ from kdpipe.manifests.durable import disk_error, fsync_folder
 from kdpipe.manifests.errors import ConfigError, CorruptError, SpaceError, StudentError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.made_with import MadeWith
-from kdpipe.manifests.plan import Settings
+from kdpipe.manifests.plan import Settings, read_plan
 from kdpipe.manifests.progress import Progress
-from kdpipe.manifests.provenance import num_bytes
-from kdpipe.manifests.run import CHECKPOINT_FILE, RUN_FILE, RunInputs, RunRecord, read_run
+from kdpipe.manifests.provenance import digest_tokenizer, num_bytes
+from kdpipe.manifests.run import CHECKPOINT_FILE, ELASTIC, RUN_FILE, RunInputs, RunRecord, read_run
+from kdpipe.manifests.running import RUNNING_FILE, require_nobody_in
 from kdpipe.manifests.specs import Io, RunSpec
 from kdpipe.stages.checkpoint import (
     CHECKPOINTS,
@@ -36,8 +37,9 @@ from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device, require_context
 
 EVENTS = "events.jsonl"
+FILES = {EVENTS, RUNNING_FILE}
 FOLDERS = {UNFINISHED, CHECKPOINTS}
-"""What an interrupted run leaves in its output, beside EVENTS."""
+"""What an interrupted run leaves in its output."""
 STATE_BYTES = 12
 """Of a parameter in a checkpoint: fp32 weight and two moments."""
 
@@ -70,7 +72,8 @@ class TrainJob:
 
 
 def check_job(job: TrainJob, nproc: int) -> None:
-    """Raises every input error that can be found before a rank is started or a file written."""
+    """Raises every input error that can be found before a rank is started or a file written; nproc: ranks in all."""
+    require_nobody_in(job.output)
     if job.resume not in ("auto", "never") and not (Path(job.resume) / CHECKPOINT_FILE).exists():
         raise ConfigError(
             f"no checkpoint here: {CHECKPOINT_FILE} is missing; checkpoints are folders as OUTPUT/{CHECKPOINTS}/000100",
@@ -89,8 +92,10 @@ def check_job(job: TrainJob, nproc: int) -> None:
         )
     Feed(rows, training, seed=job.spec.train.seed, batch_tokens=job.spec.train.batch_tokens, world_size=nproc)
     device = pick_device(job.device)
-    if device.type == "cuda" and nproc > torch.cuda.device_count():
-        raise ConfigError(f"{nproc} ranks for {torch.cuda.device_count()} GPUs", where="--nproc")
+    # torchrun over several machines: of its WORLD_SIZE ranks only these are on the GPUs of this one.
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", nproc))
+    if device.type == "cuda" and ranks_here > torch.cuda.device_count():
+        raise ConfigError(f"{ranks_here} ranks for {torch.cuda.device_count()} GPUs", where="--nproc")
     settle(job, rows)
     if finished(job, rows) is None:
         _check_output(job)
@@ -108,13 +113,18 @@ def open_rows(job: TrainJob, progress: Progress | None = None) -> Rows:
         began = inputs.caches
     caches = [Cache.open(path, io=job.io, fingerprint=one) for path, one in zip(job.caches, began, strict=True)]
     for cache in caches:
-        newest = Cache.open(cache.path)
-        if len(newest) > len(cache) and progress is not None:
+        if progress is not None and read_plan(cache.path).num_samples > len(cache):
             progress.note(
                 f"{cache.path} has grown since this run began; it is one of the {len(cache)} samples of then, "
                 "another --output trains on all"
             )
-    return Rows(caches)
+    rows, shares = Rows(caches), {cache.plan.heldout_fraction for cache in caches}
+    if len(shares) > 1 and heldout_fraction(job.spec) is None and progress is not None:
+        progress.note(
+            f"these caches hold out {' and '.join(map(str, sorted(shares)))} of their samples: {max(shares)} is held "
+            "out of all, so that no text is held out of one and trained on from another; data.heldout_fraction sets it"
+        )
+    return rows
 
 
 def _check_output(job: TrainJob) -> None:
@@ -126,7 +136,7 @@ def _check_output(job: TrainJob) -> None:
     if not there.is_dir():
         raise ConfigError("this is not a folder; choose another --output", where=there)
     for path in sorted(output.glob("*")):
-        ours = path.is_file() if path.name == EVENTS else path.name in FOLDERS and path.is_dir()
+        ours = path.is_file() if path.name in FILES else path.name in FOLDERS and path.is_dir()
         if not ours or path.is_symlink():
             raise ConfigError(f"it holds other things ({path.name}); choose another --output", where=output)
     student, free = num_bytes(job.student), shutil.disk_usage(there).free
@@ -142,11 +152,11 @@ def _check_output(job: TrainJob) -> None:
 
 
 def finished(job: TrainJob, rows: Rows) -> RunRecord | None:
-    """The record of this very job, if it is done already. Raises ConfigError where `output` is another run's."""
+    """The record of this very job, if its student is there. Raises ConfigError where `output` is another run's."""
     record = read_run(job.output)
     if record is None:
         return None
-    if difference := run_inputs(job, rows).difference(record.inputs):
+    if difference := run_inputs(job, rows).difference(record.inputs, but=ELASTIC):
         raise ConfigError(
             f"it holds the student of another run: {difference}; choose another --output or remove the folder",
             where=job.output,
@@ -160,9 +170,9 @@ def finished(job: TrainJob, rows: Rows) -> RunRecord | None:
 def settle(job: TrainJob, rows: Rows) -> None:
     """Finish what a kill interrupted after this very run's student was exported in full; another's is left alone."""
     output, inputs = job.output, run_inputs(job, rows)
-    if (exported := read_run(output / UNFINISHED)) is not None and exported.inputs == inputs:
+    if (exported := read_run(output / UNFINISHED)) is not None and not inputs.difference(exported.inputs, but=ELASTIC):
         move_in(output / UNFINISHED, output)
-    if (moved := read_run(output)) is not None and moved.inputs == inputs:
+    if (moved := read_run(output)) is not None and not inputs.difference(moved.inputs, but=ELASTIC):
         remove_checkpoints(output)
 
 
@@ -197,10 +207,15 @@ def _check_settings(spec: RunSpec, cache: Cache) -> None:
 
 
 def run_inputs(job: TrainJob, rows: Rows) -> RunInputs:
-    fraction = heldout_fraction(job.spec)
+    """What the job's result depends on, [data] as the caches were made (the first, where they differ), not as asked."""
+    fraction, made = heldout_fraction(job.spec), rows.caches[0].plan.settings
+    fraction = rows.heldout_fraction if fraction is None else fraction
+    used = {"max_length": made.max_length, "overlong": made.overlong, "supervise": made.supervise}
+    data = job.spec.data.model_copy(update={**used, "heldout_fraction": fraction})
     return RunInputs(
         student=ModelFolder(job.student, StudentError, job.trust).digest(),
+        tokenizer=digest_tokenizer(job.student),
         caches=tuple(cache.plan.fingerprint.overall() for cache in rows.caches),
-        heldout_fraction=rows.caches[0].plan.heldout_fraction if fraction is None else fraction,
-        spec=job.spec,
+        heldout_fraction=fraction,
+        spec=job.spec.model_copy(update={"data": data}),
     )

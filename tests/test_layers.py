@@ -17,7 +17,8 @@ MANIFESTS_MAY_USE = {"numpy", "ml_dtypes", "pyarrow", "zstandard", "pydantic", "
 STAGES_EDGES = {
     ("train", "feed"), ("train", "job"), ("train", "student"), ("train", "evaluate"),
     ("job", "checkpoint"), ("job", "feed"), ("job", "loss"), ("job", "student"),
-    ("train", "schedule"), ("train", "checkpoint"), ("train", "draws"), ("feed", "draws"), ("loss", "draws"),
+    ("train", "schedule"), ("train", "signals"),
+    ("train", "checkpoint"), ("train", "draws"), ("feed", "draws"), ("loss", "draws"),
     ("student", "models"), ("student", "teacher"), ("student", "causal_lm"), ("student", "feed"), ("student", "loss"),
     ("teacher", "causal_lm"), ("extract", "causal_lm"), ("extract", "prepare"),
     ("evaluate", "feed"), ("evaluate", "loss"), ("evaluate", "student"),

@@ -67,7 +67,9 @@ def command(
     kdpipe eval --student runs/a --cache /scratch/cache --json
     """
     run = run_spec(config, sets)
-    from kdpipe.stages.evaluate import evaluate_student  # torch takes seconds: not for --help or a misspelt option
+    from kdpipe.stages.evaluate import (
+        evaluate_student,
+    )  # torch takes seconds: not for --help or a misspelt option
 
     if heldout_fraction is None and "heldout_fraction" in run.data.model_fields_set:
         heldout_fraction = run.data.heldout_fraction

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kdpipe.manifests.errors import ConfigError, KdpipeError
+from kdpipe.manifests.errors import BusyError, ConfigError, KdpipeError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import PRESETS, Io
 from kdpipe.pipeline.options import (
@@ -82,8 +82,8 @@ def command(
     """Train a student from one or more caches; the teacher is not needed.
 
     Prints the final metrics. Events go to OUTPUT/events.jsonl. Under torchrun it is one rank of that launch.
-    Interrupted? The same command again goes on from its last checkpoint; SIGTERM and SIGUSR2 finish the step, save and
-    exit 75.
+    Interrupted? The same command again goes on from its last checkpoint. Ctrl-C, SIGTERM, SIGUSR2 and SIGHUP finish the
+    step, save and exit (130 for Ctrl-C, 75 for the others); a second one ends it at once.
 
     \b
     kdpipe train --student models/small --cache /scratch/cache --output runs/a --set train.lr=3e-4 loss.temperature=2
@@ -131,7 +131,7 @@ def train_rank(job: "TrainJob") -> dict[str, object]:
         return train(job, Silent())
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     made = None if job.made_with is None else job.made_with.model_dump()
-    run = watch("train", _events(job), where=job.output, num_ranks=num_ranks, made_with=made)
+    run = watch("train", _events(job, once="accepted"), where=job.output, num_ranks=num_ranks, made_with=made)
     with lasting_streams(), run as progress:
         return train(job, progress)
 
@@ -142,6 +142,8 @@ def _launch(job: "TrainJob", nproc: int) -> dict[str, object]:
 
     try:
         return launch(train_rank, job, nproc=nproc)
+    except BusyError:
+        raise  # the events in this output are another run's
     except KdpipeError as err:
         log = _events(job)
         log.write("launch_failed", {"error": str(err), "exit_code": err.exit_code})
@@ -149,8 +151,9 @@ def _launch(job: "TrainJob", nproc: int) -> dict[str, object]:
         raise
 
 
-def _events(job: "TrainJob") -> EventLog:
-    return EventLog(job.output / "events.jsonl", after=job.output)
+def _events(job: "TrainJob", *, once: str | None = None) -> EventLog:
+    """once: kind of the event before which nothing is written, as the folder may be another run's"""
+    return EventLog(job.output / "events.jsonl", after=job.output, once=once)
 
 
 def _choose_device(device: str) -> tuple[str, int]:

@@ -3,8 +3,9 @@
     q, k, v [1, heads, L, d] + seq_lens -> one causal attention a sample -> concatenated
 
 Registered with transformers under the name PACKED (its own extension point, AttentionInterface). Models that go through
-it get the sample bounds as `cu_seq_lens_q`, the keyword flash attention kernels use. On a GPU with flash attention
-installed that kernel is used instead. Cost: sum of L_i^2 instead of (sum L_i)^2.
+it get `sample_bounds`, numbers on the CPU: reading them from a GPU, as `cu_seq_lens_q` of the flash
+attention kernels is, would wait for it in every layer. On a GPU with flash attention installed that kernel is used
+instead. Cost: sum of L_i^2 instead of (sum L_i)^2.
 """
 
 # Shapes: L packed tokens, H heads, K key-value heads, d head width.
@@ -27,6 +28,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     cu_seq_lens_q: torch.Tensor | None = None,
+    sample_bounds: tuple[int, ...] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -37,7 +39,7 @@ def packed_attention(
     transformers passes every attention function whatever its model has to say, hence the open end of the signature;
     what matters and is not understood here (sinks, soft caps, position biases) is found by the student's probe.
     """
-    bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    bounds = sample_bounds or ((0, query.shape[2]) if cu_seq_lens_q is None else tuple(cu_seq_lens_q.tolist()))
     parts = []
     for begin, end in pairwise(bounds):
         window = sliding_window if sliding_window is not None and sliding_window < end - begin else None

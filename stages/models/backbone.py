@@ -5,6 +5,7 @@ One answer for teacher and student, whatever wraps it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
         output = backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         return output.last_hidden_state
     bounds = torch.nn.functional.pad(batch.seq_lens.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(batch.seq_lens.max())
+    longest = max(end - begin for begin, end in pairwise(batch.bounds))
     output = backbone(model)(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -42,6 +43,7 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
         cu_seq_lens_k=bounds,
         max_length_q=longest,
         max_length_k=longest,
+        sample_bounds=batch.bounds,
     )
     return output.last_hidden_state
 

@@ -14,6 +14,7 @@ longest sample can fill, and never longer than that sample.
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ def _batch(
         input_ids=ids,
         position_ids=positions,
         seq_lens=torch.tensor(lengths, dtype=torch.int32, device=ids.device),
+        bounds=(0, *accumulate(lengths)) if mask is None else (),
         attention_mask=mask,
         rows=nothing,
         labels=nothing,

@@ -1,6 +1,8 @@
 """The whole path as a user types it: plan, extract, train, eval on real models; and what is typed wrong."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -183,6 +185,43 @@ def test_a_signal_before_the_first_step_is_temporary_too(number: signal.Signals,
     assert not begun, "the handler of the steps, which is another"
     assert running.returncode == 75, said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("nproc", "number"), [(1, signal.SIGHUP), (2, signal.SIGINT)])
+def test_a_signal_in_the_middle_says_what_is_saved_and_the_rest_is_done_later(
+    nproc: int, number: signal.Signals, bench: Bench, main: Main, tmp_path: Path
+) -> None:
+    """Ctrl-C as a terminal sends it, to the launcher and its ranks at once. Meanwhile a second run is refused."""
+    words = ["train", "--student", bench.student, "--cache", bench.cache, "--output", tmp_path / "out"]
+    words += ["--nproc", nproc, "--set", *SETS, "train.epochs=99", "train.max_steps=60", "train.eval_every=1"]
+    command = [sys.executable, "-m", "kdpipe.pipeline.cli", *map(str, words)]
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    events, until = tmp_path / "out" / "events.jsonl", time.monotonic() + 90
+    while not (events.exists() and '"kind":"step"' in events.read_text().replace(" ", "")):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    before = events.read_text()
+    code, out, err = main(*words)
+    assert (code, out, err.count("\n")) == (75, "", 1), err
+    assert err.startswith(f"E-BUSY {tmp_path / 'out'}: another run is at work here: pid ")
+    assert events.read_text().startswith(before)
+    os.killpg(running.pid, number)
+    _, said = running.communicate(timeout=90)
+    assert running.returncode == (130 if number == signal.SIGINT else 75), said
+    assert f"{number.name}: finishing the step and saving; once more ends it at once\n" in said
+    last = re.fullmatch(
+        rf"E-\w+ .*: stopped by {number.name}; its state after step (\d+) is saved; .*", said.splitlines()[-1]
+    )
+    assert last, said
+    kinds = [json.loads(line)["kind"] for line in events.read_text().splitlines()]
+    assert kinds.count("run") == 1
+    assert main(*words)[0] == 0
+    steps = [json.loads(line) for line in events.read_text().splitlines()]
+    taken = [event["step"] for event in steps if event["kind"] == "step"]
+    assert taken == list(range(1, 61))
+    assert [event["step"] for event in steps if event["kind"] == "resume"] == [int(last[1])]
 
 
 def seed_too_large(bench: Bench, folder: Path) -> list[object]:

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from kdpipe.manifests.errors import DataError, TemporaryError
+from kdpipe.manifests.errors import DataError, TemporaryError, stopped
 
 
 def rank() -> int:
@@ -84,10 +84,30 @@ def sleep(folder: str) -> None:
     time.sleep(60)
 
 
+def save_when_asked(folder: str) -> None:
+    """Each rank ends by itself when it is asked to stop, and says what it kept."""
+    asked: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    sign_in(folder)
+    while not asked:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    raise stopped(signal.Signals(asked[0]).name, where=folder, kept="its state after step 6 is saved")
+
+
+def stay(folder: str) -> None:
+    """The ranks are asked to stop and do not."""
+    signal.signal(signal.SIGINT, lambda number, _: Path(folder, f"{rank()}.asked").touch())
+    sign_in(folder)
+    while True:
+        time.sleep(1)
+
+
 if __name__ == "__main__":
     import rank_functions  # the ranks import this module by this name
 
     from kdpipe.pipeline.cli import guard
     from kdpipe.pipeline.launch import launch
 
-    sys.exit(guard(lambda: launch(rank_functions.sleep, sys.argv[1], nproc=2)))
+    sys.exit(guard(lambda: launch(getattr(rank_functions, sys.argv[2]), sys.argv[1], nproc=2)))

@@ -99,19 +99,60 @@ def test_a_bug_in_a_rank_leaves_its_traceback_in_one_file(
     assert_no_rank_left(tmp_path)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_signal_to_the_launcher_ends_every_rank(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def launched(folder: Path, name: str) -> subprocess.Popen[str]:
+    """A launcher of two ranks in a process of its own, its ranks signed in."""
     env = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE"}}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), str(TYPING), env.get("PYTHONPATH", "")]))
-    command = [sys.executable, str(HERE / "rank_functions.py"), str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("*.pid"))) < 2:
-            assert time.monotonic() < deadline, "the ranks did not start"
-            time.sleep(0.05)
+    command = [sys.executable, str(HERE / "rank_functions.py"), str(folder), name]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    await_files(folder, "*.pid", 2)
+    return process
+
+
+def await_files(folder: Path, pattern: str, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob(pattern))) < count:
+        assert time.monotonic() < deadline, f"no {pattern}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_signal_to_the_launcher_ends_every_rank(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    with launched(tmp_path, "sleep") as process:
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == code
     if number == signal.SIGINT:
         assert err == "E-INTERRUPTED: stopped by SIGINT; run the same command again\n"
+    assert_no_rank_left(tmp_path)
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["the launcher", "every process"])
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "INTERRUPTED"), (signal.SIGTERM, 75, "TEMPORARY")]
+)
+def test_what_ranks_say_they_saved_is_what_the_launcher_says(
+    number: signal.Signals, code: int, word: str, group: bool, tmp_path: Path
+) -> None:
+    with launched(tmp_path, "save_when_asked") as process:
+        if group:  # as a terminal and some schedulers send it
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    said = f"stopped by {number.name}; its state after step 6 is saved; run the same command again"
+    assert (process.returncode, err) == (code, f"E-{word} {tmp_path}: {said}\n")
+    assert_no_rank_left(tmp_path)
+
+
+def test_the_second_signal_ends_ranks_that_stay(tmp_path: Path) -> None:
+    with launched(tmp_path, "stay") as process:
+        process.send_signal(signal.SIGINT)
+        await_files(tmp_path, "*.asked", 2)
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert (process.returncode, err) == (130, "E-INTERRUPTED: stopped by SIGINT; run the same command again\n")
     assert_no_rank_left(tmp_path)

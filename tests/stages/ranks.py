@@ -18,14 +18,23 @@ from kdpipe.stages.train import Run, process_group, train
 
 
 class Recorder(Silent):
-    """Keeps the events."""
+    """Keeps events, notes and tasks."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, object]]] = []
         self.notes: list[str] = []
+        self.tasks: list[tuple[str, int | None, int]] = []
+        """Each task's name, total and what was done of it."""
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def begin(self, task: str, *, total: int | None, unit: str) -> None:
+        self.tasks.append((task, total, 0))
+
+    def advance(self, amount: int, detail: str = "") -> None:
+        task, total, done = self.tasks[-1]
+        self.tasks[-1] = (task, total, done + amount)
 
     def event(self, kind: str, **fields: object) -> None:
         self.events.append((kind, fields))
@@ -106,3 +115,23 @@ def train_logged(job: TrainJob) -> dict[int, float]:
     train(job, recorder)
     steps = (int(step) for step in recorder.values("step", "step"))
     return dict(zip(steps, recorder.values("step", "loss/mean"), strict=True))
+
+
+def train_and_keep_tasks(job: TrainJob) -> list[tuple[str, int | None, int]]:
+    """Train as this rank; every task's name, total and what was done of it."""
+    torch.set_num_threads(1)
+    recorder = Recorder()
+    train(job, recorder)
+    return recorder.tasks
+
+
+def train_saying_when(job: TrainJob, folder: Path) -> dict[str, object]:
+    """Train as this rank; rank 0 makes the file folder/stepped at the second step."""
+
+    class Sayer(Silent):
+        def event(self, kind: str, **fields: object) -> None:
+            if (kind, fields.get("step")) == ("step", 2):
+                (folder / "stepped").touch()
+
+    torch.set_num_threads(1)
+    return train(job, Sayer() if os.environ["RANK"] == "0" else Silent())

@@ -15,7 +15,7 @@ from tests.models import make_tokenizer
 from tests.stages.ranks import Recorder, read_steps, train_logged, train_until
 from tests.stages.test_train import job_for
 
-from kdpipe.manifests.errors import ConfigError, CorruptError, TemporaryError
+from kdpipe.manifests.errors import ConfigError, CorruptError, KdpipeError, TemporaryError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import CHECKPOINT_FILE
 from kdpipe.manifests.specs import DataSpec
@@ -23,7 +23,8 @@ from kdpipe.pipeline.launch import launch
 from kdpipe.stages.checkpoint import UNFINISHED, file_name
 from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.job import TrainJob, check_job
-from kdpipe.stages.train import Run, asked_to_stop, train
+from kdpipe.stages.signals import SIGNALS, asked_to_stop
+from kdpipe.stages.train import Run, train
 
 STEPS = 12
 FAILPOINTS = ("written", "digested", "recorded", "flushed", "named", "pruned")
@@ -203,7 +204,7 @@ def test_two_ranks_killed_go_on_bit_for_bit(bench: Bench, tmp_path: Path, monkey
     assert_same(other.output, job.output)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_finishes_the_step_and_saves(
     number: signal.Signals, bench: Bench, whole: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -216,8 +217,9 @@ def test_a_signal_finishes_the_step_and_saves(
                 os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    with pytest.raises(TemporaryError, match=f"stopped by {number.name}, its state after step 5 is saved"):
+    with pytest.raises(KdpipeError, match=f"stopped by {number.name}; its state after step 5 is saved") as caught:
         train(job, Sender())
+    assert caught.value.exit_code == (130 if number == signal.SIGINT else 75)
     assert signal.getsignal(number) == before
     recorder = Recorder()
     train(job, recorder)
@@ -225,12 +227,79 @@ def test_a_signal_finishes_the_step_and_saves(
     assert weights(job.output) == weights(whole())
 
 
-def test_asked_twice_it_does_not_wait() -> None:
-    with asked_to_stop() as asked:
-        previous = signal.signal(signal.SIGUSR2, signal.getsignal(signal.SIGUSR2))
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) != previous
+@pytest.mark.parametrize("number", SIGNALS)
+def test_asked_twice_it_does_not_wait(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    heard: list[int] = []
+    before = signal.signal(number, lambda number, _: heard.append(number))
+    try:
+        with asked_to_stop() as asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (asked, heard) == ([signal.SIGTERM], [])
+            assert capfd.readouterr().err == "SIGTERM: finishing the step and saving; once more ends it at once\n"
+            os.kill(os.getpid(), number)
+            assert (asked, heard) == ([signal.SIGTERM], [number])
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_rank_hears_what_its_launcher_passes_on_as_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches ranks and launcher, which signals them once more."""
+    monkeypatch.setenv("RANK", "0")
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with asked_to_stop(say=False) as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (asked, heard) == ([signal.SIGINT], [])
+            monkeypatch.setattr("kdpipe.stages.signals.SAME_S", -1.0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """nohup kdpipe train ..."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with asked_to_stop() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert asked == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_slow_run_saves_by_the_clock(bench: Bench, tmp_path: Path) -> None:
+    for minutes, saved in ((1e-9, [1, 2]), (0, []), (1e9, [])):
+        recorder = Recorder()
+        train(small_job(bench, tmp_path / str(minutes), max_steps=3, save_every=100, save_minutes=minutes), recorder)
+        assert recorder.values("checkpoint", "step") == saved
+    recorder = Recorder()
+    train(small_job(bench, tmp_path / "none", max_steps=3, save_every=0, save_minutes=1e-9), recorder)
+    assert recorder.values("checkpoint", "step") == []
+
+
+def test_a_start_says_which_earlier_steps_it_takes_again(bench: Bench, run: Callable[..., int], tmp_path: Path) -> None:
+    job = small_job(bench, tmp_path / "out")
+    assert run(job, kill="step:5") == -signal.SIGKILL
+    recorder = Recorder()
+    train(job, recorder)
+    assert recorder.values("start", "first_step") == [4] == recorder.values("step", "step")[:1]
+    assert recorder.values("eval", "step") == [STEPS], "only an untrained student is measured before the first step"
+
+
+def test_going_on_from_a_named_checkpoint_leaves_another_runs_alone(
+    bench: Bench, run: Callable[..., int], tmp_path: Path
+) -> None:
+    job, other = small_job(bench, tmp_path / "out"), small_job(bench, tmp_path / "other", seed=2)
+    assert run(job, kill="step:7") == run(other, kill="step:4") == -signal.SIGKILL
+    before = sorted((job.output / "checkpoints").rglob("*"))
+    mixed = dataclasses.replace(other, output=job.output, resume=str(other.output / "checkpoints" / "000003"))
+    with pytest.raises(ConfigError, match=r"000006: it is a checkpoint of another run: its spec\.train\.seed is 0"):
+        train(mixed, Recorder())
+    assert sorted((job.output / "checkpoints").rglob("*")) == before
 
 
 def test_a_checkpoint_of_another_run_is_refused(bench: Bench, run: Callable[..., int], tmp_path: Path) -> None:

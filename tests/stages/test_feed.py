@@ -1,5 +1,6 @@
 """Feeding: the same samples in a step whatever the number of ranks, every sample once an epoch, packed as they lie."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.caches import make_cache, make_plan, make_samples
+from tests.caches import fill_shard, grow_plan, make_cache, make_plan, make_samples
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CacheError, ConfigError, IncompleteError
 from kdpipe.manifests.sample import row_positions
+from kdpipe.manifests.shard import Shard
 from kdpipe.stages.feed import Feed, PackedBatch, Packer, Rows, cut_steps, deal, num_steps, shuffle
 
 indices = st.lists(st.integers(0, 10**9), min_size=1, max_size=80, unique=True).map(lambda some: np.array(some))
@@ -115,6 +117,36 @@ def test_caches_of_another_teacher_or_dtype_are_refused(cache: Cache, tmp_path: 
         Rows([cache, make_cache(tmp_path / "dtype", dtype="float32")])
 
 
+@pytest.mark.parametrize("kind", ["itself", "link", "copy", "grown", "of one parent"])
+def test_the_same_samples_twice_are_refused(kind: str, tmp_path: Path) -> None:
+    first, second = make_cache(tmp_path / "first"), tmp_path / "second"
+    if kind == "itself":
+        second = first.path
+    elif kind == "link":
+        second.symlink_to(first.path)
+    else:
+        shutil.copytree(first.path, second)
+    for number, folder in enumerate([second] * (kind == "grown") + [first.path, second] * (kind == "of one parent")):
+        grow_plan(folder, make_samples(3, seed=50 + number))
+        fill_shard(folder, len(Cache.open(folder).plan.shards) - 1)
+    with pytest.raises(CacheError, match=r"second|first") as caught:
+        Rows([Cache.open(first.path), Cache.open(second)])
+    assert "name each cache once" in str(caught.value)
+
+
+def test_one_fraction_is_held_out_of_all_caches(tmp_path: Path) -> None:
+    """The same texts in two caches: what the first holds out is not trained on through the second."""
+    half, little = (
+        make_cache(tmp_path / str(share), heldout_fraction=share, samples=make_samples(40)) for share in (0.5, 0.05)
+    )
+    for caches in ([half, little], [little, half]):
+        rows = Rows(caches)
+        assert rows.heldout_fraction == 0.5
+        training, heldout = (set(some % 40) for some in rows.split(None))
+        assert training & heldout == set()
+        assert heldout == set(np.flatnonzero(half.heldout(0.5)))
+
+
 def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
     make_plan(tmp_path, make_samples(5))
     with pytest.raises(IncompleteError):
@@ -194,7 +226,53 @@ def test_a_batch_of_samples_without_rows_packs(cache: Cache, rows: Rows) -> None
 
 def test_moving_a_batch_moves_every_tensor(rows: Rows) -> None:
     batch = Packer(rows, padded=True).pack([1, 2]).to(torch.device("meta"))
-    assert {getattr(batch, name).device.type for name in PackedBatch.__dataclass_fields__} == {"meta"}
+    values = [getattr(batch, name) for name in PackedBatch.__dataclass_fields__]
+    assert {value.device.type for value in values if isinstance(value, torch.Tensor)} == {"meta"}
+    assert [value for value in values if not isinstance(value, torch.Tensor)] == [()]
+
+
+def test_bounds_say_on_the_cpu_where_packed_samples_lie(rows: Rows) -> None:
+    batch = Packer(rows).pack([5, 12, 0]).to(torch.device("meta"))
+    assert batch.bounds == (0, *np.cumsum(rows.num_tokens[[5, 12, 0]]))
+    assert Packer(rows).empty().bounds == (0, 1)
+
+
+def test_without_rows_a_batch_is_the_same_and_no_row_is_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Packer(Rows([cache])).pack(range(43))
+    monkeypatch.setattr(Shard, "rows", lambda *_: pytest.fail("a row was read"))
+    bare = Packer(Rows([Cache.open(cache.path)]), with_rows=False).pack(range(43))
+    for name in ("input_ids", "position_ids", "seq_lens", "rows", "labels", "keys"):
+        assert torch.equal(getattr(bare, name), getattr(whole, name)), name
+    assert bare.teacher_rows.shape == (0, 19)
+
+
+def test_keys_are_a_samples_number_and_its_rows(cache: Cache, rows: Rows) -> None:
+    members = [31, 4, 17]
+    expected = [member * 2**32 + row for member in members for row in range(len(cache[member].rows))]
+    assert Packer(rows).pack(members).keys.tolist() == expected
+
+
+def test_a_feed_wants_the_rows_of_a_step_on_this_rank(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[int] = []
+    monkeypatch.setattr(Rows, "prefetch", lambda self, index: wanted.append(index))
+    feeds = [Feed(rows, np.arange(43), seed=0, batch_tokens=200, rank=rank, world_size=2) for rank in range(2)]
+    step = feeds[0].steps_per_epoch  # the first of the second epoch
+    for feed in feeds:
+        feed.want(step)
+    assert sorted(wanted) == sorted(feeds[0].members(step))
+    Feed(rows, np.arange(43), seed=0, batch_tokens=200, with_rows=False).want(0)
+    for feed in feeds:
+        for _ in feed.step(step):
+            pass
+    assert len(wanted) == len(feeds[0].members(step))
+
+
+def test_tokens_before_a_step_are_those_of_the_steps_before_it(rows: Rows) -> None:
+    feed = Feed(rows, np.arange(3, 43), seed=5, batch_tokens=200)
+    taken = 0
+    for step in range(2 * feed.steps_per_epoch + 2):
+        assert feed.num_tokens_before(step) == taken
+        taken += int(rows.num_tokens[feed.members(step)].sum())
 
 
 def ids_of(batch: PackedBatch) -> tuple[tuple[int, ...], ...]:

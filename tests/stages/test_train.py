@@ -1,10 +1,12 @@
 """Training: the same steps on one rank and on two, gradients of the dense reference, a student that loads."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,15 +16,35 @@ from safetensors import safe_open
 from tests.caches import fill_shard, grow_plan, make_samples
 from tests.conftest import Bench
 from tests.models import make_model, make_tokenizer
-from tests.stages.ranks import Recorder, first_gradients, train_and_record, train_on_two_caches
+from tests.stages.ranks import (
+    Recorder,
+    first_gradients,
+    train_and_keep_tasks,
+    train_and_record,
+    train_on_two_caches,
+)
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import CheckFailed, ConfigError, CorruptError, KdpipeError, TemporaryError
+from kdpipe.manifests.errors import (
+    BusyError,
+    CheckFailed,
+    ConfigError,
+    CorruptError,
+    KdpipeError,
+    SpaceError,
+    TemporaryError,
+)
 from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.run import read_run
+from kdpipe.manifests.running import alone_in
+from kdpipe.manifests.shard import Shard
 from kdpipe.manifests.specs import DataSpec, LossSpec, RunSpec, TrainSpec
 from kdpipe.pipeline.launch import launch
+from kdpipe.stages import evaluate
+from kdpipe.stages import train as training
 from kdpipe.stages.draws import mixed_seed
-from kdpipe.stages.evaluate import evaluate_student
+from kdpipe.stages.evaluate import evaluate_student, run_dtype
+from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.feed import Feed, Rows
 from kdpipe.stages.job import TrainJob, check_job
 from kdpipe.stages.loss import Head, reference_distill_loss
@@ -229,7 +251,8 @@ def test_student_learns_loads_and_scores_what_training_said(bench: Bench, tmp_pa
     metrics = train(job, recorder)
     losses = recorder.values("step", "loss/mean")
     assert losses[-1] < 0.5 * losses[0]
-    assert len(recorder.values("eval", "heldout_kl")) == 4
+    assert recorder.values("eval", "step") == [0, 10, 20, 30, 40]
+    assert {fields["dtype"] for kind, fields in recorder.events if kind == "eval"} == {"float32"}
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == torch.float32
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab()
@@ -295,6 +318,235 @@ def test_damaged_samples_table_is_found_before_training(bench: Bench, tmp_path: 
     table.write_bytes(data)
     with pytest.raises(CorruptError, match=r"samples\.arrow"):
         check_job(dataclasses.replace(job_for(bench, tmp_path / "out"), caches=(tmp_path / "cache",)), 1)
+
+
+def test_the_last_figures_are_those_of_eval_whatever_the_dtype_of_training(bench: Bench, tmp_path: Path) -> None:
+    """Trained in bfloat16, stored in float32: what counts is the student that was written."""
+    metrics = train(job_for(bench, tmp_path, dtype="bfloat16"), Silent())
+    scores = evaluate_student(
+        tmp_path, bench.cache, heldout_fraction=None, device="cpu", dtype="auto", batch_tokens=600, progress=Silent()
+    )
+    assert {name: metrics[name] for name in scores} == scores
+    assert metrics["dtype"] == run_dtype(tmp_path, "auto") == "float32"
+    assert json.loads((tmp_path / "kdpipe.json").read_text())["metrics"] == scores | {"dtype": "float32"}
+    assert list(train(job_for(bench, tmp_path, dtype="bfloat16"), Silent())) == list(metrics), "in another order"
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, module: object, name: str, error: Exception) -> None:
+    """The function of a module raises once."""
+    own, raised = getattr(module, name), []
+
+    def fail(*args: object, **options: object) -> object:
+        if not raised:
+            raised.append(error)
+            raise error
+        return own(*args, **options)
+
+    monkeypatch.setattr(module, name, fail)
+
+
+def test_a_last_evaluation_that_fails_loses_nothing_and_is_all_that_is_done_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(job_for(bench, tmp_path / "whole"), Silent())
+    job = job_for(bench, tmp_path / "out")
+    failing_once(monkeypatch, evaluate, "score", CorruptError("a held-out row"))
+    with pytest.raises(CorruptError, match="a held-out row"):
+        train(job, Silent())
+    student = (job.output / "model.safetensors").read_bytes()
+    assert transformers.AutoModelForCausalLM.from_pretrained(job.output).config.vocab_size == 320
+    check_job(job, 1)
+    recorder = Recorder()
+    assert train(job, recorder) == whole
+    assert recorder.values("step", "step") == []
+    assert [task for task, _, _ in recorder.tasks] == ["eval"]
+    assert (job.output / "model.safetensors").read_bytes() == student
+    assert sorted(path.name for path in job.output.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_last_evaluation_is_heard_and_the_student_is_there(
+    number: signal.Signals, bench: Bench, tmp_path: Path
+) -> None:
+    class Sender(Recorder):
+        def advance(self, amount: int, detail: str = "") -> None:
+            super().advance(amount, detail)
+            if self.tasks[-1][0] == "eval" and 0 < amount == self.tasks[-1][2]:  # after the first batch
+                os.kill(os.getpid(), number)
+
+    job, sender = job_for(bench, tmp_path, max_steps=3, save_every=2, batch_tokens=100), Sender()
+    with pytest.raises(KdpipeError, match=f"stopped by {number.name}; the student is written") as caught:
+        train(job, sender)
+    assert caught.value.exit_code == (130 if number == signal.SIGINT else 75)
+    _, total, done = sender.tasks[-1]
+    assert total is not None
+    assert done < total, "it went on to the end"
+    recorder = Recorder()
+    train(job, recorder)
+    assert (recorder.values("step", "step"), recorder.values("eval", "step")) == ([], [3])
+
+
+def test_an_export_that_fails_keeps_the_last_steps_state(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(job_for(bench, tmp_path / "whole"), Silent())
+    job = job_for(bench, tmp_path / "out")
+    failing_once(monkeypatch, training, "export", OSError(28, "No space left on device"))
+    with pytest.raises(SpaceError, match="no space left"):
+        train(job, Silent())
+    check_job(job, 1)
+    recorder = Recorder()
+    train(job, recorder)
+    assert recorder.values("step", "step") == []
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
+    assert first == second
+
+
+def test_a_run_in_an_output_where_another_is_at_work_is_refused_before_anything(bench: Bench, tmp_path: Path) -> None:
+    job = job_for(bench, tmp_path)
+    with alone_in(tmp_path):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(BusyError, match=f"pid {os.getpid()} on "):
+            check_job(job, 1)
+        with pytest.raises(BusyError, match=f"pid {os.getpid()} on "):
+            train(job, Silent())
+        assert sorted(tmp_path.rglob("*")) == before
+    train(job, Silent())
+    assert not (tmp_path / ".running").exists()
+
+
+def test_ranks_of_other_machines_need_no_gpu_of_this_one(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun on two machines of eight GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    job = dataclasses.replace(job_for(bench, tmp_path), device="cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    check_job(job, 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
+    with pytest.raises(ConfigError, match="9 ranks for 8 GPUs"):
+        check_job(job, 18)
+
+
+def test_caches_that_hold_out_other_shares_are_split_by_one(bench: Bench, tmp_path: Path) -> None:
+    for share in (0.5, 0.05):
+        spec = DataSpec(max_length=128, heldout_fraction=share)
+        extract(ExtractSpec(teacher=bench.teacher, data=(bench.data,), data_spec=spec), tmp_path / f"{share}", Silent())
+    recorder = Recorder()
+    job = job_for(bench, tmp_path / "out", max_steps=1)
+    train(dataclasses.replace(job, caches=(tmp_path / "0.05", tmp_path / "0.5")), recorder)
+    record = read_run(job.output)
+    assert record is not None
+    assert record.inputs.heldout_fraction == record.inputs.spec.data.heldout_fraction == 0.5
+    assert any("hold out 0.05 and 0.5" in note for note in recorder.notes)
+    notes = {}
+    for share in (None, 0.6):
+        told = Recorder()
+        evaluate_student(
+            job.output,
+            tmp_path / "0.05",
+            heldout_fraction=share,
+            device="cpu",
+            dtype="auto",
+            batch_tokens=900,
+            progress=told,
+        )
+        notes[share] = told.notes
+    assert notes[None] == []
+    assert notes[0.6] == ["this student held out 0.5 of its samples, 0.6 are measured: it was trained on some of them"]
+
+
+def test_nothing_held_out_is_not_measured_and_said_once(bench: Bench, tmp_path: Path) -> None:
+    job = job_for(bench, tmp_path, eval_every=1, max_steps=3)
+    spec = job.spec.model_copy(update={"data": DataSpec(heldout_fraction=0)})
+    recorder = Recorder()
+    metrics = train(dataclasses.replace(job, spec=spec), recorder)
+    assert recorder.values("eval", "step") == []
+    assert sum("no sample is held out" in note for note in recorder.notes) == 1
+    assert metrics == {"num_steps": 3, "trained_tokens": metrics["trained_tokens"]}
+
+
+def test_a_finished_run_is_the_same_under_other_elastic_keys(bench: Bench, tmp_path: Path) -> None:
+    first = train(job_for(bench, tmp_path, max_steps=2), Silent())
+    other = job_for(bench, tmp_path, max_steps=2, eval_every=1, keep=5, save_every=7, save_minutes=0, grad_accum=2)
+    check_job(other, 1)
+    assert train(other, Silent()) == first
+
+
+def test_cross_entropy_alone_reads_no_teacher_row(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Shard, "rows", lambda *_: pytest.fail("a row was read"))
+    job = job_for(bench, tmp_path, loss=LossSpec(kd_weight=0.0), max_steps=2)
+    spec = job.spec.model_copy(update={"data": DataSpec(heldout_fraction=0)})
+    train(dataclasses.replace(job, spec=spec), Silent())
+
+
+def test_the_next_steps_rows_are_wanted_before_this_step_is_packed(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[tuple[str, int]] = []
+    for name in ("prefetch", "__getitem__"):
+        own = getattr(Rows, name)
+        monkeypatch.setattr(
+            Rows, name, lambda self, index, name=name, own=own: (order.append((name, index)), own(self, index))[1]
+        )
+    job = job_for(bench, tmp_path, max_steps=3)
+    spec = job.spec.model_copy(update={"data": DataSpec(heldout_fraction=0)})
+    train(dataclasses.replace(job, spec=spec), Silent())
+    kinds = [kind for kind, _ in itertools.groupby(name for name, _ in order)]
+    # wanted 0, 1; packed 0; wanted 2; packed 1; packed 2: nothing beyond the last
+    assert kinds == ["prefetch", "__getitem__", "prefetch", "__getitem__"]
+    wanted, packed = ([index for name, index in order if name == each] for each in ("prefetch", "__getitem__"))
+    assert sorted(wanted) == sorted(packed)
+
+
+def test_the_record_has_the_data_settings_of_the_cache(bench: Bench, tmp_path: Path) -> None:
+    train(job_for(bench, tmp_path, max_steps=1), Silent())
+    record = read_run(tmp_path)
+    assert record is not None
+    assert (record.inputs.spec.data.max_length, record.inputs.spec.data.heldout_fraction) == (128, 0.25)
+    asked = job_for(bench, tmp_path, max_steps=1)
+    asked = dataclasses.replace(asked, spec=asked.spec.model_copy(update={"data": DataSpec(max_length=128)}))
+    check_job(asked, 1)
+
+
+def test_another_tokenizer_is_another_run(bench: Bench, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(bench.student, student)
+    job = job_for(bench, tmp_path / "out", student=student, max_steps=1)
+    train(job, Silent())
+    config = json.loads((student / "tokenizer_config.json").read_text())
+    (student / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 77}))
+    with pytest.raises(ConfigError, match="student of another run: its tokenizer is"):
+        check_job(job, 1)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_what_is_done_is_what_was_announced(nproc: int, bench: Bench, tmp_path: Path) -> None:
+    """Tokens of all ranks, in part of an epoch and over its end."""
+    job = job_for(bench, tmp_path, max_steps=7, epochs=9, batch_tokens=900)
+    tasks = train_and_keep_tasks(job) if nproc == 1 else launch(train_and_keep_tasks, job, nproc=nproc)
+    assert [task for task, _, _ in tasks] == ["train", "eval"]
+    assert all(done == total > 0 for _, total, done in tasks), tasks
+
+
+def test_a_run_says_what_may_not_be_meant_and_where_the_student_is(bench: Bench, tmp_path: Path) -> None:
+    notes = {}
+    for batch_tokens in (10**9, 600, 20):
+        recorder = Recorder()
+        job = job_for(bench, tmp_path / f"out {batch_tokens}", batch_tokens=batch_tokens, max_steps=1)
+        train(job, recorder)
+        notes[batch_tokens] = "\n".join(recorder.notes)
+        assert f"kdpipe eval --student '{job.output}' --cache {bench.cache}" in notes[batch_tokens]
+        assert "before training: held-out KL" in notes[batch_tokens]
+        assert recorder.values("eval", "step") == [0, 1]
+    assert "an epoch is 1 step of about" in notes[10**9]
+    assert "less than most samples have" in notes[20]
+    assert "an epoch is" not in notes[20]
 
 
 def test_finished_run_is_not_run_again(bench: Bench, tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
 """Packed attention: each sample attends to itself, within its window, exactly as transformers' own attention would."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 import transformers
 
+from kdpipe.stages.feed import PackedBatch
 from kdpipe.stages.models.attention import PACKED, packed_attention, use_packed_attention
+from kdpipe.stages.models.backbone import packed_hidden
 
 LENGTHS = (5, 23, 1, 37)
 
@@ -36,6 +40,24 @@ def test_a_window_is_kept_within_each_sample(window: int | None) -> None:
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     packed = model.base_model(torch.cat(samples, dim=1), position_ids=positions, cu_seq_lens_q=bounds).last_hidden_state
     assert (packed - alone).abs().max() <= 2e-6 * alone.abs().max()
+
+
+def test_no_bound_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for a GPU in every layer."""
+    model = mistral(8)
+    use_packed_attention(model, torch.device("cpu"))
+    batch = PackedBatch(
+        input_ids=torch.randint(0, 97, (1, sum(LENGTHS))),
+        position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        seq_lens=torch.tensor(LENGTHS, dtype=torch.int32),
+        bounds=(0, *accumulate(LENGTHS)),
+        attention_mask=None,
+        **dict.fromkeys(("rows", "labels", "keys", "teacher_rows"), torch.zeros(0, dtype=torch.int64)),
+    )
+    for name in ("tolist", "item", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a value was read back"))
+    with torch.no_grad():
+        packed_hidden(model, batch)
 
 
 def test_without_bounds_everything_is_one_sample() -> None:
