@@ -48,8 +48,8 @@ from kdpipe.stages.student import (
     TeacherHead,
     check_student,
     checkpoint_dtype,
-    load_student,
     load_teacher_head,
+    load_to_shard,
     pick_device,
     probe_text,
     reduce_gradients,
@@ -235,12 +235,12 @@ class Run:
         # As they are now: what is exported is what was trained, whatever becomes of the folder meanwhile.
         self.beside = companions(job.student, tokenizer, rows.caches[0], checkpoint_dtype(job.student, job.trust), code)
         self.teacher: TeacherHead = load_teacher_head(rows.caches[0], device)
-        model = load_student(job.student, torch.float32, device, job.trust)
+        model = load_to_shard(job.student, job.trust, rank=rank)
         if spec.grad_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student = Student(model).train()
         mesh = init_device_mesh(device.type, (world_size,))
-        self.student = shard(student, mesh, getattr(torch, spec.dtype))
+        self.student = shard(student, mesh, getattr(torch, spec.dtype), device)
         everything = np.arange(len(rows.num_tokens))
         student.examine(probe_text(rows, everything, model.config), job.student)
         self.optimizer = torch.optim.AdamW(

@@ -2,6 +2,7 @@
 
 from kdpipe.stages.student.check import check_student, check_student_of, checkpoint_dtype, require_context
 from kdpipe.stages.student.exam import probe_text
+from kdpipe.stages.student.sharding import load_to_shard, reduce_gradients, shard
 from kdpipe.stages.student.student import (
     LOSS_SUMS,
     Student,
@@ -10,8 +11,6 @@ from kdpipe.stages.student.student import (
     load_teacher_head,
     loss_arguments,
     pick_device,
-    reduce_gradients,
-    shard,
 )
 
 __all__ = [
@@ -23,6 +22,7 @@ __all__ = [
     "checkpoint_dtype",
     "load_student",
     "load_teacher_head",
+    "load_to_shard",
     "loss_arguments",
     "pick_device",
     "probe_text",

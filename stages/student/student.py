@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from kdpipe.manifests.cache import Cache
@@ -167,29 +166,3 @@ def loss_arguments(spec: LossSpec) -> dict[str, Any]:
     """A run file's [loss] as arguments of fused_distill_loss."""
     chosen = spec.model_dump(exclude={"preset", "options"})
     return chosen | spec.options
-
-
-def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype) -> Student:
-    """Shard the student over the mesh in place (FSDP2): each decoder layer by itself, the rest as the root.
-
-    Gradients are summed over ranks, not averaged: the loss is divided once, by the tokens of all ranks.
-    """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    layers = set(student.model._no_split_modules or ())
-    for module in student.model.modules():
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(student, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(student, "examined")
-    for module in student.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # A plain sum: the fused multiply-and-sum that a factor asks for exists on nccl only.
-            module.set_force_sum_reduction_for_comms(True)
-    return student
-
-
-def reduce_gradients(student: Student, wanted: bool) -> None:
-    """Whether the next backward pass sums gradients over ranks, or keeps them for the next micro-batch."""
-    assert isinstance(student, FSDPModule)
-    student.set_requires_gradient_sync(wanted)

@@ -87,8 +87,7 @@ def test_swapping_two_samples_rows_changes_the_loss(bench: Bench) -> None:
 def test_an_exam_leaves_the_parameters_sharded(bench: Bench) -> None:
     """An optimizer made of whole ones would train copies that the next step throws away."""
     with process_group(CPU):
-        student = shard(
-            Student(load_student(bench.student, torch.float32, CPU)), init_device_mesh("cpu", (1,)), torch.bfloat16
-        )
+        student = Student(load_student(bench.student, torch.float32, CPU))
+        shard(student, init_device_mesh("cpu", (1,)), torch.bfloat16, CPU)
         student.examine(np.arange(3, 45), bench.student)
         assert all(isinstance(parameter, DTensor) for parameter in student.parameters())
