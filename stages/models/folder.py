@@ -23,7 +23,7 @@ from kdpipe.manifests.errors import InputError, KdpipeError
 from kdpipe.manifests.provenance import digest_file, digest_model
 from kdpipe.stages.models.own_code import OwnCode, allowed_code, place_of
 from kdpipe.stages.models.tokenizer import read_tokenizer, tokenizer_files
-from kdpipe.stages.models.weights import ADAPTER, require_all, require_sizes, stored_dtype, weight_files
+from kdpipe.stages.models.weights import ADAPTER, require_all, require_fitting, stored_dtype, weight_files
 
 GENERATION = "generation_config.json"
 CAUSE_LENGTH = 300
@@ -153,8 +153,10 @@ class ModelFolder:
         built = self.skeleton()
         self.read_json(GENERATION)  # transformers takes one that it cannot read for none
         with self._answering("the model does not load"):
-            if getattr(self.config, "quantization_config", None) is None:  # packed weights have sizes of their own
-                require_sizes(built, self.weights, self.error, self.path)
+            if (
+                getattr(self.config, "quantization_config", None) is None
+            ):  # packed weights have sizes and types of their own
+                require_fitting(built, self.weights, self.error, self.path)
             model, loading = self._from_pretrained(
                 AutoModelForCausalLM,
                 config=copy.deepcopy(self.config),

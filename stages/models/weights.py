@@ -57,18 +57,25 @@ def stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
     return torch.float32
 
 
-def require_sizes(model: Any, files: Mapping[str, Path], error: type[InputError], folder: Path) -> None:
-    """Weights that model and files have by the same name have as many elements: else memory would be made for noise.
+def require_fitting(model: Any, files: Mapping[str, Path], error: type[InputError], folder: Path) -> None:
+    """Weights that model and files have by the same name have as many elements, and numbers where it has numbers.
 
-    Elements and not shapes: transformers transposes some while it loads.
+    Else memory would be made for noise, or integers be cast. Elements and not shapes: transformers transposes some
+    while it loads.
     """
     built = model.state_dict()
     for file in sorted(set(files.values())):
         with safe_open(file, "pt") as opened:
-            for name in built.keys() & set(opened.keys()):
-                shape = opened.get_slice(name).get_shape()
-                if math.prod(shape) != built[name].numel():
-                    raise error(_mismatch(name, shape, built[name].shape), where=folder)
+            for name in sorted(built.keys() & set(opened.keys())):
+                stored = opened.get_slice(name)
+                if math.prod(stored.get_shape()) != built[name].numel():
+                    raise error(_mismatch(name, stored.get_shape(), built[name].shape), where=folder)
+                if built[name].is_floating_point() and not stored.get_dtype().startswith(("F", "BF")):
+                    raise error(
+                        f"'{name}' holds {stored.get_dtype()} in the weight files, not floating point numbers, and "
+                        "config.json names no quantization; copy the model again",
+                        where=file,
+                    )
 
 
 def require_all(loading: Mapping[str, Any], names: Iterable[str], error: type[InputError], folder: Path) -> None:
