@@ -106,7 +106,7 @@ def score(
     precision = getattr(torch, dtype)
     model = Student(load_student(student, precision, device, trust))
     if mesh is not None:
-        model = shard(model, mesh, precision)
+        model = shard(model, mesh, precision, device)
     model.examine(probe_text(rows, members, model.model.config), student)
     teacher = load_teacher_head(rows.caches[0], device)
     packer = Packer(rows, padded=model.padded, pin=device.type == "cuda")
