@@ -23,6 +23,8 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"intermediate|ffn_dim|^d_ff$|^n_inner$|^dim_ff$|ff_dim|ffn_hidden_size|mlp_dim", 64),
     (r"(num|n)_(local_|routed_)?experts$|num_experts", 4),
     (r"experts_per_tok|top_?k$", 2),
+    (r"^qk_head_dim$", 24),
+    (r"rotary_dim$", 8),
     (r"head_dim$|^d_kv$", 12),
     (r"lora_rank$|_rank$", 8),
     (r"window|chunk_size|block_size", 8),
@@ -64,4 +66,6 @@ def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
             size = next((size for pattern, size in SMALL if re.search(pattern, name)), value)
             if value > size:
                 found[name] = size
+    if fields.get("num_key_value_heads") == fields.get("num_attention_heads") and "num_key_value_heads" in found:
+        found["num_key_value_heads"] = found["num_attention_heads"]  # latent attention has no groups
     return found
