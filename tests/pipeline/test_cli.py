@@ -134,6 +134,14 @@ def test_bad_input_is_one_line_with_the_way_out(
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
 
 
+def test_a_model_where_a_cache_belongs_is_told_from_an_empty_folder(main: Main, tmp_path: Path) -> None:
+    assert "no cache here: PLAN.json is missing" in main("cache", "info", tmp_path)[2]
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = main("cache", "info", tmp_path)
+    assert (code, err.count("\n")) == (4, 1)
+    assert "this is a model, not a cache" in err
+
+
 def test_the_same_holds_for_the_program(kdpipe: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = kdpipe("cache", "info", "nowhere", "--jsn")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (4, "", 1)
