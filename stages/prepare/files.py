@@ -144,7 +144,9 @@ def _check_one_split(folder: Path, files: Iterable[Path]) -> None:
         splits.setdefault(_split(file.stem), []).append(file.name)
     if len(splits) > 1 and splits.keys() != {"", "train"}:
         found = "; ".join(f"{split or 'no split'}: {_listed(names)}" for split, names in sorted(splits.items()))
-        raise DataError(f"holds several splits ({found}); name the files of one, with a pattern perhaps", where=folder)
+        raise DataError(
+            f"holds several splits ({found}); name the files of one, {folder}/train* for example", where=folder
+        )
 
 
 def _split(stem: str) -> str:

@@ -415,6 +415,8 @@ def test_what_cannot_be_honoured_or_can_be_read_in_two_ways_is_refused_by_name(n
     [
         '{"messages": [{"role": "user", "content": "a"}], "messages": [{"role": "user", "content": "b"}]}',
         '{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
+        '"tools": [{"content": 1, "content": 2}]}',
     ],
 )
 def test_a_key_that_stands_twice_is_refused_where_it_is_read(line: str) -> None:
