@@ -187,7 +187,9 @@ def test_a_signal_before_the_first_step_is_temporary_too(number: signal.Signals,
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(("nproc", "number"), [(1, signal.SIGHUP), (2, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("nproc", "number"), [(1, signal.SIGHUP), pytest.param(2, signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_in_the_middle_says_what_is_saved_and_the_rest_is_done_later(
     nproc: int, number: signal.Signals, bench: Bench, main: Main, tmp_path: Path
 ) -> None:
@@ -198,7 +200,7 @@ def test_a_signal_in_the_middle_says_what_is_saved_and_the_rest_is_done_later(
     running = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
     )
-    events, until = tmp_path / "out" / "events.jsonl", time.monotonic() + 90
+    events, until = tmp_path / "out" / "events.jsonl", time.monotonic() + 240
     while not (events.exists() and '"kind":"step"' in events.read_text().replace(" ", "")):
         assert time.monotonic() < until
         time.sleep(0.02)
