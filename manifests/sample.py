@@ -9,7 +9,7 @@ knows this shift; everybody else calls it.
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -35,8 +35,7 @@ class Sample:
     truncated: bool = False
 
 
-IncidentKind = Literal[
-    # the sample is kept
+KeptKind = Literal[
     "truncated",
     "thought_left_out",
     "tools_left_out",
@@ -45,7 +44,8 @@ IncidentKind = Literal[
     "special_token_in_text",
     "doubled_token",
     "rendered_already",
-    # the record is left out
+]
+LeftOutKind = Literal[
     "dropped_overlong",
     "empty_completion",
     "empty_text",
@@ -54,18 +54,8 @@ IncidentKind = Literal[
     "tool_call_left_out",
     "bad_record",
 ]
-KEPT: frozenset[IncidentKind] = frozenset(
-    {
-        "truncated",
-        "thought_left_out",
-        "tools_left_out",
-        "prompt_changed",
-        "no_stop_token",
-        "special_token_in_text",
-        "doubled_token",
-        "rendered_already",
-    }
-)
+IncidentKind = KeptKind | LeftOutKind
+KEPT: frozenset[IncidentKind] = frozenset(get_args(KeptKind))
 """Kinds of incident of a record that becomes a sample all the same."""
 STRICT: frozenset[IncidentKind] = frozenset({*KEPT - {"truncated"}, "answer_changed", "tool_call_left_out"})
 """Kinds that say that the text which is trained on is not what the record says; --strict makes errors of them."""

@@ -18,32 +18,13 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import (
-    ADDED_TOKENS_FILE,
-    FULL_TOKENIZER_FILE,
-    SPECIAL_TOKENS_MAP_FILE,
-    TOKENIZER_CONFIG_FILE,
-)
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.stages.models.own_code import NO_CODE, OwnCode
+from kdpipe.stages.models.tokenizer import tokenizer_files
 from kdpipe.stages.student.student import Student
-
-TOKENIZER_FILES = (
-    FULL_TOKENIZER_FILE,
-    TOKENIZER_CONFIG_FILE,
-    SPECIAL_TOKENS_MAP_FILE,
-    ADDED_TOKENS_FILE,
-    CHAT_TEMPLATE_FILE,
-    f"{CHAT_TEMPLATE_DIR}/*.jinja",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-)
-"""Patterns of what tokenizers of all kinds read."""
 
 SHARDS_SAMPLED = 8
 SAMPLED = 32
@@ -81,12 +62,9 @@ def companions(
     folder: Path, tokenizer: PreTrainedTokenizerBase, cache: Cache, dtype: torch.dtype, code: OwnCode = NO_CODE
 ) -> Companions:
     """Those of the student in `folder`, which has this tokenizer and is trained on the cache."""
-    files = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for pattern in (*TOKENIZER_FILES, GENERATION_CONFIG_NAME)
-        for path in folder.glob(pattern)
-        if path.is_file()
-    }
+    files = {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        files[GENERATION_CONFIG_NAME] = (folder / GENERATION_CONFIG_NAME).read_bytes()
     samples = _sampled(cache)
     notes = []
     stop_ids = trained_stops(samples, tokenizer)
