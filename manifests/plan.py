@@ -30,8 +30,8 @@ from kdpipe.manifests.specs import Codec, Dtype, Io, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
 
 PLAN_FILE = "PLAN.json"
-MAX_PLAN_BYTES = 256 << 20
-"""Some two million shards of 65,536 tokens, 1.4e11 tokens; such a plan is read in seconds."""
+MAX_PLAN_BYTES = 32 << 20
+"""Some 270,000 shards, 1.8e10 tokens."""
 SAMPLES_FILE = "samples.arrow"
 SAMPLES_HINT = "it says which sample is where: put it back from a copy, or extract into another folder"
 GROWN = "grown"

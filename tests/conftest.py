@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tests.chats import write_chats
@@ -19,6 +20,10 @@ from kdpipe.pipeline import cli
 Main = Callable[..., tuple[int, str, str]]
 
 LONGEST = "test_sglang_engine.py"
+
+# Two workers share the machine with what else runs there: how long an example takes says nothing of the code.
+hypothesis.settings.register_profile("kdpipe", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("kdpipe")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

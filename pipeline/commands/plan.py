@@ -75,11 +75,9 @@ def command(
         strict=strict,
     )
     student_params = None if student is None else count_parameters(student)
-    if student is not None:
-        from kdpipe.stages.student import check_student_of
-
-        check_student_of(student, teacher, trust)
-    from kdpipe.stages.extract import ExtractSpec, forecast  # torch takes seconds: not for --help or a misspelt option
+    # torch takes seconds: not for --help or a misspelt option
+    from kdpipe.stages.extract import ExtractSpec, forecast
+    from kdpipe.stages.student import check_student_of
 
     spec = ExtractSpec(
         teacher=teacher,
@@ -95,6 +93,8 @@ def command(
         options=EngineOptions(trust=trust),
     )
     with results_only(), watch("plan", EventLog(None)) as progress:
+        if student is not None and (unchecked := check_student_of(student, teacher, trust)):
+            progress.note(unchecked)
         found = forecast(spec, progress)
     worth = _worth(found, run, student_params, cache or Path())
     show(dataclasses.asdict(found) | worth | {"estimated_seconds": _time(found, run, student_params)}, as_json=as_json)

@@ -59,6 +59,11 @@ def code_digest(folder: Path) -> str:
     return digest_code(_sources(folder))
 
 
+def asks_for_code(folder: Path) -> bool:
+    """Whether the folder's configs name classes in files of its own."""
+    return any(_references(_parsed(text)) for text in _configs(folder).values())
+
+
 def allowed_code(folder: Path, trust: str | None, error: type[InputError]) -> OwnCode:
     """The code that the model in `folder` asks for, if it is the one that `trust` (a digest, or its start) allows.
 

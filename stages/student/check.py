@@ -16,6 +16,7 @@ from kdpipe.manifests.errors import StudentError, TeacherError
 from kdpipe.stages.causal_lm import context_of, real_vocab_size, vocabulary_difference, vocabulary_digest
 from kdpipe.stages.feed import Rows
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.own_code import asks_for_code, code_digest
 from kdpipe.stages.teacher.describe import describe_teacher
 
 IDS = ("pad_token_id", "eos_token_id")
@@ -36,15 +37,22 @@ def check_student(folder: Path, cache: Cache, trust: str | None = None) -> PreTr
     return model.tokenizer
 
 
-def check_student_of(folder: Path, teacher: Path, trust: str | None = None) -> None:
+def check_student_of(folder: Path, teacher: Path, trust: str | None = None) -> str:
     """Whether the student in `folder` can learn from a cache of this teacher, before there is one.
 
-    Raises StudentError as check_student does, TeacherError for a folder that is no teacher.
+    trust: digest of the teacher's own code that may run, and of the student's where it has the same
+    What could not be checked is returned in words, "" for nothing. Raises StudentError as check_student does,
+    TeacherError for a folder that is no teacher.
     """
-    model, tokenizer = ModelFolder(folder, StudentError, trust), ModelFolder(teacher, TeacherError, trust).tokenizer
+    own = asks_for_code(folder)
+    if own and not (trust and code_digest(folder).startswith(trust)):
+        return f"{folder} brings its own code: train checks the student when that code is allowed"
+    model = ModelFolder(folder, StudentError, trust if own else None)
+    tokenizer = ModelFolder(teacher, TeacherError, trust).tokenizer
     head_rows = describe_teacher(teacher, trust=trust).head_rows
     _check_model(model, real_vocab_size(teacher, tokenizer, head_rows), "the teacher's")
     _check_tokens(model, tokenizer, teacher)
+    return ""
 
 
 def _check_model(model: ModelFolder, vocab_size: int, whose: str) -> None:

@@ -79,6 +79,7 @@ def test_two_ranks_train_the_student_of_one(bench: Bench, main: Main, tmp_path: 
         code, out, err = main("train", *paths, "--set", *SETS, "--nproc", nproc, "--json")
         assert code == 0, err
         scores.append(found(out))
+    assert [each.pop("dtype") for each in scores] == ["float32", "float32"]
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
 
 

@@ -42,7 +42,12 @@ def test_teacher_and_student_with_own_code_from_plan_to_eval(main: Main, tmp_pat
     assert not cache.exists()
     assert not (tmp_path / "ran").exists()
 
-    assert main("plan", *data, "--student", student, *allow(teacher))[0] == 0
+    code, _, err = main("plan", *data, "--student", student, *allow(teacher))
+    assert (code, "student brings its own code: train checks the student" in err) == (0, True), err
+    assert not (tmp_path / "student ran").exists()
+    plain = make_tokenizer(make_model("llama", tmp_path / "plain", vocab_size=320))
+    code, _, err = main("plan", *data, "--student", plain, *allow(teacher))
+    assert (code, "brings its own code" in err) == (0, False), err
     assert main("extract", *data, "--cache", cache, *allow(teacher), "--json")[0] == 0
     assert (tmp_path / "ran").exists()
     train = ("train", "--student", student, "--cache", cache, "--output", out, "--nproc", 2, "--device", "cpu", *SETS)
