@@ -13,12 +13,12 @@ Cost: that of finding the turns, and a search of each message.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from kdpipe.manifests.errors import DataError
-from kdpipe.stages.prepare.forms import Chat
-from kdpipe.stages.prepare.rendered import Finding, left_out, position
+from kdpipe.stages.prepare.forms import Chat, Message
+from kdpipe.stages.prepare.rendered import Finding, inline_thought, left_out, position
 from kdpipe.stages.prepare.template import ChatTemplate, Span
 from kdpipe.stages.prepare.turns import Shape, Turns
 
@@ -62,11 +62,11 @@ class ChatMarker:
                 f"{turns.shape.before_question.strip()!r}); give the messages themselves",
                 where=place,
             )
-        chat = turns.without_closing(chat)
+        chat = _with_one_thought(turns.without_closing(chat), place, keyed=bool(turns.thought_key))
         findings = [*self._specials(chat)]
         if self._supervise == "all" and not chat.unsupervised:
             text = turns.text(chat, place)
-            spans = [(0, len(text.rstrip()))]
+            spans = [(0, len(text))]
             learnt, targets = [*range(_num_turns(chat))], None
         else:
             text, spans = turns.text_and_turns(chat, place)
@@ -138,7 +138,8 @@ class ChatMarker:
 
     def _unstopped(self, text: str, spans: Sequence[Span], learnt: Sequence[int]) -> Iterator[Finding]:
         """Learnt turns at whose end the model does not learn to stop, and special tokens that stand twice."""
-        bad = [turn + 1 for turn in learnt if not text.endswith(self._stops, 0, spans[min(turn, len(spans) - 1)][1])]
+        ends = [len(text[: spans[min(turn, len(spans) - 1)][1]].rstrip()) for turn in learnt]
+        bad = [turn + 1 for turn, end in zip(learnt, ends, strict=True) if not text.endswith(self._stops, 0, end)]
         if bad:
             which = ", ".join(map(str, bad[:12]))
             known = f"known: {', '.join(self._stops[:6])}" if self._stops else "the model folder names none"
@@ -147,8 +148,7 @@ class ChatMarker:
         bos = self._tokenizer.bos_token
         if bos and text.startswith(bos * 2):
             yield Finding(kind="doubled_token", detail=f"the text begins with {bos} twice")
-        for turn in learnt:
-            end = spans[min(turn, len(spans) - 1)][1]
+        for turn, end in zip(learnt, ends, strict=True):
             twice = [
                 s
                 for s in self._stops
@@ -157,6 +157,31 @@ class ChatMarker:
             if twice:
                 yield Finding(kind="doubled_token", detail=f"assistant turn {turn + 1} ends with {twice[0]} twice")
                 return
+
+
+def _with_one_thought(chat: Chat, place: str, *, keyed: bool) -> Chat:
+    """The conversation with no thought both within an answer and beside it: a template would print it twice.
+
+    keyed: keep the one beside the answer, which is how the template reads a thought
+    """
+    messages: list[Message] = []
+    for number, message in enumerate(chat.messages, start=1):
+        inline, said = inline_thought(message["content"])
+        thought = message.get("reasoning_content")
+        if thought and inline.strip() not in ("", thought.strip()):
+            raise DataError(
+                f"message {number}: which is the thought, the one between <think> and </think> or the one beside the "
+                "content? Keep one",
+                where=place,
+            )
+        if thought and inline.strip():
+            message = {**message, "content": said.lstrip()} if keyed else _less(message, "reasoning_content")
+        messages.append(message)
+    return replace(chat, messages=messages)
+
+
+def _less(message: Message, key: str) -> Message:
+    return {name: value for name, value in message.items() if name != key}
 
 
 def _num_turns(chat: Chat) -> int:

@@ -15,6 +15,9 @@ from kdpipe.manifests.sample import IncidentKind
 from kdpipe.stages.prepare.forms import Chat, Message
 from kdpipe.stages.prepare.template import Span
 
+QUOTED = str.maketrans({"\\": r"\\", "'": r"\'", "\n": r"\n", "\r": r"\r"})
+"""How LFM2's template writes a text within single quotes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
@@ -54,34 +57,42 @@ class Pieces:
     calls: bool = True
 
 
+def inline_thought(content: str) -> tuple[str, str]:
+    """The thought that is written into an answer, as DeepSeek-R1 writes it, and the answer itself."""
+    inner, tag, said = content.rpartition("</think>")
+    return (inner.partition("<think>")[2] or inner, said) if tag else ("", content)
+
+
 def look(text: str, span: Span, message: Message) -> Pieces:
     """Look for the pieces of an assistant message in its span, one behind the other."""
     start, limit = span
     found = Pieces(end=start)
     content, thought = message["content"], message.get("reasoning_content") or ""
 
-    def step(piece: str) -> bool:
-        at = position(text, piece, (found.end, limit))
-        found.end = at[1] if at else found.end
-        return at is not None
+    def step(*pieces: str) -> bool:
+        end = found.end
+        for piece in pieces:
+            at = position(text, piece, (end, limit))
+            if at is None:
+                return False
+            end = at[1]
+        found.end = end
+        return True
 
-    found.thought = step(thought)
-    found.content = step(content)
-    if not found.content and "</think>" in content:
-        inner, _, said = content.rpartition("</think>")
-        found.thought = step(inner.partition("<think>")[2] or inner) and found.thought
+    inline, said = inline_thought(content)
+    # The answer counts first: the words of a thought that is left out may recur in it.
+    if not (step(thought, content) or step(content, thought) or (inline and step(inline, said))):
+        found.thought = not (thought or inline).strip()
         found.content = step(said)
-    elif not found.content and found.thought and thought:
-        found.end = start  # the answer may stand before its thought
-        found.content = step(content)
-        found.thought = step(thought)
+        if not found.content and not found.thought:
+            found.thought = step(thought or inline)
     for call in message.get("tool_calls") or ():
         function = call.get("function") if isinstance(call.get("function"), dict) else call
         if not step(str(function.get("name") or "")):
             found.calls = False
             continue
         within = (found.end, limit)  # the arguments may come in any order
-        spans = [_any_position(text, leaf, within) for leaf in _leaves(function.get("arguments", {}))]
+        spans = [_first_position(text, leaf, within) for leaf in _leaves(function.get("arguments", {}))]
         found.end = max([found.end, *(span[1] for span in spans if span)])
         found.calls = found.calls and None not in spans
     return found
@@ -111,7 +122,10 @@ def left_out(text: str, turns: Sequence[Span], chat: Chat, learnt: Collection[in
         name = f"assistant turn {number + 1}"
         if not found.thought:
             thoughts.append(number + 1)
-        if not found.content:
+        says = inline_thought(message["content"])[1].strip() or message.get("tool_calls")
+        if not (found.thought or says) and number in learnt:
+            yield Finding(kind="answer_changed", detail=f"{name} is nothing but a thought, which is not in the text")
+        elif not found.content:
             kind: IncidentKind = "answer_changed" if number in learnt else "prompt_changed"
             yield Finding(kind=kind, detail=f"{name} is not in the text as it is: {_missing(text, span, message)}")
         if not found.calls:
@@ -137,23 +151,31 @@ def _missing(text: str, span: Span, message: Message) -> str:
     return f"{len(body) - low} of its {len(body)} characters are left out or other"
 
 
-def _any_position(text: str, pieces: Sequence[str], within: Span) -> Span | None:
-    return next((found for piece in pieces if (found := position(text, piece, within))), None)
+def _first_position(text: str, spellings: Collection[str], within: Span) -> Span | None:
+    """Where the first of the spellings stands; the same words may come once more in a later call."""
+    return min(filter(None, (position(text, spelling, within) for spelling in spellings)), default=None)
 
 
-def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
+def _leaves(value: Any) -> Iterator[Collection[str]]:
     """The keys and values of JSON, each in the ways it may be written: as text, as JSON or as Python writes it."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield (key,)
+            yield _spellings(key)
             yield from _leaves(item)
     elif isinstance(value, list):
         for item in value:
             yield from _leaves(item)
     elif isinstance(value, str):
-        yield (value,)
+        yield _spellings(value)
     else:
         yield (json.dumps(value), str(value))
+
+
+def _spellings(text: str) -> Collection[str]:
+    body = text.strip()
+    coded = (json.dumps(body, ensure_ascii=only)[1:-1] for only in (False, True))
+    python = (repr(body)[1:-1], repr(body + '"')[1:-2])  # the second one: within single quotes whatever is in it
+    return {body, *coded, *python, body.translate(QUOTED)}
 
 
 def _said_of(value: Any, key: str = "") -> Iterator[str]:

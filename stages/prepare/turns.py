@@ -64,6 +64,11 @@ class Turns:
         self.shape = _learn_shape(template)
         self._closers = tuple(c for c in dict.fromkeys((*stops, self.shape.closing.strip())) if c in template.tokens)
 
+    @property
+    def thought_key(self) -> str | None:
+        """The key under which the template reads a thought, if any."""
+        return self._template.dialect.thought
+
     def text(self, chat: Chat, place: str) -> str:
         """The whole conversation as the template renders it."""
         return self._template.render(chat.messages, chat.tools, place).text

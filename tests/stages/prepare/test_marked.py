@@ -81,6 +81,12 @@ def test_marks_of_messages_are_obeyed(kit: Any, write: Write, targets: Targets) 
     assert targets(samples[0], tokenizer).count("q") == 2
 
 
+def test_the_last_question_is_found_where_every_token_is_learnt(kit: Any, write: Write) -> None:
+    """Defect: it was looked for behind the end of the text where the template ends in a newline."""
+    path = write([chat("q", "one", "why", "two")])
+    assert through(kit, path, kit.template("chatml", marked=False), eos=END, supervise="all")[2] == []
+
+
 def test_a_completion_without_an_answer_teaches_nothing(kit: Any, write: Write) -> None:
     """Defect: its turns were counted from the end, and of none of them all were taken: the prompt's answer."""
     messages = chat("q", "of the prompt", "and?")["messages"]

@@ -91,6 +91,55 @@ def test_a_thought_that_is_cut_off_is_said_and_the_answer_learnt(key: str | None
     assert found.detail == "the thought of assistant turn 1, 2 is not in the text"
 
 
+CUT = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip() }}")
+
+
+@pytest.mark.parametrize("said", ["The capital is Paris.", "Paris"])
+@pytest.mark.parametrize("key", ["reasoning_content", None])
+def test_an_answer_with_the_words_of_a_thought_that_is_left_out_is_there(
+    said: str, key: str | None, incidents: Any
+) -> None:
+    """Defect: the thought was found in the answer, and the answer then missed behind it."""
+    inline = f"<think>\nParis\n</think>\n\n{said}"
+    answer = {**ANSWER, "content": said, key: "Paris"} if key else {**ANSWER, "content": inline}
+    [found] = incidents(CUT, [QUESTION, answer])
+    assert (found.kind, found.detail) == ("thought_left_out", "the thought of assistant turn 1 is not in the text")
+    assert incidents(CHATML, [QUESTION, {**ANSWER, "content": inline}]) == []
+
+
+@pytest.mark.parametrize("content", ["", "<think>\nlong\n</think>"])
+def test_a_turn_of_which_a_template_leaves_nothing_is_left_out(content: str, incidents: Any) -> None:
+    """Defect: a bare end-of-turn marker was learnt as the answer."""
+    answer = {**ANSWER, "content": content, **({} if content else {"reasoning_content": "long"})}
+    found = incidents(CUT, [QUESTION, answer, QUESTION, ANSWER])
+    assert [(each.kind, each.detail) for each in found] == [
+        ("thought_left_out", "the thought of assistant turn 1 is not in the text"),
+        ("answer_changed", "assistant turn 1 is nothing but a thought, which is not in the text"),
+    ]
+    assert kinds(incidents(CUT, [QUESTION, {**answer, "weight": 0}, QUESTION, ANSWER])) == ["thought_left_out"]
+
+
+KEYED = CHATML.replace(
+    "{{ m.content }}", "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "once"), [(CHATML, "<think>\nt1\n</think>\n\nans"), (KEYED, "<think>t1</think>ans")]
+)
+def test_a_thought_within_the_answer_and_beside_it_counts_once(
+    template: str, once: str, kit: Any, write: Write, run: Run, targets: Targets
+) -> None:
+    tokenizer = kit.train(eos="<|im_end|>")
+    tokenizer.chat_template = template
+    answer = {**ANSWER, "content": "<think>\nt1\n</think>\n\nans", "reasoning_content": "t1"}
+    [sample], found = run(write([{"messages": [QUESTION, answer]}]), tokenizer)
+    assert targets(sample, tokenizer) == f"{once}<|im_end|>"
+    assert found == []
+    with pytest.raises(DataError, match=r"jsonl:1: message 2: which is the thought, the one between <think> and"):
+        run(write([{"messages": [QUESTION, {**answer, "reasoning_content": "t"}]}]), tokenizer)
+
+
 @pytest.mark.parametrize("role", ["system", "user"])
 def test_a_prompt_that_is_left_out_is_said(role: str, incidents: Any) -> None:
     template = CHATML.replace("{{ m.content }}", f"{{% if m.role != '{role}' %}}{{{{ m.content }}}}{{% endif %}}")
@@ -141,6 +190,20 @@ def test_a_call_that_is_left_out_is_said_and_not_learnt(calls: str, learnt: bool
     marked = [CALLING[0], {**CALLING[1], "weight": int(learnt)}]
     [found] = incidents(template, marked + RESULTS)
     assert (found.kind, found.dropped) == (("tool_call_left_out", True) if learnt else ("prompt_changed", False))
+
+
+PYTHON = "{{ c.function.name }}({% for k, v in c.function.arguments.items() %}{{ k }}={{ SHOWN }}{% endfor %})"
+SINGLE = r"""'{{ v | replace("'", "\\'") | replace("\n", "\\n") }}'"""
+
+
+@pytest.mark.parametrize("shown", [None, '{{ "%r" | format(v) }}', SINGLE])
+def test_arguments_are_found_in_any_spelling_each_in_its_own_call(shown: str | None, incidents: Any) -> None:
+    """Defect: the raw spelling was found in the second call before the JSON spelling in the first."""
+    calls = "{% for c in m.tool_calls or [] %}" + PYTHON.replace("{{ SHOWN }}", shown or "") + "{% endfor %}"
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}" + (calls if shown else CALLS))
+    for first, second in (('"climate change"', "climate change"), ("it's", "it"), ('it\'s "so"\n', "so"), ("'", "'")):
+        messages = [QUESTION, {**CALLING[1], "tool_calls": [call(query=first), call(query=second)]}, *RESULTS]
+        assert incidents(template, messages) == []
 
 
 def test_a_call_that_is_shown_is_learnt_to_its_end(kit: Any, write: Write, run: Run, targets: Targets) -> None:
