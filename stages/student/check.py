@@ -57,7 +57,6 @@ def check_student_of(folder: Path, teacher: Path, trust: str | None = None) -> s
 
 def _check_model(model: ModelFolder, vocab_size: int, whose: str) -> None:
     """Its folder, the size of its vocabulary, its ids and how it generates."""
-    model.examine()
     size = model.config.get_text_config().vocab_size
     if size < vocab_size:
         raise StudentError(
@@ -67,6 +66,7 @@ def _check_model(model: ModelFolder, vocab_size: int, whose: str) -> None:
         )
     _check_ids(model.config, model.path / "config.json", size)
     _check_generation(model.path, size)
+    model.examine()
 
 
 def _check_tokens(model: ModelFolder, tokenizer: PreTrainedTokenizerBase, whose: Path) -> None:
