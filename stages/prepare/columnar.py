@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.stages.prepare.columns import RECORD_COLUMNS
-from kdpipe.stages.prepare.json_stream import Unreadable
+from kdpipe.stages.prepare.json_stream import Unreadable, object_of
 
 BATCH_ROWS = 256
 Row = tuple[dict[str, Any], tuple[str, ...]]
@@ -114,9 +114,9 @@ def _value(scalar: pa.Scalar) -> Any:
     if not scalar.is_valid:
         return None
     if pa.types.is_map(kind):
-        return {str(_value(each["key"])): _value(each["value"]) for each in scalar.values}
+        return object_of([(str(_value(each["key"])), _value(each["value"])) for each in scalar.values])
     if pa.types.is_struct(kind):
-        return {kind.field(index).name: _value(scalar[index]) for index in range(kind.num_fields)}
+        return object_of([(kind.field(index).name, _value(scalar[index])) for index in range(kind.num_fields)])
     if _is_list(kind):
         return [_value(each) for each in scalar.values]
     if not _is_leaf(kind):

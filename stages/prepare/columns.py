@@ -37,8 +37,17 @@ MESSAGE_KEYS: dict[str, str] = {
     "documents": "give documents in the text of a message",
     **dict.fromkeys(("tools", "functions"), "give them in the record's column 'tools'"),
     **dict.fromkeys(("thought", "thoughts", "tool_plan"), "give the thought as 'reasoning_content'"),
-    **dict.fromkeys(OTHER_MARKS, NO_WEIGHTS),
+    **dict.fromkeys((*OTHER_MARKS, "train_detail", "training_detail"), NO_WEIGHTS),
 }
+
+ASSISTANT_KEYS = ("tool_calls", "function_call", *THOUGHTS)
+"""Keys that say what the assistant does; a message of another role cannot have them."""
+
+CALL_KEYS: dict[str, str] = {
+    **dict.fromkeys(("name", "arguments", "function", "id", "type", "index", "description"), READ),
+    **dict.fromkeys(("parameters", "params", "input", "inputs", "args", "kwargs"), "give arguments as 'arguments'"),
+}
+"""Of tool calls, and of the function in one."""
 
 PART_KEYS: dict[str, str] = {
     "type": READ,
@@ -53,6 +62,10 @@ ANSWERS = ("completion", "response", "output")
 CHATS = ("messages", "conversations")
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
+JSON_COLUMNS = (*TOOLS, "history", "documents", "chat_template_kwargs", *MEDIA)
+"""Columns that hold no text but JSON, perhaps as its text."""
+LABELS = ("label", "kto_tag")
+"""Names under which KTO says whether the answer is good."""
 SAMPLE_WEIGHTS = ("weight", "loss_weight", "sample_weight")
 
 RECORD_COLUMNS: dict[str, str] = {
@@ -69,7 +82,7 @@ RECORD_COLUMNS: dict[str, str] = {
     # Read to see whether they say something else than the form does.
     "context": READ,
     "chosen": READ,
-    "label": READ,
+    **dict.fromkeys(LABELS, READ),
     **dict.fromkeys(MARKS, READ),
     **dict.fromkeys(SAMPLE_WEIGHTS, READ),
     **dict.fromkeys(MEDIA, NO_MEDIA),

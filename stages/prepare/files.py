@@ -24,19 +24,19 @@ SPLITS = {
     "test": "test",
     "testing": "test",
     "valid": "validation",
+    "validate": "validation",
     "validation": "validation",
     "val": "validation",
     "dev": "validation",
     "eval": "validation",
     "evaluation": "validation",
     "heldout": "validation",
+    "holdout": "validation",
 }
-SPECIAL_FILES = (
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a disk"),
-)
+CASE_BORDER = re.compile(r"(?<=[a-z])(?=[A-Z])")
+WORD = re.compile(r"(?:held|hold)[^a-z]?out|[a-z]+")
+ENDING = re.compile(r"(set|data|split)?s?$")
+"""What a word may end in and still name a split: testset, tests, traindata."""
 SHOWN_NAMES = 12
 
 Note = Callable[[str], None]
@@ -71,6 +71,11 @@ def _expand(path: Path, note: Note) -> list[Path]:
         return _expand_folder(path, note)
     if not path.exists():
         raise DataError("there is no such file or folder", where=path)
+    return [_data_file(path)]
+
+
+def _data_file(path: Path) -> Path:
+    """The path, which must be a file of a known kind that holds something."""
     _check_regular(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -78,7 +83,7 @@ def _expand(path: Path, note: Note) -> list[Path]:
         raise DataError(f"unknown kind of data file '{suffix}' (known: {', '.join(SUFFIXES)}){near}", where=path)
     if path.stat().st_size == 0:
         raise DataError("the file is empty", where=path)
-    return [path]
+    return path
 
 
 def _check_regular(path: Path) -> None:
@@ -152,24 +157,27 @@ def _check_one_split(folder: Path, files: Iterable[Path]) -> None:
 def _split(stem: str) -> str:
     """The split that a file's name tells, by the last word that is one; "" without any.
 
-    train-00000-of-00002 -> train; gsm8k_test -> test; chats -> ""
+    train-00000-of-00002 -> train; gsm8k_test -> test; myTestset -> test; held_out -> validation; chats -> ""
     """
-    words = [SPLITS[word] for word in re.split(r"[^a-z]+", stem.lower()) if word in SPLITS]
-    return words[-1] if words else ""
+    words = [re.sub("[^a-z]", "", word) for word in WORD.findall(CASE_BORDER.sub("_", stem).lower())]
+    splits = [SPLITS[name] for word in words if (name := ENDING.sub("", word)) in SPLITS]
+    return splits[-1] if splits else ""
 
 
 def _saved_files(state: Path) -> list[str]:
     """The Arrow files that `Dataset.save_to_disk` lists in its state.json, in their order."""
     try:
-        return [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
-    except (ValueError, KeyError, TypeError):
-        raise DataError("expected the state of a saved dataset, with a list '_data_files'", where=state) from None
+        names = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        names = [None]
+    if not all(isinstance(name, str) for name in names):
+        raise DataError("expected the state of a saved dataset, with a list '_data_files'", where=state)
+    if not names:
+        raise DataError("the saved dataset holds no record", where=state)
+    return names
 
 
 def _whole(path: Path) -> Path:
     if not path.exists():
         raise DataError("this file of a saved dataset is missing", where=path)
-    _check_regular(path)
-    if path.stat().st_size == 0:
-        raise DataError("the file is empty", where=path)
-    return path
+    return _data_file(path)

@@ -14,7 +14,6 @@ list of earlier [question, answer], and the answer's thought. A column of anothe
 (TRL's GKD recipes keep the `prompt` beside messages).
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from kdpipe.manifests.sample import IncidentKind
 from kdpipe.stages.prepare.columns import (
     ANSWERS,
     CHATS,
+    JSON_COLUMNS,
+    LABELS,
     MARKS,
     NO_WEIGHTS,
     OTHER_NAMES,
@@ -41,9 +42,11 @@ from kdpipe.stages.prepare.messages import (
     Message,
     Reading,
     Turn,
+    check_depth,
     check_once,
     either,
     is_absent,
+    is_messages,
     read_tools,
     read_turns,
     rows_of,
@@ -59,6 +62,8 @@ TOOL_KEYS = frozenset(
 """Of tools and their calls: where a message has a key of that name, no template means it."""
 
 FORM_COLUMNS = (*CHATS, "prompt", *ANSWERS, "instruction", "text")
+NO = ("false", "no", "0")
+EMPTY_JSON = ("", "[]", "{}", "null")
 KNOWN = "messages; conversations; prompt with completion, response or output; instruction with the same; text"
 # Which roles may follow a role; None is the start.
 NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
@@ -141,8 +146,10 @@ def read_form(record: RawRecord, unread: set[str] | None = None) -> Form:
     reading = Reading(place=record.place, unread=set() if unread is None else unread)
     reading.unread.update(record.unread)
     check_once(record.fields, "the record", reading)
+    for name in record.fields.keys() & RECORD_COLUMNS.keys():
+        check_depth(record.fields[name], f"column '{name}'", reading)
     # What is read is taken out of `left`; what stays says nothing, says the same, or is refused.
-    left = {name: value for name, value in record.fields.items() if value is not None}
+    left = {name: value for name, value in record.fields.items() if not _is_null(name, value)}
     asked = [column for column in ("prompt", "instruction") if column in left]
     answers = [column for column in ANSWERS if column in left]
     if chat := next((column for column in CHATS if column in left), None):
@@ -157,6 +164,11 @@ def read_form(record: RawRecord, unread: set[str] | None = None) -> Form:
         raise _unrecognised(record)
     _settle(left, form, chat or asked[0], reading)
     return form
+
+
+def _is_null(name: str, value: object) -> bool:
+    """Null, or the JSON text of nothing where JSON is expected."""
+    return value is None or (name in JSON_COLUMNS and isinstance(value, str) and value.strip() in EMPTY_JSON)
 
 
 def _unrecognised(record: RawRecord) -> DataError:
@@ -208,11 +220,7 @@ def _head(prompt: object, column: str, left: dict[str, Any], reading: Reading) -
     """What stands before the answer, and what joins the two as running text."""
     if not isinstance(prompt, str):
         return read_turns(prompt, column, reading), ""
-    parts = [text_of(prompt, f"column '{column}'", reading)]
-    if _is_list_of_messages(prompt):
-        raise reading.error(
-            f"column '{column}': is it text, or the messages that it is as JSON? Give a list of messages"
-        )
+    parts = [_plain(prompt, column, reading)]
     if "input" in left:
         parts.append(text_of(left.pop("input"), "column 'input'", reading))
     glue = "\n\n" if column == "instruction" or any(parts[1:]) else ""
@@ -220,14 +228,13 @@ def _head(prompt: object, column: str, left: dict[str, Any], reading: Reading) -
     return [*_history(left, reading), asked], glue
 
 
-def _is_list_of_messages(text: str) -> bool:
-    if not text.lstrip().startswith("["):
-        return False
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(found, list) and bool(found) and all(isinstance(e, dict) and "role" in e for e in found)
+def _plain(value: str, column: str, reading: Reading) -> str:
+    """Text that is not messages as JSON: whether they are meant cannot be known."""
+    if is_messages(value):
+        raise reading.error(
+            f"column '{column}': is it text, or the messages that it is as JSON? Give a list of messages"
+        )
+    return text_of(value, f"column '{column}'", reading)
 
 
 def _history(left: dict[str, Any], reading: Reading) -> list[Turn]:
@@ -247,7 +254,7 @@ def _history(left: dict[str, Any], reading: Reading) -> list[Turn]:
 def _turns(value: object, role: str, column: str, reading: Reading) -> list[Turn]:
     """A column that holds messages, or the text of one message of `role`."""
     if isinstance(value, str):
-        return [Turn(message={"role": role, "content": text_of(value, f"column '{column}'", reading)})]
+        return [Turn(message={"role": role, "content": _plain(value, column, reading)})]
     return read_turns(value, column, reading)
 
 
@@ -279,7 +286,7 @@ def _chat(turns: list[Turn], left: dict[str, Any], reading: Reading, completion_
     if column == "functions":
         tools = [{"type": "function", "function": function} for function in tools or ()]
     unsupervised = frozenset(index for index, turn in enumerate(turns) if not turn.learnt)
-    return Chat(messages=messages, tools=tools, completion_from=completion_from, unsupervised=unsupervised)
+    return Chat(messages=messages, tools=tools or None, completion_from=completion_from, unsupervised=unsupervised)
 
 
 def _check_order(messages: list[Message], reading: Reading) -> None:
@@ -301,13 +308,13 @@ def _settle(left: dict[str, Any], form: Form, column: str, reading: Reading) -> 
     is_text = isinstance(form, Text)
     for name, value in left.items():
         fate = RECORD_COLUMNS.get(name)
-        if is_absent(value) and fate is not None:
+        if fate is not None and is_absent(value):
             continue
-        if fate is None or (is_text and (fate == NO_WEIGHTS or name == "label")):
+        if fate is None or (is_text and (fate == NO_WEIGHTS or name in LABELS)):
             reading.unread.add(name)  # a text has no turns that could be marked: they are labels of a classifier
         elif fate != READ:
             raise reading.error(f"column '{name}': {fate}")
-        elif name == "label" or name in MARKS or name in SAMPLE_WEIGHTS:
+        elif name in LABELS or name in MARKS or name in SAMPLE_WEIGHTS:
             _check_mark(name, value, reading)
         elif not _says_same(name, value, form):
             raise reading.error(f"which is meant, '{name}' or '{column}'? They stand side by side and differ; keep one")
@@ -317,7 +324,7 @@ def _check_mark(name: str, value: object, reading: Reading) -> None:
     """A mark of the whole record must let it be learnt as any other."""
     if name in SAMPLE_WEIGHTS and value != 1:
         raise reading.error(f"column '{name}': samples cannot be weighted; give 1, or leave such records out")
-    if value is False or (value == 0 and name.startswith("train")):
+    if value == 0 or (isinstance(value, str) and value.strip().lower() in NO):
         raise reading.error(f"column '{name}': it says that the answer is not to be learnt; leave such records out")
     if name not in SAMPLE_WEIGHTS and value is not True:
         reading.unread.add(name)
@@ -345,8 +352,9 @@ def _says_same(column: str, value: object, form: Form) -> bool:
 def _is_said(column: str, value: str, messages: list[Message]) -> bool:
     contents = [message["content"] for message in messages]
     if column == "text":  # the whole conversation, formatted
-        for content in map(str.strip, contents):
-            _, found, value = value.partition(content) if content else ("", "nothing", value)
+        paragraphs = [each.strip() for content in contents for each in content.split("\n\n")]
+        for paragraph in filter(None, paragraphs):  # alpaca writes "### Input:" between instruction and input
+            _, found, value = value.partition(paragraph)
             if not found:
                 return False
         return True

@@ -16,6 +16,8 @@ from kdpipe.manifests.errors import DataError
 
 CHUNK_BYTES = 1 << 18
 BLANK = re.compile(r"[ \t\r\n]*")
+DEEPEST = 100
+"""Levels of brackets in what is read of a record, or in JSON text within it; far from Python's limit of calls."""
 LONGEST_NUMBER = 4300  # digits that Python reads; beside it stands a column of somebody else
 
 
@@ -47,6 +49,10 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+class NotJsonError(DataError):
+    """A text that is not JSON, as one that is cut in the middle."""
+
+
 class Doubled(dict[str, Any]):
     """An object in which a key, `name`, stands twice; it holds the last, as everywhere in Python."""
 
@@ -56,7 +62,8 @@ class Doubled(dict[str, Any]):
         self.name = next(name for name in names if names.count(name) > 1)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, which says where a key stands twice."""
     found = dict(pairs)
     return found if len(found) == len(pairs) else Doubled(pairs)
 
@@ -65,7 +72,18 @@ def _whole_number(digits: str) -> int | Unreadable:
     return int(digits) if len(digits) <= LONGEST_NUMBER else Unreadable(f"a number of {len(digits):,} digits")
 
 
-DECODER = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=_object)
+DECODER = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=object_of)
+
+
+def is_too_deep(value: object) -> bool:
+    """Whether a JSON value has more than DEEPEST levels of lists and objects. Cost: each item is looked at once."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        nested = [each for each in level if isinstance(each, dict | list)]
+        level = [item for each in nested for item in (each.values() if isinstance(each, dict) else each)]
+        if not level:
+            return False
+    return True
 
 
 def parse_object(text: str, place: str) -> dict[str, Any]:
@@ -73,7 +91,7 @@ def parse_object(text: str, place: str) -> dict[str, Any]:
     try:
         value = DECODER.decode(text)
     except json.JSONDecodeError as err:
-        raise DataError(f"not JSON: {err.msg} at column {err.pos + 1}", where=place) from None
+        raise NotJsonError(f"not JSON: {err.msg} at column {err.pos + 1}", where=place) from None
     except RecursionError:
         raise DataError("not JSON that can be read: brackets are nested too deep", where=place) from None
     if not isinstance(value, dict):

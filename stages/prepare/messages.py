@@ -18,8 +18,17 @@ from typing import Any
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.nearest import nearest
-from kdpipe.stages.prepare.columns import MARKS, MESSAGE_KEYS, PART_KEYS, READ, THOUGHTS
-from kdpipe.stages.prepare.json_stream import DECODER, Doubled, kind_of
+from kdpipe.stages.prepare.columns import (
+    ASSISTANT_KEYS,
+    CALL_KEYS,
+    MARKS,
+    MESSAGE_KEYS,
+    MESSAGE_MEDIA,
+    PART_KEYS,
+    READ,
+    THOUGHTS,
+)
+from kdpipe.stages.prepare.json_stream import DECODER, DEEPEST, Doubled, is_too_deep, kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
 SAME_ROLE = {
@@ -37,6 +46,7 @@ SAME_ROLE = {
 }
 CALLS = ("function_call", "tool_call")
 """Roles of ShareGPT whose value is the assistant's tool call."""
+_SAYS = {"content", "value", *ASSISTANT_KEYS}
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 Message = dict[str, Any]
@@ -74,7 +84,8 @@ def rows_of(value: object, name: str, what: str, reading: Reading) -> list[Any]:
     found = value
     if isinstance(value, str):
         found = from_json(value, name, reading) if value.lstrip()[:1] in ("[", "{") else value
-    if isinstance(found, dict) and found and all(isinstance(each, list) for each in found.values()):
+    if isinstance(found, dict) and found and _is_columns(found):
+        check_once(found, name, reading)
         lengths = {len(each) for each in found.values()}
         if len(lengths) > 1:
             raise reading.error(f"{name}: an object of lists of {min(lengths)} to {max(lengths)} items; expected equal")
@@ -87,11 +98,41 @@ def rows_of(value: object, name: str, what: str, reading: Reading) -> list[Any]:
 def from_json(text: str, name: str, reading: Reading) -> Any:
     """The value that `text` is as JSON."""
     try:
-        return DECODER.decode(text)
+        found = DECODER.decode(text)
     except json.JSONDecodeError as err:
         raise reading.error(f"{name}: text that is not JSON: {err.msg} at character {err.pos}") from None
     except RecursionError:
         raise reading.error(f"{name}: JSON that cannot be read: brackets are nested too deep") from None
+    check_depth(found, name, reading)
+    return found
+
+
+def json_rows(text: str) -> list[dict[str, Any]]:
+    """The objects that a text is as JSON: a list of them, one, or one of lists; [] where it is something else."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return []
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    if isinstance(found, dict) and found and _is_columns(found):
+        found = [dict(zip(found, row, strict=False)) for row in zip(*found.values(), strict=False)]
+    rows = [found] if isinstance(found, dict) else found
+    return rows if all(isinstance(row, dict) for row in rows) else []
+
+
+def is_messages(text: str) -> bool:
+    """Whether a text is messages as JSON, in any of their spellings."""
+    rows = json_rows(text)
+    kept = all(("role" in row and row.keys() & _SAYS) or {"from", "value"} <= row.keys() for row in rows)
+    known = (*ROLES, *SAME_ROLE, *CALLS)
+    return kept and any(row.get("role") in known or row.get("from") in known for row in rows)
+
+
+def check_depth(value: object, name: str, reading: Reading) -> None:
+    """Raise DataError for a value whose brackets are nested deeper than anything here, or a template, follows."""
+    if is_too_deep(value):
+        raise reading.error(f"{name}: brackets are nested too deep (at most {DEEPEST} levels)")
 
 
 def text_of(value: object, name: str, reading: Reading) -> str:
@@ -156,8 +197,11 @@ def check_once(fields: dict[str, Any], where: str, reading: Reading) -> None:
 
 
 def is_absent(value: object) -> bool:
-    """Null and what is empty say nothing."""
-    return value is None or (isinstance(value, str | list | dict) and not value)
+    """Null and what is empty say nothing, nor do the objects and lists of nothing else that columnar files make."""
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return all(each != "" and is_absent(each) for each in items)
+    return value is None or value == ""
 
 
 def _turn(item: object, name: str, column: str, reading: Reading) -> Turn:
@@ -177,9 +221,11 @@ def _turn(item: object, name: str, column: str, reading: Reading) -> Turn:
     role = next(iter(roles.values()))
     key = next(iter(contents), "value" if old else "content")
     where = f"{name} ({role}): '{key}'"
-    extras = _extras(item, f"{name} ({role})", reading)
+    extras = _extras(item, role, f"{name} ({role})", reading)
     content = contents.get(key)
     if role in CALLS:
+        if "tool_calls" in extras:
+            raise reading.error(f"{name}: which is the tool call, '{key}' or 'tool_calls'? Keep one")
         extras["tool_calls"] = _in_openai_shape(_calls(content, where, reading))
         role, content = "assistant", ""
     if content is None and (extras.get("tool_calls") or extras.get(THOUGHTS[0])):
@@ -205,19 +251,24 @@ def _role(said: object, key: str, name: str, reading: Reading) -> str:
     return role
 
 
-def _extras(item: dict[str, Any], name: str, reading: Reading) -> Message:
+def _extras(item: dict[str, Any], role: str, name: str, reading: Reading) -> Message:
     """What a template may read beside role and content, in one spelling; it belongs to the conversation."""
     extras: Message = {}
-    calls = [key for key in ("tool_calls", "function_call") if item.get(key)]
+    item = {key: value for key, value in item.items() if not is_absent(value)}
+    if role not in ("assistant", *CALLS) and (others := [key for key in ASSISTANT_KEYS if key in item]):
+        raise reading.error(
+            f"{name}: '{others[0]}' cannot be honoured: only the assistant has thoughts and calls tools"
+        )
+    calls = [key for key in ("tool_calls", "function_call") if key in item]
     if len(calls) > 1:
         raise reading.error(f"{name}: which is the tool call, 'tool_calls' or 'function_call'? Keep one")
     for key in calls:
-        found = _calls(item[key], f"{name}: '{key}'", reading)
-        extras["tool_calls"] = found if key == "tool_calls" else _in_openai_shape(found)
-    for key in ("tool_call_id", "name"):
-        if item.get(key):
-            extras[key] = text_of(item[key], f"{name}: '{key}'", reading)
-    thoughts = {key: text_of(item[key], f"{name}: '{key}'", reading) for key in THOUGHTS if item.get(key)}
+        if found := _calls(item[key], f"{name}: '{key}'", reading):
+            extras["tool_calls"] = found if key == "tool_calls" else _in_openai_shape(found)
+    for also in ("tool_call_id", "name"):
+        if also in item:
+            extras[also] = text_of(item[also], f"{name}: '{also}'", reading)
+    thoughts = {key: text_of(item[key], f"{name}: '{key}'", reading) for key in THOUGHTS if key in item}
     if len(set(thoughts.values())) > 1:
         raise reading.error(f"{name}: which is the thought, {either(thoughts)}? Keep one")
     if thoughts:
@@ -246,19 +297,29 @@ def _call(call: Message, name: str, reading: Reading) -> Message:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise reading.error(f"{name}: expected a function with its name and arguments")
-    others = [key for key in function if key not in ("name", "arguments", "id", "type", "index", "description")]
-    if "arguments" not in function and others:
+    given = [each["arguments"] for each in (function, call) if not is_absent(each.get("arguments"))]
+    if any(each != given[0] for each in given):
+        raise reading.error(f"{name}: which are the arguments, those in 'function' or those beside it? Keep one")
+    held = {key: value for key, value in (call | function).items() if not is_absent(value)}
+    if "arguments" not in call | function and (others := [key for key in held if CALL_KEYS.get(key) != READ]):
         shown = ", ".join(f"'{key[:40]}'" for key in others[:5])
         raise reading.error(f"{name}: expected the function's 'arguments', found {shown}")
-    arguments = function.get("arguments", {})
+    sort_out(held, CALL_KEYS, name, reading)
+    arguments = given[0] if given else {}
     if isinstance(arguments, str):
         # Its nulls were written by somebody, so they stay.
         arguments = from_json(arguments, f"{name}: 'arguments'", reading) if arguments.strip() else {}
         check_texts(arguments, f"{name}: 'arguments'", reading)
     if not isinstance(arguments, dict):
         raise reading.error(f"{name}: 'arguments': expected an object, found {kind_of(arguments)}")
-    whole = {**function, "arguments": arguments}
-    return whole if function is call else {**call, "function": whole}
+    whole = {**_known(function), "arguments": arguments}
+    if function is call:
+        return whole
+    return {**{key: value for key, value in _known(call).items() if key != "arguments"}, "function": whole}
+
+
+def _known(call: Message) -> Message:
+    return {key: value for key, value in call.items() if CALL_KEYS.get(key) == READ}
 
 
 def _learnt(item: dict[str, Any], name: str, reading: Reading) -> bool:
@@ -288,13 +349,21 @@ def _found(item: dict[str, Any], key: str) -> str:
 
 def _content(value: object, name: str, reading: Reading) -> str:
     """The text of a message: a string, or the texts of its parts joined."""
-    if not isinstance(value, list):
+    if not (isinstance(value, list) or (isinstance(value, dict) and _is_columns(value)) or _is_parts(value)):
         return text_of(value, name, reading)
     texts = []
-    for part in value:
+    for part in rows_of(value, name, "parts", reading):
         if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS:
             found = f"a part of type '{str(part.get('type'))[:40]}'" if isinstance(part, dict) else kind_of(part)
             raise reading.error(f"{name}: expected parts of type 'text', found {found}")
+        check_once(part, name, reading)
         sort_out(part, PART_KEYS, name, reading)
         texts.append(text_of(part.get("text"), f"{name}: 'text'", reading))
     return "".join(texts)
+
+
+def _is_parts(value: object) -> bool:
+    """Whether a text is a list of parts as JSON; any other text is what it is."""
+    rows = json_rows(value) if isinstance(value, str) else []
+    kinds = (*TEXT_PARTS, *MESSAGE_MEDIA)
+    return bool(rows) and all(row.get("type") in kinds and row.keys() & (PART_KEYS.keys() - {"type"}) for row in rows)

@@ -1,7 +1,8 @@
 """Sources: data files -> raw records, each with the file and line it came from.
 
 Invariant: records come in the order of the lines; a file that cannot be read to its end is a DataError naming it, a
-line that is not JSON is a record with the error it stands for, so that those after it can be read.
+line that is not JSON is a record with the error it stands for, so that those after it can be read. A last line that is
+not JSON and has no newline is the end of a file that was cut.
 Cost: one line, one stretch of a JSON array, or a few hundred rows of a columnar file are held at a time.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 from kdpipe.manifests.errors import DataError
 from kdpipe.stages.prepare.columnar import Row, arrow_rows, parquet_rows
 from kdpipe.stages.prepare.files import Note
-from kdpipe.stages.prepare.json_stream import json_values, parse_object
+from kdpipe.stages.prepare.json_stream import NotJsonError, json_values, parse_object
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +72,8 @@ def _read_jsonl(path: Path) -> Iterator[RawRecord]:
             try:
                 fields = _line_object(raw, line, offset, place)
             except DataError as err:
+                if isinstance(err, NotJsonError) and not raw.endswith(b"\n"):
+                    raise DataError(f"{err.args[0]}; the file ends in the middle of this line", where=place) from None
                 yield RawRecord(source=str(path), line=line, place=place, error=err)
             else:
                 if fields is not None:
@@ -85,7 +88,7 @@ def _line_object(raw: bytes, line: int, offset: int, place: str) -> dict[str, An
     except UnicodeDecodeError as err:
         # utf-8-sig counts from after the byte order mark; the bytes it saw end where the line ends.
         bad = offset + len(raw) - len(err.object) + err.start
-        raise DataError(f"not UTF-8 at byte {bad}; convert the file to UTF-8", where=place) from None
+        raise NotJsonError(f"not UTF-8 at byte {bad}; convert the file to UTF-8", where=place) from None
     return parse_object(text, place) if text.strip() else None
 
 

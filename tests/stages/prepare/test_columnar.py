@@ -104,6 +104,13 @@ def test_text_of_dictionaries_and_large_lists_is_read(tmp_path: Path) -> None:
     assert [record.fields for record in records] == [{"text": "x", "history": [["q", "a"]]}] * 2
 
 
+def test_a_key_that_a_map_has_twice_is_refused(tmp_path: Path) -> None:
+    tools = pa.array([[[("name", "add"), ("name", "sub")]]], pa.list_(pa.map_(pa.string(), pa.string())))
+    [record] = read_records(arrow(pa.table({"messages": [TURNS], "tools": tools}), tmp_path))
+    with pytest.raises(DataError, match="column 'tools': 'name' stands there twice"):
+        read_form(record)
+
+
 def test_tools_in_a_map_are_read_as_objects(tmp_path: Path) -> None:
     tools = pa.array([[[("name", "add"), ("text", "sums")]]], pa.list_(pa.map_(pa.string(), pa.string())))
     [record] = read_records(parquet(pa.table({"messages": [TURNS], "tools": tools}), tmp_path))

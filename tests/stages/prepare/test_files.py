@@ -1,5 +1,6 @@
 """Which files a path names: each once, of one split, and nothing that is passed over goes unsaid."""
 
+import json
 import os
 import re
 import socket
@@ -29,6 +30,14 @@ SPLITS = {
     "upper case": ("TRAIN.jsonl", "Eval.jsonl"),
     "no name": ("chats.jsonl", "test.jsonl"),
     "datasets": ("json-train.arrow", "json-test.arrow"),
+    "sets": ("train.jsonl", "testset.jsonl"),
+    "many": ("train.jsonl", "tests.jsonl"),
+    "a verb": ("train.jsonl", "validate.jsonl"),
+    "held out": ("train.jsonl", "held_out.jsonl"),
+    "hold-out": ("train.jsonl", "hold-out-1.jsonl"),
+    "holdout": ("train.jsonl", "holdout.jsonl"),
+    "camel case": ("myTrain.jsonl", "myTest.jsonl"),
+    "camel case with a set": ("trainData.json", "evalSet.json"),
     "two that are no training": ("validation.jsonl", "test.jsonl"),
 }
 
@@ -42,7 +51,8 @@ def test_a_folder_of_several_splits_asks_for_one(case: str, tmp_path: Path) -> N
 ONE_SPLIT = {
     "parts": ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"),
     "train and more": ("more.jsonl", "train.jsonl"),
-    "words within words": ("contest.jsonl", "latest.jsonl"),
+    "words within words": ("contest.jsonl", "latest.jsonl", "testaments.jsonl", "households-out.jsonl"),
+    "sets of one": ("trainset.jsonl", "train.jsonl"),
     "test alone": ("test-1.jsonl", "test-2.jsonl"),
 }
 
@@ -79,6 +89,24 @@ def test_cache_files_alone_are_no_data(tmp_path: Path) -> None:
 
 def pipe(path: Path) -> None:
     os.mkfifo(path)
+
+
+STATES = {
+    "no files": ({"_data_files": []}, r"state\.json: the saved dataset holds no record"),
+    "another suffix": ({"_data_files": [{"filename": "x.bin"}]}, r"x\.bin: unknown kind of data file '\.bin'"),
+    "a number": ({"_data_files": [{"filename": 5}]}, r"state\.json: expected the state of a saved dataset"),
+    "a text": ({"_data_files": "x"}, r"state\.json: expected the state of a saved dataset"),
+    "a list": ([], r"state\.json: expected the state of a saved dataset"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_state_of_a_saved_dataset_that_names_no_data_is_refused(case: str, tmp_path: Path) -> None:
+    state, message = STATES[case]
+    (tmp_path / "x.bin").write_text(LINE)
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match=message):
+        list_files([tmp_path])
 
 
 def bound_socket(path: Path) -> None:

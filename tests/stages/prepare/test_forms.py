@@ -89,6 +89,16 @@ SAME_CALL: dict[str, dict[str, Any]] = {
     "an object of lists": {"role": "assistant", "tool_calls": {k: [v] for k, v in call({"a": 1}).items()}},
     "function_call": {"role": "assistant", "function_call": {"name": "add", "arguments": '{"a": 1}'}},
     "sharegpt": {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+    "arguments beside": {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": None}, "arguments": {"a": 1}}],
+    },
+    "arguments twice": {"role": "assistant", "tool_calls": [{**call({"a": 1}), "arguments": {"a": 1}}]},
+    "keys of nulls": {
+        "role": "assistant",
+        "tool_calls": [{**call({"a": 1}), "input": None, "parameters": {"b": None}, "server": None}],
+        "function_call": {"name": None, "arguments": None},
+    },
 }
 
 
@@ -271,6 +281,43 @@ READ: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "an answer again": ({"messages": EXCHANGE, "output": "a", "input": "q"}, EXCHANGE),
     "a good label": ({"prompt": "q", "completion": "a", "label": True}, EXCHANGE),
     "a sample's weight of 1": ({"messages": EXCHANGE, "weight": 1.0}, EXCHANGE),
+    "nulls of columnar files": (
+        {
+            "messages": [
+                {**user("q"), "images": [None], "tool_calls": [None], "reasoning": ""},
+                {**assistant("a"), "audio": {"id": None}, "function_call": {"name": None, "arguments": None}},
+            ],
+            "chat_template_kwargs": {"enable_thinking": None},
+            "images": [None, {"bytes": None}],
+            "tools": [None],
+        },
+        EXCHANGE,
+    ),
+    "nothing as text": ({"messages": EXCHANGE, "tools": "[]", "history": "[]", "chat_template_kwargs": "{}"}, EXCHANGE),
+    "calls of nothing as text": ({"messages": [user("q"), {**assistant("a"), "tool_calls": "[]"}]}, EXCHANGE),
+    "text that is JSON": (
+        {"prompt": '[{"role": "engineer", "name": "Bo"}]', "completion": '{"from": "Berlin", "to": "Paris"}'},
+        [user('[{"role": "engineer", "name": "Bo"}]'), assistant('{"from": "Berlin", "to": "Paris"}')],
+    ),
+    "text that begins with a bracket": ({"prompt": "[1", "output": "{"}, [user("[1"), assistant("{")]),
+    "alpaca's own text": (
+        {
+            "instruction": "add",
+            "input": "1 2",
+            "output": "3",
+            "text": "Below is...\n\n### Instruction:\nadd\n\n### Input:\n1 2\n\n### Response:\n3",
+        },
+        [user("add\n\n1 2"), assistant("3")],
+    ),
+    "parts as an object of lists": (
+        {"messages": [user({"type": ["text", "text"], "text": ["q", ""]}), assistant("a")]},
+        EXCHANGE,
+    ),
+    "parts as text": ({"messages": [user('[{"type": "text", "text": "q"}]'), assistant("a")]}, EXCHANGE),
+    "entities": (
+        {"messages": [user("q"), assistant('[{"type": "person", "text": "Bo"}]')]},
+        [user("q"), assistant('[{"type": "person", "text": "Bo"}]')],
+    ),
     "empty media": ({"messages": EXCHANGE, "images": [], "chat_template_kwargs": {}}, EXCHANGE),
 }
 
@@ -349,6 +396,59 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "rename 'question' to 'prompt' and 'answer' to 'comp",
     ),
     "a prompt that is JSON": ({"prompt": json.dumps([user("secret")]), "completion": "a"}, "'prompt': is it text, or"),
+    "an answer that is JSON": (
+        {"prompt": "q", "output": json.dumps([assistant("secret")])},
+        "'output': is it text, or",
+    ),
+    "a prompt that is an object": (
+        {"prompt": json.dumps(user("secret")), "completion": "a"},
+        "'prompt': is it text, or",
+    ),
+    "a prompt that is an object of lists": (
+        {"prompt": '{"role": ["user"], "content": ["secret"]}', "completion": "a"},
+        "'prompt': is it text, or",
+    ),
+    "sharegpt as JSON": (
+        {"instruction": '[{"from": "human", "value": "secret"}]', "output": "a"},
+        "'instruction': is it text, or",
+    ),
+    "a user's call": (
+        {"messages": [{**user("q"), "tool_calls": [call({"a": "secret"})]}, assistant("a")]},
+        r"\(user\): 'tool_calls' cannot be honoured: only the assistant",
+    ),
+    "a user's thought": (
+        {"messages": [{**user("q"), "reasoning_content": "secret"}, assistant("a")]},
+        "'reasoning_content' cannot be honoured: only the assistant",
+    ),
+    "a system's thought": ({"messages": [{**SYSTEM, "thinking": "secret"}, *EXCHANGE]}, "'thinking' cannot be"),
+    "two arguments": (
+        {
+            "messages": [
+                user("q"),
+                {**assistant(None), "tool_calls": [{**call({"a": "secret"}), "arguments": {"b": 1}}]},
+            ]
+        },
+        "which are the arguments",
+    ),
+    "arguments and parameters": (
+        {"messages": [user("q"), {**assistant(None), "tool_calls": [{**call({}), "parameters": {"a": "secret"}}]}]},
+        "'parameters' cannot be honoured: give arguments as 'arguments'",
+    ),
+    "a part with a key twice": (
+        parse_object(
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": "secret", "text": ""}]}]}', "x"
+        ),
+        "'text' stands there twice",
+    ),
+    "kto of llama-factory": ({"instruction": "q", "output": "secret", "kto_tag": False}, "column 'kto_tag': it says"),
+    "a label of 0": ({"prompt": "q", "completion": "secret", "label": 0}, "column 'label': it says that"),
+    "a loss of 0": ({"messages": EXCHANGE, "loss": 0}, "column 'loss': it says that"),
+    "a loss scale of 0": ({"messages": EXCHANGE, "loss_scale": 0.0}, "column 'loss_scale': it says that"),
+    "a mark as text": ({"messages": EXCHANGE, "train": "false"}, "column 'train': it says that"),
+    "marks of characters": (
+        {"messages": [user("q"), {**assistant("secret"), "train_detail": [{"begin": 0}]}]},
+        "'train_detail' cannot be honoured",
+    ),
     "messages that are no JSON": ({"messages": "[secret"}, "column 'messages': text that is not JSON"),
     "lists of other lengths": ({"messages": {"role": ["user"], "content": ["secret", "b"]}}, "an object of lists of 1"),
     "two thoughts": (
@@ -475,6 +575,39 @@ def test_what_is_not_read_is_named() -> None:
     assert unread({"messages": turns[1:], "prompt": None, "loss": 2.3} | {"messages": [user("q"), turns[1]]}) == {
         "loss"
     }
+
+
+def nested(depth: int) -> Any:
+    value: Any = "secret"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_what_is_nested_too_deep_is_refused_where_it_is_read() -> None:
+    calls = [call({"a": nested(700)}), call(json.dumps({"a": nested(700)}))]
+    deep: list[dict[str, Any]] = [
+        {"messages": EXCHANGE, "tools": [{"a": nested(800)}]},
+        {"messages": EXCHANGE, "tools": json.dumps([{"a": nested(600)}])},
+        {"messages": EXCHANGE, "tools": [{"a": nested(900)}], "functions": [{"a": nested(900)}]},
+        *({"messages": [user("q"), {**assistant(None), "tool_calls": [each]}]} for each in calls),
+        {"messages": [{**user("q"), "images": nested(900)}, assistant("a")]},
+    ]
+    for fields in deep:
+        with pytest.raises(DataError, match=r"^E-DATA d\.jsonl:7: .*nested too deep") as caught:
+            form(fields)
+        assert "secret" not in str(caught.value)
+    assert form({"messages": EXCHANGE, "tree": nested(900)}).content() == {"messages": EXCHANGE}
+    assert isinstance(form({"messages": EXCHANGE, "tools": [{"a": nested(90)}]}), Chat)
+
+
+def test_keys_of_calls_that_are_not_read_are_named() -> None:
+    fields = {"messages": [user("q"), {**assistant(None), "tool_calls": [{**call({}), "server": "x"}]}]}
+    assert unread(fields) == {"messages.server"}
+    chat = form(fields)
+    assert isinstance(chat, Chat)
+    assert chat.messages[1]["tool_calls"] == [call({})]
+    assert chat.tools is None
 
 
 def test_parts_are_read_alike_and_their_marks_are_refused() -> None:

@@ -153,6 +153,15 @@ def test_the_records_before_a_malformed_line_come_first(tmp_path: Path) -> None:
         fields_of(next(records))
 
 
+@pytest.mark.parametrize("end", [b'{"n": ', b'{"n": "caf\xc3', b'{"n": 3'])
+def test_a_last_line_that_is_cut_ends_the_file(end: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"n": 1}\n' + end)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not .*; the file ends in the middle of this line"):
+        list(read_records(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_bytes(b'{"n": 1}\n5')
+    assert [record.error is None for record in read_records(tmp_path / "a.jsonl")] == [True, False]
+
+
 def test_the_records_after_a_malformed_line_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"n": 1}\n{"n": \n{"n": "caf\xe9"}\n{"n": 4}\n')
     records = list(read_records(tmp_path / "a.jsonl"))
