@@ -12,12 +12,12 @@ Cost: that of finding the turns, and a search of each message.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from kdpipe.manifests.errors import DataError
-from kdpipe.stages.prepare.forms import Chat, Message
+from kdpipe.stages.prepare.forms import Chat, Message, Pair
 from kdpipe.stages.prepare.rendered import Finding, inline_thought, left_out, position
 from kdpipe.stages.prepare.template import ChatTemplate, Span
 from kdpipe.stages.prepare.turns import Shape, Turns
@@ -63,7 +63,7 @@ class ChatMarker:
                 where=place,
             )
         chat = _with_one_thought(turns.without_closing(chat), place, keyed=bool(turns.thought_key))
-        findings = [*self._specials(chat)]
+        findings = [*self._specials(_said(chat))]
         if self._supervise == "all" and not chat.unsupervised:
             text = turns.text(chat, place)
             spans = [(0, len(text))]
@@ -81,13 +81,21 @@ class ChatMarker:
     def of_text(self, text: str) -> tuple[Finding, ...]:
         """What there is to say of running text of which every token is a target."""
         try:
-            shape = self._finder(None, "").shape
+            is_rendered = self._is_rendered(text, self._finder(None, "").shape)
         except DataError:  # a template that is not needed for it
-            return ()
-        if not self._is_rendered(text, shape):
-            return ()
-        detail = "the text went through the chat template already: every token of it is a target, the user's too"
-        return (Finding(kind="rendered_already", detail=detail),)
+            is_rendered = False
+        if is_rendered:
+            detail = "the text went through the chat template already: every token of it is a target, the user's too"
+            return (Finding(kind="rendered_already", detail=detail),)
+        body = without_ends(text, self._tokenizer.bos_token, self._tokenizer.eos_token)
+        return (*self._specials({"the text": body}), *self._unstopped_text(text))
+
+    def of_pair(self, pair: Pair) -> tuple[Finding, ...]:
+        """What there is to say of a prompt and its completion as running text."""
+        prompt = without_ends(pair.prompt, self._tokenizer.bos_token, None)
+        completion = without_ends(pair.completion, None, self._tokenizer.eos_token)
+        specials = self._specials({"the prompt": prompt, "the completion": completion})
+        return (*specials, *self._unstopped_text(pair.completion))
 
     def _finder(self, chat: Chat | None, place: str) -> Turns:
         """The turns of the template that transformers takes for the conversation."""
@@ -124,17 +132,21 @@ class ChatMarker:
             return [turn for turn, index in chosen if index == places[-1]]
         return [turn for turn, index in chosen]
 
-    def _specials(self, chat: Chat) -> Iterator[Finding]:
-        """Special tokens within what was said: the model reads them as the structure of the conversation."""
+    def _specials(self, said: Mapping[str, object]) -> Iterator[Finding]:
+        """The first special token in what was said, by where: the model reads it as structure of its own."""
         if self._foreign is None:
             tokens = sorted(self._special, key=len, reverse=True)
             self._foreign = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-        for number, message in enumerate(chat.messages, start=1):
-            found = self._foreign.search(message["content"])
-            if found or (found := self._foreign.search(message.get("reasoning_content") or "")):
-                detail = f"message {number} ({message['role']}) has the special token {found[0]}"
-                yield Finding(kind="special_token_in_text", detail=detail)
+        for name, value in said.items():
+            if found := next(filter(None, map(self._foreign.search, _texts(value))), None):
+                yield Finding(kind="special_token_in_text", detail=f"{name} has the special token {found[0]}")
                 return
+
+    def _unstopped_text(self, text: str) -> Iterator[Finding]:
+        """Running text has the tokenizer's end of text behind it, if there is one."""
+        if self._tokenizer.eos_token_id is None and not text.rstrip().endswith(self._stops):
+            detail = "the tokenizer has no end of text, so stopping is not learned"
+            yield Finding(kind="no_stop_token", detail=detail)
 
     def _unstopped(self, text: str, spans: Sequence[Span], learnt: Sequence[int]) -> Iterator[Finding]:
         """Learnt turns at whose end the model does not learn to stop, and special tokens that stand twice."""
@@ -157,6 +169,34 @@ class ChatMarker:
             if twice:
                 yield Finding(kind="doubled_token", detail=f"assistant turn {turn + 1} ends with {twice[0]} twice")
                 return
+
+
+def without_ends(text: str, begin: str | None, end: str | None) -> str:
+    """Running text less the special tokens that begin and end it, and the blanks outside them."""
+    while begin and text.lstrip().startswith(begin):
+        text = text.lstrip().removeprefix(begin)
+    while end and text.rstrip().endswith(end):
+        text = text.rstrip().removesuffix(end)
+    return text
+
+
+def _said(chat: Chat) -> dict[str, object]:
+    """All that a conversation says, by where."""
+    said: dict[str, object] = {"a tool's definition": chat.tools}
+    for number, message in enumerate(chat.messages, start=1):
+        said[f"message {number} ({message['role']})"] = _less(message, "role")
+    return said
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in JSON, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value:
+            yield from _texts(item)
+        for item in value.values() if isinstance(value, dict) else ():
+            yield from _texts(item)
 
 
 def _with_one_thought(chat: Chat, place: str, *, keyed: bool) -> Chat:

@@ -24,7 +24,7 @@ import numpy as np
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.prepare.forms import Form, Pair, Text
-from kdpipe.stages.prepare.marked import ChatMarker, Marked, Supervise
+from kdpipe.stages.prepare.marked import ChatMarker, Marked, Supervise, without_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,17 +70,13 @@ class Tokenizing:
             prompt = self._without_ends(form.prompt + form.glue, at_end=False)
             text = self._without_ends(prompt + form.completion)
             targets = None if self._supervise == "all" else [(len(prompt), len(text))]
-            return Marked(text=text, targets=targets, plain=True)
+            return Marked(text=text, targets=targets, plain=True, findings=self._marker.of_pair(form))
         return self._marker.mark(form.chat() if isinstance(form, Pair) else form, place)
 
     def _without_ends(self, text: str, *, at_end: bool = True) -> str:
         """Running text less the special tokens around it that tokenising adds."""
         bos, eos = self._tokenizer.bos_token, self._tokenizer.eos_token
-        while self._adds_bos and text.startswith(bos):
-            text = text.removeprefix(bos)
-        while at_end and eos and text.rstrip().endswith(eos):
-            text = text.rstrip().removesuffix(eos)
-        return text
+        return without_ends(text, bos if self._adds_bos else None, eos if at_end else None)
 
     def encode(self, batch: Sequence[Marked]) -> list[Tokens]:
         """The tokens of each text, in order."""

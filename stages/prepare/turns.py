@@ -118,11 +118,23 @@ class Turns:
         return span
 
     def _to_stop(self, text: str, start: int, end: int) -> int:
-        """The end of a turn that no marker ends, moved behind a stop token that follows: the next role's marker."""
-        if text.endswith((*self._stops, *self.shape.closings), start, end):
+        """The end of a turn, moved behind the next stop token where nothing but special tokens stands before it.
+
+        "Hello<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"; and the next role's marker where no marker ends the turn.
+        """
+        if text.endswith(self._stops, start, end):
             return end
-        after = end + len(text[end:]) - len(text[end:].lstrip()) if text[end : end + 1].isspace() else end
-        return next((after + len(stop) for stop in self._stops if text.startswith(stop, after)), end)
+        at = end
+        if not text.endswith(self.shape.closings, start, end) and text[end : end + 1].isspace():
+            at += len(text[end:]) - len(text[end:].lstrip())
+        headers = tuple(header.strip() for header in self.shape.next_headers.values() if header.strip())
+        while True:
+            if stop := next((stop for stop in self._stops if text.startswith(stop, at)), None):
+                return at + len(stop)
+            token = next((token for token in self._template.tokens if text.startswith(token, at)), None)
+            if token is None or text.startswith(headers, at):
+                return end
+            at += len(token)
 
     def _start(self, text: str, chat: Chat, index: int, after: int, place: str) -> int:
         """Where the assistant turn at message `index` begins; it is the first turn that begins behind `after`."""

@@ -123,6 +123,7 @@ def test_a_template_that_prints_a_token_twice_is_said(kit: Any, write: Write) ->
         {"text": "<s><s>Hello</s>\n"},
         {"prompt": "<s>Hel", "completion": "lo</s>"},
         {"text": "<s>Hello"},
+        {"text": "\n<s> <s>Hello"},
     ],
 )
 def test_running_text_has_its_ends_once(
@@ -130,8 +131,8 @@ def test_running_text_has_its_ends_once(
 ) -> None:
     tokenizer = kit.train(adds_bos=adds_bos, adds_eos=adds_eos)
     [sample], found = run(write([record]), tokenizer)
-    begins = record.get("text", "<s>").count("<s>") if not adds_bos else 1  # what is not added was meant
-    assert tokenizer.decode(sample.token_ids) == "<s>" * begins + "Hello</s>"
+    begin = record.get("text", "<s>").partition("Hello")[0] if not adds_bos else "<s>"  # what is not added was meant
+    assert tokenizer.decode(sample.token_ids) == f"{begin}Hello</s>"
     assert sample.supervised[-1]
     assert found == []
 
@@ -147,6 +148,63 @@ def test_a_special_token_in_what_is_said_is_told(role: str, kit: Any, write: Wri
         "special_token_in_text",
         f"message {number} ({role}) has the special token {END}",
     )
+
+
+@pytest.mark.parametrize(
+    ("record", "where"),
+    [
+        ({"text": "<s>one</s>two</s>"}, "the text"),
+        ({"prompt": "<s>one</s>", "completion": "two</s>"}, "the prompt"),
+        ({"prompt": "<s>one", "completion": "<s>two</s>"}, "the completion"),
+    ],
+)
+def test_a_special_token_in_running_text_is_told(
+    record: dict[str, str], where: str, kit: Any, write: Write, run: Run
+) -> None:
+    [_], [found] = run(write([record]), kit.train())
+    token = "<s>" if where == "the completion" else "</s>"
+    assert (found.kind, found.detail) == ("special_token_in_text", f"{where} has the special token {token}")
+
+
+@pytest.mark.parametrize("where", ["name", "value", "key", "tool"])
+def test_a_special_token_in_a_call_or_a_tool_is_told(where: str, kit: Any, write: Write) -> None:
+    bad = {"name": "f", "value": "v", "key": "k", "tool": "d"} | {where: f"x{END}"}
+    function = {"name": bad["name"], "arguments": {bad["key"]: [bad["value"]]}}
+    record = chat("q", "a", tool_calls=[{"id": "1", "type": "function", "function": function}])
+    record["tools"] = [{"type": "function", "function": {"name": "f", "description": bad["tool"]}}]
+    template = "{{ tools | tojson }}" + kit.template("chatml", marked=False).replace(
+        "{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    )
+    [found] = through(kit, write([record]), template, eos=END)[2]
+    name = "a tool's definition" if where == "tool" else "message 2 (assistant)"
+    assert (found.kind, found.detail) == ("special_token_in_text", f"{name} has the special token {END}")
+
+
+@pytest.mark.parametrize("record", [{"text": "Hello world"}, {"prompt": "Hello", "completion": " world"}])
+def test_a_tokenizer_without_an_end_of_text_teaches_no_stop_in_running_text(
+    record: dict[str, str], kit: Any, write: Write, run: Run
+) -> None:
+    tokenizer = kit.train()
+    tokenizer.eos_token = None
+    [_], [found] = run(write([record]), tokenizer)
+    assert found.kind == "no_stop_token"
+    assert run(write([record]), kit.train()).incidents == []
+
+
+def test_a_stop_token_behind_the_turns_own_marker_is_learnt(kit: Any, write: Write, targets: Targets) -> None:
+    """Defect: supervision ended at Cohere's END_RESPONSE, so the end of turn behind it was never learnt."""
+    path = write([chat("q", "one", "", "two")])
+    template = kit.template("chatml", marked=False).replace(END, f"<|tool|>{END}")
+    tokenizer, [sample], found = through(kit, path, template, eos=END)
+    assert targets(sample, tokenizer) == f"one<|tool|>{END}two<|tool|>{END}"
+    assert found == []
+    # The next message's marker and its end are no part of the turn, empty as that message may be.
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    template += "{{ '<|tool|>' if m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer, [sample], [found] = through(kit, path, template, eos=END)
+    assert targets(sample, tokenizer) == "one<|tool|>two<|tool|>"
+    assert found.kind == "no_stop_token"
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama2", "llama3", "phi"])

@@ -120,7 +120,9 @@ def test_a_text_of_one_token_has_no_target(kit: Any, write: Write, run: Run) -> 
     tokenizer.eos_token = None
     samples, incidents = run(write([{"text": "a"}, {"text": "a b"}]), tokenizer)
     assert [sample.line for sample in samples] == [2]
-    assert [(i.kind, i.detail) for i in incidents] == [("no_supervised_token", "none of 1 tokens is a target")]
+    told = [(i.line, i.kind) for i in incidents]
+    assert told == [(1, "no_stop_token"), (1, "no_supervised_token"), (2, "no_stop_token")]
+    assert incidents[1].detail == "none of 1 tokens is a target"
 
 
 def test_no_sample_at_all_is_an_error_that_says_why(chatml: Any, write: Write, run: Run) -> None:
