@@ -129,6 +129,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     engine = engine_record(spec, info, progress)
     tokenizer = teacher_tokenizer(spec, progress)
     _require_free(cache)
+    sweep(scratch_of(cache.absolute().parent, f".{cache.name}.plan"))
     existing = read_plan(cache) if (cache / PLAN_FILE).exists() else None
     inputs = Inputs() if spec.check_inputs else Inputs.of(cache, existing)
     wanted = plan_without_samples(spec, info, engine, tokenizer, inputs)
@@ -209,7 +210,6 @@ def _scratch_folder(spec: ExtractSpec, cache: Path, *, is_there: bool) -> Iterat
     except OSError as err:
         raise CacheError(f"cannot be created: {err.strerror}", where=cache) from None
     hold(held)
-    sweep(scratch_of(parent, f".{cache.name}.plan"))
     try:
         yield folder, tuple(above.parent for above in made)
     finally:

@@ -57,7 +57,7 @@ def probe_length(config: Any, longest: int) -> int:
 def probe_text(rows: Rows, members: np.ndarray, config: Any) -> np.ndarray:
     """Ids of the long probe, int32 [n]: the beginning of the longest of the samples."""
     longest = int(members[np.argmax(rows.num_tokens[members])])
-    ids = rows[longest].token_ids
+    ids = rows.without_rows(longest).token_ids
     return ids[: probe_length(config, len(ids))]
 
 

@@ -18,6 +18,7 @@ from tests.stages.test_train import job_for
 from kdpipe.manifests.errors import ConfigError, CorruptError, KdpipeError, TemporaryError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import CHECKPOINT_FILE
+from kdpipe.manifests.running import RUNNING_FILE
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.pipeline.launch import launch
 from kdpipe.stages.checkpoint import UNFINISHED, file_name
@@ -332,6 +333,7 @@ def test_a_refused_run_leaves_anothers_student_and_checkpoints(
 ) -> None:
     job = small_job(bench, tmp_path / "out")
     assert run(job, kill="export:written") == -signal.SIGKILL
+    (job.output / RUNNING_FILE).unlink()  # of the run that was killed: whoever comes next takes it away
     before = sorted(job.output.rglob("*"))
     with pytest.raises(ConfigError, match="another run"):
         train(small_job(bench, job.output, lr=5e-4), Recorder())

@@ -32,6 +32,7 @@ from kdpipe.manifests.errors import (
     CorruptError,
     KdpipeError,
     SpaceError,
+    StudentError,
     TemporaryError,
 )
 from kdpipe.manifests.progress import Silent
@@ -299,15 +300,18 @@ def test_scores_equal_transformers_own(bench: Bench) -> None:
     assert scores == pytest.approx(truth, rel=2e-5)
 
 
-def test_eval_of_a_student_that_is_not_finite_fails(bench: Bench, tmp_path: Path) -> None:
-    broken = make_tokenizer(make_model("llama", tmp_path, vocab_size=320))
+def test_a_student_that_is_not_finite_is_refused_by_eval_and_train(bench: Bench, tmp_path: Path) -> None:
+    broken = make_tokenizer(make_model("llama", tmp_path / "broken", vocab_size=320))
     model = transformers.AutoModelForCausalLM.from_pretrained(broken)
     model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(broken)
-    with pytest.raises(CheckFailed, match="not finite"):
+    with pytest.raises(StudentError, match="not finite"):
         evaluate_student(
             broken, bench.cache, heldout_fraction=None, device="cpu", dtype="auto", batch_tokens=900, progress=Silent()
         )
+    with pytest.raises(StudentError, match="not finite"):
+        train(job_for(bench, tmp_path / "out", student=broken), Silent())
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged_samples_table_is_found_before_training(bench: Bench, tmp_path: Path) -> None:
@@ -660,13 +664,10 @@ def test_a_run_files_keys_of_extraction_alone_are_no_contradiction(bench: Bench,
 
 
 def test_gradient_that_is_not_finite_stops_the_run_and_exports_nothing(bench: Bench, tmp_path: Path) -> None:
-    broken = make_tokenizer(make_model("llama", tmp_path / "broken", vocab_size=320))
-    model = transformers.AutoModelForCausalLM.from_pretrained(broken)
-    model.model.norm.weight.data[0] = float("inf")
-    model.save_pretrained(broken)
+    """A learning rate that no weight survives: the second step finds nothing finite."""
     with pytest.raises(CheckFailed, match="not finite"):
-        train(job_for(bench, tmp_path / "out", student=broken), Silent())
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+        train(job_for(bench, tmp_path, lr=1e30, warmup_ratio=0.0, max_grad_norm=0.0), Silent())
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
