@@ -1,7 +1,8 @@
 """Columnar files: the rows of parquet and Arrow files, of which only columns that a form knows are converted.
 
-Invariant: a column that no form knows is never looked into, whatever its type; in the others a value that JSON has no
-like of (a date, bytes, a decimal) becomes `Unreadable`, so that only a form that needs it complains.
+Invariant: a column that no form knows is never looked into, whatever its type: only which rows have it is found out. In
+the others a value that JSON has no like of (a date, bytes, a decimal) becomes `Unreadable`, so that only a form that
+needs it complains.
 Cost: plain columns are converted by pyarrow; those with other types in them one value at a time, some ten times slower.
 """
 
@@ -18,18 +19,20 @@ from kdpipe.stages.prepare.json_stream import Unreadable, object_of
 
 BATCH_ROWS = 256
 Row = tuple[dict[str, Any], tuple[str, ...]]
-"""The columns of a row that a form may know, and the names of the others."""
+"""The columns of a row that a form may know, and the names of the others that hold something in it."""
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
     with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        known = _known(names, path)
-        empty = _empty_columns(file)
-        unread = tuple(name for name in names if name not in known and name not in empty)
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=known):
-            for fields in _fields(batch, known):
-                yield fields, unread
+        known = _known(file.schema_arrow.names, path)
+        others = [each.name for each in file.schema_arrow if each.name not in known and not pa.types.is_null(each.type)]
+        of_columns = _held(file)
+        held = {name: of_columns.get(name.partition(".")[0], False) for name in others}
+        everywhere = tuple(name for name in others if held[name] is True)
+        somewhere = [name for name in others if held[name] is None]
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=known + somewhere):
+            for fields, unread in zip(_fields(batch, known), _unread(batch, somewhere), strict=True):
+                yield fields, everywhere + unread
 
 
 def arrow_rows(path: Path) -> Iterator[Row]:
@@ -41,12 +44,10 @@ def arrow_rows(path: Path) -> Iterator[Row]:
         known = _known(reader.schema.names, path)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            others = [index for index, name in enumerate(batch.schema.names) if name not in known]
-            held = [index for index in others if batch.column(index).null_count < batch.num_rows]
-            unread = tuple(batch.schema.names[index] for index in held)
+            others = [name for name in batch.schema.names if name not in known]
             for start in range(0, batch.num_rows, BATCH_ROWS):
-                for fields in _fields(batch.slice(start, BATCH_ROWS), known):
-                    yield fields, unread
+                part = batch.slice(start, BATCH_ROWS)
+                yield from zip(_fields(part, known), _unread(part, others), strict=True)
 
 
 def _known(names: list[str], path: Path) -> list[str]:
@@ -57,17 +58,28 @@ def _known(names: list[str], path: Path) -> list[str]:
     return known
 
 
-def _empty_columns(file: pq.ParquetFile) -> set[str]:
-    """Columns that hold nothing but nulls, as far as the file's statistics say."""
-    full: set[str] = set()
+def _held(file: pq.ParquetFile) -> dict[str, bool | None]:
+    """Whether a column holds something in every row or in none, by the file's statistics; None where rows may differ.
+
+    Without statistics it counts as held.
+    """
+    found: dict[str, set[bool | None]] = {}
     for group in range(file.metadata.num_row_groups):
         for index in range(file.metadata.num_columns):
             chunk = file.metadata.row_group(group).column(index)
-            held = chunk.statistics
-            if held is None or not held.has_null_count or held.null_count < chunk.num_values:
-                full.add(chunk.path_in_schema.partition(".")[0])
-    columns = file.schema_arrow
-    return {each.name for each in columns if pa.types.is_null(each.type) or each.name.partition(".")[0] not in full}
+            told = chunk.statistics
+            num_nulls = told.null_count if told is not None and told.has_null_count else 0
+            some = None if 0 < num_nulls < chunk.num_values else num_nulls == 0
+            found.setdefault(chunk.path_in_schema.partition(".")[0], set()).add(some)
+    return {name: held.pop() if len(held) == 1 else None for name, held in found.items()}
+
+
+def _unread(batch: pa.RecordBatch, others: list[str]) -> Iterator[tuple[str, ...]]:
+    """For each row the names of the columns that hold something in it."""
+    indices = [index for index, name in enumerate(batch.schema.names) if name in others]
+    held = [batch.column(index).is_valid().to_pylist() for index in indices]
+    for row in range(batch.num_rows):
+        yield tuple(name for name, valid in zip(others, held, strict=True) if valid[row])
 
 
 def _fields(batch: pa.RecordBatch, known: list[str]) -> Iterator[dict[str, Any]]:

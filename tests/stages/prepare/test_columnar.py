@@ -89,6 +89,17 @@ def test_columns_of_nulls_are_absent(write: Write, tmp_path: Path) -> None:
     assert record.unread == ("source",)
 
 
+@pytest.mark.parametrize("write", [parquet, arrow])
+@pytest.mark.parametrize("case", STRANGE)
+def test_rows_are_counted_by_what_they_hold(case: str, write: Write, tmp_path: Path) -> None:
+    note = pa.chunked_array([STRANGE[case], pa.nulls(1, STRANGE[case].type)])
+    table = pa.table({"text": ["x", "y", "z"], "note": note, "pair": [None, {"a": None}, {"a": 1}]})
+    if write is arrow:
+        table = table.combine_chunks()
+    held = [record.unread for record in read_records(write(table, tmp_path))]
+    assert held == [("note",), ("note", "pair"), ("pair",)]
+
+
 def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
     with pytest.raises(DataError, match=r"a\.arrow: has two columns 'text'"):
