@@ -56,12 +56,13 @@ class ChatMarker:
     def mark(self, chat: Chat, place: str) -> Marked:
         """The conversation's text and what of it is to be learned. Raises DataError where that cannot be told."""
         turns = self._finder(chat, place)
-        if self._is_rendered(chat.messages[0]["content"], turns.shape):
-            raise DataError(
-                f"message 1 ({chat.messages[0]['role']}) is a text that went through a chat template already (it has "
-                f"{turns.shape.before_question.strip()!r}); give the messages themselves",
-                where=place,
-            )
+        for number, message in enumerate(chat.messages, start=1):
+            if message["role"] in ("system", "user") and self._is_rendered(message["content"], turns.shape):
+                raise DataError(
+                    f"message {number} ({message['role']}) is a text that went through a chat template already (it has "
+                    f"{turns.shape.before_question.strip()!r}); give the messages themselves",
+                    where=place,
+                )
         chat = _with_one_thought(turns.without_closing(chat), place, keyed=bool(turns.thought_key))
         findings = [*self._specials(_said(chat))]
         if self._supervise == "all" and not chat.unsupervised:
@@ -74,6 +75,7 @@ class ChatMarker:
             targets = [spans[turn] for turn in learnt]
             if self._supervise == "all":
                 targets = _all_but(text, spans, chat)
+            findings += _spilled(text, spans, chat, targets, everything=self._supervise == "all")
         findings += left_out(text, spans, chat, learnt)
         findings += self._unstopped(text, spans, learnt)
         return Marked(text=text, targets=targets, plain=False, findings=tuple(findings))
@@ -112,15 +114,17 @@ class ChatMarker:
         return self._turns[with_tools]
 
     def _is_rendered(self, text: str, shape: Shape) -> bool:
-        """Whether a text begins as a conversation does that went through the template."""
+        """Whether a text is a conversation that went through the template, perhaps behind words of its own."""
         header, after = shape.before_question.strip(), shape.after_question.strip()
         if not header or header not in text:
             return False
-        start = text.lstrip()
+        start, behind = text.lstrip(), text.partition(header)[2]
         if any(token in header for token in self._special):
-            return start.startswith(header) or any(start.startswith(token) for token in self._special)
+            begins = start.startswith((header, *self._special))
+            return begins or (bool(after) and after in behind)
         start = start.removeprefix(self._tokenizer.bos_token or "").lstrip()
-        return start.startswith(header) and bool(after) and after in text
+        ends = f"\n{header}" in text and behind.rstrip().endswith(after)  # as a prompt that waits for its answer
+        return bool(after) and (ends or (start.startswith(header) and after in text))
 
     def _learnt(self, chat: Chat) -> list[int]:
         """Which assistant turns are supervised, counted from 0."""
@@ -228,19 +232,38 @@ def _num_turns(chat: Chat) -> int:
     return sum(message["role"] == "assistant" for message in chat.messages)
 
 
-def _all_but(text: str, spans: Sequence[Span], chat: Chat) -> list[Span]:
-    """The text less the messages whose own marks say not to learn them."""
-    out: list[Span] = []
+def _own_spans(text: str, spans: Sequence[Span], chat: Chat) -> Iterator[Span | None]:
+    """Where each message stands; None for one that is not in the text as it is between the turns around it."""
     number = before = 0
-    for index, message in enumerate(chat.messages):
+    for message in chat.messages:
         after = spans[number][0] if number < len(spans) else len(text)
         if message["role"] == "assistant":
-            said: Span | None = spans[number]
+            yield spans[number]
             before = spans[number][1]
             number += 1
         else:
-            said = position(text, message["content"], (before, after))
-        if said and index in chat.unsupervised:
-            out.append(said)
+            yield position(text, message["content"], (before, after))
+
+
+def _all_but(text: str, spans: Sequence[Span], chat: Chat) -> list[Span]:
+    """The text less the messages whose own marks say not to learn them."""
+    own = enumerate(_own_spans(text, spans, chat))
+    out = [span for index, span in own if span and index in chat.unsupervised]
     edges = [0, *(edge for span in out for edge in span), len(text)]
     return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+
+
+def _spilled(
+    text: str, spans: Sequence[Span], chat: Chat, targets: Sequence[Span], *, everything: bool
+) -> Iterator[Finding]:
+    """Messages not to be learnt that a template shows elsewhere than in their turn, among what is learnt."""
+    for index, own in enumerate(_own_spans(text, spans, chat)):
+        role, content = chat.messages[index]["role"], inline_thought(chat.messages[index]["content"])[1]
+        if index not in chat.unsupervised or not (everything or role == "assistant"):
+            continue
+        if own and position(text, content, own):
+            continue
+        if any(position(text, content, target) for target in targets):
+            detail = f"message {index + 1} ({role}) is not to be learnt, and the template shows it in what is"
+            yield Finding(kind="answer_changed", detail=detail)
+            return

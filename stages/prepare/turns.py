@@ -81,7 +81,7 @@ class Turns:
         text, marks = self._template.render(chat.messages, chat.tools, place)
         turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if self.shape.marks and len(marks) == len(turns):
-            spans = [self._with_closing(text, mark) for mark in marks]
+            spans = [self._with_closing(text, (self._behind_opening(text, start), end)) for start, end in marks]
         else:
             starts: list[int] = []
             for index in turns:
@@ -105,6 +105,14 @@ class Turns:
             content = content.rstrip()
             content = content.removesuffix(next(closer for closer in self._closers if content.endswith(closer)))
         return {**message, "content": content}
+
+    def _behind_opening(self, text: str, start: int) -> int:
+        """Where a mark begins less what the generation prompt has of it: some marks include "<|start|>assistant"."""
+        opening = self.shape.opening or (self.shape.header if self.shape.header.strip() else "")
+        for before in range(len(opening), 0, -1):
+            if text.endswith(opening[:before], 0, start):
+                return max(start, start - before + self._shared_tokens(text, start - before, opening))
+        return start + self._shared_tokens(text, start, opening)
 
     def _with_closing(self, text: str, span: Span) -> Span:
         """A marked span made to end with the end-of-turn marker, wherever the template's author put the mark."""

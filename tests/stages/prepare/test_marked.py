@@ -81,6 +81,46 @@ def test_marks_of_messages_are_obeyed(kit: Any, write: Write, targets: Targets) 
     assert targets(samples[0], tokenizer).count("q") == 2
 
 
+@pytest.mark.parametrize("supervise", ["assistant", "last", "all"])
+def test_what_is_not_to_be_learnt_is_no_target_where_a_template_moves_it(
+    supervise: str, kit: Any, write: Write, targets: Targets
+) -> None:
+    """Defect: Gemma 4 shows the words beside a call behind its result, in the turn that is learnt."""
+    shown = "{{ messages[1].content if loop.last and loop.length > 3 }}{{ m.content if not m.tool_calls }}"
+    template = kit.template("chatml", marked=False).replace("{{ m.content }}", shown)
+    function = {"name": "f", "arguments": {}}
+    record = chat("q", "Let me look.", weight=0, tool_calls=[{"id": "1", "type": "function", "function": function}])
+    record["messages"] += [{"role": "tool", "tool_call_id": "1", "content": "r"}, {"role": "assistant", "content": "a"}]
+    _, samples, found = through(kit, write([record, chat("q", "a")]), template, eos=END, supervise=supervise)
+    assert [sample.line for sample in samples] == [2]
+    assert found[-1].kind == "answer_changed"
+    assert found[-1].detail == "message 2 (assistant) is not to be learnt, and the template shows it in what is"
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "no_flag"])
+@pytest.mark.parametrize("where", ["header", "in the header"])
+def test_marks_that_include_the_header_are_trimmed(
+    name: str, where: str, kit: Any, write: Write, targets: Targets
+) -> None:
+    """Defect: <|start|>assistant was learnt with templates whose marks include it."""
+    plain = kit.template(name, marked=False)
+    path = write([chat("q", "assistant", "q", "\nb")])
+    tokenizer, [sample], _ = through(kit, path, plain, eos=END)
+    expected = targets(sample, tokenizer)
+    body = kit.template(name, marked=True)
+    header = "<|im_start|>assistant" + ("\n\n" if name == "llama3" else "\n")
+    cut = 0 if where == "header" else len("<|im_start|>assistant")
+    start, rest = "<|im_start|>{{ m.role }}", header[len("<|im_start|>assistant") :]
+    shown = f"{header[:cut]}{{% generation %}}{{{{ {header[cut:]!r} }}}}"
+    body = body.replace(
+        f"{start}{rest}{{% if m.role == 'assistant' %}}{{% generation %}}",
+        f"{{% if m.role != 'assistant' %}}{start}{rest}{{% endif %}}{{% if m.role == 'assistant' %}}{shown}",
+    )
+    assert shown in body
+    tokenizer, [sample], _ = through(kit, path, body, eos=END)
+    assert targets(sample, tokenizer) == expected
+
+
 def test_the_last_question_is_found_where_every_token_is_learnt(kit: Any, write: Write) -> None:
     """Defect: it was looked for behind the end of the text where the template ends in a newline."""
     path = write([chat("q", "one", "why", "two")])
@@ -221,6 +261,23 @@ def test_a_prompt_that_is_rendered_already_is_refused(
         with pytest.raises(DataError, match=r"jsonl:1: message 1 \(user\) is a text that went through a chat template"):
             run(write([record]), tokenizer)
     assert len(run(write([chat("Explain INST and im_start", "a")]), tokenizer).samples) == 1
+
+
+@pytest.mark.parametrize(("name", "before"), [("llama2", ""), ("llama2", "Be brief.\n"), ("chatml", "Be brief. ")])
+def test_any_message_that_is_rendered_already_is_refused(
+    name: str, before: str, kit: Any, write: Write, run: Run
+) -> None:
+    """Defect: only the first message was looked at, and only its beginning."""
+    tokenizer = kit.train()
+    tokenizer.chat_template = kit.template(name, marked=False)
+    [user, answer] = chat("Hi", "x")["messages"]
+    text = before + tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True).removeprefix(
+        "<s>"
+    )
+    with pytest.raises(DataError, match=r"jsonl:1: message 2 \(user\) is a text that went through a chat template"):
+        run(write([{"system": "S", "prompt": text, "completion": "x"}]), tokenizer)
+    with pytest.raises(DataError, match=r"jsonl:1: message 3 \(user\) is a text that went through a chat template"):
+        run(write([{"messages": [user, answer, {**user, "content": text}, answer]}]), tokenizer)
 
 
 def test_a_text_that_is_rendered_already_is_tokenised_as_it_is(kit: Any, write: Write, run: Run) -> None:
