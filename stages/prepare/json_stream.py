@@ -23,9 +23,9 @@ LONGEST_NUMBER = 4300  # digits that Python reads; beside it stands a column of 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JsonValue:
-    """An object of a JSON file, the line it begins on and its 1-based number in the file."""
+    """A value of a JSON file, an object where all is well, the line it begins on and its 1-based number in the file."""
 
-    fields: dict[str, Any]
+    value: Any
     line: int
     number: int
 
@@ -94,13 +94,18 @@ def parse_object(text: str, place: str) -> dict[str, Any]:
         raise NotJsonError(f"not JSON: {err.msg} at column {err.pos + 1}", where=place) from None
     except RecursionError:
         raise DataError("not JSON that can be read: brackets are nested too deep", where=place) from None
+    return check_object(value, place)
+
+
+def check_object(value: Any, place: str) -> dict[str, Any]:
+    """`value`, which must be an object. Raises DataError at `place`."""
     if not isinstance(value, dict):
         raise DataError(f"expected an object, found {kind_of(value)}", where=place)
     return value
 
 
 def json_values(path: Path) -> Iterator[JsonValue]:
-    """The objects in a .json file, lazily: those of its array, or those that follow each other (JSON lines)."""
+    """The values in a .json file, lazily: those of its array, or those that follow each other (JSON lines)."""
     with path.open("rb") as file:
         window = _Window(file, path)
         in_array = window.peek() == "["
@@ -113,7 +118,7 @@ def json_values(path: Path) -> Iterator[JsonValue]:
                 window.peek()
             number += 1
             line = window.line
-            yield JsonValue(fields=window.take_object(), line=line, number=number)
+            yield JsonValue(value=window.take_value(), line=line, number=number)
         if in_array:
             window.expect("]")
             if window.peek():
@@ -155,10 +160,10 @@ class _Window:
             raise self.error(f"expected '{char}' and {came}: the JSON array is cut off or malformed")
         self.advance(1)
 
-    def take_object(self) -> dict[str, Any]:
-        """Parse the object that begins here, reading on until it is complete."""
-        if self.peek() != "{":
-            raise self.error("expected an object, found the end of the file or another value")
+    def take_value(self) -> Any:
+        """Parse the value that begins here, reading on until it is complete."""
+        if self.peek() in ("", "]", ","):
+            raise self.error("expected an object, found the end of the file or of the array")
         num_bytes = CHUNK_BYTES
         while True:
             try:
@@ -173,6 +178,8 @@ class _Window:
             except RecursionError:
                 raise self.error("not JSON that can be read: brackets are nested too deep") from None
             else:
+                if isinstance(value, int | float) and end > len(self._text) - len("1e+") and self._grow(num_bytes):
+                    continue  # more digits may follow
                 self.advance(end - self._at)
                 return value
 

@@ -100,6 +100,8 @@ def _stream(
                 yield sample
     if bad.num > spec.max_bad * num_read:
         raise bad.too_many(num_read, spec.max_bad, where, on_note)
+    if not num_read:
+        raise DataError("holds no record", where=where)
     if not num_samples:
         reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()) if count)
         raise DataError(f"none of the {num_read} records read can be used: {reasons}", where=where)

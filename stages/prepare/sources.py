@@ -1,8 +1,8 @@
 """Sources: data files -> raw records, each with the file and line it came from.
 
 Invariant: records come in the order of the lines; a file that cannot be read to its end is a DataError naming it, a
-line that is not JSON is a record with the error it stands for, so that those after it can be read. A last line that is
-not JSON and has no newline is the end of a file that was cut.
+line that is not JSON, or a value that is no object, is a record with the error it stands for, so that those after it
+can be read. A last line that is not JSON and has no newline is the end of a file that was cut.
 Cost: one line, one stretch of a JSON array, or a few hundred rows of a columnar file are held at a time.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from kdpipe.manifests.errors import DataError
 from kdpipe.stages.prepare.columnar import Row, arrow_rows, parquet_rows
 from kdpipe.stages.prepare.files import Note
-from kdpipe.stages.prepare.json_stream import NotJsonError, json_values, parse_object
+from kdpipe.stages.prepare.json_stream import NotJsonError, check_object, json_values, parse_object
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +95,12 @@ def _line_object(raw: bytes, line: int, offset: int, place: str) -> dict[str, An
 def _read_json(path: Path) -> Iterator[RawRecord]:
     for value in json_values(path):
         place = f"{path}:{value.line} (element {value.number})"
-        yield RawRecord(source=str(path), line=value.line, place=place, fields=value.fields)
+        try:
+            fields = check_object(value.value, place)
+        except DataError as err:
+            yield RawRecord(source=str(path), line=value.line, place=place, error=err)
+        else:
+            yield RawRecord(source=str(path), line=value.line, place=place, fields=fields)
 
 
 def _read_parquet(path: Path) -> Iterator[RawRecord]:

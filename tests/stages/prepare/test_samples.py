@@ -205,6 +205,13 @@ def test_with_strict_a_text_that_is_not_the_records_is_an_error(kit: Any, write:
     run(write([exchange("q", "")] * 2 + [exchange("q", "a")], "empty.jsonl"), tokenizer, strict=True)
 
 
+def test_blank_files_alone_are_an_error_that_says_so(chatml: Any, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("\n\n")
+    with pytest.raises(DataError, match=r"a\.jsonl and 1 more: holds no record"):
+        list(prepare([tmp_path], chatml, DataSpec(), on_incident=lambda incident: None))
+
+
 def test_a_file_without_records_among_others_is_noted(chatml: Any, write: Write, tmp_path: Path) -> None:
     table = pa.Table.from_pylist(CHATS[:2])
     pq.write_table(table, tmp_path / "a.parquet")

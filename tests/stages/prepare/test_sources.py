@@ -122,11 +122,14 @@ BAD_FILES = {
     "array cut in a string": ("a.json", b'[{"a": 1},\n{"a": "se', r"a\.json:2: not JSON: Unterminated string"),
     "array without a comma": ("a.json", b'[{"a": 1}\n{"a": 1}]', r"a\.json:2: expected ',' and something else came"),
     "array with a last comma": ("a.json", b'[{"a": 1},\n]', r"a\.json:2: expected an object"),
-    "array of strings": ("a.json", b'["secret"]', r"a\.json:1: expected an object"),
+    "array of strings": ("a.json", b'["secret"]', r"a\.json:1 \(element 1\): expected an object, found a str"),
+    "array with two commas": ("a.json", b'[{"a": 1},,{"a": 1}]', r"a\.json:1: expected an object"),
+    "array cut after a comma": ("a.json", b'[{"a": 1},', r"a\.json:1: expected an object, found the end"),
+    "array cut in a word": ("a.json", b'[{"a": 1}, tru', r"a\.json:1: not JSON: Expecting value"),
     "array and more": ("a.json", b'[{"a": 1}]\n{', r"a\.json:2: expected the end of the file"),
     "array latin1": ("a.json", b'[{"a": 1},\n{"a": "caf\xe9"}]', r"a\.json:2: not UTF-8 at byte 21"),
     "empty array": ("a.json", b"[ ]", r"a\.json: holds no record"),
-    "number": ("a.json", b"12", r"a\.json:1: expected an object"),
+    "number": ("a.json", b"12", r"a\.json:1 \(element 1\): expected an object, found a number"),
     "parquet": ("a.parquet", b"PAR1 but no more", r"a\.parquet: not a whole parquet file"),
     "arrow": ("a.arrow", b"no arrow at all, this", r"a\.arrow: not a whole arrow file"),
     "arrow file": ("a.arrow", b"ARROW1\0\0 cut", r"a\.arrow: not a whole arrow file"),
@@ -166,6 +169,16 @@ def test_the_records_after_a_malformed_line_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"n": 1}\n{"n": \n{"n": "caf\xe9"}\n{"n": 4}\n')
     records = list(read_records(tmp_path / "a.jsonl"))
     assert [(record.line, record.error is None) for record in records] == [(1, True), (2, False), (3, False), (4, True)]
+
+
+def test_the_elements_after_one_that_is_no_object_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = ["5", "-1.5e+3", "1e5", '"a"', "[1, [2]]", "true", "null"]
+    (tmp_path / "a.json").write_text('[{"n": 1}, ' + ",\n".join(others) + ', {"n": 2}]')
+    for chunk in (1, 2, 3, 1 << 18):
+        monkeypatch.setattr(json_stream, "CHUNK_BYTES", chunk)
+        records = list(read_records(tmp_path / "a.json"))
+        assert [record.error is None for record in records] == [True, *[False] * len(others), True]
+        assert [record.line for record in records] == [1, *range(1, 8), 7]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
