@@ -220,21 +220,20 @@ def _head(prompt: object, column: str, left: dict[str, Any], reading: Reading) -
     """What stands before the answer, and what joins the two as running text."""
     if not isinstance(prompt, str):
         return read_turns(prompt, column, reading), ""
-    parts = [_plain(prompt, column, reading)]
+    parts = [_plain(prompt, f"column '{column}'", reading)]
     if "input" in left:
-        parts.append(text_of(left.pop("input"), "column 'input'", reading))
+        parts.append(_plain(left.pop("input"), "column 'input'", reading))
     glue = "\n\n" if column == "instruction" or any(parts[1:]) else ""
     asked = Turn(message={"role": "user", "content": "\n\n".join(part for part in parts if part)})
     return [*_history(left, reading), asked], glue
 
 
-def _plain(value: str, column: str, reading: Reading) -> str:
+def _plain(value: object, name: str, reading: Reading) -> str:
     """Text that is not messages as JSON: whether they are meant cannot be known."""
-    if is_messages(value):
-        raise reading.error(
-            f"column '{column}': is it text, or the messages that it is as JSON? Give a list of messages"
-        )
-    return text_of(value, f"column '{column}'", reading)
+    text = text_of(value, name, reading)
+    if is_messages(text):
+        raise reading.error(f"{name}: is it text, or the messages that it is as JSON? Give a list of messages")
+    return text
 
 
 def _history(left: dict[str, Any], reading: Reading) -> list[Turn]:
@@ -247,14 +246,14 @@ def _history(left: dict[str, Any], reading: Reading) -> list[Turn]:
         if not (isinstance(pair, list) and len(pair) == 2):
             raise reading.error(f"history[{index}]: expected a pair [question, answer], found {kind_of(pair)}")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            turns.append(Turn(message={"role": role, "content": text_of(text, f"history[{index}] ({role})", reading)}))
+            turns.append(Turn(message={"role": role, "content": _plain(text, f"history[{index}] ({role})", reading)}))
     return turns
 
 
 def _turns(value: object, role: str, column: str, reading: Reading) -> list[Turn]:
     """A column that holds messages, or the text of one message of `role`."""
     if isinstance(value, str):
-        return [Turn(message={"role": role, "content": _plain(value, column, reading)})]
+        return [Turn(message={"role": role, "content": _plain(value, f"column '{column}'", reading)})]
     return read_turns(value, column, reading)
 
 

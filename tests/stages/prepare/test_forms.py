@@ -412,6 +412,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"instruction": '[{"from": "human", "value": "secret"}]', "output": "a"},
         "'instruction': is it text, or",
     ),
+    "an input that is JSON": (
+        {"instruction": "q", "input": json.dumps([user("secret")]), "output": "a"},
+        "'input': is it text, or",
+    ),
+    "a history that is JSON": (
+        {"instruction": "q", "output": "a", "history": [["q", json.dumps([assistant("secret")])]]},
+        r"history\[0\] \(assistant\): is it text, or",
+    ),
     "a user's call": (
         {"messages": [{**user("q"), "tool_calls": [call({"a": "secret"})]}, assistant("a")]},
         r"\(user\): 'tool_calls' cannot be honoured: only the assistant",
