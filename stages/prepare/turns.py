@@ -178,8 +178,11 @@ class Turns:
         For templates such as Mistral's, which move the system prompt or the tools to the last question.
         """
         content = chat.messages[index - 1]["content"] if index else ""
+        if not content.strip():
+            is_question = index and chat.messages[index - 1]["role"] == "user"
+            return self._empty_question_end(text, content, after) if is_question else -1
         said = position(history, content, last=True)
-        if said is None or not content.strip():
+        if said is None:
             return -1
         at = text.find(history[said[0] :], after)
         if at >= 0:
@@ -188,6 +191,14 @@ class Turns:
         here = position(text, content, (after, len(text)))
         shown = self._shared_tokens(text, here[1], history[said[1] :]) if here else 0
         return here[1] + shown if here and shown else -1
+
+    def _empty_question_end(self, text: str, content: str, after: int) -> int:
+        """Where a question without words ends, found by what stands around questions; or -1."""
+        before, behind = self.shape.before_question, self.shape.after_question
+        if not (before.strip() and behind.strip()):
+            return -1
+        found = ((text.find(shown, after), len(shown)) for shown in (before + content + behind, before + behind))
+        return next((at + length for at, length in found if at >= 0), -1)
 
     def _shared_tokens(self, text: str, at: int, offered: str) -> int:
         """How much of `offered` stands in the text at `at`, in whole lines and special tokens.

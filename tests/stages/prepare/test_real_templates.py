@@ -244,6 +244,22 @@ def test_supervised_characters_are_supervised_once_or_said(name: str, models: di
     assert became.get("kept", 0) + became.get("kept with incidents", 0) > 0
 
 
+@pytest.mark.parametrize("said", ["", " \n"])
+@pytest.mark.parametrize("asked", [("", "q"), ("q", ""), ("q", "", "q"), ("", "", "")])
+def test_a_question_without_words_is_found_where_a_template_moves_the_system_prompt(
+    asked: tuple[str, ...], said: str, models: dict[str, Model]
+) -> None:
+    """Defect: where the answer to it begins was said not to be tellable (Mistral)."""
+    messages: list[Record] = [{"role": "system", "content": "S"}]
+    for number, question in enumerate(asked):
+        messages.append({"role": "user", "content": question or said})
+        messages.append({"role": "assistant", "content": f"answer{number}"})
+    _, _, tokenizing = models["mistral"]
+    marked = tokenizing.mark(Chat(messages=messages), "x:1")
+    learnt = [marked.text[start:end] for start, end in marked.targets or ()]
+    assert learnt == [f" answer{number}</s>" for number in range(len(asked))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_thousands_of_conversations_are_supervised_once_or_said(name: str, models: dict[str, Model]) -> None:
