@@ -210,15 +210,18 @@ def _with_one_thought(chat: Chat, place: str, *, keyed: bool) -> Chat:
     """
     messages: list[Message] = []
     for number, message in enumerate(chat.messages, start=1):
-        inline, said = inline_thought(message["content"])
-        thought = message.get("reasoning_content")
-        if thought and inline.strip() not in ("", thought.strip()):
+        thought = (message.get("reasoning_content") or "").strip()
+        # An answer may well speak of <think> further on.
+        begin, tag, rest = message["content"].partition("<think>")
+        inline, end, said = rest.partition("</think>")
+        both = thought and tag and end and not begin.strip() and inline.strip()
+        if both and inline.strip() != thought:
             raise DataError(
                 f"message {number}: which is the thought, the one between <think> and </think> or the one beside the "
                 "content? Keep one",
                 where=place,
             )
-        if thought and inline.strip():
+        if both:
             message = {**message, "content": said.lstrip()} if keyed else _less(message, "reasoning_content")
         messages.append(message)
     return replace(chat, messages=messages)

@@ -138,6 +138,9 @@ def test_a_thought_within_the_answer_and_beside_it_counts_once(
     assert found == []
     with pytest.raises(DataError, match=r"jsonl:1: message 2: which is the thought, the one between <think> and"):
         run(write([{"messages": [QUESTION, {**answer, "reasoning_content": "t"}]}]), tokenizer)
+    for said in ("Write <think>t</think> first.", "It ends with </think>."):
+        [sample], _ = run(write([{"messages": [QUESTION, {**answer, "content": said}]}]), tokenizer)
+        assert said in targets(sample, tokenizer)
 
 
 @pytest.mark.parametrize("role", ["system", "user"])
