@@ -60,6 +60,8 @@ def free_bytes(folder: Path) -> int:
 
 def count_parameters(folder: Path) -> int:
     """Parameters of a model from the headers of its safetensors files alone. Raises StudentError without any."""
+    if not folder.is_dir():
+        raise StudentError("this is not a folder" if folder.exists() else "no such folder", where=folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise StudentError("no *.safetensors files to count the student's parameters in", where=folder)

@@ -91,8 +91,8 @@ class ExtractSpec:
     check_inputs: bool = False
 
     def choices(self) -> dict[str, object]:
-        """All that may decide which samples there are and is in no file, as JSON values."""
-        of_places = {"teacher", "data", "group", "grow", "options", "check_inputs"}
+        """All that may decide which samples a cache must hold and is in no file, as JSON values."""
+        of_places = {"teacher", "data", "group", "options", "check_inputs"}
         chosen = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in of_places}
         return chosen | {"data_spec": self.data_spec.model_dump(mode="json")}
 
@@ -171,9 +171,11 @@ def require_same(plan: Plan, existing: Plan, cache: Path) -> None:
     wanted, there = (_identity(each) for each in (plan, existing))
     for name, value in wanted.items():
         if there[name] != value:
+            changed = name.startswith(("fingerprint.", "head.", "vocabulary_digest"))
+            again = "put back the teacher's files as they were" if changed else extract_again(cache)
             raise CacheError(
                 f"this cache was made with {name} = {there[name]!r}, this command asks for {value!r}; "
-                f"choose another --cache, or {extract_again(cache)}",
+                f"choose another --cache, or {again}",
                 where=cache,
             )
 

@@ -125,7 +125,7 @@ def _check_ids(config: Any, path: Path, vocab_size: int) -> None:
     for field in IDS:
         value = getattr(text, field, None)
         for each in value if isinstance(value, list) else [value]:
-            if each is not None and (not isinstance(each, int) or not -1 <= each < vocab_size):
+            if each is not None and (type(each) is not int or not -1 <= each < vocab_size):
                 raise StudentError(
                     f"{field} is {each!r}, the student's vocabulary has {vocab_size} ids; set one of them, or null",
                     where=path,

@@ -80,15 +80,34 @@ def examine(model: PreTrainedModel, head: Head, text: np.ndarray, folder: Path) 
     own = model.config._attn_implementation
     use_packed_attention(model, model.device)
     if not _differ(model, _packed(probes), alone):
+        _require_training(model, _packed(probes[:2]), folder)
         return False
     model.set_attn_implementation(own)
-    if _differ(model, _padded(probes), alone):
+    if not _differ(model, _padded(probes), alone):
+        _require_training(model, _padded(probes[:2]), folder)
+    else:
         raise StudentError(
             f"{type(model).__name__} gives a sample other hidden states in a batch than alone, packed and padded; "
             "it cannot be trained",
             where=folder,
         )
     return True
+
+
+def _require_training(model: PreTrainedModel, batch: PackedBatch, folder: Path) -> None:
+    """Dropout and whatever else evaluation leaves out must run too; random numbers are set anew before each step."""
+    model.train()
+    try:
+        packed_hidden(model, batch)
+    except Exception as err:
+        # Any model's code, which may raise anything.
+        raise StudentError(
+            f"{type(model).__name__} does not run in training mode: {_first_line(err)}; is a dropout in its "
+            "config.json no number from 0 to 1?",
+            where=folder,
+        ) from err
+    finally:
+        model.eval()
 
 
 def _alone(model: PreTrainedModel, head: Head, probes: Sequence[torch.Tensor], folder: Path) -> list[torch.Tensor]:

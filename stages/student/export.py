@@ -149,7 +149,7 @@ def _trained_template(
     own = tokenizer.chat_template
     templates = own if isinstance(own, dict) else {"default": own}
     theirs = {"default" if name == CHAT_TEMPLATE_FILE else Path(name).stem: text for name, text in files.items()}
-    same = {name: (text or "").encode() for name, text in templates.items()} == theirs
+    same = theirs.items() <= {name: (text or "").encode() for name, text in templates.items()}.items()
     return None if same or not _went_through(theirs["default"].decode(), tokenizer, samples) else files
 
 

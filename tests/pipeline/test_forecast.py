@@ -62,3 +62,8 @@ def test_a_broken_weight_file_is_named(tmp_path: Path, data: bytes) -> None:
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StudentError, match=r"no \*\.safetensors"):
         count_parameters(tmp_path)
+
+
+def test_a_student_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(StudentError, match="no such folder"):
+        count_parameters(tmp_path / "none")

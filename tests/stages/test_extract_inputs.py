@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.chats import write_chats
 from tests.stages.extracting import extract_small, files, small_spec
 
 from kdpipe.manifests import durable, provenance
@@ -127,6 +128,14 @@ def test_what_decides_the_stop_tokens_is_an_input_too(spec: ExtractSpec, tmp_pat
     path.write_text(json.dumps(json.loads(path.read_text()) | {"top_p": 0.5}))
     extract_small(spec, tmp_path / "cache", moment=-1.0)
     assert "data" in reads
+
+
+def test_data_that_a_cache_grew_by_is_not_all_of_it(spec: ExtractSpec, tmp_path: Path) -> None:
+    extract_small(spec, tmp_path / "cache", moment=-1.0)
+    more = replace(spec, data=(write_chats(tmp_path / "more.jsonl", 9, seed=7),))
+    extract_small(replace(more, grow=True), tmp_path / "cache", moment=-1.0)
+    with pytest.raises(CacheError, match="not in this data"):
+        extract_small(more, tmp_path / "cache", moment=-1.0)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"asked": 7}', b"\x00" * 80])

@@ -77,6 +77,7 @@ def student_with(folder: Path, file: str, change: dict[str, object]) -> Path:
         ("config.json", {"eos_token_id": [2, 400]}, "eos_token_id is 400"),
         ("generation_config.json", {"eos_token_id": [2, 400]}, "eos_token_id is 400"),
         ("generation_config.json", {"pad_token_id": 320}, "pad_token_id is 320"),
+        ("generation_config.json", {"eos_token_id": True}, "eos_token_id is True"),
         ("generation_config.json", {"max_new_tokens": -5}, "it does not load"),
     ],
 )

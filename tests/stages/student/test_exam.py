@@ -104,6 +104,17 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         examined(model)
 
 
+@pytest.mark.parametrize("dropout", [1.5, -1.0, None])
+def test_what_runs_in_evaluation_alone_is_refused(dropout: float | None) -> None:
+    model = made(transformers.LlamaConfig(**SIZES))
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    with pytest.raises(StudentError, match="training mode"):
+        examined(model)
+    assert not model.training
+
+
 @pytest.mark.parametrize("length", [1, 2, 5, 20])
 def test_short_samples_are_enough(length: int) -> None:
     assert not examined(made(transformers.LlamaConfig(**SIZES)), TEXT[:length]).padded

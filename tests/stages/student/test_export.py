@@ -43,6 +43,8 @@ def test_files_that_need_no_change_are_byte_for_byte_those_of_the_folder(
     (student / "generation_config.json").write_text(json.dumps(ODD, indent=7))
     (student / "tokenizer_config.json").write_text((student / "tokenizer_config.json").read_text() + "\n\n")
     (student / "merges.txt").write_text("#version: 0.2\n")
+    (student / "additional_chat_templates").mkdir()
+    (student / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     out = exported(student, bench, tmp_path / "out")
     for name in (
         "generation_config.json",
@@ -50,6 +52,7 @@ def test_files_that_need_no_change_are_byte_for_byte_those_of_the_folder(
         "tokenizer_config.json",
         "chat_template.jinja",
         "merges.txt",
+        "additional_chat_templates/rag.jinja",
     ):
         assert (out / name).read_bytes() == (student / name).read_bytes(), name
     assert not beside(student, bench).notes
