@@ -297,7 +297,7 @@ def _call(call: Message, name: str, reading: Reading) -> Message:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise reading.error(f"{name}: expected a function with its name and arguments")
-    given = [each["arguments"] for each in (function, call) if not is_absent(each.get("arguments"))]
+    given = [each["arguments"] for each in (function, call) if each.get("arguments") not in (None, "", {})]
     if any(each != given[0] for each in given):
         raise reading.error(f"{name}: which are the arguments, those in 'function' or those beside it? Keep one")
     held = {key: value for key, value in (call | function).items() if not is_absent(value)}

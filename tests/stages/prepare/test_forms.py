@@ -629,3 +629,11 @@ def test_nulls_that_arguments_have_as_text_stay() -> None:
     chat = form({"messages": [user("q"), {**assistant(None), "tool_calls": [call('{"a": null}')]}]})
     assert isinstance(chat, Chat)
     assert chat.messages[1]["tool_calls"] == [call({"a": None})]
+
+
+@pytest.mark.parametrize("arguments", [{"city": []}, {"city": {}}, {"city": ""}, {"city": False}, {"city": 0}])
+def test_an_argument_of_nothing_is_an_argument(arguments: dict[str, Any]) -> None:
+    turns = [user("q"), {**assistant(None), "tool_calls": [call(arguments)]}]
+    chat = form({"messages": turns})
+    assert isinstance(chat, Chat)
+    assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
