@@ -49,10 +49,6 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-class NotJsonError(DataError):
-    """A text that is not JSON, as one that is cut in the middle."""
-
-
 class Doubled(dict[str, Any]):
     """An object in which a key, `name`, stands twice; it holds the last, as everywhere in Python."""
 
@@ -91,7 +87,7 @@ def parse_object(text: str, place: str) -> dict[str, Any]:
     try:
         value = DECODER.decode(text)
     except json.JSONDecodeError as err:
-        raise NotJsonError(f"not JSON: {err.msg} at column {err.pos + 1}", where=place) from None
+        raise DataError(f"not JSON: {err.msg} at column {err.pos + 1}", where=place) from err
     except RecursionError:
         raise DataError("not JSON that can be read: brackets are nested too deep", where=place) from None
     return check_object(value, place)

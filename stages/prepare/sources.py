@@ -6,6 +6,7 @@ can be read. A last line that is not JSON and has no newline is the end of a fil
 Cost: one line, one stretch of a JSON array, or a few hundred rows of a columnar file are held at a time.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import Any
 from kdpipe.manifests.errors import DataError
 from kdpipe.stages.prepare.columnar import Row, arrow_rows, parquet_rows
 from kdpipe.stages.prepare.files import Note
-from kdpipe.stages.prepare.json_stream import NotJsonError, check_object, json_values, parse_object
+from kdpipe.stages.prepare.json_stream import check_object, json_values, parse_object
+
+MALFORMED = (json.JSONDecodeError, UnicodeDecodeError)
+"""What a line that is cut in its middle causes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +76,7 @@ def _read_jsonl(path: Path) -> Iterator[RawRecord]:
             try:
                 fields = _line_object(raw, line, offset, place)
             except DataError as err:
-                if isinstance(err, NotJsonError) and not raw.endswith(b"\n"):
+                if isinstance(err.__cause__, MALFORMED) and not raw.endswith(b"\n"):
                     raise DataError(f"{err.args[0]}; the file ends in the middle of this line", where=place) from None
                 yield RawRecord(source=str(path), line=line, place=place, error=err)
             else:
@@ -88,7 +92,7 @@ def _line_object(raw: bytes, line: int, offset: int, place: str) -> dict[str, An
     except UnicodeDecodeError as err:
         # utf-8-sig counts from after the byte order mark; the bytes it saw end where the line ends.
         bad = offset + len(raw) - len(err.object) + err.start
-        raise NotJsonError(f"not UTF-8 at byte {bad}; convert the file to UTF-8", where=place) from None
+        raise DataError(f"not UTF-8 at byte {bad}; convert the file to UTF-8", where=place) from err
     return parse_object(text, place) if text.strip() else None
 
 
