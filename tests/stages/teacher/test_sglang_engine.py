@@ -315,7 +315,7 @@ def test_the_engine_ends_with_a_killed_extraction(
     )
     until = time.monotonic() + 180
     while len(hosts()) < 5 and time.monotonic() < until:  # guard, host, tracker, scheduler, detokenizer
-        assert running.poll() is None
+        assert running.poll() is None, running.communicate()[1]
         time.sleep(0.2)
     while not list(scratch.glob("*/canary")) and time.monotonic() < until:  # the engine is up
         time.sleep(0.2)
@@ -328,5 +328,5 @@ def test_the_engine_ends_with_a_killed_extraction(
     assert members(leader) == []
     assert not list(scratch.glob("kdpipe-sglang-*"))
     if number == signal.SIGTERM:
-        assert (running.returncode, said.splitlines()[-1]) == (75, "terminated")
+        assert (running.returncode, "stopped by SIGTERM; nothing was written" in said.splitlines()[-1]) == (75, True)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".cache")]
