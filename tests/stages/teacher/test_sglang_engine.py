@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -214,6 +215,13 @@ def fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder of a short name: paths of ZeroMQ's sockets have 107 characters at most, a worker's tmp_path has most."""
+    with tempfile.TemporaryDirectory(prefix="kd-") as folder:
+        yield Path(folder)
+
+
 def spec_of(bench: Bench, **options: float | str) -> ExtractSpec:
     return ExtractSpec(
         teacher=bench.teacher,
@@ -300,11 +308,9 @@ def test_an_engine_that_dies_or_hangs_is_named_and_the_run_can_go_on(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=str)
 def test_the_engine_ends_with_a_killed_extraction(
-    number: signal.Signals, bench: Bench, fault: Path, tmp_path: Path
+    number: signal.Signals, bench: Bench, fault: Path, scratch: Path, tmp_path: Path
 ) -> None:
     fault.write_text("hang")
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
     arguments = ["--teacher", bench.teacher, "--data", bench.data, "--cache", tmp_path / "cache", "--device", "cpu"]
     running = subprocess.Popen(
         [sys.executable, "-m", "kdpipe.pipeline.cli", "extract", "--engine", "sglang", *map(str, arguments)],
