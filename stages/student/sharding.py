@@ -47,7 +47,8 @@ def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype, device: torch.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     layers = set(student.model._no_split_modules or ())
     for module in student.model.modules():
-        if type(module).__name__ in layers:
+        # Mamba names its blocks and the mixers inside them: what is part of a sharded layer is sharded already.
+        if type(module).__name__ in layers and not any(isinstance(each, DTensor) for each in module.parameters()):
             _hand_out(module, device)
             fully_shard(module, mesh=mesh, mp_policy=policy)
     _hand_out(student, device)

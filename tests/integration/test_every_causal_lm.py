@@ -1,7 +1,7 @@
 """Every causal LM of transformers, as student and as teacher: equal to its own logits, or refused in one line."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,21 +13,23 @@ from tests.conftest import Bench
 from tests.families import families, make_family
 from tests.models import make_tokenizer
 from tests.stages.teacher.make_requests import make_request
+from torch.distributed.device_mesh import init_device_mesh
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, KdpipeError, StudentError, TeacherError
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed import Packer, Rows
-from kdpipe.stages.student import Student, check_student, load_student, load_teacher_head, probe_text
+from kdpipe.stages.student import Student, check_student, load_student, load_teacher_head, probe_text, shard
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Request, RowTarget
 from kdpipe.stages.teacher.head import read_head
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
+from kdpipe.stages.train import process_group
 
 CPU = torch.device("cpu")
-ODD = ("llama4_text", "gpt2", "cohere2", "rwkv", "bert")
-"""Chunked attention and a backbone without a name; positions in a table; scaled logits; no attention; a projection
-before the head."""
+ODD = ("llama4_text", "gpt2", "cohere2", "rwkv", "mamba", "bert")
+"""Chunked attention and a backbone without a name; positions in a table; scaled logits; no attention; layers within
+layers; a projection before the head."""
 
 
 def own_logits(folder: Path, ids: np.ndarray) -> torch.Tensor:
@@ -53,6 +55,7 @@ def as_student(folder: Path, bench: Bench) -> float:
     check_student(folder, cache)
     rows = Rows([cache])
     student = Student(load_student(folder, torch.float32, CPU)).train()
+    shard(student, init_device_mesh("cpu", (1,)), torch.float32, CPU)
     student.examine(probe_text(rows, np.arange(len(cache)), student.model.config), folder)
     members = [3, 17, 4]
     batch = Packer(rows, padded=student.padded).pack(members)
@@ -60,10 +63,17 @@ def as_student(folder: Path, bench: Bench) -> float:
     assert any(parameter.grad is not None for parameter in student.parameters())
     student.eval()
     with torch.no_grad():
+        student.unshard()
         ours = student.head().logits(student.hidden(batch), student.head().weight.shape[0])
     views = [rows[member] for member in members]
     own = [own_logits(folder, view.token_ids)[np.flatnonzero(view.supervised[1:])] for view in views]
     return worst(ours, torch.cat(own))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_rank() -> Iterator[None]:
+    with process_group(CPU):
+        yield
 
 
 def as_teacher(folder: Path, bench: Bench) -> float:
