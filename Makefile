@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # No page of warnings at each step: what is installed beside SGLang is checked once, by `rivals`.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
-.PHONY: venv sglang rivals demo test soak check bench clean
+.PHONY: venv sglang rivals demo test soak check mutate bench clean
 
 venv: $(VENV)/.installed
 
@@ -49,6 +49,10 @@ soak: venv sglang rivals
 
 check: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/check
+
+# Faults put into a copy one at a time: which does no test notice? ONLY="schedule clip": those with these words in them.
+mutate: venv sglang rivals
+	$(BIN)/python tools/mutate.py $(ONLY)
 
 bench: venv sglang rivals
 	for bench in tools/bench/[a-z]*.py; do $(BIN)/python $$bench --quick --json || exit 1; done

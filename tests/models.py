@@ -83,7 +83,7 @@ def make_model(
     dtype: str = "float32",
     vocab_size: int = 251,
     seed: int = 0,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, float] | None = None,
 ) -> Path:
     """A random causal LM of `kind` (one of KINDS) saved in `folder` as safetensors; `sizes` overrides its config."""
     config = transformers.AutoConfig.for_model(kind, vocab_size=vocab_size, **{**SMALL, **OWN[kind], **(sizes or {})})

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from kdpipe.manifests import failpoints
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.run import CheckpointRecord, RunInputs
+from kdpipe.manifests.specs import RunSpec
+from kdpipe.stages.checkpoint import Checkpoints, file_name
 from kdpipe.stages.feed import Rows
 from kdpipe.stages.job import TrainJob
 from kdpipe.stages.train import Run, process_group, train
@@ -43,31 +47,47 @@ class Recorder(Silent):
         return [float(str(fields[field])) for name, fields in self.events if name == kind]
 
 
+class Seeds(Recorder):
+    """Keeps after each step the seeds of all ranks' generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeds: list[list[int]] = []
+
+    def event(self, kind: str, **fields: object) -> None:
+        super().event(kind, **fields)
+        if kind == "step":
+            self.seeds.append([0] * dist.get_world_size())
+            dist.all_gather_object(self.seeds[-1], torch.initial_seed())
+
+
 def train_and_record(job: TrainJob) -> dict[str, list[float]]:
-    """Train as this rank; losses, gradient norms and tokens of every step."""
+    """Train as this rank; losses, gradient norms and tokens of every step, and how many seeds the ranks had in all."""
     torch.set_num_threads(1)
-    recorder = Recorder()
+    recorder = Seeds()
     train(job, recorder)
-    return {field: recorder.values("step", field) for field in ("loss/mean", "grad_norm", "num_tokens")}
+    found = {field: recorder.values("step", field) for field in ("loss/mean", "grad_norm", "num_tokens")}
+    return found | {"num_seeds": [len({seed for step in recorder.seeds for seed in step})]}
 
 
 def first_gradients(jobs: Mapping[str, TrainJob], folder: Path) -> None:
-    """Gradients of each job's first step, gathered from all ranks, under the model's own names, and its sums.
+    """Gradients of each job's first step, gathered from all ranks, under the model's own names; its sums; its scores.
 
-    Rank 0 saves them as folder/NAME.
+    Rank 0 saves them as folder/NAME; the scores are those of the evaluation before the first step.
     """
     torch.set_num_threads(1)
     with process_group(torch.device("cpu")) as (rank, world_size):
         for name, job in jobs.items():
             rows = Rows([Cache.open(path) for path in job.caches])
             run = Run(job, rows, torch.device("cpu"), rank=rank, world_size=world_size)
+            scores = run.evaluate_now(Silent())
             sums = run._backward(0, run.feed.num_supervised(0))
             whole = {
                 name: parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
                 for name, parameter in run.student.named_parameters()
             }
             if rank == 0:
-                torch.save((whole, sums), folder / name)
+                torch.save((whole, sums, scores), folder / name)
 
 
 class Logged(Silent):
@@ -135,3 +155,24 @@ def train_saying_when(job: TrainJob, folder: Path) -> dict[str, object]:
 
     torch.set_num_threads(1)
     return train(job, Sayer() if os.environ["RANK"] == "0" else Silent())
+
+
+def newest_of_two(output: Path) -> list[tuple[int, str]]:
+    """Two checkpoints, rank 1's file of the newer one damaged: the step that each rank goes on from, and its note."""
+    with process_group(torch.device("cpu")) as (rank, world_size):
+        checkpoints = Checkpoints(output, 2, torch.device("cpu"))
+        inputs = RunInputs(student="", caches=(), heldout_fraction=0.0, spec=RunSpec())
+        for step in (2, 4):
+            state = {f"weight.{rank}": torch.arange(100.0) + step}
+            record = CheckpointRecord(inputs=inputs, step=step, num_tokens=0, num_skipped=0, lr_factor=1.0, files=())
+            checkpoints.save(state, record)
+        if rank == 0:
+            victim = checkpoints.path(4) / file_name(1)
+            data = victim.read_bytes()
+            victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        dist.barrier()
+        recorder = Recorder()
+        found = checkpoints.newest(recorder)
+        told = [(0, "")] * world_size
+        dist.all_gather_object(told, (found.step if found else 0, "\n".join(recorder.notes)))
+        return told

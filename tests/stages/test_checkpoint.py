@@ -12,12 +12,12 @@ import transformers
 from tests.chats import write_chats
 from tests.conftest import Apart, Bench
 from tests.models import make_tokenizer
-from tests.stages.ranks import Recorder, read_steps, train_logged, train_until
+from tests.stages.ranks import Recorder, newest_of_two, read_steps, train_logged, train_until
 from tests.stages.test_train import job_for
 
 from kdpipe.manifests.errors import ConfigError, CorruptError, KdpipeError, TemporaryError
 from kdpipe.manifests.progress import Silent
-from kdpipe.manifests.run import CHECKPOINT_FILE
+from kdpipe.manifests.run import CHECKPOINT_FILE, read_run
 from kdpipe.manifests.running import RUNNING_FILE
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.pipeline.launch import launch
@@ -382,6 +382,66 @@ def test_a_step_that_is_not_finite_is_left_out(
     assert recorder.values("step", "num_skipped") == [0, 0, 1, 1, *([2] * 8)]
     assert recorder.values("step", "lr")[-1] == pytest.approx(1e-3 * factor)
     assert (tmp_path / "model.safetensors").is_file()
+
+
+class Stopper(Recorder):
+    """Asks the run to stop at a step; it ends after the next one."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def event(self, kind: str, **fields: object) -> None:
+        super().event(kind, **fields)
+        if (kind, fields.get("step")) == ("step", self._step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("policy", ["skip", "halve"])
+def test_a_run_that_left_steps_out_goes_on_bit_for_bit(
+    policy: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW's count of updates, the rate's factor and the count of what was left out are those of the whole run."""
+    own = Run._clip
+    monkeypatch.setattr(Run, "_clip", lambda run: float("nan") if run.done in (1, 3, 6) else own(run))
+    whole, job = (small_job(bench, tmp_path / name, max_steps=8, on_nonfinite=policy) for name in ("whole", "parts"))
+    right, first, second = Recorder(), Stopper(4), Recorder()
+    train(whole, right)
+    with pytest.raises(TemporaryError, match="its state after step 5 is saved"):
+        train(job, first)
+    train(job, second)
+    assert second.values("step", "step") == [6, 7, 8]
+    for field in ("loss/mean", "grad_norm", "lr", "num_skipped"):
+        parts = first.values("step", field) + second.values("step", field)
+        assert [each.hex() for each in parts] == [each.hex() for each in right.values("step", field)], field
+    assert right.values("step", "num_skipped")[-1] == 3
+    assert weights(job.output) == weights(whole.output)
+    assert read_run(job.output) == read_run(whole.output)
+
+
+def test_the_checkpoint_gone_on_from_stays_until_a_newer_one_is_there(bench: Bench, tmp_path: Path) -> None:
+    """A run that is killed before its next checkpoint must find one."""
+    job = small_job(bench, tmp_path, max_steps=6, save_every=2)
+    with pytest.raises(TemporaryError):
+        train(job, Stopper(2))
+    left: list[list[str]] = []
+
+    class Looker(Recorder):
+        def event(self, kind: str, **fields: object) -> None:
+            if kind == "resume":
+                left.append(sorted(path.name for path in (job.output / "checkpoints").glob("0*")))
+
+    train(job, Looker())
+    assert left == [["000002", "000003"]]
+
+
+def test_damage_that_one_rank_finds_counts_for_all(tmp_path: Path) -> None:
+    """Each rank reads its own share of a checkpoint's files: rank 1's is the damaged one."""
+    damaged = "the checkpoint of step 4 is damaged ({}); taking the one before"
+    assert launch(newest_of_two, tmp_path, nproc=2) == [
+        (2, damaged.format("found by another rank")),
+        (2, damaged.format(f"{file_name(1)} is not what was written")),
+    ]
 
 
 @pytest.mark.slow

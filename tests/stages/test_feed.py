@@ -202,11 +202,13 @@ def test_teacher_rows_keep_the_dtype_and_the_bits(tmp_path: Path, dtype: str) ->
 
 
 def test_the_row_buffer_is_used_again(rows: Rows) -> None:
-    packer = Packer(rows)
-    large, small = packer.pack(range(20)).teacher_rows, packer.pack([4]).teacher_rows
-    assert small.data_ptr() == large.data_ptr()
-    larger = packer.pack(range(43)).teacher_rows
-    assert torch.equal(packer.pack(range(43)).teacher_rows, larger)
+    packer, members = Packer(rows), [range(20), [4], range(43), [7, 4], range(43)]
+    found = [packer.pack(some).teacher_rows for some in members]
+    assert found[0].data_ptr() == found[1].data_ptr() != found[2].data_ptr()
+    assert found[2].data_ptr() == found[3].data_ptr() == found[4].data_ptr()
+    for some in members:
+        expected = torch.cat([Packer(rows).pack([member]).teacher_rows for member in some])
+        assert torch.equal(packer.pack(some).teacher_rows, expected)
 
 
 def test_a_batch_without_samples_is_one_token_and_no_row(rows: Rows) -> None:

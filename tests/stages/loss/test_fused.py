@@ -235,6 +235,15 @@ def test_a_thousand_chunks_of_bf16_lose_no_more_than_one() -> None:
     assert errors(found, truth(inputs, kd_weight=0.5))[4] < 5e-3
 
 
+def test_a_sum_in_the_heads_own_dtype_is_taken_where_it_is_asked_for() -> None:
+    """A thousand chunks show it: a bf16 running sum is off by percents, and nothing else is."""
+    inputs = make_inputs(1021, 33, dtype=torch.bfloat16)
+    found = outcome(fused_distill_loss, inputs, chunk_tokens=1, kd_weight=0.5, head_grad_fp32=False)
+    off = errors(found, truth(inputs, kd_weight=0.5))
+    assert off[5] > 2e-2
+    assert off[4] < 5e-3
+
+
 @pytest.mark.parametrize("magnitude", [1e3, 1e4])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_logits_of_ten_thousand_stay_exact(divergence: str, magnitude: float) -> None:

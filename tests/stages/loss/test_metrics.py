@@ -6,6 +6,7 @@ from tests.stages.loss.cases import make_inputs
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.loss import Head, TokenMetrics, reference_distill_loss, token_metrics
+from kdpipe.stages.loss.metrics import HEAD_ROWS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -36,6 +37,26 @@ def test_metrics_are_sums_over_the_labelled_tokens(dtype: torch.dtype) -> None:
         torch.testing.assert_close(getattr(found, name), right.double(), rtol=1e-6, atol=0.0)
     assert float(found.top1_agree) == float(agree)
     assert float(found.num_tokens) == int(kept.sum())
+
+
+def test_a_head_that_is_widened_in_parts_is_whole() -> None:
+    inputs = make_inputs(23, HEAD_ROWS * 2 + 5)
+    found = token_metrics(
+        inputs.student_hidden,
+        Head(inputs.student_head),
+        inputs.teacher_hidden,
+        Head(inputs.teacher_head),
+        inputs.labels,
+    )
+    s, t = (
+        (getattr(inputs, f"{owner}_hidden") @ getattr(inputs, f"{owner}_head").T).detach().double().log_softmax(-1)
+        for owner in ("student", "teacher")
+    )
+    kept = inputs.labels != -100
+    kl = (t.exp() * (t - s)).sum(-1)[kept].sum()
+    ce = -s.gather(1, inputs.labels.clamp_min(0)[:, None])[kept].sum()
+    torch.testing.assert_close(found.forward_kl, kl, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(found.ce, ce, rtol=1e-5, atol=0.0)
 
 
 def test_no_tokens_are_sums_of_zero() -> None:
