@@ -19,6 +19,7 @@ Cost: one start of pytest a fault, some ten seconds each.
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -94,18 +95,14 @@ def copied(fault: Fault | None = None) -> Iterator[Path]:
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     with tempfile.TemporaryDirectory(prefix="kdpipe-mutate-") as folder:
-        tree = Path(folder) / "tree"
-        for name in names:
-            if name and (ROOT / name).is_file():
+        tree = Path(folder)
+        for name in filter(None, names):
+            if os.path.lexists(ROOT / name):
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
-                (tree / name).write_bytes((ROOT / name).read_bytes())
-                (tree / name).chmod((ROOT / name).stat().st_mode)
+                shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
         if fault is not None:
             path = tree / fault.file
             path.write_text(path.read_text().replace(fault.old, fault.new))
-        (Path(folder) / "path" / "kdpipe").mkdir(parents=True)
-        for package in PACKAGES:
-            (Path(folder) / "path" / "kdpipe" / package).symlink_to(tree / package)
         yield tree
 
 
@@ -113,9 +110,9 @@ def environment(tree: Path) -> dict[str, str]:
     """That of processes which import kdpipe from the copy.
 
     The installed kdpipe is a map from its packages to the working tree, asked after sys.path: what PYTHONPATH has of
-    the same name is found first, by every process that a test starts.
+    the same name is found first, by every process that a test starts. tools/typing has links to the three packages.
     """
-    own = {"PYTHONPATH": str(tree.parent / "path"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    own = {"PYTHONPATH": str(tree / "tools/typing"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | own
 
 

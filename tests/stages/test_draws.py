@@ -37,3 +37,9 @@ def test_numbers_are_uniform_and_independent() -> None:
     assert ((counts - 2000) ** 2 / 2000).sum() < 99 + 4 * (2 * 99) ** 0.5  # chi squared of 99 degrees, 4 sigma
     between = torch.corrcoef(drawn.T) - torch.eye(4)
     assert between.abs().max() < 4 / 50_000**0.5
+
+
+def test_no_number_can_be_zero_or_one() -> None:
+    """Each lies in the middle of one of 2^48 equal parts: the smallest there can be is 2^-49."""
+    drawn = uniform(torch.arange(1000), 4, seed=0) * 2.0**49
+    assert bool((drawn % 2 == 1).all())

@@ -85,6 +85,39 @@ def test_a_window_is_packed(window: int) -> None:
     assert not examined(model, np.resize(TEXT, 320)).padded
 
 
+def leaking(share: float, place: int, last: int) -> transformers.PreTrainedModel:
+    """To the last tokens of a row that has more than `place`, a share of the token at that place is added.
+
+    Alone that is one of the sample's own, in a packed row one of another sample.
+    """
+
+    def leak(_module: torch.nn.Module, _args: Any, hidden: torch.Tensor) -> torch.Tensor:
+        added = torch.zeros_like(hidden)
+        added[:, -last:] = share * hidden[:, place : place + 1] if hidden.shape[1] > place + last else 0.0
+        return hidden + added
+
+    model = made(transformers.LlamaConfig(**SIZES))
+    model.model.layers[0].register_forward_hook(leak)
+    return model
+
+
+@pytest.mark.parametrize(("share", "last"), [(0.02, 40), (0.5, 14)])
+def test_a_little_of_another_sample_is_seen_wherever_it_is(share: float, last: int) -> None:
+    """A fiftieth in most rows of the longest sample; half in its last fifth."""
+    assert examined(leaking(share, 20, last)).padded
+    assert not examined(leaking(1e-6, 20, last)).padded
+
+
+@pytest.mark.parametrize(("off", "dtype"), [(1e-4, torch.float32), (0.05, torch.bfloat16)], ids=str)
+def test_logits_a_little_off_the_formula_are_refused(off: float, dtype: torch.dtype) -> None:
+    model = made(transformers.LlamaConfig(**SIZES)).to(dtype)
+    handle = model.lm_head.register_forward_hook(lambda _module, _args, logits: logits * (1.0 + off))
+    with pytest.raises(StudentError, match="differ from the model's own by"):
+        examined(model)
+    handle.remove()
+    examined(model)
+
+
 def test_an_encoder_that_sees_later_tokens_is_refused() -> None:
     with pytest.raises(StudentError, match="sees the tokens after it"):
         examined(made(transformers.BertGenerationConfig(**SIZES)))

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from tests.conftest import Bench
+from tests.stages.conftest import STUDENTS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -48,6 +50,23 @@ def gradients(
         value.backward()
         total += value.detach()
     return {"loss": total} | {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["plain", *STUDENTS])
+def test_rows_and_head_of_a_cache_give_the_teachers_own_logits(
+    kind: str, bench: Bench, families: dict[str, Bench]
+) -> None:
+    """What a student distils from is the teacher's distribution: bias, scale and soft cap with it."""
+    some = families.get(kind, bench)
+    cache = Cache.open(some.cache)
+    teacher = load_teacher_head(cache, CPU)
+    model = transformers.AutoModelForCausalLM.from_pretrained(some.teacher, dtype=torch.float32)
+    view = cache[0]
+    with torch.no_grad():
+        logits = model(torch.tensor(view.token_ids, dtype=torch.int64)[None]).logits[0]
+    at = torch.nonzero(torch.tensor(view.supervised)[1:])[:, 0]
+    ours = teacher.head.logits(torch.tensor(view.rows), teacher.vocab_size)
+    assert (ours - logits[at, :300]).abs().max() <= 2e-6 * logits.abs().max()
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.divergence}-{loss.kd_weight}")
