@@ -19,6 +19,10 @@ Place = tuple[str, str]
 """Function that asked for a flush, and the folder it flushed or flushed a file in: "publish", "shards"."""
 
 
+class LostError(Exception):
+    """A cut lost what was promised: what a test expects where a flush is left out, and no error of its own harness."""
+
+
 @dataclass(eq=False)
 class PowerCut:
     """Watches os.fsync while the block runs; `folder` and what is in it already counts as on the disk."""

@@ -17,6 +17,7 @@ from kdpipe.manifests.access import ReadFile
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, CorruptError
 from kdpipe.manifests.shard import BLOCK, shard_path
+from kdpipe.manifests.specs import Io
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,20 @@ def test_every_block_is_checked_when_it_is_touched_first(io: str, folder: Path, 
     spans = enumerate(pairwise(begins.tolist()))
     assert bad == [index for index, (begin, end) in spans if begin < end and end > BLOCK and begin < 2 * BLOCK]
     assert bad
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_both_blocks_of_a_sample_are_checked_where_they_are_read_together(io: Io, folder: Path, tmp_path: Path) -> None:
+    """Nothing of the shard was read before: the sample's rows begin in its first block and end in its second."""
+    begins = Cache.open(folder).shard(0).row_offsets * 900
+    index = next(at for at, (begin, end) in enumerate(pairwise(begins.tolist())) if begin < BLOCK < end)
+    for number, place in enumerate((BLOCK - 1, BLOCK)):
+        broken = shutil.copytree(folder, tmp_path / str(number))
+        data = bytearray(shard_path(broken, 0).read_bytes())
+        data[4096 + place] ^= 4
+        shard_path(broken, 0).write_bytes(data)
+        said = f"bytes {4096 + place // BLOCK * BLOCK}-{4096 + (place // BLOCK + 1) * BLOCK - 1} do not match"
+        assert said in refusal(Cache.open(broken, io=io), index)
 
 
 def test_a_file_that_shrinks_is_an_error_when_it_is_read(folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A cache gives every sample's rows without a copy, says what it lacks, and finds what was damaged."""
 
 import json
+import mmap
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +11,13 @@ import numpy as np
 import pytest
 from tests.caches import array_dtype, fill_shard, make_cache, make_plan, make_samples, random_rows, verified
 
+from kdpipe.manifests import access
 from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.errors import CacheError, CorruptError, IncompleteError, KdpipeError, LayoutError
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE
 from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import commit_path, shard_path
+from kdpipe.manifests.specs import Io
 
 
 def test_every_sample_comes_with_its_ids_its_mask_and_its_rows(tmp_path: Path) -> None:
@@ -82,6 +86,7 @@ def test_the_held_out_split_is_the_same_for_every_cache_of_the_same_texts(tmp_pa
     np.testing.assert_array_equal(one.heldout(), other.heldout())
     np.testing.assert_array_equal(one.heldout(), one.heldout(one.plan.heldout_fraction))
     assert not (one.heldout(0.1) & ~one.heldout(0.6)).any()
+    assert [int(one.heldout(fraction).sum()) for fraction in (0.0, 1.0)] == [0, 40]
 
 
 def test_the_same_arguments_give_byte_identical_caches(tmp_path: Path) -> None:
@@ -147,6 +152,22 @@ def test_info_has_every_promised_key_and_is_json(tmp_path: Path) -> None:
     assert (info["num_samples"], info["hidden_size"], info["vocab_size"]) == (21, 19, 97)
     assert info["num_tokens"] == sum(len(view.token_ids) for view in cache)
     assert info["num_bytes"] == sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_work_in_progress_counts_for_nothing_in_the_size(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path)
+    before = cache.num_bytes()
+    (cache.path / "tmp" / "000009.safetensors.1-a").write_bytes(bytes(1000))
+    assert cache.num_bytes() == before > 1000
+
+
+def test_the_first_shard_of_a_lost_plan_says_that_it_is_lost(tmp_path: Path) -> None:
+    """Committed once the cache had grown, and the folder of the plan that brought it is gone."""
+    number = len(make_cache(tmp_path).plan.shards)
+    shutil.copy(commit_path(tmp_path, number - 1), commit_path(tmp_path, number))
+    with pytest.raises(LayoutError, match=f"shard {number} is committed, its plans have {number} shards") as caught:
+        Cache.open(tmp_path)
+    assert "a folder of grown/ is lost" in str(caught.value)
 
 
 def test_no_cache_is_said_so(tmp_path: Path) -> None:
@@ -220,8 +241,37 @@ def test_no_flipped_bit_in_any_file_of_a_cache_goes_unnoticed(whole: Path, tmp_p
     assert verified(folder) == list(range(4))
 
 
-def test_prefetching_changes_nothing(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path)
-    for index in range(len(cache)):
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_prefetching_asks_for_the_bytes_of_a_samples_rows(
+    io: Io, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real calls, whose places and lengths are written down: nothing else tells that the kernel was asked."""
+    make_cache(tmp_path)
+    cache, asked = Cache.open(tmp_path, io=io), []
+    advise, madvise = os.posix_fadvise, access._libc.madvise
+
+    def by_offset(descriptor: int, begin: int, length: int, advice: int) -> None:
+        asked.append((begin, length, advice == os.POSIX_FADV_WILLNEED))
+        advise(descriptor, begin, length, advice)
+
+    def by_address(address: int, length: int, advice: int) -> int:
+        asked.append((address, length, advice == mmap.MADV_WILLNEED))
+        return madvise(address, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", by_offset)
+    monkeypatch.setattr(access._libc, "madvise", by_address)
+    for index, view in enumerate(cache):
+        asked.clear()
         cache.prefetch(index)
+        if not len(view.rows):
+            assert all(length == 0 or io == "mmap" for _, length, _ in asked)
+            continue
+        ((at, length, wanted),) = asked
+        begin = view.rows.__array_interface__["data"][0]
+        if io == "pread":
+            shard = cache.shard(int(cache.samples.column("shard")[index]))
+            at += begin - shard.layout.tensors["hidden"].begin - int(cache.samples.column("first_row")[index]) * 38
+        assert wanted
+        assert begin - mmap.PAGESIZE < at <= begin
+        assert at + length == begin + view.rows.nbytes
     assert verified(cache.path) == list(range(len(cache.plan.shards)))

@@ -66,6 +66,21 @@ def test_a_silent_writers_claim_is_taken_over_and_a_living_ones_is_not(cache: Pa
     assert not Claims(cache, seconds=100.0).take(1)
 
 
+@pytest.mark.parametrize("ahead", [3600.0, -3600.0])
+def test_a_clock_unlike_that_of_the_file_system_does_not_age_a_claim(
+    ahead: float, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of a server have its times: a machine whose clock is an hour off still sees who is at work."""
+    one, own = Claims(cache, seconds=100.0), time.time
+    one.take(1)
+    monkeypatch.setattr(time, "time", lambda: own() + ahead)
+    assert not Claims(cache, seconds=100.0).take(1)
+    monkeypatch.undo()
+    backdate(one.path(1), 110)
+    monkeypatch.setattr(time, "time", lambda: own() + ahead)
+    assert Claims(cache, seconds=100.0).take(1)
+
+
 def test_a_claim_of_the_far_future_holds_nothing(cache: Path) -> None:
     """A copied folder, a clock that was wrong: it would never be old enough to be taken over."""
     claims = Claims(cache)
@@ -85,11 +100,15 @@ def test_a_dead_process_of_this_machine_holds_nothing(cache: Path) -> None:
         assert claims.held_by_another(2) != free
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"host": 1}', "\0"])
-def test_a_claim_that_says_nothing_counts_by_its_age_or_not_at_all(cache: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "counts"), [("", False), ("{", False), ("\0", False), ("[1]", True), ('{"host": 1}', True)]
+)
+def test_a_claim_that_names_nobody_counts_by_its_age_and_what_is_no_claim_not_at_all(
+    cache: Path, content: str, counts: bool
+) -> None:
     claims = Claims(cache, seconds=100.0)
     claims.path(0).write_text(content)
-    claims.held_by_another(0)
+    assert claims.held_by_another(0) == counts
     backdate(claims.path(0), 200)
     assert claims.take(0)
 

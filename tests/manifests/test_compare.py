@@ -2,14 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.caches import fill_shard, make_cache, random_rows
+from tests.caches import fill_shard, make_cache, make_samples, random_rows
 from tests.conftest import Main
 
-from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.cache import HEAD_FILE, Cache, teacher_files, write_head
 from kdpipe.manifests.compare import TOLERANCE, compare, row_distance
 from kdpipe.manifests.errors import CacheError
 from kdpipe.manifests.plan import Plan
@@ -75,6 +76,28 @@ def test_nan_is_worse_than_anything() -> None:
     assert np.isnan(row_distance(ours, theirs)[1])
     assert row_distance(np.zeros((1, 2)), np.zeros((1, 2))).tolist() == [0.0]
     assert row_distance(np.zeros((1, 2)), np.ones((1, 2)))[0] > 1e300
+
+
+def test_caches_of_other_masks_or_heads_are_told_apart(tmp_path: Path) -> None:
+    samples = make_samples(21)
+    at = next(index for index, sample in enumerate(samples) if sample.supervised[1:].any())
+    masks = [sample.supervised.copy() for sample in samples]
+    masks[at][1:] = np.roll(masks[at][1:], 1)  # as many rows, of other tokens
+    assert not np.array_equal(masks[at], samples[at].supervised)
+    others = [replace(sample, supervised=mask) for sample, mask in zip(samples, masks, strict=True)]
+    one = make_cache(tmp_path / "one", samples=samples, has_bias=True)
+    with pytest.raises(CacheError, match=f"sample {at} has other tokens or another mask"):
+        compare(one, make_cache(tmp_path / "masks", samples=others, has_bias=True))
+    assert compare(one, one).heads_equal
+    folder = shutil.copytree(one.path, tmp_path / "head")
+    for part in ("weight", "bias"):
+        arrays = {"weight": one.head().weight.copy(), "bias": one.head().bias}
+        arrays[part] = arrays[part] + arrays[part].dtype.type(1)
+        (folder / "teacher" / HEAD_FILE).unlink()
+        write_head(folder / "teacher", arrays["weight"], arrays["bias"], dtype=one.plan.head.dtype)
+        plan = one.plan.model_copy(update={"teacher_files": teacher_files(folder / "teacher")})
+        found = compare(one, Cache(folder, one.plan.model_copy(update={"teacher_files": plan.teacher_files})))
+        assert (found.heads_equal, found.rows_equal) == (False, 1.0), part
 
 
 def test_caches_of_other_samples_or_widths_are_refused(cache: Path, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from kdpipe.manifests.durable import canonical, disk_error, file_system, publish, scratch_name, write_once
+from kdpipe.manifests.durable import canonical, disk_error, file_system, publish, scratch_name, sweep, write_once
 from kdpipe.manifests.errors import SpaceError
 
 
@@ -52,6 +53,20 @@ def test_publishing_replaces_nothing_and_leaves_the_loser_to_its_owner(tmp_path:
 
 def test_scratch_names_never_repeat(tmp_path: Path) -> None:
     assert len({scratch_name(tmp_path, "a") for _ in range(100)}) == 100
+
+
+def test_what_was_made_a_moment_ago_is_not_swept_and_what_is_older_is(tmp_path: Path) -> None:
+    """Its maker may not have come to hold it yet."""
+    for name in ("file", "folder/in/it"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    sweep(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    with pytest.MonkeyPatch.context() as patch:
+        later = time.time() + 3
+        patch.setattr(time, "time", lambda: later)
+        sweep(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

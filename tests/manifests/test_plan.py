@@ -44,6 +44,13 @@ def test_no_budget_puts_every_sample_alone_in_order() -> None:
     assert cut_batches([5, 3, 9], 0).tolist() == [0, 1, 2]
 
 
+def test_samples_of_one_length_are_batched_in_order() -> None:
+    assert cut_batches([5] * 40, 10).tolist() == [index // 2 for index in range(40)]
+    assert cut_batches([7, 5] * 20, 14).tolist() == [
+        10 + index // 4 if index % 2 == 0 else index // 4 for index in range(40)
+    ]
+
+
 def test_planning_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     plans = [make_plan(tmp_path / name, make_samples(30), batch_tokens=90) for name in ("one", "two")]
     assert plans[0].digest == plans[1].digest
@@ -95,6 +102,15 @@ def test_a_column_spans_all_shards(tmp_path: Path) -> None:
     table = Samples(tmp_path / "c", make_plan(tmp_path / "c", samples, shard_tokens=150))
     assert table.column("num_tokens").tolist() == [len(sample.token_ids) for sample in samples]
     assert [row.tobytes() for row in table.column("content_id")] == [sample.content_id for sample in samples]
+
+
+def test_samples_that_fill_a_shard_exactly_stay_together(tmp_path: Path) -> None:
+    samples = make_samples(6)
+    size = sum(len(sample.token_ids) for sample in samples[:3])
+    plan = make_plan(tmp_path / "exact", samples[:3], shard_tokens=size)
+    assert [shard.num_samples for shard in plan.shards] == [3]
+    plan = make_plan(tmp_path / "less", samples[:3], shard_tokens=size - 1)
+    assert [shard.num_samples for shard in plan.shards] == [2, 1]
 
 
 def test_a_sample_longer_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None:

@@ -41,6 +41,17 @@ def test_no_fraction_holds_out_nothing_and_the_whole_everything(content_ids: np.
     assert is_heldout(content_ids, 1.0).all()
 
 
+def test_which_samples_are_held_out_never_changes() -> None:
+    """By hand: the first eight bytes are the digits of a fraction to the base of 256."""
+    digits = [(0x80, 0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0, 0, 0x80), (0x40, 0xFF, 0, 0, 0, 0, 0, 0), (0xFF,) * 8]
+    content_ids = np.array([each + (0x99,) * 8 for each in digits], np.uint8)
+    edges = [0.5, 0.0, 0x40FF / 0x10000, 1 - 2**-53]
+    for index, edge in enumerate(edges):
+        assert not is_heldout(content_ids, edge)[index]
+        assert is_heldout(content_ids, float(np.nextafter(edge, 1)))[index]
+    assert content_id({"b": "ü", "a": [1, None]}).hex() == "99d384bcceb172977f6eaf4ef3a0327d"
+
+
 def test_the_share_held_out_is_near_the_fraction() -> None:
     content_ids = np.frombuffer(b"".join(content_id(i) for i in range(4000)), np.uint8).reshape(-1, ID_BYTES)
     assert is_heldout(content_ids, 0.1).mean() == pytest.approx(0.1, abs=0.02)

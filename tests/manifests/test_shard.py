@@ -12,6 +12,7 @@ from pathlib import Path
 import crc32c
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
@@ -412,13 +413,26 @@ def test_verify_finds_a_block_whose_checksum_was_made_to_match(golden: Path) -> 
         shard.verify(Samples(golden, read_plan(golden)).shard(0))
 
 
-def test_verify_compares_the_tables_with_samples_arrow(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("token_ids", lambda ids: [[*ids[0][:-1], ids[0][-1] ^ 1], *ids[1:]]),
+        ("supervised", lambda masks: [[*masks[0][:-1], not masks[0][-1]], *masks[1:]]),
+        ("num_rows", lambda counts: [counts[1], counts[0], *counts[2:]]),
+        ("content_id", lambda ids: [*ids[:-1], bytes(16)]),
+    ],
+)
+def test_verify_compares_every_table_with_samples_arrow(
+    name: str, change: Callable[[list], list], golden: Path
+) -> None:
     """A shard with good checksums that is not of these samples: only somebody who forges commit records makes one."""
-    make_plan(tmp_path / "mine", make_samples(21, seed=1))
-    plan = make_plan(tmp_path / "other", make_samples(21, seed=1, vocab_size=50))
-    fill_shard(tmp_path / "other", 0)
-    with pytest.raises(CorruptError, match=r"not those of samples\.arrow"):
-        open_shard(tmp_path / "other").verify(Samples(tmp_path / "mine", plan).shard(0))
+    samples, shard = Samples(golden, read_plan(golden)).shard(0), open_shard(golden)
+    shard.verify(samples)
+    at = samples.schema.get_field_index(name)
+    changed = pa.array(change(samples.column(at).to_pylist()), samples.schema.field(at).type)
+    assert changed != samples.column(at)
+    with pytest.raises(CorruptError, match=r"its ids, masks or row counts are not those of samples\.arrow"):
+        shard.verify(samples.set_column(at, samples.schema.field(at), changed))
 
 
 def test_a_commit_record_is_canonical_json(golden: Path) -> None:

@@ -73,6 +73,14 @@ def test_an_override_of_another_form_is_shown_the_form(override: str) -> None:
     assert f"'{override}' is not of the form table.key=value" in refused(override)
 
 
+def test_keys_given_beside_a_preset_win_and_another_divergence_leaves_its_options() -> None:
+    loss = load(None, ("loss.preset=trl", "loss.kd_weight=0.25")).loss
+    assert (loss.divergence, loss.kd_weight, loss.options) == ("jsd", 0.25, {"beta": 0.5})
+    loss = load(None, ("loss.divergence=forward_kl", "loss.preset=trl")).loss
+    assert (loss.divergence, loss.kd_weight, loss.options) == ("forward_kl", 1.0, {})
+    assert load(None, ("loss.preset=trl", "loss.options.beta=0.9")).loss.options == {"beta": 0.9}
+
+
 def test_a_value_is_no_table(tmp_path: Path) -> None:
     assert "'lr' is a value, not a table" in refused("train.lr=1", "train.lr.x=2")
 

@@ -1,6 +1,7 @@
 """Verify finds and names every damage there is; repair puts it aside and nothing else; gc removes what no one needs."""
 
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ import pytest
 from tests.caches import fill_shard, grow_plan, make_cache, make_samples, random_rows, verified
 
 from kdpipe.manifests import durable
+from kdpipe.manifests import plan as plan_module
 from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.durable import hold
 from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Plan, plan_folder, read_plan
-from kdpipe.manifests.shard import commit_path, shard_path
+from kdpipe.manifests.shard import BLOCK, commit_path, shard_path
 from kdpipe.manifests.verify import Level, check, collect_garbage, examine, put_aside, repair
 
 SOAK = [pytest.mark.slow, pytest.mark.timeout(7200)]
@@ -49,16 +51,26 @@ def test_all_damage_is_told_not_the_first(cache: Path) -> None:
     assert all(isinstance(findings[part], CorruptError) for part in ("samples", "head", 1, 3))
 
 
-@pytest.mark.parametrize("name", ["header", "size", "row_offsets", "sample_ids", "crc32c table's end", "first rows"])
+@pytest.mark.parametrize("name", ["header", "size", "row_offsets", "sample_ids", "crc32c table's end"])
 def test_a_quick_look_finds(name: str, cache: Path) -> None:
     path = shard_path(cache, 1)
     tensors = Cache.open(cache).shard(1).layout.tensors
     if name == "size":
         path.write_bytes(path.read_bytes()[:-1])
     else:
-        at = {"header": 70, "crc32c table's end": -1, "first rows": tensors["hidden"].begin}
+        at = {"header": 70, "crc32c table's end": -1}
         flip(path, at[name] if name in at else tensors[name].begin)
     assert damaged(cache, "quick") == [1]
+
+
+@pytest.mark.parametrize(("at", "found"), [(0, [0]), (BLOCK - 1, [0]), (BLOCK, [])])
+def test_a_quick_look_finds_damage_in_the_first_rows_and_not_in_the_next(
+    at: int, found: list[int], tmp_path: Path
+) -> None:
+    """Rows of 40 KB: the shard has several blocks, and the tables that are read on opening are in the last."""
+    cache = make_cache(tmp_path / "c", num_samples=8, hidden_size=20_011, vocab_size=1).path
+    flip(shard_path(cache, 0), Cache.open(cache).shard(0).layout.body + at)
+    assert (damaged(cache, "quick"), damaged(cache, "full")) == (found, [0])
 
 
 def test_a_quick_look_finds_samples_of_another_cache(cache: Path, tmp_path: Path) -> None:
@@ -118,6 +130,40 @@ def test_a_deep_look_finds_rows_that_are_not_finite(tmp_path: Path) -> None:
         path.unlink()
     fill_shard(tmp_path / "c", 2, rows=rows)
     assert (damaged(tmp_path / "c", "full"), damaged(tmp_path / "c", "deep")) == ([], [2])
+
+
+@pytest.mark.parametrize("wrong", [slice(0, -1), slice(1, None)], ids=["the last row", "the first row"])
+def test_a_deep_look_finds_rows_that_the_mask_does_not_ask_for(
+    wrong: slice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planned by a kdpipe that counted otherwise: samples.arrow and the shard agree, and the mask has other rows."""
+    own = plan_module.row_positions
+    monkeypatch.setattr(plan_module, "row_positions", lambda mask, every=False: own(mask, every=every)[wrong])
+    make_cache(tmp_path / "c")
+    monkeypatch.undo()
+    assert damaged(tmp_path / "c", "full") == []
+    assert damaged(tmp_path / "c", "deep") == [*range(len(Cache.open(tmp_path / "c").plan.shards))]
+    errors = [finding.error for finding in examine(Cache.open(tmp_path / "c"), "deep") if finding.damaged]
+    assert all(re.search(r"sample \d+ of it has \d+ rows, its mask \d+", str(error)) for error in errors)
+
+
+def test_a_repair_that_is_killed_leaves_no_commit_record_without_its_shard(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(shard_path(cache, 1), -9)
+    own, moved = durable.fsync_folder, []
+
+    def flush(folder: Path) -> None:
+        own(folder)
+        moved.append(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(durable, "fsync_folder", flush)
+    with pytest.raises(KeyboardInterrupt):
+        repair(Cache.open(cache))
+    assert moved == [cache / "commits"]
+    assert not commit_path(cache, 1).exists()
+    assert shard_path(cache, 1).exists()
 
 
 def test_repair_puts_the_damaged_aside_and_touches_nothing_else(cache: Path) -> None:

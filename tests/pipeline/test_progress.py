@@ -104,6 +104,13 @@ def test_work_found_finished_at_a_resume_does_not_flatter_the_time_left() -> Non
     assert "100 tokens/s, 15:40 left" in stream.getvalue().splitlines()[-1]
 
 
+@pytest.mark.parametrize(("seconds", "shown"), [(59, "0:59"), (60, "1:00"), (3600, "1:00:00"), (3725, "1:02:05")])
+def test_hours_are_shown_where_there_are_some(seconds: int, shown: str) -> None:
+    stream, clock = io.StringIO(), Clock()
+    work(ConsoleProgress(EventLog(None), stream=stream, clock=clock), clock, seconds=seconds)
+    assert f" tokens in {shown}, 100 tokens/s" in stream.getvalue().splitlines()[-1]
+
+
 def test_every_event_is_a_line_with_time_and_kind(tmp_path: Path) -> None:
     path, clock = tmp_path / "runs" / "events.jsonl", Clock()
     progress = ConsoleProgress(EventLog(path), stream=io.StringIO(), clock=clock)

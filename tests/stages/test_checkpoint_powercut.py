@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import Bench
-from tests.faults.powercut import Place, PowerCut
+from tests.faults.powercut import LostError, Place, PowerCut
 from tests.stages.ranks import Recorder
 from tests.stages.test_train import job_for
 
@@ -48,10 +48,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def job_in(bench: Bench, folder: Path) -> TrainJob:
     (folder).mkdir()
     return job_for(bench, folder / "new" / "out", max_steps=4, batch_tokens=900, save_every=1, keep=2)
-
-
-class LostError(Exception):
-    """What was promised to be safe is not what a cut leaves."""
 
 
 @contextmanager

@@ -110,6 +110,26 @@ def test_an_interrupt_and_lack_of_memory_are_not_the_folders_fault(
         _ = folder.config
 
 
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        ({"eos_token_id": [2, 7]}, {"eos_token_id": 3}, {2, 7}),
+        ({"eos_token_id": 5}, {"eos_token_id": [3, 4]}, {5}),
+        ({"eos_token_id": None}, {"eos_token_id": [3, 4]}, {3, 4}),
+        ({}, {"eos_token_id": 3}, {3}),
+        (None, {"eos_token_id": 3}, {3}),
+        (None, {"eos_token_id": None}, set()),
+    ],
+)
+def test_generation_ends_where_generate_ends_it(
+    generation: dict | None, config: dict, ends: set[int], tmp_path: Path
+) -> None:
+    for name, held in (("generation_config.json", generation), ("config.json", config)):
+        if held is not None:
+            (tmp_path / name).write_text(json.dumps(held))
+    assert ModelFolder(tmp_path, TeacherError).stop_ids == ends
+
+
 def test_a_folder_is_read_once(tmp_path: Path) -> None:
     folder = ModelFolder(make_model("llama", tmp_path), TeacherError)
     config = folder.config

@@ -116,7 +116,9 @@ def test_a_thought_is_read_under_each_of_its_names(key: str) -> None:
     assert chat.messages[1] == {**assistant("2"), "reasoning_content": "one more"}
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "loss", "loss_mask"])
+@pytest.mark.parametrize(
+    "key", ["weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale"]
+)
 @pytest.mark.parametrize("no", [0, False, 0.0])
 def test_messages_whose_own_mark_says_so_are_not_supervised(key: str, no: object) -> None:
     messages = [user("q"), {**assistant("BAD"), key: no}, user("again"), {**assistant("good"), key: 1}]

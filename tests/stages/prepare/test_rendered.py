@@ -218,6 +218,23 @@ def test_a_call_that_is_shown_is_learnt_to_its_end(kit: Any, write: Write, run: 
     assert targets(samples[0], tokenizer) == "".join(shown) + "<|im_end|>a<|im_end|>"
 
 
+def test_a_call_behind_words_is_learnt_to_its_end_where_no_marker_ends_a_turn(
+    kit: Any, write: Write, run: Run, targets: Targets
+) -> None:
+    """The words are shown as they are, and the turn does not end with them."""
+    tokenizer = kit.train()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}" + CALLS + "\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    calling = {**CALLING[1], "content": "let me see", "tool_calls": [call(city="Bonn")]}
+    [sample] = run(write([{"messages": [QUESTION, calling, {"role": "tool", "content": "rain"}, ANSWER]}]), tokenizer)[
+        0
+    ]
+    shown = ' let me see<call>getweather {"city": "Bonn"}</call>'
+    assert targets(sample, tokenizer) == f"{shown} a"
+
+
 def test_a_piece_is_found_less_its_blanks_first_or_last() -> None:
     assert position("a b a", " a\n") == (0, 1)
     assert position("a b a", "a", last=True) == (4, 5)

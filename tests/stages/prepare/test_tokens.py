@@ -90,8 +90,11 @@ def test_pairs_are_one_exchange_where_there_is_a_template(
 
 
 def test_pairs_are_joined_as_text_where_there_is_none(base: Any, write: Write, run: Run, targets: Targets) -> None:
-    path = write([{"prompt": "The capital", "completion": " is Paris"}, {"instruction": "add", "output": "2"}])
-    pair, alpaca = run(path, base).samples
+    given = {"prompt": "add", "input": "1 + 1", "completion": "2"}
+    path = write([{"prompt": "The capital", "completion": " is Paris"}, {"instruction": "add", "output": "2"}, given])
+    pair, alpaca, with_input = run(path, base).samples
+    assert base.decode(with_input.token_ids) == "add\n\n1 + 1\n\n2</s>"
+    assert targets(with_input, base) == "2</s>"
     assert base.decode(pair.token_ids) == "The capital is Paris</s>"
     assert targets(pair, base) == " is Paris</s>"
     assert base.decode(alpaca.token_ids) == "add\n\n2</s>"
@@ -216,17 +219,41 @@ def test_masks_with_and_without_generation_marks_agree(name: str, kit: Any) -> N
     agree()
 
 
-def test_marks_in_a_macro_are_not_trusted(kit: Any, write: Write, run: Run, targets: Targets) -> None:
-    """transformers gives such marks wrong positions: the spans must come from renderings instead."""
+@pytest.mark.parametrize(
+    "marked",
+    [
+        "{{ say(m) }}",  # some versions of transformers give marks in a macro wrong positions
+        "{% generation %}<|im_start|>assistant\n{% endgeneration %}{{ m.content }}<|im_end|>",
+        "<|im_start|>assistant\n{{ m.content[:1] }}{% generation %}{{ m.content[1:] }}<|im_end|>{% endgeneration %}",
+        "<|im_start|>assistant\n{% generation %}{{ m.content[:-1] }}{% endgeneration %}{{ m.content[-1:] }}<|im_end|>",
+    ],
+    ids=["in a macro", "around the header", "without the first letter", "without the last letter"],
+)
+def test_marks_that_do_not_hold_the_answer_are_not_trusted(
+    marked: str, kit: Any, write: Write, run: Run, targets: Targets
+) -> None:
+    """The spans come from renderings instead."""
     tokenizer = kit.train()
     tokenizer.chat_template = (
-        "{% macro say(m) %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{{ say(m) }}"
-        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% macro say(m) %}<|im_start|>assistant\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        f"{{% endmacro %}}{{% for m in messages %}}{{% if m.role == 'assistant' %}}{marked}"
+        "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     [sample] = run(write([turns("q", "first", "q", "second")]), tokenizer).samples
     assert targets(sample, tokenizer) == f"first{END}second{END}"
+
+
+def test_a_turn_ends_with_the_whole_of_a_token_whose_beginning_is_a_token_too(
+    kit: Any, write: Write, targets: Targets
+) -> None:
+    tokenizer = kit.train(special=("<s>", "</s>", "<|im_start|>", "<|end", "<|end_of_turn|>"), eos="<|end_of_turn|>")
+    tokenizer.chat_template = kit.template("chatml", marked=False).replace(END, "<|end_of_turn|>")
+    found: list[Any] = []
+    path = write([turns("q", "first", "q", "second")])
+    [sample] = prepare([path], tokenizer, DataSpec(), on_incident=found.append)
+    assert targets(sample, tokenizer) == "first<|end_of_turn|>second<|end_of_turn|>"
+    assert found == []
 
 
 # As Qwen3: thoughts of earlier turns are dropped, the last turn gets a block of thoughts even when it has none.

@@ -47,6 +47,26 @@ def test_a_step_that_the_record_does_not_know_is_refused(kind: str, lost: dict, 
         check_head(engine, head, SAMPLES, path=tmp_path)
 
 
+def test_an_error_in_fp32_that_bf16_would_explain_is_refused(tmp_path: Path) -> None:
+    engine, head = opened("llama", tmp_path, "float32")
+    for off, refused in ((3e-6, False), (3e-5, True), (1e-4, True), (1e-2, True)):
+        scaled = replace(head, weight=head.weight * (1 + off))
+        if not refused:
+            assert check_head(engine, scaled, SAMPLES, path=tmp_path) == pytest.approx(off, rel=0.2)
+            continue
+        with pytest.raises(TeacherError, match=r"differ from the model's own by \d\.\de-0\d \(allowed 1\.0e-05\)"):
+            check_head(engine, scaled, SAMPLES, path=tmp_path)
+
+
+@pytest.mark.parametrize("part", ["the rows", "the logits"])
+def test_a_teacher_whose_numbers_are_not_finite_is_told_so(part: str, tmp_path: Path) -> None:
+    engine, head = opened("llama", tmp_path, "float32")
+    weight = engine._model.model.norm.weight if part == "the rows" else engine._model.lm_head.weight[3]
+    weight[5] = torch.inf
+    with pytest.raises(TeacherError, match="its hidden states or logits are not finite in float32"):
+        check_head(engine, head, SAMPLES, path=tmp_path)
+
+
 def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
     engine, head = opened("llama", tmp_path, "float32")
     smaller = replace(head, weight=head.weight[:-1], record=head.record.model_copy(update={"head_rows": 250}))

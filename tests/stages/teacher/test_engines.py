@@ -51,6 +51,15 @@ def test_options_an_engine_cannot_have_are_refused(engine: str, options: EngineO
         ENGINES[engine].determinism("cpu", options)
 
 
+def test_what_a_plan_records_of_the_options_is_what_a_recomputation_runs_with() -> None:
+    asked = EngineOptions(quantization="fp8", deterministic=True, arguments=(("kv_cache_dtype", "fp8_e5m2"),))
+    here = EngineOptions(tp=2, timeout_s=9.0, quantization="int4", arguments=(("a", "b"),))
+    assert here.like(asked.identity()) == EngineOptions(
+        tp=2, timeout_s=9.0, quantization="fp8", deterministic=True, arguments=(("kv_cache_dtype", "fp8_e5m2"),)
+    )
+    assert asked.like(EngineOptions().identity()) == EngineOptions()
+
+
 def test_the_plan_records_what_decides_the_rows() -> None:
     options = EngineOptions(tp=2, quantization="fp8", deterministic=True, arguments=(("kv_cache_dtype", "fp8_e5m2"),))
     assert options.identity() == {"quantization": "fp8", "deterministic": "true", "kv_cache_dtype": "fp8_e5m2"}

@@ -19,6 +19,7 @@ from kdpipe.stages.teacher.gate import (
     choose_probes,
     choose_scored,
     is_probed_inside,
+    rounding,
 )
 from kdpipe.stages.teacher.head import Head, read_head
 from kdpipe.stages.teacher.rows import checksum
@@ -79,6 +80,47 @@ def test_rows_shifted_by_one_are_caught(shift: int, make_answer: Callable[[], An
         GateError, match=r"sample 2: row \d+ puts the logits of tokens \d+ and \d+ -?\d+\.\d+ apart, the engine -?\d"
     ):
         check_identity(requests, acks, head)
+
+
+@pytest.mark.parametrize("column", [0, 3])
+def test_a_difference_just_beyond_that_of_rounding_is_caught(column: int, make_answer: Callable[[], Answer]) -> None:
+    """The bound of the module's docstring, by hand: u*(|z_v| + |z_y|) + 1e-3, of one probe of one sample."""
+    requests, acks, head = make_answer()
+    unit = {"float32": 2.0**-24, "bfloat16": 2.0**-8}[head.record.dtype]
+    for request, ack in zip(requests, acks, strict=True):
+        rows = request.target.array[request.probes].astype(np.float64)
+        logits = rows @ head.weight.double().numpy().T
+        ack.probe_logprobs[:] = np.take_along_axis(logits, request.scored, 1) - np.log(np.exp(logits).sum(1))[:, None]
+    rows = requests[1].target.array[requests[1].probes[2:3]].astype(np.float64)
+    wanted = (rows @ head.weight.double().numpy().T)[0, requests[1].scored[2]]
+    apart = [unit * (abs(one) + abs(wanted[0])) + 1e-3 for one in wanted[1:]]
+    bound = min(apart) if column == 0 else apart[column - 1]
+    true = acks[1].probe_logprobs[2, column]
+    for share, caught in ((0.9, False), (1.15, True), (-0.9, False), (-1.15, True)):
+        acks[1].probe_logprobs[2, column] = true + share * bound
+        if not caught:
+            assert check_identity(requests, acks, head) == pytest.approx(0.9 * bound, rel=0.02)
+            continue
+        with pytest.raises(GateError, match=f"sample 1: row {requests[1].probes[2]} puts the logits"):
+            check_identity(requests, acks, head)
+
+
+@pytest.mark.parametrize(
+    ("parts", "roundings"),
+    [
+        ({}, 1),
+        ({"has_bias": True}, 2),
+        ({"scale": 0.25}, 2),
+        ({"softcap": 30.0}, 4),
+        ({"has_bias": True, "scale": 0.25, "softcap": 30.0}, 6),
+    ],
+)
+def test_each_operation_between_row_and_logit_is_a_rounding(
+    parts: dict[str, object], roundings: int, make_answer: Callable[[], Answer]
+) -> None:
+    record = make_answer()[2].record
+    for dtype, unit in (("bfloat16", 2.0**-8), ("float16", 2.0**-11), ("float32", 2.0**-24)):
+        assert rounding(record.model_copy(update={"dtype": dtype, **parts})) == roundings * unit
 
 
 def test_row_lost_in_the_middle_is_caught(make_answer: Callable[[], Answer]) -> None:

@@ -1,0 +1,68 @@
+"""What the launcher makes of signals and of what its ranks left: without a rank, as each takes seconds to start."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
+
+from kdpipe.manifests.errors import DataError, KdpipeError, StoppedError, TemporaryError
+from kdpipe.pipeline.launch import _leave_error, _signals, _verdict
+
+STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_every_signal_to_stop_is_caught_and_given_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SignalException), _signals() as asked:  # with no rank to wait for it ends the launch
+        os.kill(os.getpid(), number)
+    assert asked == [number]
+    assert signal.getsignal(number) == before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _signals() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert asked == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_ranks_that_a_signal_ended_without_a_word_are_a_stop_by_that_signal(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    found = _verdict(tmp_path, 0, -number, [number])
+    assert isinstance(found, KdpipeError)
+    assert found.exit_code == (130 if number == signal.SIGINT else 75)
+    assert isinstance(found, StoppedError if number == signal.SIGINT else TemporaryError)
+    assert str(found).endswith(f"stopped by {number.name}; run the same command again")
+
+
+def leave(folder: Path, rank: int, err: KdpipeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    _leave_error(folder, err)
+
+
+def test_a_ranks_own_error_counts_more_than_that_another_was_killed_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(tmp_path, 1, TemporaryError("a peer is gone"), monkeypatch)
+    found = _verdict(tmp_path, 0, -signal.SIGKILL, [])
+    assert str(found).startswith("E-TEMPORARY rank 0: killed by SIGKILL (out of memory?)")
+    leave(tmp_path, 2, DataError("expected a list, got 7", where="chat.jsonl:3"), monkeypatch)
+    found = _verdict(tmp_path, 0, -signal.SIGKILL, [])
+    assert (type(found), str(found)) == (DataError, "E-DATA chat.jsonl:3: expected a list, got 7")
+
+
+def test_the_first_error_counts_and_a_lost_peer_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, err in enumerate([TemporaryError("a peer is gone"), DataError("the first"), DataError("the second")]):
+        leave(tmp_path, rank, err, monkeypatch)
+        word = json.loads((tmp_path / f"{rank}.json").read_text())
+        (tmp_path / f"{rank}.json").write_text(json.dumps(word | {"time": 100.0 + rank}))
+    assert str(_verdict(tmp_path, 0, 75, [])) == "E-DATA: the first"
