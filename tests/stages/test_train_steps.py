@@ -21,10 +21,9 @@ from kdpipe.stages.train import train
     "changes",
     [
         {"weight_decay": 3.0, "betas": (0.5, 0.7), "max_grad_norm": 0.0},
-        {"max_grad_norm": 1e-6},
-        {"max_grad_norm": 0.0, "grad_accum": 2},
+        {"max_grad_norm": 1e-6, "grad_accum": 2},
     ],
-    ids=["decay-betas", "clipped", "defaults"],
+    ids=["decay-betas", "clipped"],
 )
 def test_steps_are_adamws_by_hand(changes: dict[str, object], bench: Bench, tmp_path: Path) -> None:
     """A norm of 1e-6 brings gradients below AdamW's epsilon: what clipping does shows in the first step."""
@@ -56,10 +55,10 @@ def test_every_step_and_every_run_seed_has_random_numbers_of_its_own(bench: Benc
     seeds = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         recorder = Seeds()
-        train(job_for(bench, tmp_path / name, seed=seed, max_steps=3), recorder)
+        train(job_for(bench, tmp_path / name, seed=seed, max_steps=2, batch_tokens=200), recorder)
         seeds[name] = [seed for step in recorder.seeds for seed in step]
     assert seeds["first"] == seeds["again"]
-    assert len({*seeds["first"], *seeds["other"]}) == 6
+    assert len({*seeds["first"], *seeds["other"]}) == 4
 
 
 def dropping(folder: Path, out: Path, share: float = 0.3) -> Path:
@@ -85,12 +84,12 @@ def test_dropout_is_on_in_every_step_and_off_in_every_evaluation(bench: Bench, t
         assert abs(wet - dry) > 1e-4 * dry
 
 
-@pytest.mark.parametrize("epochs", [0.01, 0.45, 1.63])
+@pytest.mark.parametrize("epochs", [0.01, 0.45])
 def test_a_run_takes_the_nearest_number_of_steps_to_its_epochs(epochs: float, bench: Bench, tmp_path: Path) -> None:
     recorder = Recorder()
-    metrics = train(job_for(bench, tmp_path, epochs=epochs, max_steps=None, batch_tokens=300), recorder)
+    metrics = train(job_for(bench, tmp_path, epochs=epochs, max_steps=None, batch_tokens=400), recorder)
     (an_epoch,) = recorder.values("start", "steps_per_epoch")
-    assert an_epoch > 4
     steps = max(int(an_epoch * epochs + 0.5), 1)
+    assert an_epoch * epochs < steps, "rounding down is another number"
     assert recorder.values("step", "step") == list(range(1, steps + 1))
     assert (metrics["num_steps"], metrics["trained_tokens"]) == (steps, sum(recorder.values("step", "num_tokens")))
