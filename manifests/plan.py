@@ -219,7 +219,7 @@ def read_plan(cache: Path, generation: int | None = None) -> Plan:
 def _no_cache(folder: Path) -> str:
     """What is said of a folder that is no cache: what it is, where that shows."""
     if (folder / "config.json").exists():
-        return "this is a model, not a cache: PLAN.json is missing; are --student and --cache swapped?"
+        return "this is a model, not a cache: PLAN.json is missing; name a folder that kdpipe extract made"
     if not folder.exists():
         return "no cache here: there is no such folder, so PLAN.json is missing; make one with: kdpipe extract"
     return "no cache here: PLAN.json is missing; make one with: kdpipe extract"

@@ -21,6 +21,7 @@ from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.specs import full_keys, misspelt_keys
 from kdpipe.pipeline.endings import Terminated, ending
 from kdpipe.pipeline.last_net import crash_of, kept
+from kdpipe.pipeline.options import READ_KEYS, is_read, readers
 from kdpipe.pipeline.streams import lasting_streams
 
 # name -> what `kdpipe --help` says of it; the command is the object `command` in kdpipe.pipeline.commands.NAME.
@@ -145,13 +146,16 @@ def _unknown_option(err: click.NoSuchOption, args: list[str]) -> str:
     """What is said of an option that is not there: which key of the run file it is, else the nearest option."""
     word = err.option_name.lstrip("-").replace("-", "_")
     meant = [name for name in err.possibilities or () if name != "--help"]  # click's cutoff lets it through
-    takes_keys = err.ctx is not None and any(param.name == "sets" for param in err.ctx.command.params)
-    keys = (full_keys(word) or ([] if meant else misspelt_keys(word))) if takes_keys else []
-    if not keys:
-        return f"no option '{err.option_name}'" + (f"; did you mean '{meant[0]}'?" if meant else "")
+    command = err.ctx.command.name if err.ctx is not None else None
+    keys = (full_keys(word) or ([] if meant else misspelt_keys(word))) if command in READ_KEYS else []
+    read = [key for key in keys if is_read(key, command or "")]
+    if not read:
+        near = f"; did you mean '{meant[0]}'?" if meant else ""
+        other = f": it is a key of the run file for {readers(keys[0])}" if keys else near
+        return f"no option '{err.option_name}'{other}"
     after = " ".join(args).partition(err.option_name)[2][1:].split()
     value = after[0] if after and not after[0].startswith("--") else "VALUE"
-    return f"no option '{err.option_name}': it is a key of the run file, use --set {keys[0]}={value}"
+    return f"no option '{err.option_name}': it is a key of the run file, use --set {read[0]}={value}"
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,22 @@ BYSTANDER_S = 3.0
 """How long a rank waits before it dies of what may be another's death, so that the launcher sees that one first."""
 
 
-def launch(function: Callable[..., object], *args: object, nproc: int) -> Any:
+def launch(
+    function: Callable[..., object], *args: object, nproc: int, where: object = None, kept: Callable[[], str] = str
+) -> Any:
     """Run `function(*args)` in `nproc` ranks of torch.distributed; rank 0's result.
 
     The function and its arguments must pickle: a function of a module. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT are in each rank's environment. Raises the first KdpipeError a rank raised, TemporaryError for a rank
     killed by a signal, InternalError that names a file for any other exception. A signal to stop ends as the rank says
     that it ended by it, else with StoppedError (Ctrl-C) or TemporaryError.
+
+    kept, where: says what is kept of the work at `where`, for ranks that a signal ended before they could say it
     """
+
+    def stop(name: str) -> KdpipeError:
+        return stopped(name, where=where, kept=kept())
+
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -59,14 +68,15 @@ def launch(function: Callable[..., object], *args: object, nproc: int) -> Any:
         shutdown_timeout=SHUTDOWN_S,
         signals_to_handle=signal.SIGQUIT.name,  # the others are ours
     )
+    _start_tracker()
     with tempfile.TemporaryDirectory(prefix="kdpipe-ranks-") as folder, _quiet(), _threads(nproc), _signals() as asked:
         try:
             return elastic_launch(config, _rank)(function, args, folder)[0]
         except ChildFailedError as err:
             rank, failure = err.get_first_failure()
-            raise _verdict(Path(folder), rank, failure.exitcode, asked) from None
+            raise _verdict(Path(folder), rank, failure.exitcode, asked, stop) from None
         except SignalException as err:
-            raise _verdict(Path(folder), 0, -err.sigval, asked or [err.sigval]) from None
+            raise _verdict(Path(folder), 0, -err.sigval, asked or [err.sigval], stop) from None
 
 
 def _rank(function: Callable[..., object], args: tuple[object, ...], folder: str) -> object:
@@ -102,11 +112,13 @@ def _leave(folder: Path, fields: dict[str, object]) -> None:
     half.rename(folder / f"{rank}.json")
 
 
-def _verdict(folder: Path, rank: int, exitcode: int, asked: Sequence[signal.Signals]) -> BaseException:
+def _verdict(
+    folder: Path, rank: int, exitcode: int, asked: Sequence[signal.Signals], stop: Callable[[str], KdpipeError]
+) -> KdpipeError:
     """The error to raise, from what the ranks left behind and the exit code of the first that fell.
 
     A rank that raised an error of ours knows best. A rank that was killed comes next: the exceptions of the others are
-    then about their lost peer. asked: the signals that the launcher was sent
+    then about their lost peer. asked: the signals that the launcher was sent; stop: the error for one of them
     """
     words = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda word: word["time"])
     ours = [word for word in words if "class" in word]
@@ -115,9 +127,9 @@ def _verdict(folder: Path, rank: int, exitcode: int, asked: Sequence[signal.Sign
     if ours and (asked or ours[0]["class"] != TemporaryError.__name__):
         return _rebuilt(ours[0])
     if asked:
-        return stopped(asked[0].name)
+        return stop(asked[0].name)
     if exitcode == -signal.SIGINT:
-        return KeyboardInterrupt()
+        return stop(signal.SIGINT.name)
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
         why = " (out of memory?)" if -exitcode == signal.SIGKILL else ""
@@ -136,6 +148,20 @@ def _rebuilt(word: dict[str, Any]) -> KdpipeError:
     err: KdpipeError = getattr(errors, word["class"], KdpipeError)(word["message"], where=word["where"])
     err.code, err.ending = word["code"], word["ending"]
     return err
+
+
+def _start_tracker() -> None:
+    """Start the process that multiprocessing tidies up with so that no signal to the whole group ends it.
+
+    It ignores SIGINT and SIGTERM by itself. Ended by another, it is started anew, knows nothing of what the first one
+    had, and prints a traceback for each thing. A signal that is blocked where a process starts stays blocked in it.
+    """
+    others = {number for number in SIGNALS if number not in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, others)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Options shared by several commands, and the command class that takes several values after one flag."""
+"""Options shared by several commands, the class of their commands, and what of the run file each of them reads."""
 
 import grp
 import json
@@ -6,11 +6,13 @@ import math
 import os
 import string
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import click
 
+from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.made_with import MadeWith, made_with
 from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.provenance import SHORTEST_DIGEST
@@ -22,12 +24,21 @@ USUAL = DataSpec()
 """Its values are what holds where neither a flag nor a run file says otherwise."""
 
 
-class ManyCommand(click.Command):
-    """A command whose repeatable options also take several values: `--data a b` is `--data a --data b`."""
+class Command(click.Command):
+    """A command of kdpipe: an option that lacks its value is named, as click would take the next option for the value.
+
+    Its repeatable options also take several values: `--data a b` is `--data a --data b`.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        options = [param for param in self.params if isinstance(param, click.Option) and param.multiple]
-        return super().parse_args(ctx, spread(args, {flag for option in options for flag in option.opts}))
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
+        valued = {flag for option in options if not (option.is_flag or option.count) for flag in option.opts}
+        for flag, following in zip_longest(args, args[1:]):
+            if flag in valued and (following is None or following.partition("=")[0] in known):
+                raise click.BadOptionUsage(flag, f"option '{flag}' lacks its value", ctx)
+        many = {flag for option in options if option.multiple and not option.is_flag for flag in option.opts}
+        return super().parse_args(ctx, spread(args, many))
 
 
 def spread(args: list[str], flags: set[str]) -> list[str]:
@@ -139,6 +150,14 @@ class NameValue(click.ParamType):
         if not (name and equals):
             self.fail(f"'{value}' is not NAME=VALUE", param, ctx)
         return name.replace("-", "_"), text
+
+
+def require_not_swapped(student: Path, caches: tuple[Path, ...]) -> None:
+    """A cache given as the student, and a model as a cache, are one mistake. Raises ConfigError."""
+    from kdpipe.manifests.plan import PLAN_FILE  # pyarrow takes a moment: not for --help
+
+    if (student / PLAN_FILE).exists() and not all((cache / PLAN_FILE).exists() for cache in caches):
+        raise ConfigError(f"{student} is a cache, the student is another folder: are they swapped?", where="--student")
 
 
 def this_command(**named: Path | tuple[Path, ...] | None) -> MadeWith:
@@ -292,10 +311,37 @@ trust_option = click.option(
 )
 
 
+READ_KEYS = {
+    "plan": ("data", "train.epochs", "train.dtype"),
+    "extract": ("data",),
+    "train": ("data.heldout_fraction", "data.max_length", "data.overlong", "data.supervise", "loss", "train"),
+    "eval": ("data.heldout_fraction", "train.batch_tokens"),
+}
+"""Tables and keys of the run file that each command reads; a run file may hold the others, for other commands."""
+
+
+def is_read(key: str, command: str) -> bool:
+    """Whether a command reads a key of the run file, or some of a table."""
+    return any(f"{key}.".startswith(f"{read}.") or read.startswith(f"{key}.") for read in READ_KEYS[command])
+
+
+def readers(key: str) -> str:
+    """The commands that read a key: "kdpipe train"."""
+    return " or ".join(f"kdpipe {name}" for name in READ_KEYS if is_read(key, name))
+
+
 def run_spec(config: Path | None, sets: tuple[str, ...], **data: object) -> RunSpec:
     """The run file with `--set` and then the command line's own [data] flags (those given) applied.
 
-    Raises ConfigError.
+    Raises ConfigError, also for a key of `--set` that this command does not read.
     """
     flags = tuple(f"data.{key}={json.dumps(value)}" for key, value in data.items() if value is not None)
-    return load(config, sets + flags)
+    run = load(config, sets + flags)
+    command = click.get_current_context().command
+    for key in (given.partition("=")[0].strip() for given in sets):
+        if not is_read(key, command.name or ""):
+            leaf = f"--{key.rpartition('.')[2].replace('_', '-')}"
+            own = any(leaf in param.opts for param in command.params)
+            way = f"give {leaf} instead" if own else f"leave it out; it is for {readers(key)}"
+            raise ConfigError(f"{command.name} does not read '{key}'; {way}", where="--set")
+    return run

@@ -159,6 +159,12 @@ def evaluate_student(
                 f"some of them{'' if seen else ', where its data had the texts of this cache'}"
             )
     _, members = rows.split(heldout_fraction)
+    if not len(members) and record is not None and heldout_fraction == record.inputs.heldout_fraction:
+        raise ConfigError(
+            f"it was trained with {heldout_fraction} of the samples held out, which is none of {cache}; measure it on "
+            "a cache of other texts, all of them with --heldout-fraction 1",
+            where=student,
+        )
     if not len(members):
         raise ConfigError("no sample of this cache is held out; give a larger --heldout-fraction", where=cache)
     require_context(student, rows, members, trust)

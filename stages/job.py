@@ -18,6 +18,8 @@ from kdpipe.manifests.durable import disk_error, fsync_folder
 from kdpipe.manifests.errors import ConfigError, CorruptError, SpaceError, StudentError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.made_with import MadeWith
+from kdpipe.manifests.overlap import shared_samples
+from kdpipe.manifests.places import require_outside
 from kdpipe.manifests.plan import Settings, read_plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_tokenizer, num_bytes
@@ -97,8 +99,14 @@ def check_job(job: TrainJob, nproc: int) -> None:
     if device.type == "cuda" and ranks_here > torch.cuda.device_count():
         raise ConfigError(f"{ranks_here} ranks for {torch.cuda.device_count()} GPUs", where="--nproc")
     settle(job, rows)
-    if finished(job, rows) is None:
+    if (record := finished(job, rows)) is None:
         _check_output(job)
+    elif job.resume != "auto" and record.metrics is not None:
+        raise ConfigError(
+            f"it holds this run's student already, so --resume {job.resume} has nothing to do; to train it again "
+            "remove the folder or choose another --output, to see its figures leave the option out",
+            where=job.output,
+        )
 
 
 def open_rows(job: TrainJob, progress: Progress | None = None) -> Rows:
@@ -119,6 +127,9 @@ def open_rows(job: TrainJob, progress: Progress | None = None) -> Rows:
                 "another --output trains on all"
             )
     rows, shares = Rows(caches), {cache.plan.heldout_fraction for cache in caches}
+    for note in shared_samples(caches):
+        if progress is not None:
+            progress.note(note)
     if len(shares) > 1 and heldout_fraction(job.spec) is None and progress is not None:
         progress.note(
             f"these caches hold out {' and '.join(map(str, sorted(shares)))} of their samples: {max(shares)} is held "
@@ -135,6 +146,8 @@ def _check_output(job: TrainJob) -> None:
         there = there.parent
     if not there.is_dir():
         raise ConfigError("this is not a folder; choose another --output", where=there)
+    if there != output.absolute() or not any(output.iterdir()):
+        require_outside(output, option="--output")
     for path in sorted(output.glob("*")):
         ours = path.is_file() if path.name in FILES else path.name in FOLDERS and path.is_dir()
         if not ours or path.is_symlink():

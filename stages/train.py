@@ -82,11 +82,19 @@ def train(job: TrainJob, progress: Progress) -> dict[str, object]:
             record = _complete(job, rows, record, device, progress, rank=rank, world_size=world_size)
         else:
             progress.note(f"{job.output} holds this run's student already")
-    progress.note(
-        f"the student is in {job.output}; measure it on any cache of its teacher: "
-        f"{shlex.join(['kdpipe', 'eval', '--student', str(job.output), '--cache', str(job.caches[0])])}"
-    )
+    progress.note(f"the student is in {job.output}; {_next_command(job, record)}")
     return _result(record)
+
+
+def _next_command(job: TrainJob, record: RunRecord) -> str:
+    """How the student is measured; what was held out of its training is the fair choice."""
+    measure = ["kdpipe", "eval", "--student", str(job.output), "--cache"]
+    if record.metrics:
+        return f"measure it on any cache of its teacher: {shlex.join([*measure, str(job.caches[0])])}"
+    return (
+        "nothing was held out of its training, so measure it on a cache of other texts: "
+        f"{shlex.join([*measure, 'OTHER', '--heldout-fraction', '1'])}"
+    )
 
 
 def _complete(

@@ -11,7 +11,7 @@ from tools import loss_doc, run_file_doc
 
 from kdpipe.manifests.specs import load
 from kdpipe.pipeline import cli
-from kdpipe.pipeline.options import ManyCommand
+from kdpipe.pipeline.options import Command
 from kdpipe.stages.prepare import columns
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ def test_readme_commands_parse(line: str) -> None:
         assert words[0] in command.commands
         command, words = command.commands[words[0]], words[1:]
     context = command.make_context(name, list(words))
-    if isinstance(command, ManyCommand) and "sets" in context.params:
+    if isinstance(command, Command) and "sets" in context.params:
         load(None, tuple(context.params["sets"]))
 
 

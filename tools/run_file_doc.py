@@ -15,7 +15,8 @@ HEAD = """# The run file
 
 A TOML file given with `--config`; `--set table.key=value` overrides a key of it. An unknown key is an error that names
 the nearest known one. `[data]` is read by `kdpipe plan` and `kdpipe extract` (their flags override it); in training it
-must agree with the cache, save for `heldout_fraction`.
+must agree with the cache, save for `heldout_fraction`. A file may hold tables for several commands; `--set` of a
+key that the command does not read is an error.
 
 ```toml
 [loss]

@@ -15,7 +15,7 @@ from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.made_with import repair as way_out
 from kdpipe.manifests.specs import Io
 from kdpipe.manifests.verify import Finding, Level, collect_garbage, examine, repair
-from kdpipe.pipeline.options import PATH, Finite, io_option, json_option, trust_option
+from kdpipe.pipeline.options import PATH, Command, Finite, io_option, json_option, trust_option
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
@@ -43,6 +43,9 @@ def command(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+command.command_class = Command
+
+
 @command.command("info")
 @cache_argument
 @json_option
@@ -57,11 +60,9 @@ def info(cache: Path, as_json: bool) -> None:
 
 @command.command("verify")
 @cache_argument
-@click.option(
-    "--quick", "level", flag_value="quick", help="Sizes, headers, tables and the first rows of every shard: seconds."
-)
-@click.option("--full", "level", flag_value="full", default="full", help="Every byte against its checksums.")
-@click.option("--deep", "level", flag_value="deep", help="Also that rows are finite and masks, ids and rows agree.")
+@click.option("--quick", is_flag=True, help="Sizes, headers, tables and the first rows of every shard: seconds.")
+@click.option("--full", is_flag=True, help="Every byte against its checksums: as without any of the three.")
+@click.option("--deep", is_flag=True, help="Also that rows are finite and masks, ids and rows agree.")
 @click.option(
     "--recompute",
     type=click.IntRange(min=1),
@@ -75,7 +76,9 @@ def info(cache: Path, as_json: bool) -> None:
 @json_option
 def verify(
     cache: Path,
-    level: Level,
+    quick: bool,
+    full: bool,
+    deep: bool,
     recompute: int | None,
     teacher: Path | None,
     tp: int,
@@ -94,6 +97,11 @@ def verify(
     """
     if (recompute is None) != (teacher is None):
         raise ConfigError("--recompute and --teacher go together", where="--recompute")
+    levels: dict[Level, bool] = {"quick": quick, "full": full, "deep": deep}
+    asked = [level for level, is_asked in levels.items() if is_asked]
+    if len(asked) > 1:
+        raise ConfigError(f"how far to look is one choice, --{' or --'.join(asked)}", where=f"--{asked[0]}")
+    level = asked[0] if asked else "full"
     opened = Cache.open(cache, io=io)
     findings = _looked_at(opened, level)
     shards = [finding for finding in findings if isinstance(finding.part, int)]

@@ -7,12 +7,13 @@ import click
 from kdpipe.manifests.specs import DeviceChoice, DtypeChoice, Io
 from kdpipe.pipeline.options import (
     PATH,
+    Command,
     Finite,
-    ManyCommand,
     OneOf,
     device_option,
     io_option,
     json_option,
+    require_not_swapped,
     run_options,
     run_spec,
     trust_option,
@@ -21,7 +22,7 @@ from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
 
-@click.command("eval", cls=ManyCommand)
+@click.command("eval", cls=Command)
 @click.option("--student", type=PATH, required=True, metavar="FOLDER", help="Student in Hugging Face format.")
 @click.option("--cache", type=PATH, required=True, metavar="FOLDER", help="A complete cache of its teacher.")
 @click.option(
@@ -66,6 +67,7 @@ def command(
     \b
     kdpipe eval --student runs/a --cache /scratch/cache --json
     """
+    require_not_swapped(student, (cache,))
     run = run_spec(config, sets)
     from kdpipe.stages.evaluate import (
         evaluate_student,

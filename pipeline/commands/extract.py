@@ -11,7 +11,7 @@ from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.specs import Codec, DeviceChoice, DtypeChoice, RowsChoice
 from kdpipe.pipeline.options import (
     PATH,
-    ManyCommand,
+    Command,
     OneOf,
     Part,
     data_options,
@@ -30,7 +30,7 @@ from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.stages.teacher.engine import EngineOptions
 
 
-@click.command("extract", cls=ManyCommand)
+@click.command("extract", cls=Command)
 @data_options
 @click.option("--cache", type=PATH, required=True, metavar="FOLDER", help="The cache to make or to finish.")
 @engine_options

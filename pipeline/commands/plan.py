@@ -15,7 +15,7 @@ from kdpipe.pipeline.forecast import (
     free_bytes,
     step_flops,
 )
-from kdpipe.pipeline.options import PATH, ManyCommand, data_options, json_option, run_options, run_spec, trust_option
+from kdpipe.pipeline.options import PATH, Command, data_options, json_option, run_options, run_spec, trust_option
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.stages.teacher.engine import EngineOptions
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.extract import Forecast
 
 
-@click.command("plan", cls=ManyCommand)
+@click.command("plan", cls=Command)
 @data_options
 @click.option("--cache", type=PATH, metavar="FOLDER", help="Where the cache would lie, for its disk.  [default: here]")
 @trust_option

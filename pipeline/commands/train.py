@@ -1,6 +1,7 @@
 """kdpipe train: a student from caches, in this process or in one process a GPU."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,16 +9,18 @@ import click
 
 from kdpipe.manifests.errors import BusyError, ConfigError, KdpipeError
 from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.run import RUN_FILE
 from kdpipe.manifests.specs import PRESETS, Io
 from kdpipe.pipeline.options import (
     PATH,
-    ManyCommand,
+    Command,
     OneOf,
     device_option,
     group_option,
     io_option,
     json_option,
     kept_group,
+    require_not_swapped,
     run_options,
     run_spec,
     this_command,
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.job import TrainJob
 
 
-@click.command("train", cls=ManyCommand)
+@click.command("train", cls=Command)
 @click.option("--student", type=PATH, required=True, metavar="FOLDER", help="Student in Hugging Face format.")
 @click.option(
     "--cache",
@@ -40,7 +43,8 @@ if TYPE_CHECKING:
     multiple=True,
     required=True,
     metavar="FOLDER...",
-    help="Caches of one teacher. Takes several values, and may be repeated.",
+    help="Caches of one teacher. Takes several values, and may be repeated. Texts that two of them have are trained on "
+    "twice, which is said; a cache whose texts are all in another is refused.",
 )
 @click.option("--output", type=PATH, required=True, metavar="FOLDER", help="Where the trained student goes.")
 @click.option(
@@ -88,6 +92,7 @@ def command(
     \b
     kdpipe train --student models/small --cache /scratch/cache --output runs/a --set train.lr=3e-4 loss.temperature=2
     """
+    require_not_swapped(student, caches)
     run = run_spec(config, sets if loss_preset is None else (f'loss.preset="{loss_preset}"', *sets))
     from kdpipe.stages.job import TrainJob, check_job  # torch takes seconds: not for --help or a misspelt option
 
@@ -131,9 +136,20 @@ def train_rank(job: "TrainJob") -> dict[str, object]:
         return train(job, Silent())
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     made = None if job.made_with is None else job.made_with.model_dump()
-    run = watch("train", _events(job, once="accepted"), where=job.output, num_ranks=num_ranks, made_with=made)
+    log = _events(job, once="accepted")
+    run = watch("train", log, where=job.output, kept=partial(_kept, job.output), num_ranks=num_ranks, made_with=made)
     with lasting_streams(), run as progress:
         return train(job, progress)
+
+
+def _kept(output: Path) -> str:
+    """What of a training is there that a second signal, or one that came before it could save, has ended."""
+    from kdpipe.stages.checkpoint import newest_record  # loads torch
+
+    if (output / RUN_FILE).exists():
+        return "the student is written"
+    record = newest_record(output)
+    return "no checkpoint was saved" if record is None else f"its checkpoint of step {record.step} is kept"
 
 
 def _launch(job: "TrainJob", nproc: int) -> dict[str, object]:
@@ -141,7 +157,7 @@ def _launch(job: "TrainJob", nproc: int) -> dict[str, object]:
     from kdpipe.pipeline.launch import launch  # loads torch
 
     try:
-        return launch(train_rank, job, nproc=nproc)
+        return launch(train_rank, job, nproc=nproc, where=job.output, kept=partial(_kept, job.output))
     except BusyError:
         raise  # the events in this output are another run's
     except KdpipeError as err:

@@ -345,13 +345,10 @@ def _write_samples(
         every_row=spec.rows == "all",
         after=None if present is None else present.samples,
     )
-    log_name = Path("runs") / "prepare.jsonl"
-    if present is not None:
-        log_name = plan_folder(Path(), present.plan.generation + 1) / log_name
     kept = 0
     incidents: Counter[str] = Counter()
     unread: Counter[str] = Counter()
-    with open(folder / "runs" / log_name.name, "x", encoding="utf-8") as log:
+    with open(folder / "runs" / "prepare.jsonl", "x", encoding="utf-8") as log:
 
         def record(incident: Incident) -> None:
             incidents[incident.kind] += 1
@@ -371,12 +368,21 @@ def _write_samples(
             writer.add(replace(sample, source=Path(sample.source).name))
     shards = writer.close()
     counts = _counts(kept, incidents, unread)
+    log_name = _log_name(present, is_new=present is None or len(shards) > len(present.plan.shards))
     for kind, count in sorted(incidents.items()):
         what = kind.replace("_", " ")
         progress.note(f"{count} of {counts['read']} samples {what}: see {log_name} in the cache")
     with open(path, "rb") as file:
         samples_digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Written(shards=shards, counts=counts, data_digest=writer.data_digest(), samples_digest=samples_digest)
+
+
+def _log_name(present: Present | None, *, is_new: bool) -> str:
+    """Where in the cache the incidents are listed. is_new: the data has samples that are not present"""
+    generation = 0 if present is None else present.plan.generation
+    if present is not None and is_new:
+        return str(plan_folder(Path(), generation + 1) / "runs" / "prepare.jsonl")
+    return "runs/prepare.jsonl" + (" and its like in grown/" if generation else "")
 
 
 def _samples(

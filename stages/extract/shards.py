@@ -60,7 +60,7 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         sweep_claims(plan.cache)
         progress.event("plan", digest=plan.plan.digest, num_shards=len(plan.plan.shards), missing=todo)
         if not todo:
-            progress.note("every shard is there already")
+            progress.note(_nothing_to_do(plan.plan, plan.cache, part))
             return plan.publish()
         kind = ENGINES[plan.plan.engine.name]
         progress.note(f"starting {plan.plan.engine.name} with the teacher")
@@ -130,13 +130,28 @@ def _adopted(plan: Staged, number: int, progress: Progress) -> bool:
 
 def missing_shards(plan: Plan, cache: Path, part: tuple[int, int] | None) -> list[int]:
     """Numbers of the shards without a commit record, those of one part of each generation where one is asked for."""
+    return [number for number in _shards_of(plan, part) if not commit_path(cache, number).exists()]
+
+
+def _shards_of(plan: Plan, part: tuple[int, int] | None) -> list[int]:
+    """Numbers of the shards of a part; all of them without one."""
     index, count = part or (1, 1)
     return [
         number
         for brought in plan.brought()
         for number in brought[len(brought) * (index - 1) // count : len(brought) * index // count]
-        if not commit_path(cache, number).exists()
     ]
+
+
+def _nothing_to_do(plan: Plan, cache: Path, part: tuple[int, int] | None) -> str:
+    """Why no shard of a part is missing: it has none, or all of its own are there."""
+    missing = len(missing_shards(plan, cache, None))
+    if part is None or not missing:
+        return "every shard is there already"
+    counts = f"({len(plan.shards)} in all, {missing} missing)"
+    if not _shards_of(plan, part):
+        return f"part {part[0]} of {part[1]} has none of the plan's shards {counts}: the others extract them"
+    return f"every shard of part {part[0]} of {part[1]} is there already {counts}"
 
 
 @dataclass(slots=True, eq=False)

@@ -34,6 +34,7 @@ from kdpipe.manifests.durable import (
 )
 from kdpipe.manifests.errors import CacheError, CorruptError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
+from kdpipe.manifests.places import require_outside
 from kdpipe.manifests.plan import (
     FOLDERS,
     GROWN,
@@ -171,6 +172,8 @@ def _require_free(cache: Path) -> None:
     check_folders(cache)
     if cache.resolve() == Path.cwd():
         raise CacheError("this is the folder you are in; name one in it", where=cache)
+    if not (cache / PLAN_FILE).exists():
+        require_outside(cache, option="--cache")
     if cache.exists() and not (cache / PLAN_FILE).exists() and (not cache.is_dir() or any(cache.iterdir())):
         if any(os.path.lexists(cache / name) for name in (SAMPLES_FILE, GROWN, PLAN_FILE)):
             read_plan(cache)  # says that the plan of a cache is lost

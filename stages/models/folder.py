@@ -10,6 +10,7 @@ Each part is read when it is first asked for and kept: two questions about a fol
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,6 +27,8 @@ from kdpipe.stages.models.tokenizer import read_tokenizer, tokenizer_files
 from kdpipe.stages.models.weights import ADAPTER, require_all, require_fitting, stored_dtype, weight_files
 
 GENERATION = "generation_config.json"
+READ = frozenset((".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"))
+"""Endings of the files that a model is read from."""
 CAUSE_LENGTH = 300
 """Characters of a library's own words in an error message."""
 
@@ -130,7 +133,11 @@ class ModelFolder:
     def skeleton(self) -> Any:
         """The model on the meta device: its modules and the shapes of its weights, no memory."""
         config = copy.deepcopy(self.config)
-        with self._answering("transformers cannot build the model of config.json"), torch.device("meta"):
+        with (
+            self._answering("transformers cannot build the model of config.json"),
+            torch.device("meta"),
+            warnings.catch_warnings(action="ignore"),  # sizes of 0: what is wrong with them is said of the weights
+        ):
             num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
             if num_layers > len(self.weights):  # modules take memory on the meta device too
                 raise self.error(
@@ -181,6 +188,13 @@ class ModelFolder:
             raise self.error("this is not a folder" if self.path.exists() else "no such folder", where=self.path)
         if not (self.path / "config.json").is_file():
             raise self.error("no config.json here; a model folder is one that save_pretrained wrote", where=self.path)
+        for path in (*self.path.iterdir(), *self.path.glob("additional_chat_templates/*")):
+            if path.is_symlink() and path.suffix in READ and not path.exists():  # transformers takes it for none
+                name = path.relative_to(self.path)
+                raise self.error(
+                    f"{name} is a link to {os.readlink(path)}, which is missing; copy the folder again, or remove it",
+                    where=self.path,
+                )
 
     def _require_causal(self, config: Any) -> None:
         """BERT is in transformers' mapping of causal LMs, BertForMaskedLM is not one."""

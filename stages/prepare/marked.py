@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 Supervise = Literal["assistant", "last", "completion", "all"]
 
 
+VICUNA = re.compile(
+    r"\s*(?:<s>)?\s*(A chat between a curious (?:user|human) and an artificial intelligence assistant)\b"
+    r".*?\b(?:USER|Human): .*?\b(?:ASSISTANT|Assistant):",
+    re.DOTALL,
+)
+"""FastChat's prompts: text of any tokenizer, with no special token in it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Marked:
     """A text to tokenise. targets: spans of characters to learn, None for all; plain: add special tokens."""
@@ -57,10 +65,12 @@ class ChatMarker:
         """The conversation's text and what of it is to be learned. Raises DataError where that cannot be told."""
         turns = self._finder(chat, place)
         for number, message in enumerate(chat.messages, start=1):
-            if message["role"] in ("system", "user") and self._is_rendered(message["content"], turns.shape):
+            if message["role"] not in ("system", "user"):
+                continue
+            if sign := self._rendered_by(message["content"], turns.shape):
                 raise DataError(
                     f"message {number} ({message['role']}) is a text that went through a chat template already (it has "
-                    f"{turns.shape.before_question.strip()!r}); give the messages themselves",
+                    f"{sign!r}); give the messages themselves",
                     where=place,
                 )
         chat = _with_one_thought(turns.without_closing(chat), place, keyed=bool(turns.thought_key))
@@ -83,10 +93,10 @@ class ChatMarker:
     def of_text(self, text: str) -> tuple[Finding, ...]:
         """What there is to say of running text of which every token is a target."""
         try:
-            is_rendered = self._is_rendered(text, self._finder(None, "").shape)
+            sign = self._rendered_by(text, self._finder(None, "").shape)
         except DataError:  # a template that is not needed for it
-            is_rendered = False
-        if is_rendered:
+            sign = ""
+        if sign:
             detail = "the text went through the chat template already: every token of it is a target, the user's too"
             return (Finding(kind="rendered_already", detail=detail),)
         body = without_ends(text, self._tokenizer.bos_token, self._tokenizer.eos_token)
@@ -113,18 +123,24 @@ class ChatMarker:
             self._turns[with_tools] = Turns(ChatTemplate(self._tokenizer, with_tools=with_tools), self._stops)
         return self._turns[with_tools]
 
-    def _is_rendered(self, text: str, shape: Shape) -> bool:
-        """Whether a text is a conversation that went through the template, perhaps behind words of its own."""
+    def _rendered_by(self, text: str, shape: Shape) -> str:
+        """What shows that a text is a conversation that went through a template; "" for any other.
+
+        It may begin with words of its own: a system prompt.
+        """
+        if (preamble := VICUNA.match(text)) is not None:
+            return preamble[1]
         header, after = shape.before_question.strip(), shape.after_question.strip()
         if not header or header not in text:
-            return False
+            return ""
         start, behind = text.lstrip(), text.partition(header)[2]
         if any(token in header for token in self._special):
             begins = start.startswith((header, *self._special))
-            return begins or (bool(after) and after in behind)
+            return header if begins or (after and after in behind) else ""
         start = start.removeprefix(self._tokenizer.bos_token or "").lstrip()
-        ends = f"\n{header}" in text and behind.rstrip().endswith(after)  # as a prompt that waits for its answer
-        return bool(after) and (ends or (start.startswith(header) and after in text))
+        # As a prompt that waits for its answer, behind a line or a sentence.
+        waits = behind.rstrip().endswith(after) and re.search(rf"(\n|[.!?]\s){re.escape(header)}", text)
+        return header if after and (waits or (start.startswith(header) and after in text)) else ""
 
     def _learnt(self, chat: Chat) -> list[int]:
         """Which assistant turns are supervised, counted from 0."""

@@ -21,6 +21,7 @@ from kdpipe.manifests.nearest import nearest
 from kdpipe.stages.prepare.columns import (
     ASSISTANT_KEYS,
     CALL_KEYS,
+    CHATS,
     MARKS,
     MESSAGE_KEYS,
     MESSAGE_MEDIA,
@@ -107,23 +108,34 @@ def from_json(text: str, name: str, reading: Reading) -> Any:
     return found
 
 
-def json_rows(text: str) -> list[dict[str, Any]]:
-    """The objects that a text is as JSON: a list of them, one, or one of lists; [] where it is something else."""
+def json_value(text: str) -> Any:
+    """The list or object that a text is as JSON; None where it is something else."""
     if text.lstrip()[:1] not in ("[", "{"):
-        return []
+        return None
     try:
-        found = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return []
+        return None
+
+
+def json_rows(value: Any) -> list[dict[str, Any]]:
+    """The objects in a value or the JSON text of one: a list of them, one, or one of lists; [] for something else."""
+    found = json_value(value) if isinstance(value, str) else value
     if isinstance(found, dict) and found and _is_columns(found):
         found = [dict(zip(found, row, strict=False)) for row in zip(*found.values(), strict=False)]
-    rows = [found] if isinstance(found, dict) else found
+    rows = [found] if isinstance(found, dict) else found if isinstance(found, list) else []
     return rows if all(isinstance(row, dict) for row in rows) else []
 
 
 def is_messages(text: str) -> bool:
-    """Whether a text is messages as JSON, in any of their spellings."""
-    rows = json_rows(text)
+    """Whether a text is messages as JSON, in any of their spellings, or records that hold them."""
+    found = json_value(text)
+    records = [each for each in (found if isinstance(found, list) else [found]) if isinstance(each, dict)]
+    return any(map(_are_messages, (found, *(record[name] for record in records for name in CHATS if name in record))))
+
+
+def _are_messages(value: Any) -> bool:
+    rows = json_rows(value)
     kept = all(("role" in row and row.keys() & _SAYS) or {"from", "value"} <= row.keys() for row in rows)
     known = (*ROLES, *SAME_ROLE, *CALLS)
     return kept and any(row.get("role") in known or row.get("from") in known for row in rows)

@@ -89,6 +89,7 @@ def save_when_asked(folder: str) -> None:
     asked: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    signal.signal(signal.SIGHUP, lambda number, _: asked.append(number))
     sign_in(folder)
     while not asked:
         time.sleep(0.01)
@@ -110,4 +111,5 @@ if __name__ == "__main__":
     from kdpipe.pipeline.cli import guard
     from kdpipe.pipeline.launch import launch
 
-    sys.exit(guard(lambda: launch(getattr(rank_functions, sys.argv[2]), sys.argv[1], nproc=2)))
+    function, folder = getattr(rank_functions, sys.argv[2]), sys.argv[1]
+    sys.exit(guard(lambda: launch(function, folder, nproc=2, where=folder, kept=lambda: "step 3 is kept")))

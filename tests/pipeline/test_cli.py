@@ -19,9 +19,12 @@ from tests.caches import make_cache
 from tests.conftest import Main
 
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.durable import canonical
 from kdpipe.manifests.errors import DataError, TemporaryError
+from kdpipe.manifests.run import CheckpointRecord, RunInputs
 from kdpipe.manifests.sample import Sample, content_id
 from kdpipe.manifests.shard import commit_path, shard_path
+from kdpipe.manifests.specs import RunSpec
 from kdpipe.pipeline import cli, launch
 from kdpipe.pipeline.options import spread
 
@@ -87,7 +90,25 @@ REFUSED = {
     "a misspelt option": (["extract", *DATA, "--cach", "c"], "--cache"),
     "a misspelt group option": (["--versoin"], "--version"),
     "a missing option": (["extract", *DATA], "--cache"),
-    "a missing value": (["extract", "--data"], "--data"),
+    "a missing value": (["extract", "--data"], "kdpipe extract: option '--data' lacks its value; see"),
+    "a missing value of a key": (["train", *RUN, "--set"], "kdpipe train: option '--set' lacks its value"),
+    "an option for a value": (["train", "--cache", "--output", "o"], "kdpipe train: option '--cache' lacks its value"),
+    "a value missing below a group": (["cache", "verify", "c", "--tp"], "kdpipe cache verify: option '--tp' lacks"),
+    "two answers to one question": (["cache", "verify", "c", "--deep", "--quick"], "one choice, --quick or --deep"),
+    "another command's key": (
+        ["eval", *RUN[:4], "--set", "loss.temperature=2"],
+        "eval does not read 'loss.temperature'",
+    ),
+    "another command's table": (
+        ["extract", *DATA, "--cache", "c", "--set", "train={lr=1}"],
+        "extract does not read 'train'",
+    ),
+    "a key that is an option": (["eval", *RUN[:4], "--set", "train.dtype=float32"], "give --dtype instead"),
+    "a key that is not compared": (["train", *RUN, "--set", "data.strict=true"], "for kdpipe plan or kdpipe extract"),
+    "another command's key as an option": (
+        ["extract", *DATA, "--cache", "c", "--lr", "1"],
+        "no option '--lr': it is a key of the run file for kdpipe train; see",
+    ),
     "an unknown choice": (["plan", *DATA, "--overlong", "cut"], "truncate"),
     "an unknown key": (["train", "--student", "s", "--cache", "c", "--output", "o", "--set", "train.lrr=1"], "'lr'"),
     "an unknown table": (["eval", "--student", "s", "--cache", "c", "--set", "trian.lr=1"], "'train'"),
@@ -139,7 +160,45 @@ def test_a_model_where_a_cache_belongs_is_told_from_an_empty_folder(main: Main, 
     (tmp_path / "config.json").write_text("{}")
     code, _, err = main("cache", "info", tmp_path)
     assert (code, err.count("\n")) == (4, 1)
-    assert "this is a model, not a cache" in err
+    assert "this is a model, not a cache: PLAN.json is missing; name a folder that kdpipe extract made" in err
+
+
+def test_a_swapped_student_and_cache_are_told_where_there_are_both(main: Main, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for words in (["train", "--output", tmp_path / "out"], ["eval"]):
+        code, _, err = main(*words, "--student", cache, "--cache", tmp_path / "model")
+        assert (code, err.count("\n")) == (4, 1)
+        assert f"{cache} is a cache, the student is another folder: are they swapped?" in err
+
+
+def test_a_run_file_may_hold_what_other_commands_read(main: Main, stages: list, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(
+        "[data]\nheldout_fraction = 0.5\n[loss]\ntemperature = 2.0\n[train]\nlr = 1e-3\n"
+    )
+    assert main("eval", "--student", "s", "--cache", "c", "--config", tmp_path / "run.toml")[0] == 0
+    assert stages[-1][-1]["heldout_fraction"] == 0.5
+
+
+@pytest.mark.parametrize("step", [None, 3])
+def test_a_training_ended_at_once_says_which_checkpoint_is_kept(
+    step: int | None, main: Main, stages: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect: what a second Ctrl-C ended said nothing of what is kept."""
+    inputs = RunInputs(student="s", tokenizer="t", caches=("c",), heldout_fraction=0.1, spec=RunSpec())
+    record = CheckpointRecord(inputs=inputs, step=3, num_tokens=9, num_skipped=0, lr_factor=1.0, files=())
+    if step is not None:
+        (tmp_path / "checkpoints" / "000003").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "000003" / "checkpoint.json").write_bytes(canonical(record.model_dump(mode="json")))
+
+    def interrupted(job: object, progress: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["kdpipe.stages.train"], "train", interrupted)
+    code, _, err = main("train", "--student", "s", "--cache", "c", "--output", tmp_path, "--device", "cpu")
+    kept = "no checkpoint was saved" if step is None else "its checkpoint of step 3 is kept"
+    said = f"E-INTERRUPTED {tmp_path}: stopped by SIGINT; {kept}; run the same command again\n"
+    assert (code, err) == (130, said)
 
 
 def test_the_same_holds_for_the_program(kdpipe: Callable[..., subprocess.CompletedProcess[str]]) -> None:
@@ -411,7 +470,7 @@ def test_a_loss_preset_is_where_the_loss_starts(main: Main, stages: list) -> Non
 
 
 def test_more_processes_are_launched_after_the_check(main: Main, stages: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "launch", lambda function, *args, nproc: {"function": function.__name__, "n": nproc})
+    monkeypatch.setattr(launch, "launch", lambda function, *_, nproc, **__: {"function": function.__name__, "n": nproc})
     _, out, _ = main(*TRAIN, "--nproc", "3", "--json")
     assert json.loads(out) == {"function": "train_rank", "n": 3}
     assert stages == [("check", 3)]
@@ -420,7 +479,7 @@ def test_more_processes_are_launched_after_the_check(main: Main, stages: list, m
 def test_what_ended_the_ranks_is_an_event(
     main: Main, stages: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lose(*args: object, nproc: int) -> None:
+    def lose(*args: object, **options: object) -> None:
         raise TemporaryError("killed by SIGKILL", where="rank 1")
 
     monkeypatch.setattr(launch, "launch", lose)

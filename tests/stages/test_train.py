@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from tests.caches import fill_shard, grow_plan, make_samples
+from tests.chats import write_chats
 from tests.conftest import Bench
 from tests.models import make_model, make_tokenizer
 from tests.stages import by_hand
@@ -435,7 +436,8 @@ def test_ranks_of_other_machines_need_no_gpu_of_this_one(
 def test_caches_that_hold_out_other_shares_are_split_by_one(bench: Bench, tmp_path: Path) -> None:
     for share in (0.5, 0.05):
         spec = DataSpec(max_length=128, heldout_fraction=share)
-        extract(ExtractSpec(teacher=bench.teacher, data=(bench.data,), data_spec=spec), tmp_path / f"{share}", Silent())
+        data = write_chats(tmp_path / f"{share}.jsonl", 60, seed=int(100 * share))
+        extract(ExtractSpec(teacher=bench.teacher, data=(data,), data_spec=spec), tmp_path / f"{share}", Silent())
     recorder = Recorder()
     job = job_for(bench, tmp_path / "out", max_steps=1)
     train(dataclasses.replace(job, caches=(tmp_path / "0.05", tmp_path / "0.5")), recorder)

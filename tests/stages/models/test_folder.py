@@ -135,3 +135,25 @@ def test_a_folder_is_read_once(tmp_path: Path) -> None:
     config = folder.config
     (tmp_path / "config.json").unlink()
     assert folder.config is config
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "additional_chat_templates/tool_use.jinja", "README.md"])
+def test_a_link_that_leads_nowhere_is_not_taken_for_no_file(name: str, tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path / "model")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(tmp_path / "gone")
+    if name == "README.md":
+        assert ModelFolder(folder, StudentError).config.model_type == "llama"
+        return
+    with pytest.raises(StudentError, match=rf"{name} is a link to .*gone, which is missing; copy the folder again"):
+        ModelFolder(folder, StudentError).config  # noqa: B018
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_size_of_nothing_is_one_line_and_no_warning(tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 0}))
+    with pytest.raises(StudentError, match="is it the config of another model") as caught:
+        ModelFolder(folder, StudentError).examine()
+    assert str(caught.value).count("\n") == 0

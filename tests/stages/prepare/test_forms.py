@@ -301,6 +301,10 @@ READ: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"prompt": '[{"role": "engineer", "name": "Bo"}]', "completion": '{"from": "Berlin", "to": "Paris"}'},
         [user('[{"role": "engineer", "name": "Bo"}]'), assistant('{"from": "Berlin", "to": "Paris"}')],
     ),
+    "text that is a JSON object of messages of another kind": (
+        {"prompt": '{"messages": ["a", "b"]}', "output": '[{"messages": 3}, 4]'},
+        [user('{"messages": ["a", "b"]}'), assistant('[{"messages": 3}, 4]')],
+    ),
     "text that begins with a bracket": ({"prompt": "[1", "output": "{"}, [user("[1"), assistant("{")]),
     "alpaca's own text": (
         {
@@ -401,6 +405,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an answer that is JSON": (
         {"prompt": "q", "output": json.dumps([assistant("secret")])},
         "'output': is it text, or",
+    ),
+    "an answer that is a record as JSON": (
+        {"prompt": "q", "output": json.dumps({"messages": [user("q"), assistant("secret")], "id": 3})},
+        "'output': is it text, or",
+    ),
+    "an answer that is a record of messages alone": (
+        {"instruction": "q", "output": json.dumps({"messages": [user("q"), assistant("secret")]})},
+        "'output': is it text, or",
+    ),
+    "an answer that is records as JSON": (
+        {"prompt": "q", "response": json.dumps([{"id": 1}, {"conversations": [{"from": "gpt", "value": "secret"}]}])},
+        "'response': is it text, or",
     ),
     "a prompt that is an object": (
         {"prompt": json.dumps(user("secret")), "completion": "a"},

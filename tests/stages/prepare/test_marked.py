@@ -280,6 +280,33 @@ def test_any_message_that_is_rendered_already_is_refused(
         run(write([{"messages": [user, answer, {**user, "content": text}, answer]}]), tokenizer)
 
 
+VICUNA = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} {% elif m.role == 'user' %}"
+    "USER: {{ m.content }} {% else %}ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+PREAMBLE = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["its own template", "another one"])
+def test_vicunas_prompt_is_rendered_already_whoever_reads_it(own: bool, kit: Any, write: Write, run: Run) -> None:
+    """Defect: behind a preamble on the same line neither USER: nor the preamble was known."""
+    tokenizer = kit.train()
+    tokenizer.chat_template = VICUNA if own else kit.template("chatml", marked=False)
+    once, human = f"{PREAMBLE} USER: Hi ASSISTANT:", PREAMBLE.replace("curious user", "curious human")
+    rendered = [once, f"{once} Hello</s>USER: Bye ASSISTANT:", f"{human}\n### Human: Hi\n### Assistant:"]
+    for text in rendered + ["You are a pirate. USER: Hi ASSISTANT:"] * own:
+        with pytest.raises(DataError, match=r"message 1 \(user\) is a text that went through a chat template already"):
+            run(write([{"prompt": text, "completion": "x"}]), tokenizer)
+    [_], found = run(write([{"text": f"{once} Hello</s>"}]), tokenizer)
+    assert "rendered_already" in [each.kind for each in found]
+    asked = "Is it polite? USER: Hi ASSISTANT: Hello. I doubt it."
+    assert len(run(write([chat(asked, "a", system=PREAMBLE)]), tokenizer).samples) == 1
+
+
 def test_a_text_that_is_rendered_already_is_tokenised_as_it_is(kit: Any, write: Write, run: Run) -> None:
     tokenizer = kit.train(eos=END)
     tokenizer.chat_template = kit.template("chatml", marked=False)
