@@ -25,12 +25,15 @@ def test_a_signal_to_the_launcher_during_steps_is_75_and_the_rest_is_done_later(
     command = [sys.executable, "-m", "kdpipe.pipeline.cli", *map(str, words)]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     events, until = output / "events.jsonl", time.monotonic() + 240
-    while not (events.exists() and '"step"' in events.read_text()):
-        assert time.monotonic() < until
-        assert running.poll() is None
-        time.sleep(0.02)
-    running.send_signal(number)
-    _, said = running.communicate(timeout=90)
+    try:
+        while not (events.exists() and '"step"' in events.read_text()):
+            assert time.monotonic() < until
+            assert running.poll() is None
+            time.sleep(0.02)
+        running.send_signal(number)
+        _, said = running.communicate(timeout=90)
+    finally:
+        running.kill()
     assert running.returncode == 75, said
     last = re.fullmatch(
         rf"E-TEMPORARY .*: stopped by {number.name}; its state after step (\d+) is saved; .*", said.splitlines()[-1]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 from tests.models import make_model, make_tokenizer
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 
 from kdpipe.manifests.errors import StudentError, TeacherError
 from kdpipe.stages.models.folder import ModelFolder
@@ -99,6 +99,24 @@ def test_a_stop_token_that_only_the_class_knows_is_kept(tmp_path: Path) -> None:
 def test_a_class_that_cannot_be_made_of_the_file_is_not_needed(tmp_path: Path) -> None:
     folder = ModelFolder(make_folder(tmp_path, "llama", "T5TokenizerFast"), TeacherError)
     assert folder.tokenizer(TEXT)["input_ids"] == ids_of_the_file(tmp_path, TEXT, special=True)
+
+
+def test_a_class_that_adds_other_special_tokens_than_the_file_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ids are those of the file but for what is put before a text."""
+    make_folder(tmp_path, "llama", "PreTrainedTokenizerFast")
+    made = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    bos = [("<|endoftext|>", made.convert_tokens_to_ids("<|endoftext|>"))]
+    added = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=bos)
+    made.backend_tokenizer.post_processor = added
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: made)
+    folder = ModelFolder(tmp_path, TeacherError)
+    assert (
+        folder.tokenizer(TEXT)["input_ids"] == ids_of_the_file(tmp_path, TEXT, special=True) != made(TEXT)["input_ids"]
+    )
+    (note,) = folder.notes
+    assert "gives other ids for" in note
 
 
 def test_truncation_written_into_the_file_cuts_nothing(tmp_path: Path) -> None:

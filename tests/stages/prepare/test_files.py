@@ -39,6 +39,7 @@ SPLITS = {
     "camel case": ("myTrain.jsonl", "myTest.jsonl"),
     "camel case with a set": ("trainData.json", "evalSet.json"),
     "two that are no training": ("validation.jsonl", "test.jsonl"),
+    "the last word": ("train.jsonl", "training_for_the_test.jsonl"),
 }
 
 
@@ -54,6 +55,7 @@ ONE_SPLIT = {
     "words within words": ("contest.jsonl", "latest.jsonl", "testaments.jsonl", "households-out.jsonl"),
     "sets of one": ("trainset.jsonl", "train.jsonl"),
     "test alone": ("test-1.jsonl", "test-2.jsonl"),
+    "the last word": ("train.jsonl", "test_of_train.jsonl"),
 }
 
 

@@ -195,6 +195,15 @@ def test_a_call_that_is_left_out_is_said_and_not_learnt(calls: str, learnt: bool
     assert (found.kind, found.dropped) == (("tool_call_left_out", True) if learnt else ("prompt_changed", False))
 
 
+def test_of_two_calls_that_are_alike_each_is_looked_for(incidents: Any) -> None:
+    twice = [QUESTION, {**CALLING[1], "tool_calls": [call(city="Bonn"), call(city="Bonn")]}, *RESULTS]
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}" + CALLS)
+    assert incidents(template, twice) == []
+    assert kinds(incidents(template.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), twice)) == [
+        "tool_call_left_out"
+    ]
+
+
 PYTHON = "{{ c.function.name }}({% for k, v in c.function.arguments.items() %}{{ k }}={{ SHOWN }}{% endfor %})"
 SINGLE = r"""'{{ v | replace("'", "\\'") | replace("\n", "\\n") }}'"""
 

@@ -67,6 +67,20 @@ def test_a_teacher_whose_numbers_are_not_finite_is_told_so(part: str, tmp_path: 
         check_head(engine, head, SAMPLES, path=tmp_path)
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_sample_of_several_is_enough(bad: int, tmp_path: Path) -> None:
+    """A true engine whose answer for one sample is that of another formula."""
+    engine, head = opened("llama", tmp_path, "float32")
+
+    class Lying:
+        def rows_and_logits(self, token_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+            rows, logits = engine.rows_and_logits(token_ids)
+            return rows, logits * (2.0 if len(token_ids) == len(SAMPLES[bad]) else 1.0)
+
+    with pytest.raises(TeacherError, match=r"differ from the model's own by 5\.0e-01"):
+        check_head(Lying(), head, SAMPLES, path=tmp_path)
+
+
 def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
     engine, head = opened("llama", tmp_path, "float32")
     smaller = replace(head, weight=head.weight[:-1], record=head.record.model_copy(update={"head_rows": 250}))
@@ -83,6 +97,19 @@ def test_chosen_entries_are_those_of_the_models_own_logits(
     rows, logits = engine.rows_and_logits(SAMPLES[0])
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 251, (len(rows), 5)))
     assert (chosen_logits(rows, head, ids) - logits.gather(1, ids)).abs().max() < 1e-5 * logits.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float16", 0.02), ("bfloat16", 0.1)])
+def test_rows_are_judged_by_the_tolerance_of_their_dtype(dtype: str, bound: float, tmp_path: Path) -> None:
+    own = [torch.randn(3, 5).double(), torch.randn(9, 5).double()]
+    for share in (0.8, 1.25):
+        off = [own[0], own[1] * (1 + share * bound)]
+        if share < 1:
+            found = compare_rows(off, own, dtype=dtype, exact=True, path=tmp_path)
+            assert found == pytest.approx(share * bound)
+            continue
+        with pytest.raises(TeacherError, match="the engine's rows differ from transformers' own by"):
+            compare_rows(off, own, dtype=dtype, exact=True, path=tmp_path)
 
 
 def test_rows_of_another_implementation_are_measured_and_judged(tmp_path: Path) -> None:

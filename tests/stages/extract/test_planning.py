@@ -1,0 +1,73 @@
+"""A cache is gone on with only where all that decides its rows is the same."""
+
+from pathlib import Path
+
+import pytest
+from tests.caches import make_plan, make_samples
+
+from kdpipe.manifests.errors import CacheError
+from kdpipe.manifests.plan import Plan
+from kdpipe.stages.extract.planning import require_same
+
+OTHER: dict[str, dict[str, object]] = {
+    "fingerprint": {"teacher": "x", "tokenizer": "x", "template": "x"},
+    "settings": {
+        "max_length": 7,
+        "overlong": "drop",
+        "supervise": "last",
+        "rows": "all",
+        "dtype": "float16",
+        "seed": 7,
+    },
+    "head": {
+        "architecture": "x",
+        "hidden_size": 7,
+        "vocab_size": 7,
+        "head_rows": 7,
+        "dtype": "float16",
+        "tied": True,
+        "has_bias": True,
+        "softcap": 7.0,
+        "scale": 7.0,
+    },
+    "engine": {
+        "name": "x",
+        "version": "2",
+        "determinism": "tolerance",
+        "device": "cuda",
+        "batch_tokens": 7,
+        "arguments": {"quantization": "fp8"},
+    },
+}
+FIELDS = [(group, name) for group, names in OTHER.items() for name in names]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return make_plan(tmp_path / "c", make_samples(3))
+
+
+def test_every_field_that_decides_the_rows_is_named_with_both_values(plan: Plan) -> None:
+    for group, name in FIELDS:
+        part = getattr(plan, group).model_copy(update={name: OTHER[group][name]})
+        other = plan.model_copy(update={group: part})
+        with pytest.raises(CacheError) as caught:
+            require_same(other, plan, Path("c"))
+        said = f"was made with {group}.{name} = {getattr(getattr(plan, group), name)!r}, this command asks for "
+        assert f"{said}{OTHER[group][name]!r}" in str(caught.value)
+    for name, value in {"heldout_fraction": 0.75, "vocabulary_digest": "x"}.items():
+        with pytest.raises(CacheError, match=name):
+            require_same(plan.model_copy(update={name: value}), plan, Path("c"))
+
+
+def test_no_field_of_what_decides_the_rows_is_left_out(plan: Plan) -> None:
+    free = {("fingerprint", "data"), ("settings", "codec")}  # data may be added, and there is one codec
+    for group in OTHER:
+        names = {(group, name) for name in type(getattr(plan, group)).model_fields}
+        assert names - free == {each for each in FIELDS if each[0] == group}
+
+
+def test_what_changes_as_a_cache_grows_may_differ(plan: Plan) -> None:
+    data = plan.fingerprint.model_copy(update={"data": "x"})
+    changes = {"fingerprint": data, "counts": {}, "num_samples": 0, "samples_digest": "", "shards": (), "num_rows": 0}
+    require_same(plan.model_copy(update=changes), plan, Path("c"))
