@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from kdpipe.manifests.errors import DataError, KdpipeError, StoppedError, TemporaryError
+from kdpipe.manifests.errors import DataError, KdpipeError, StoppedError, TemporaryError, stopped
 from kdpipe.pipeline.launch import _leave_error, _signals, _verdict
+
+
+def stop(name: str) -> KdpipeError:
+    return stopped(name, where="out", kept="its state is saved")
+
 
 STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2]
 
@@ -42,11 +47,10 @@ def test_an_ignored_signal_stays_ignored() -> None:
 def test_ranks_that_a_signal_ended_without_a_word_are_a_stop_by_that_signal(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    found = _verdict(tmp_path, 0, -number, [number])
-    assert isinstance(found, KdpipeError)
+    found = _verdict(tmp_path, 0, -number, [number], stop)
     assert found.exit_code == (130 if number == signal.SIGINT else 75)
     assert isinstance(found, StoppedError if number == signal.SIGINT else TemporaryError)
-    assert str(found).endswith(f"stopped by {number.name}; run the same command again")
+    assert str(found).endswith(f"stopped by {number.name}; its state is saved; run the same command again")
 
 
 def leave(folder: Path, rank: int, err: KdpipeError, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +62,10 @@ def test_a_ranks_own_error_counts_more_than_that_another_was_killed_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave(tmp_path, 1, TemporaryError("a peer is gone"), monkeypatch)
-    found = _verdict(tmp_path, 0, -signal.SIGKILL, [])
+    found = _verdict(tmp_path, 0, -signal.SIGKILL, [], stop)
     assert str(found).startswith("E-TEMPORARY rank 0: killed by SIGKILL (out of memory?)")
     leave(tmp_path, 2, DataError("expected a list, got 7", where="chat.jsonl:3"), monkeypatch)
-    found = _verdict(tmp_path, 0, -signal.SIGKILL, [])
+    found = _verdict(tmp_path, 0, -signal.SIGKILL, [], stop)
     assert (type(found), str(found)) == (DataError, "E-DATA chat.jsonl:3: expected a list, got 7")
 
 
@@ -70,4 +74,4 @@ def test_the_first_error_counts_and_a_lost_peer_last(tmp_path: Path, monkeypatch
         leave(tmp_path, rank, err, monkeypatch)
         word = json.loads((tmp_path / f"{rank}.json").read_text())
         (tmp_path / f"{rank}.json").write_text(json.dumps(word | {"time": 100.0 + rank}))
-    assert str(_verdict(tmp_path, 0, 75, [])) == "E-DATA: the first"
+    assert str(_verdict(tmp_path, 0, 75, [], stop)) == "E-DATA: the first"
