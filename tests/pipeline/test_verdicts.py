@@ -1,8 +1,12 @@
-"""What the launcher makes of signals and of what its ranks left: without a rank, as each takes seconds to start."""
+"""What the launcher makes of signals and of what its ranks left; test_launch.py has real ranks, slow to start."""
 
 import json
+import multiprocessing
 import os
 import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -31,6 +35,41 @@ def test_every_signal_to_stop_is_caught_and_given_back(number: signal.Signals) -
         assert signal.getsignal(number) == before
     finally:
         signal.signal(number, own)
+
+
+def rank(ready: Connection, asked: Callable[[], None]) -> None:
+    """A process that the launcher has, as a rank is one: it answers SIGTERM in its own way."""
+    signal.signal(signal.SIGTERM, lambda *_: asked())
+    ready.send(None)
+    while True:
+        time.sleep(1)
+
+
+def started(asked: Callable[[], None]) -> multiprocessing.process.BaseProcess:
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=rank, args=(theirs, asked), daemon=True)
+    process.start()
+    ours.recv()
+    return process
+
+
+def test_the_first_signal_is_passed_on_and_a_rank_ends_by_itself() -> None:
+    with _signals() as asked:
+        process = started(lambda: os._exit(7))
+        os.kill(os.getpid(), signal.SIGTERM)
+        process.join(20)
+    assert (asked, process.exitcode) == ([signal.SIGTERM], 7)
+
+
+def test_the_second_signal_kills_a_rank_that_stays() -> None:
+    process = started(lambda: None)
+    with _signals() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert process.is_alive()
+        with pytest.raises(SignalException, match="stopped by SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    process.join(20)
+    assert (asked, process.exitcode) == ([signal.SIGTERM] * 2, -signal.SIGKILL)
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models import KINDS, make_model
+from tests.models import KINDS, make_model, make_own
 
 from kdpipe.manifests.errors import StudentError, TeacherError
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.own_code import code_digest
 
 CPU = torch.device("cpu")
 Weights = dict[str, torch.Tensor]
@@ -128,6 +129,20 @@ def test_generation_ends_where_generate_ends_it(
         if held is not None:
             (tmp_path / name).write_text(json.dumps(held))
     assert ModelFolder(tmp_path, TeacherError).stop_ids == ends
+
+
+def test_a_models_own_code_is_part_of_its_digest(tmp_path: Path) -> None:
+    folder = make_own(make_model("llama", tmp_path / "own"), tmp_path / "ran")
+
+    def digest() -> str:
+        return ModelFolder(folder, TeacherError, code_digest(folder)).digest()
+
+    before = digest()
+    assert before == digest()
+    modeling = folder / "modeling_tiny.py"
+    modeling.write_text(modeling.read_text() + "# another line\n")
+    assert digest() != before
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_folder_is_read_once(tmp_path: Path) -> None:
