@@ -98,10 +98,9 @@ class Cache:
             view = replace(view, rows=_select(view.rows, row_positions(view.supervised)))
         return view
 
-    def without_rows(self, index: int) -> SampleView:
-        """A sample's ids and mask; its rows, [0, E] here, are not read."""
-        shard, within = self._locate(index)
-        return shard.sample(within, with_rows=False)
+    def rows(self, index: int) -> np.ndarray:
+        """The rows of a sample's supervised tokens, [R, E]: those of `cache[index]`."""
+        return self[index].rows
 
     def stored_rows(self, index: int) -> np.ndarray:
         """All rows that are kept of a sample, [R, E]: `cache[index].rows` has those of supervised tokens alone."""

@@ -13,6 +13,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from pydantic import Field, ValidationError
 from kdpipe.manifests.durable import QUARANTINE, canonical, open_regular, read_small
 from kdpipe.manifests.errors import CacheError, CorruptError, LayoutError
 from kdpipe.manifests.record import Record, first_problem
-from kdpipe.manifests.sample import ID_BYTES, Sample, row_positions
+from kdpipe.manifests.sample import ID_BYTES, Sample, SampleTokens, row_positions
 from kdpipe.manifests.specs import Codec, Dtype, Io, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
 
@@ -36,6 +37,8 @@ SAMPLES_FILE = "samples.arrow"
 SAMPLES_HINT = "it says which sample is where: put it back from a copy, or extract into another folder"
 GROWN = "grown"
 FOLDERS = ("shards", "commits", "claims", "tmp", "runs", "teacher")
+KEPT_SHARDS = 256
+"""Of so many shards the ids stay at hand: views where samples.arrow is mapped, 5 bytes a token where it is read."""
 SHARD_TOKENS = 65536
 """Tokens a shard holds at most, and so the teacher's work that a kill can lose."""
 
@@ -345,7 +348,7 @@ class Samples:
     """
 
     def __init__(self, cache: Path, plan: Plan, io: Io = "mmap") -> None:
-        self.plan = plan
+        self.plan, self.folder = plan, cache
         self.paths = [plan_folder(cache, generation) / SAMPLES_FILE for generation in range(plan.generation + 1)]
         brought = plan.brought()
         self._first = [numbers.start for numbers in brought]
@@ -356,6 +359,17 @@ class Samples:
         self._readers = [
             _open_samples(path, len(numbers), io) for path, numbers in zip(self.paths, brought, strict=True)
         ]
+        self._first_sample = [shard.first_sample for shard in plan.shards]
+        self._tables: dict[int, _Tokens] = {}
+
+    def tokens(self, index: int) -> SampleTokens:
+        """Ids and mask of a sample; the ids are a view. Raises LayoutError where the file is damaged there."""
+        number = bisect_right(self._first_sample, index) - 1
+        if number not in self._tables:
+            if len(self._tables) == KEPT_SHARDS:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[number] = _Tokens.of(self.shard(number))
+        return self._tables[number].sample(index - self._first_sample[number])
 
     def shard(self, index: int) -> pa.RecordBatch:
         """The samples of one shard, zero-copy. Raises LayoutError where the file is damaged there."""
@@ -419,6 +433,26 @@ class Samples:
                 newest = plan_folder(Path(), self.plan.generation) / PLAN_FILE
                 raise CorruptError(f"sha256 {found}, {newest} says {digest}", where=path, hint=SAMPLES_HINT)
         self._good = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tokens:
+    """The ids and masks of a shard as they lie in its record batch: offsets int32 [N + 1], ids int32 [n], mask bits."""
+
+    offsets: np.ndarray
+    ids: np.ndarray
+    bits: np.ndarray
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> "_Tokens":
+        token_ids, supervised = batch.column("token_ids"), batch.column("supervised").values
+        bits = np.frombuffer(supervised.buffers()[1], np.uint8) if len(supervised) else np.empty(0, np.uint8)
+        return cls(token_ids.offsets.to_numpy(), token_ids.values.to_numpy(), bits)
+
+    def sample(self, within: int) -> SampleTokens:
+        begin, end = int(self.offsets[within]), int(self.offsets[within + 1])
+        mask = np.unpackbits(self.bits[begin // 8 : -(-end // 8)], bitorder="little")[begin % 8 :][: end - begin]
+        return SampleTokens(self.ids[begin:end], mask.view(bool))
 
 
 def _open_samples(path: Path, num_shards: int, io: Io) -> pa.ipc.RecordBatchFileReader:

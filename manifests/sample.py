@@ -9,7 +9,7 @@ knows this shift; everybody else calls it.
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -93,6 +93,13 @@ class SampleView:
     token_ids: np.ndarray
     supervised: np.ndarray
     rows: np.ndarray
+
+
+class SampleTokens(NamedTuple):
+    """What is known of a sample without its rows: token_ids int32 [n], supervised bool [n]."""
+
+    token_ids: np.ndarray
+    supervised: np.ndarray
 
 
 def content_id(content: object) -> bytes:

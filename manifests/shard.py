@@ -293,19 +293,19 @@ class Shard:
         self.num_rows, self._width = tensors["hidden"].shape
         self._dtype = DTYPES[tensors["hidden"].dtype]
         self._row_bytes = self._width * self._dtype.itemsize
-        self._no_rows = np.empty((0, self._width), self._dtype)
         self._mapped = None if io == "pread" else tensors["hidden"].view(self._file.read(0, self._checked_to))
 
     def corrupt(self, what: str) -> CorruptError:
         """The error for damage in this shard."""
         return CorruptError(what, where=self.path, hint=repair(self._cache))
 
-    def sample(self, index: int, *, with_rows: bool = True) -> SampleView:
-        """The sample at `index` within this shard, with all its rows or none; blocks are checked on first touch."""
+    def sample(self, index: int) -> SampleView:
+        """The sample at `index` within this shard, with all its rows; blocks are checked on first touch."""
         token, next_token = self._token_at[index], self._token_at[index + 1]
-        rows = self.rows(self._row_at[index], self._row_at[index + 1]) if with_rows else self._no_rows
         return SampleView(
-            token_ids=self.token_ids[token:next_token], supervised=self.supervised[token:next_token], rows=rows
+            token_ids=self.token_ids[token:next_token],
+            supervised=self.supervised[token:next_token],
+            rows=self.rows(self._row_at[index], self._row_at[index + 1]),
         )
 
     def rows(self, first: int, after: int) -> np.ndarray:

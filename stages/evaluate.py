@@ -5,7 +5,7 @@ ranks and divided once.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,18 +15,20 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import CheckFailed, ConfigError
+from kdpipe.manifests.errors import CheckFailed, ConfigError, StudentError
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.run import read_run
 from kdpipe.manifests.specs import DeviceChoice, DtypeChoice, Io
-from kdpipe.stages.feed import PackedBatch, Packer, Rows, cut_steps, deal
+from kdpipe.stages.feed.dataset import Dataset, of_caches
+from kdpipe.stages.feed.order import cut_steps, deal
+from kdpipe.stages.feed.packing import PackedBatch, Packer
 from kdpipe.stages.loss import TokenMetrics
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.student import (
     Student,
     TeacherHead,
     check_student,
     checkpoint_dtype,
-    load_student,
     load_teacher_head,
     pick_device,
     probe_text,
@@ -36,20 +38,21 @@ from kdpipe.stages.student import (
 
 
 def batches(
-    rows: Rows, packer: Packer, members: np.ndarray, batch_tokens: int, *, rank: int = 0, world_size: int = 1
+    dataset: Dataset, packer: Packer, samples: np.ndarray, batch_tokens: int, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[PackedBatch, int]]:
     """This rank's share of the samples, the same number of batches on every rank, each with the tokens of all ranks."""
-    cuts = cut_steps(members, rows.num_tokens[members], batch_tokens * world_size)
-    shares = [deal(cut, rows.num_tokens[cut], world_size)[rank] for cut in cuts]
+    cuts = cut_steps(samples, dataset.num_tokens[samples], batch_tokens * world_size)
+    shares = [deal(cut, dataset.num_tokens[cut], world_size)[rank] for cut in cuts]
     for number, (cut, mine) in enumerate(zip(cuts, shares, strict=True)):
-        for member in shares[number + 1] if number + 1 < len(shares) else ():
-            rows.prefetch(int(member))
-        yield (packer.pack(mine) if len(mine) else packer.empty()), int(rows.num_tokens[cut].sum())
+        for share in shares[number + 1 : number + 2]:
+            for teacher in dataset.teachers:
+                teacher.rows.want(share)
+        yield (packer.pack(mine) if len(mine) else packer.empty()), int(dataset.num_tokens[cut].sum())
 
 
 def measure(
     student: Student,
-    teacher: TeacherHead,
+    teachers: Sequence[TeacherHead],
     feed: Iterator[tuple[PackedBatch, int]],
     device: torch.device,
     progress: Progress,
@@ -59,7 +62,7 @@ def measure(
     student.eval()
     total = torch.zeros(len(fields(TokenMetrics)), dtype=torch.float64, device=device)
     for batch, num_tokens in feed:
-        sums = student.measure(batch.to(device), teacher)
+        sums = student.measure(batch.to(device), teachers)
         total += torch.stack([getattr(sums, field.name) for field in fields(TokenMetrics)])
         progress.advance(num_tokens)
         stop()
@@ -85,15 +88,14 @@ def summary(sums: dict[str, float]) -> dict[str, float]:
 
 
 def score(
-    student: Path,
-    rows: Rows,
-    members: np.ndarray,
+    student: ModelFolder,
+    dataset: Dataset,
+    samples: np.ndarray,
     *,
     dtype: str,
     batch_tokens: int,
     device: torch.device,
     progress: Progress,
-    trust: str | None = None,
     mesh: DeviceMesh | None = None,
     stop: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
@@ -104,26 +106,26 @@ def score(
     Raises StudentError, CorruptError; CheckFailed where a figure is not finite. Collective where there is a mesh.
     """
     precision = getattr(torch, dtype)
-    model = Student(load_student(student, precision, device, trust))
+    model = Student(student.load(precision, device))
     if mesh is not None:
         model = shard(model, mesh, precision, device)
-    model.examine(probe_text(rows, members, model.model.config), student)
-    teacher = load_teacher_head(rows.caches[0], device)
-    packer = Packer(rows, padded=model.padded, pin=device.type == "cuda")
+    model.examine(probe_text(dataset, samples, model.model.config), student.path)
+    teachers = [load_teacher_head(teacher, device) for teacher in dataset.teachers]
+    packer = Packer(dataset, padded=model.padded, pin=device.type == "cuda")
     rank, world_size = (mesh.get_rank(), mesh.size()) if mesh is not None else (0, 1)
-    feed = batches(rows, packer, members, batch_tokens, rank=rank, world_size=world_size)
-    progress.begin("eval", total=int(rows.num_tokens[members].sum()), unit="tokens")
+    feed = batches(dataset, packer, samples, batch_tokens, rank=rank, world_size=world_size)
+    progress.begin("eval", total=int(dataset.num_tokens[samples].sum()), unit="tokens")
     progress.advance(0, f"in {dtype}")
-    metrics = measure(model, teacher, feed, device, progress, stop)
+    metrics = measure(model, teachers, feed, device, progress, stop)
     progress.end()
     if not all(math.isfinite(value) for value in metrics.values()):
-        raise CheckFailed("its logits are not finite; are its weights?", where=student)
+        raise CheckFailed("its logits are not finite; are its weights?", where=student.path)
     return metrics
 
 
-def run_dtype(student: Path, dtype: DtypeChoice, trust: str | None = None) -> str:
+def run_dtype(student: ModelFolder, dtype: DtypeChoice) -> str:
     """The dtype a student is measured in: for "auto" the one it is stored in."""
-    return str(checkpoint_dtype(student, trust)).removeprefix("torch.") if dtype == "auto" else dtype
+    return str(checkpoint_dtype(student)).removeprefix("torch.") if dtype == "auto" else dtype
 
 
 def evaluate_student(
@@ -146,35 +148,35 @@ def evaluate_student(
     device, dtype: "auto" picks a GPU if there is one, and the dtype the student is stored in.
     Raises StudentError, CacheError, IncompleteError, CorruptError; ConfigError where no sample is held out.
     """
-    rows = Rows([Cache.open(cache, io=io)])
-    check_student(student, rows.caches[0], trust)
+    opened = Cache.open(cache, io=io)
+    dataset, model = of_caches([opened]), ModelFolder(student, StudentError, trust)
+    check_student(model, dataset.teachers[0])
     record = read_run(student)
     if record is not None:
         trained = record.inputs.heldout_fraction
         heldout_fraction = trained if heldout_fraction is None else heldout_fraction
         if heldout_fraction > trained:
-            seen = rows.caches[0].fingerprints() & set(record.inputs.caches)
+            seen = opened.fingerprints() & set(record.inputs.caches)
             progress.note(
                 f"this student held out {trained} of its samples, {heldout_fraction} are measured: it was trained on "
                 f"some of them{'' if seen else ', where its data had the texts of this cache'}"
             )
-    _, members = rows.split(heldout_fraction)
-    if not len(members) and record is not None and heldout_fraction == record.inputs.heldout_fraction:
+    _, samples = dataset.split(heldout_fraction)
+    if not len(samples) and record is not None and heldout_fraction == record.inputs.heldout_fraction:
         raise ConfigError(
             f"it was trained with {heldout_fraction} of the samples held out, which is none of {cache}; measure it on "
             "a cache of other texts, all of them with --heldout-fraction 1",
             where=student,
         )
-    if not len(members):
+    if not len(samples):
         raise ConfigError("no sample of this cache is held out; give a larger --heldout-fraction", where=cache)
-    require_context(student, rows, members, trust)
+    require_context(model, dataset, samples)
     return score(
-        student,
-        rows,
-        members,
-        dtype=run_dtype(student, dtype, trust),
+        model,
+        dataset,
+        samples,
+        dtype=run_dtype(model, dtype),
         batch_tokens=batch_tokens,
         device=pick_device(device),
         progress=progress,
-        trust=trust,
     )

@@ -19,7 +19,7 @@ from kdpipe.pipeline import cli
 
 Main = Callable[..., tuple[int, str, str]]
 
-LONGEST = "test_sglang_engine.py"
+LONGEST = "sglang/test_teacher.py"
 
 # Two workers share the machine with what else runs there: how long an example takes says nothing of the code.
 hypothesis.settings.register_profile("kdpipe", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("kdpipe")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of several workers the first begins with the longest file, which would otherwise keep one of them at the end."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.path.name != LONGEST)
+        items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
 
 
 @dataclass(frozen=True, kw_only=True)

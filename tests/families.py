@@ -3,6 +3,7 @@
 No family is named here. What the rule cannot build is said, with transformers' own words.
 """
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"window|chunk_size|block_size", 8),
 )
 """Patterns of field names, and the size that a number under one gets where it is larger; the first that fits."""
+LARGEST = 20_000_000
+"""Parameters of a model that is built: one whose config hides its sizes takes all memory."""
 
 
 def families() -> list[str]:
@@ -42,8 +45,13 @@ def make_family(family: str, folder: Path) -> Path:
     mapping = transformers.AutoModelForCausalLM._model_mapping
     text = config.get_text_config()
     small = type(text)(**_shrunk(text.to_dict()), bos_token_id=1, eos_token_id=3, pad_token_id=0)
+    build = mapping[type(text) if type(text) in mapping else type(config)]._from_config
+    with torch.device("meta"):
+        num_params = sum(parameter.numel() for parameter in build(copy.deepcopy(small)).parameters())
+    if num_params > LARGEST:
+        raise ValueError(f"{num_params:,} parameters: not all of its sizes are reduced")
     torch.manual_seed(0)
-    model = mapping[type(text) if type(text) in mapping else type(config)]._from_config(small, dtype=torch.float32)
+    model = build(small, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -62,6 +70,8 @@ def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, list) and len(value) == num_layers and num_layers > NUM_LAYERS:
             kinds = [each for at, each in enumerate(value) if each not in value[:at]]
             found[name] = (kinds + [value[-1]] * NUM_LAYERS)[:NUM_LAYERS]
+        elif isinstance(value, dict) and name.endswith("_config"):
+            found[name] = value | _shrunk(value)
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((size for pattern, size in SMALL if re.search(pattern, name)), value)
             if value > size:

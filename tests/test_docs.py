@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
-from tools import loss_doc, run_file_doc
+from tools import house_doc, loss_doc, run_file_doc
 
 from kdpipe.manifests.specs import load
 from kdpipe.pipeline import cli
@@ -54,6 +54,10 @@ def test_readme_names_the_commands_there_are() -> None:
 
 def test_run_file_page_is_made_from_the_specs() -> None:
     assert (ROOT / "docs" / "run-file.md").read_text() == run_file_doc.page()
+
+
+def test_the_page_of_the_house_has_a_line_for_every_module() -> None:
+    assert (ROOT / "docs" / "house.md").read_text() == house_doc.page()
 
 
 def test_the_page_of_the_losses_is_what_their_table_says() -> None:

@@ -1,7 +1,7 @@
 """Single-line faults put into a copy of the project, one at a time: do the tests that are named notice each?
 
     tools/faults/*.toml:  [[fault]]
-                          file = "stages/schedule.py"            what is changed
+                          file = "stages/train/schedule.py"            what is changed
                           old = "math.pi * done"                 text that occurs in it once
                           new = "math.pi * done / 2"             what stands there instead
                           tests = ["tests/stages/test_schedule.py"]   files or test ids; one of them must fail

@@ -1,6 +1,7 @@
 """kdpipe train: a student from caches, in this process or in one process a GPU."""
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.pipeline.streams import lasting_streams
 
 if TYPE_CHECKING:
-    from kdpipe.stages.job import TrainJob
+    from kdpipe.stages.train import Found, TrainJob
 
 
 @click.command("train", cls=Command)
@@ -94,7 +95,7 @@ def command(
     """
     require_not_swapped(student, caches)
     run = run_spec(config, sets if loss_preset is None else (f'loss.preset="{loss_preset}"', *sets))
-    from kdpipe.stages.job import TrainJob, check_job  # torch takes seconds: not for --help or a misspelt option
+    from kdpipe.stages.train import TrainJob, check_job  # torch takes seconds: not for --help or a misspelt option
 
     under_torchrun = "RANK" in os.environ
     if under_torchrun and nproc is not None:
@@ -119,32 +120,32 @@ def command(
         made_with=this_command(student=student, cache=caches, output=output),
     )
     with results_only():
-        check_job(job, nproc)
+        found = check_job(job, nproc)
         if nproc == 1 or under_torchrun:
-            metrics = train_rank(job)
+            metrics = train_rank(job, found)
         else:
-            metrics = _launch(job, nproc)
+            metrics = _launch(replace(job, inputs=found.inputs), nproc)
     if os.environ.get("RANK", "0") == "0":
         show(metrics, as_json=as_json)
 
 
-def train_rank(job: "TrainJob") -> dict[str, object]:
+def train_rank(job: "TrainJob", found: "Found | None" = None) -> dict[str, object]:
     """One rank's work: rank 0 shows the progress and writes the events, the others are silent."""
     from kdpipe.stages.train import train
 
     if os.environ.get("RANK", "0") != "0":
-        return train(job, Silent())
+        return train(job, Silent(), found)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     made = None if job.made_with is None else job.made_with.model_dump()
     log = _events(job, once="accepted")
     run = watch("train", log, where=job.output, kept=partial(_kept, job.output), num_ranks=num_ranks, made_with=made)
     with lasting_streams(), run as progress:
-        return train(job, progress)
+        return train(job, progress, found)
 
 
 def _kept(output: Path) -> str:
     """What of a training is there that a second signal, or one that came before it could save, has ended."""
-    from kdpipe.stages.checkpoint import newest_record  # loads torch
+    from kdpipe.stages.train.checkpoint import newest_record  # loads torch
 
     if (output / RUN_FILE).exists():
         return "the student is written"

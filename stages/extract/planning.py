@@ -40,10 +40,10 @@ from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.sample import KEPT, Incident, Sample, is_heldout, row_positions
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
-from kdpipe.stages.causal_lm import real_vocab_size, vocabulary_digest
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.present import Present
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.vocabulary import real_vocab_size, vocabulary_digest
 from kdpipe.stages.prepare import prepare
 from kdpipe.stages.teacher import ENGINES, pick_engine
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher

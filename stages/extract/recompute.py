@@ -5,10 +5,9 @@ Invariant: nothing is written to the cache. Cost: the teacher's start, and the b
 """
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,17 @@ import torch
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.compare import TOLERANCE, row_distance
-from kdpipe.manifests.errors import GateError, TeacherError
+from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.specs import Device
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
-from kdpipe.stages.extract.shards import shard_requests
+from kdpipe.stages.extract.requests import shard_requests
+from kdpipe.stages.extract.shelf import ScratchShelf
+from kdpipe.stages.extract.teach import teach
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.teacher import ENGINES
-from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
-from kdpipe.stages.teacher.gate import check_ack, check_finite
+from kdpipe.stages.teacher.engine import EngineOptions, Request
+from kdpipe.stages.teacher.gate import admit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,28 +43,6 @@ class Recomputed:
     worst_distance: float
     worst_sample: int | None
     bound: float
-
-
-@dataclass(slots=True, eq=False)
-class Scratch:
-    """Rows on their way from an engine: a file of exactly their size, in one place after the other."""
-
-    path: Path
-    width: int
-    dtype: np.dtype
-    num_rows: int = 0
-    targets: list[RowTarget] = field(default_factory=list)
-
-    def place(self, num_rows: int) -> RowTarget:
-        """Room for some more rows."""
-        offset, size = self.num_rows * self.width * self.dtype.itemsize, num_rows * self.width * self.dtype.itemsize
-        os.truncate(self.path, max(offset + size, 1))
-        shape = (num_rows, self.width)
-        array = np.zeros(shape, self.dtype)
-        if num_rows:
-            array = np.memmap(self.path, self.dtype, "r+", offset, shape)
-        self.num_rows += num_rows
-        return RowTarget(array=array, path=self.path, offset=offset)
 
 
 def recompute(
@@ -89,22 +68,16 @@ def recompute(
         progress.note(f"the cache was made on {plan.engine.device}, this is {device}: last bits will differ")
     engine = ENGINES[plan.engine.name].open(teacher, plan.settings.dtype, device, options.like(plan.engine.arguments))
     with tempfile.NamedTemporaryFile(prefix="kdpipe-recompute-") as file:
-        scratch = Scratch(Path(file.name), plan.head.hidden_size, DTYPES[TAGS[plan.settings.dtype]])
+        shelf = ScratchShelf(Path(file.name), plan.head.hidden_size, DTYPES[TAGS[plan.settings.dtype]])
         try:
-            batches = _batches(cache, choose(cache, count), engine.probe_every, scratch)
-            requests = [request for batch in batches for request in batch]
-            progress.begin("recompute", total=sum(len(request.token_ids) for request in requests), unit="tokens")
-            acks = engine.run(batches)
-            for done, request in enumerate(requests):
-                if (ack := next(acks, None)) is None:
-                    raise GateError(f"the engine stopped after {done} of {len(requests)} samples", where=teacher)
-                check_ack(request, ack)
-                check_finite(request)
-                progress.advance(len(request.token_ids))
+            batches = _batches(cache, choose(cache, count), engine.probe_every, shelf)
+            total = sum(len(request.token_ids) for batch in batches for request in batch)
+            progress.begin("recompute", total=total, unit="tokens")
+            teach(engine, batches, shelf, admit, progress)
             progress.end()
         finally:
             engine.close()
-        return _compared(cache, requests)
+        return _compared(cache, shelf.requests)
 
 
 def choose(cache: Cache, count: int) -> list[int]:
@@ -114,12 +87,12 @@ def choose(cache: Cache, count: int) -> list[int]:
     return sorted(sorted(rows, key=lambda one: hashlib.sha256(f"{digest} {one}".encode()).digest())[:count])
 
 
-def _batches(cache: Cache, samples: Sequence[int], probe_every: int, scratch: Scratch) -> list[list[Request]]:
+def _batches(cache: Cache, samples: Sequence[int], probe_every: int, shelf: ScratchShelf) -> list[list[Request]]:
     """The planned batches in which the samples ran."""
     wanted, chosen = set(samples), []
     first = np.array([shard.first_sample for shard in cache.plan.shards])
     for number in sorted({int(shard) for shard in np.searchsorted(first, samples, side="right") - 1}):
-        batches = shard_requests(cache, number, probe_every, lambda first_row, num_rows: scratch.place(num_rows))
+        batches = shard_requests(cache, number, probe_every, shelf.place)
         chosen += [batch for batch in batches if wanted & {request.sample for request in batch}]
     return chosen
 

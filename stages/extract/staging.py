@@ -48,7 +48,6 @@ from kdpipe.manifests.plan import (
     write_plan,
 )
 from kdpipe.manifests.progress import Progress
-from kdpipe.stages.causal_lm import save_tokenizer
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.planning import (
     ExtractSpec,
@@ -59,6 +58,7 @@ from kdpipe.stages.extract.planning import (
     require_same,
     teacher_tokenizer,
 )
+from kdpipe.stages.models.tokenizer import save_tokenizer
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.head import Head, read_head
 from kdpipe.stages.teacher.rows import as_array

@@ -2,9 +2,10 @@
 
 from kdpipe.stages.loss.divergences import DIVERGENCES
 from kdpipe.stages.loss.divergences import find as find_divergence
-from kdpipe.stages.loss.fused import fused_distill_loss
+from kdpipe.stages.loss.fused import distill, fused_distill_loss
+from kdpipe.stages.loss.head import Side
 from kdpipe.stages.loss.metrics import TokenMetrics, token_metrics
-from kdpipe.stages.loss.problem import DistillLoss
+from kdpipe.stages.loss.problem import DistillLoss, Problem, pose
 from kdpipe.stages.loss.reference import reference_distill_loss
 from kdpipe.stages.models.head import Head
 
@@ -12,9 +13,13 @@ __all__ = [
     "DIVERGENCES",
     "DistillLoss",
     "Head",
+    "Problem",
+    "Side",
     "TokenMetrics",
+    "distill",
     "find_divergence",
     "fused_distill_loss",
+    "pose",
     "reference_distill_loss",
     "token_metrics",
 ]

@@ -24,7 +24,7 @@ from kdpipe.stages.loss.blocks import VALUES, Formula, block_step
 from kdpipe.stages.loss.gradients import StudentGradients
 from kdpipe.stages.loss.layout import Layout, row_blocks
 from kdpipe.stages.loss.memory import keep_heap, release_scratch, scratch, zeros
-from kdpipe.stages.loss.problem import IGNORED, RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose
+from kdpipe.stages.loss.problem import IGNORED, RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose_tensors
 
 
 def fused_distill_loss(
@@ -71,7 +71,7 @@ def fused_distill_loss(
     in the head's own dtype, which saves an array [rows, D] and is as exact up to some 16 chunks.
     ConfigError where sizes, dtypes or options do not fit. Dense definition: reference.reference_distill_loss.
     """
-    problem = pose(
+    problem = pose_tensors(
         student_hidden,
         student_head,
         teacher_hidden,
@@ -96,20 +96,26 @@ def fused_distill_loss(
         seed=seed,
         **options,
     )
+    return distill(problem, chunk_tokens=chunk_tokens, head_grad_fp32=head_grad_fp32)
+
+
+def distill(problem: Problem, *, chunk_tokens: int | None = None, head_grad_fp32: bool = True) -> DistillLoss:
+    """The sums of a posed problem, its gradients made on the way; arguments and result as in fused_distill_loss."""
+    hidden, head = problem.student.hidden, problem.student.head
     if chunk_tokens is not None and not (type(chunk_tokens) is int and chunk_tokens >= 1):
         raise ConfigError(f"chunk_tokens must be a whole number from 1 on, got {chunk_tokens!r}", where="loss")
-    if student_hidden.dtype == torch.float16 and torch.is_grad_enabled():
+    if hidden.dtype == torch.float16 and torch.is_grad_enabled():
         raise ConfigError(
             "float16 loses small gradients before a scaler sees them; give the student's in bfloat16 or float32",
             where="student",
         )
     loss, sums, num_ranked = _Fused.apply(
-        student_hidden,
-        student_head,
-        student_bias,
+        hidden,
+        head.weight,
+        head.bias,
         problem,
         chunk_tokens,
-        torch.promote_types(student_head.dtype, torch.float32) if head_grad_fp32 else student_head.dtype,
+        torch.promote_types(head.weight.dtype, torch.float32) if head_grad_fp32 else head.weight.dtype,
         torch.is_grad_enabled(),
     )
     kd, ce, z, entropy, agree, mass = sums

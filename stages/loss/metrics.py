@@ -51,7 +51,7 @@ def token_metrics(
 ) -> TokenMetrics:
     """Sums for student_hidden [T, D] and teacher_hidden [T, E] against labels [T]; heads are cut to vocab_size rows."""
     students, teachers = Side(student_hidden, student), Side(teacher_hidden, teacher)
-    vocab = shared_vocab(students, teachers, vocab_size)
+    vocab = shared_vocab(students, [teachers], vocab_size)
     num_tokens, device = student_hidden.shape[0], student_hidden.device
     labels = checked_labels(labels, num_tokens, vocab)
     size = max(1, min(CHUNK_TOKENS, num_tokens))

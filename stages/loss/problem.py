@@ -5,13 +5,15 @@ Invariant: a Problem that exists has shapes that fit, a vocabulary both heads ha
 
 # Shapes: T tokens, V shared vocabulary, D student width, E teacher width.
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.draws import uniform
 from kdpipe.stages.loss.divergences import Divergence, find, is_number
 from kdpipe.stages.loss.head import Side
@@ -60,10 +62,10 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Problem:
-    """What is to be computed. teacher is None exactly when kd_weight is 0; the temperature is then 1."""
+    """What is to be computed. teachers is empty exactly when kd_weight is 0; the temperature is then 1."""
 
     student: Side
-    teacher: Side | None
+    teachers: tuple[Side, ...]
     labels: Tensor | None
     weights: Tensor | None
     draws: Tensor | None
@@ -82,6 +84,11 @@ class Problem:
     def num_tokens(self) -> int:
         return self.student.hidden.shape[0]
 
+    @property
+    def teacher(self) -> Side | None:
+        """The one teacher; None without."""
+        return self.teachers[0] if self.teachers else None
+
     def total(self, kd: Tensor, ce: Tensor, z: Tensor) -> Tensor:
         """The loss of these sums."""
         total = self.kd_weight * kd + (1.0 - self.kd_weight) * ce
@@ -89,15 +96,69 @@ class Problem:
 
 
 def pose(
+    student: Side,
+    teachers: Sequence[Side],
+    labels: Tensor | None,
+    *,
+    loss: LossSpec,
+    vocab_size: int | None = None,
+    weights: Tensor | None = None,
+    keys: Tensor | None = None,
+    seed: int = 0,
+    loss_scale: Tensor | float = 1.0,
+) -> Problem:
+    """Check all of a loss against each other; ConfigError in one line where two disagree.
+
+    labels, weights, keys: one for each of the T tokens, as in fused_distill_loss
+    """
+    chosen = find(loss.divergence)
+    resolved = chosen.resolve(loss.options)
+    for name, low, high in (
+        ("kd_weight", 0.0, 1.0),
+        ("label_smoothing", 0.0, 1.0),
+        ("temperature", *TEMPERATURES),
+        ("z_loss", 0.0, 1e6),
+    ):
+        value = getattr(loss, name)
+        if not is_number(value) or not low <= value <= high:
+            raise ConfigError(f"{name} must be a number in {low:g}..{high:g}, got {value!r}", where="loss")
+    if not isinstance(seed, int):
+        raise ConfigError(f"seed must be a whole number, got {seed!r}", where="loss")
+    if not teachers and loss.kd_weight > 0.0:
+        raise ConfigError(
+            f"kd_weight {loss.kd_weight} needs teacher_hidden and teacher_head; only 0 does not", where="loss"
+        )
+    if labels is None and loss.kd_weight < 1.0:
+        raise ConfigError(f"kd_weight {loss.kd_weight} mixes in cross-entropy and so needs labels", where="loss")
+    taught = loss.kd_weight > 0.0
+    temperature = loss.temperature if taught else 1.0
+    vocab_size = shared_vocab(student, teachers if taught else (), vocab_size)
+    num_tokens = student.hidden.shape[0]
+    return Problem(
+        student=student,
+        teachers=tuple(teachers) if taught else (),
+        labels=None if labels is None else checked_labels(labels, num_tokens, vocab_size),
+        weights=None if weights is None else checked_weights(weights, num_tokens),
+        draws=drawn(chosen, resolved, keys, seed, student.hidden) if taught else None,
+        vocab_size=vocab_size,
+        divergence=chosen,
+        options=resolved,
+        temperature=float(temperature),
+        kd_weight=float(loss.kd_weight),
+        kd_scale=temperature**2 if loss.scale_t2 else 1.0,
+        label_smoothing=float(loss.label_smoothing),
+        z_loss=float(loss.z_loss),
+        loss_scale=loss_scale,
+    )
+
+
+def pose_tensors(
     student_hidden: Tensor,
     student_head: Tensor,
     teacher_hidden: Tensor | None,
     teacher_head: Tensor | None,
     labels: Tensor | None,
     *,
-    divergence: str = "forward_kl",
-    temperature: float = 1.0,
-    kd_weight: float = 1.0,
     vocab_size: int | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
@@ -105,57 +166,31 @@ def pose(
     teacher_softcap: float | None = None,
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
-    scale_t2: bool = False,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     loss_scale: Tensor | float = 1.0,
     token_weights: Tensor | None = None,
     token_keys: Tensor | None = None,
     seed: int = 0,
-    **options: float,
+    **spec: Any,
 ) -> Problem:
-    """Check every argument of a loss against the others; ConfigError in one line where two disagree."""
-    student = Side(student_hidden, Head(student_head, student_bias, student_softcap, student_scale))
-    teacher = None
+    """The Problem of fused_distill_loss's arguments; spec: fields of LossSpec, and options of the divergence."""
     for name, tensor in (("student_hidden", student_hidden), ("student_head", student_head)):
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"expected a tensor, got {_told(tensor)}", where=name)
+    student = Side(student_hidden, Head(student_head, student_bias, student_softcap, student_scale))
+    teachers = []
     if teacher_hidden is not None and teacher_head is not None:
-        teacher = Side(teacher_hidden, Head(teacher_head, teacher_bias, teacher_softcap, teacher_scale))
-    chosen = find(divergence)
-    resolved = chosen.resolve(options)
-    for name, value, low, high in (
-        ("kd_weight", kd_weight, 0.0, 1.0),
-        ("label_smoothing", label_smoothing, 0.0, 1.0),
-        ("temperature", temperature, *TEMPERATURES),
-        ("z_loss", z_loss, 0.0, 1e6),
-    ):
-        if not is_number(value) or not low <= value <= high:
-            raise ConfigError(f"{name} must be a number in {low:g}..{high:g}, got {value!r}", where="loss")
-    if not isinstance(seed, int):
-        raise ConfigError(f"seed must be a whole number, got {seed!r}", where="loss")
-    if teacher is None and kd_weight > 0.0:
-        raise ConfigError(f"kd_weight {kd_weight} needs teacher_hidden and teacher_head; only 0 does not", where="loss")
-    if labels is None and kd_weight < 1.0:
-        raise ConfigError(f"kd_weight {kd_weight} mixes in cross-entropy and so needs labels", where="loss")
-    if kd_weight == 0.0:
-        teacher, temperature = None, 1.0
-    vocab_size = shared_vocab(student, teacher, vocab_size)
-    num_tokens = student_hidden.shape[0]
-    return Problem(
-        student=student,
-        teacher=teacher,
-        labels=None if labels is None else checked_labels(labels, num_tokens, vocab_size),
-        weights=None if token_weights is None else checked_weights(token_weights, num_tokens),
-        draws=None if teacher is None else drawn(chosen, resolved, token_keys, seed, student_hidden),
+        teachers.append(Side(teacher_hidden, Head(teacher_head, teacher_bias, teacher_softcap, teacher_scale)))
+    options = {name: spec.pop(name) for name in list(spec) if name not in LossSpec.model_fields}
+    return pose(
+        student,
+        teachers,
+        labels,
+        # Not validated: `pose` says what is wrong in the words of this surface.
+        loss=LossSpec.model_construct(**spec, options=options),
         vocab_size=vocab_size,
-        divergence=chosen,
-        options=resolved,
-        temperature=float(temperature),
-        kd_weight=float(kd_weight),
-        kd_scale=temperature**2 if scale_t2 else 1.0,
-        label_smoothing=float(label_smoothing),
-        z_loss=float(z_loss),
+        weights=token_weights,
+        keys=token_keys,
+        seed=seed,
         loss_scale=loss_scale,
     )
 
@@ -174,17 +209,17 @@ def drawn(
     return uniform(keys, int(options[divergence.draws]), seed)
 
 
-def shared_vocab(student: Side, teacher: Side | None, vocab_size: int | None) -> int:
-    """The vocabulary both heads are cut to, after checking both; by default the rows of the smaller head.
+def shared_vocab(student: Side, teachers: Sequence[Side], vocab_size: int | None) -> int:
+    """The vocabulary all heads are cut to, after checking them; by default the rows of the smallest head.
 
     Cutting is right because the rows beyond the tokenizer's size are padding and come last."""
-    sides = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    sides = [("student", student), *(("teacher", teacher) for teacher in teachers)]
     if vocab_size is None:
-        vocab_size = min(each.head.weight.shape[0] if each.head.weight.dim() else 0 for each in sides.values())
-    for owner, each in sides.items():
+        vocab_size = min(each.head.weight.shape[0] if each.head.weight.dim() else 0 for _, each in sides)
+    for owner, each in sides:
         each.check(vocab_size, owner)
-    if len({each.hidden.shape[0] for each in sides.values()}) > 1:
-        counts = " and ".join(f"{each.hidden.shape[0]} {owner} rows" for owner, each in sides.items())
+    if len({each.hidden.shape[0] for _, each in sides}) > 1:
+        counts = " and ".join(f"{each.hidden.shape[0]} {owner} rows" for owner, each in sides)
         raise ConfigError(f"{counts}; give one of each for every supervised token", where="loss")
     return vocab_size
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.loss.head import Side
-from kdpipe.stages.loss.problem import IGNORED, RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose
+from kdpipe.stages.loss.problem import IGNORED, RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose_tensors
 from kdpipe.stages.models.head import Head
 
 
@@ -28,7 +28,7 @@ def reference_distill_loss(
     **arguments: Any,
 ) -> DistillLoss:
     """The same record as `fused_distill_loss` from the same arguments; chunks and their sum's dtype cannot matter."""
-    problem = pose(student_hidden, student_head, teacher_hidden, teacher_head, labels, **arguments)
+    problem = pose_tensors(student_hidden, student_head, teacher_hidden, teacher_head, labels, **arguments)
     teacher_logits = None
     if problem.teacher is not None:
         with torch.no_grad():

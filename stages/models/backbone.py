@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kdpipe.stages.feed import PackedBatch
+from kdpipe.stages.feed.packing import PackedBatch
 
 
 def backbone(model: nn.Module) -> nn.Module:

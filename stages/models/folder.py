@@ -45,6 +45,10 @@ class ModelFolder:
         self.path, self.error, self.trust = path, error, trust
         self.notes: list[str] = []
 
+    def at(self, path: Path) -> "ModelFolder":
+        """Another folder, read in the same way and with the same trust."""
+        return ModelFolder(path, self.error, self.trust)
+
     @cached_property
     def code(self) -> OwnCode:
         """The folder's own code, allowed by its digest; empty where none is run."""
@@ -215,14 +219,14 @@ class ModelFolder:
         except (KdpipeError, KeyboardInterrupt, MemoryError):
             raise
         except BaseException as err:
-            raise self.error(f"{what}: {_words(err)}", where=self.path) from err
+            raise self.error(f"{what}: {in_one_line(err)}", where=self.path) from err
 
 
 def _is_causal(names: tuple[str, ...], mapped: str) -> bool:
     return mapped in names or names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
-def _words(err: BaseException) -> str:
+def in_one_line(err: BaseException) -> str:
     """Class and text of an exception on one line, cut."""
     text = " ".join(f"{type(err).__name__}: {err}".split())
     return text if len(text) <= CAUSE_LENGTH else text[:CAUSE_LENGTH] + " ..."

@@ -8,6 +8,8 @@ Cost: tokenizer.json is parsed twice, three times where it is used as it is.
 """
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,3 +177,15 @@ def _defaults(made: Any, own: tokenizers.Tokenizer, place: Path) -> dict[str, st
 
 def _is_own_code(made: Any) -> bool:
     return type(made).__module__.startswith("transformers_modules")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer's files. Raises OSError."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as err:
+        # tokenizers' own code tells a failed write by a bare Exception with the system's number in its text.
+        number = re.search(r"\(os error (\d+)\)", str(err))
+        if number is None or isinstance(err, OSError):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from err

@@ -7,9 +7,7 @@ from kdpipe.stages.student.student import (
     LOSS_SUMS,
     Student,
     TeacherHead,
-    load_student,
     load_teacher_head,
-    loss_arguments,
     pick_device,
 )
 
@@ -20,10 +18,8 @@ __all__ = [
     "check_student",
     "check_student_of",
     "checkpoint_dtype",
-    "load_student",
     "load_teacher_head",
     "load_to_shard",
-    "loss_arguments",
     "pick_device",
     "probe_text",
     "reduce_gradients",

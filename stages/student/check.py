@@ -11,30 +11,27 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import StudentError, TeacherError
-from kdpipe.stages.causal_lm import context_of, real_vocab_size, vocabulary_difference, vocabulary_digest
-from kdpipe.stages.feed import Rows
+from kdpipe.stages.feed.dataset import Dataset, Teacher
+from kdpipe.stages.models.context import context_of
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.own_code import asks_for_code, code_digest
+from kdpipe.stages.models.vocabulary import real_vocab_size, vocabulary_difference, vocabulary_digest
 from kdpipe.stages.teacher.describe import describe_teacher
 
 IDS = ("pad_token_id", "eos_token_id")
 """Config fields that name ids which end up in a batch or end a text."""
 
 
-def check_student(folder: Path, cache: Cache, trust: str | None = None) -> PreTrainedTokenizerBase:
-    """Whether the student in `folder` can learn from the cache; its tokenizer.
+def check_student(model: ModelFolder, teacher: Teacher) -> None:
+    """Whether the student can learn from the teacher's rows.
 
-    trust: digest of the folder's own code that may run
-    Raises StudentError for a folder without config or weights, a tokenizer that is not the cache's, a vocabulary too
-    small for the cache's ids, ids outside of it, a generation config that does not load.
+    Raises StudentError for a folder without config or weights, a tokenizer that is not the teacher's, a vocabulary too
+    small for its ids, ids outside of it, a generation config that does not load.
     """
-    model = ModelFolder(folder, StudentError, trust)
-    _check_model(model, cache.plan.head.vocab_size, "the cache's")
-    if vocabulary_digest(model.tokenizer) != cache.plan.vocabulary_digest:
-        _check_tokens(model, _cached_tokenizer(cache), cache.path)
-    return model.tokenizer
+    _check_model(model, teacher.record.vocab_size, "the cache's")
+    if vocabulary_digest(model.tokenizer) != teacher.vocabulary_digest:
+        _check_tokens(model, _kept_tokenizer(teacher), teacher.where)
 
 
 def check_student_of(folder: Path, teacher: Path, trust: str | None = None) -> str:
@@ -77,32 +74,31 @@ def _check_tokens(model: ModelFolder, tokenizer: PreTrainedTokenizerBase, whose:
         )
 
 
-def require_context(folder: Path, rows: Rows, members: np.ndarray, trust: str | None = None) -> None:
+def require_context(model: ModelFolder, dataset: Dataset, samples: np.ndarray) -> None:
     """Every one of the samples must fit the student's context. Raises StudentError with how many do not."""
-    context = context_of(ModelFolder(folder, StudentError, trust).config)
-    lengths = rows.num_tokens[members]
+    context = context_of(model.config)
+    lengths = dataset.num_tokens[samples]
     if context is None or not len(lengths) or lengths.max() <= context.tokens:
         return
-    caches = ", ".join(str(cache.path) for cache in rows.caches)
     raised = f", or raise {context.field} in its config.json if it is to learn longer texts" if context.rotary else ""
     raise StudentError(
         f"its context is {context.tokens} tokens ({context.field}), {(lengths > context.tokens).sum()} of the "
-        f"{len(lengths)} samples of {caches} are longer, up to {lengths.max()}; extract with --max-length "
+        f"{len(lengths)} samples of {dataset.names} are longer, up to {lengths.max()}; extract with --max-length "
         f"{context.tokens} into another cache, or take a student with a longer context{raised}",
-        where=folder,
+        where=model.path,
     )
 
 
-def checkpoint_dtype(folder: Path, trust: str | None = None) -> torch.dtype:
+def checkpoint_dtype(model: ModelFolder) -> torch.dtype:
     """The dtype the student's own weights are stored in; float32 where its config does not say."""
-    config = ModelFolder(folder, StudentError, trust).config
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    dtype = model.config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _cached_tokenizer(cache: Cache) -> PreTrainedTokenizerBase:
-    """The teacher's, from the cache: its vocabulary alone, for which a teacher's own code is not needed."""
-    cache.check_teacher_files()
-    return PreTrainedTokenizerFast(tokenizer_file=str(cache.teacher_folder / "tokenizer.json"))
+def _kept_tokenizer(teacher: Teacher) -> PreTrainedTokenizerBase:
+    """The teacher's, as it was kept: its vocabulary alone, for which a teacher's own code is not needed."""
+    teacher.check_files()
+    return PreTrainedTokenizerFast(tokenizer_file=str(teacher.folder / "tokenizer.json"))
 
 
 def _check_generation(folder: Path, vocab_size: int) -> None:

@@ -23,7 +23,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kdpipe.manifests.errors import StudentError
-from kdpipe.stages.feed import PackedBatch, Rows
+from kdpipe.stages.feed.dataset import Dataset
+from kdpipe.stages.feed.packing import PackedBatch
 from kdpipe.stages.models.attention import use_packed_attention
 from kdpipe.stages.models.backbone import hidden_states, packed_hidden
 from kdpipe.stages.models.head import Head
@@ -54,10 +55,10 @@ def probe_length(config: Any, longest: int) -> int:
     return min(wanted, longest)
 
 
-def probe_text(rows: Rows, members: np.ndarray, config: Any) -> np.ndarray:
+def probe_text(dataset: Dataset, samples: np.ndarray, config: Any) -> np.ndarray:
     """Ids of the long probe, int32 [n]: the beginning of the longest of the samples."""
-    longest = int(members[np.argmax(rows.num_tokens[members])])
-    ids = rows.without_rows(longest).token_ids
+    longest = int(samples[np.argmax(dataset.num_tokens[samples])])
+    ids = dataset.tokens(longest).token_ids
     return ids[: probe_length(config, len(ids))]
 
 
@@ -199,10 +200,10 @@ def _batch(
         seq_lens=torch.tensor(lengths, dtype=torch.int32, device=ids.device),
         bounds=(0, *accumulate(lengths)) if mask is None else (),
         attention_mask=mask,
-        rows=nothing,
+        row_positions=nothing,
         labels=nothing,
         keys=nothing,
-        teacher_rows=nothing,
+        teacher_rows=(),
     )
 
 

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,23 +20,16 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME
 
-from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.sample import SampleTokens
+from kdpipe.stages.feed.dataset import Dataset, Teacher
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.own_code import NO_CODE, OwnCode
-from kdpipe.stages.models.tokenizer import tokenizer_files
 from kdpipe.stages.student.student import Student
 
-SHARDS_SAMPLED = 8
-SAMPLED = 32
-"""Samples of a shard that are looked at for the tokens their answers end with."""
+RUNS, RUN = 8, 32
+"""Of so many runs of so many samples the answers' last tokens are looked at."""
 STOP_SHARE = 0.05
 """Of the answers that end with a special token: fewer are cut off there by chance."""
-
-
-class Sampled(NamedTuple):
-    """Token ids [n] of a sample and which of them are targets."""
-
-    ids: np.ndarray
-    supervised: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,24 +50,24 @@ class Companions:
     notes: tuple[str, ...] = ()
 
 
-def companions(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, cache: Cache, dtype: torch.dtype, code: OwnCode = NO_CODE
-) -> Companions:
-    """Those of the student in `folder`, which has this tokenizer and is trained on the cache."""
-    files = {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
+def companions(model: ModelFolder, dataset: Dataset, dtype: torch.dtype) -> Companions:
+    """Those of the student in a folder, which is trained on the data set; dtype: of its weights."""
+    folder, tokenizer = model.path, model.tokenizer
+    files = {name: (folder / name).read_bytes() for name in model.tokenizer_files}
     if (folder / GENERATION_CONFIG_NAME).is_file():
         files[GENERATION_CONFIG_NAME] = (folder / GENERATION_CONFIG_NAME).read_bytes()
-    samples = _sampled(cache)
+    samples = _sampled(dataset)
     notes = []
     stop_ids = trained_stops(samples, tokenizer)
     stated = _stated_stops(files, folder)
     if missing := [each for each in stop_ids if each not in stated]:
         names = ", ".join(f"{tokenizer.convert_ids_to_tokens(each)} ({each})" for each in missing)
         notes.append(f"the exported student stops at {names} too, which it is trained to end its answers with")
-    if (template := _trained_template(cache, tokenizer, samples)) is not None:
+    template = _trained_template(dataset.teachers[0], tokenizer, samples) if dataset.teachers else None
+    if template is not None:
         _replace_template(files, template)
         notes.append("the exported student has the chat template of the cache, which is not its folder's")
-    return Companions(files=files, stop_ids=stop_ids, dtype=dtype, code=code, notes=tuple(notes))
+    return Companions(files=files, stop_ids=stop_ids, dtype=dtype, code=model.code, notes=tuple(notes))
 
 
 def export(student: Student, beside: Companions, folder: Path, *, rank: int) -> None:
@@ -105,7 +97,7 @@ def export(student: Student, beside: Companions, folder: Path, *, rank: int) -> 
     _write_companions(beside, folder, made)
 
 
-def trained_stops(samples: list[Sampled], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def trained_stops(samples: list[SampleTokens], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Special tokens that answers end with, most frequent first."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
@@ -116,15 +108,11 @@ def trained_stops(samples: list[Sampled], tokenizer: PreTrainedTokenizerBase) ->
     return tuple(each for each, count in ends.most_common() if count >= STOP_SHARE * ends.total())
 
 
-def _sampled(cache: Cache) -> list[Sampled]:
-    """Samples from the beginnings of shards all over the cache."""
-    num_shards = len(cache.plan.shards)
-    found: list[Sampled] = []
-    for index in sorted({place * num_shards // SHARDS_SAMPLED for place in range(SHARDS_SAMPLED)}):
-        batch = cache.samples.shard(index).slice(0, SAMPLED)
-        for ids, supervised in zip(batch.column("token_ids"), batch.column("supervised"), strict=True):
-            found.append(Sampled(ids.values.to_numpy(), supervised.values.to_numpy(zero_copy_only=False)))
-    return found
+def _sampled(dataset: Dataset) -> list[SampleTokens]:
+    """Runs of samples from all over the data set."""
+    starts = [place * len(dataset) // RUNS for place in range(RUNS)]
+    chosen = {index for start in starts for index in range(start, min(start + RUN, len(dataset)))}
+    return [dataset.tokens(index) for index in sorted(chosen)]
 
 
 def _stated_stops(files: Mapping[str, bytes], folder: Path) -> set[int]:
@@ -135,14 +123,14 @@ def _stated_stops(files: Mapping[str, bytes], folder: Path) -> set[int]:
 
 
 def _trained_template(
-    cache: Cache, tokenizer: PreTrainedTokenizerBase, samples: list[Sampled]
+    teacher: Teacher, tokenizer: PreTrainedTokenizerBase, samples: list[SampleTokens]
 ) -> dict[str, bytes] | None:
-    """The template files of the cache, where its data went through them and they are not the student's own."""
-    cache.check_teacher_files()
+    """The teacher's template files, where the data went through them and they are not the student's own."""
+    teacher.check_files()
     files = {
-        path.relative_to(cache.teacher_folder).as_posix(): path.read_bytes()
+        path.relative_to(teacher.folder).as_posix(): path.read_bytes()
         for pattern in (CHAT_TEMPLATE_FILE, f"{CHAT_TEMPLATE_DIR}/*.jinja")
-        for path in cache.teacher_folder.glob(pattern)
+        for path in teacher.folder.glob(pattern)
     }
     if CHAT_TEMPLATE_FILE not in files:
         return None
@@ -153,11 +141,11 @@ def _trained_template(
     return None if same or not _went_through(theirs["default"].decode(), tokenizer, samples) else files
 
 
-def _went_through(template: str, tokenizer: PreTrainedTokenizerBase, samples: list[Sampled]) -> bool:
+def _went_through(template: str, tokenizer: PreTrainedTokenizerBase, samples: list[SampleTokens]) -> bool:
     """Whether samples have a special token that the template prints: plain texts go round it."""
     printed = [token for token in tokenizer.get_added_vocab() if token in template]
     ids = set(tokenizer.convert_tokens_to_ids(printed))
-    return not ids or any(not ids.isdisjoint(sample.ids.tolist()) for sample in samples)
+    return not ids or any(not ids.isdisjoint(sample.token_ids.tolist()) for sample in samples)
 
 
 def _replace_template(files: dict[str, bytes], template: Mapping[str, bytes]) -> None:

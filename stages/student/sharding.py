@@ -7,7 +7,6 @@ Invariant: what a rank holds is, bit for bit, its part of the model that from_pr
 Cost: host memory for one whole model on rank 0 and for a layer on the others; a device holds a layer and its shards.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,25 +17,24 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from kdpipe.manifests.errors import StudentError
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.student.student import Student, load_student
+from kdpipe.stages.student.student import Student
 
 CPU = torch.device("cpu")
 
 
-def load_to_shard(folder: Path, trust: str | None, *, rank: int) -> PreTrainedModel:
+def load_to_shard(model: ModelFolder, *, rank: int) -> PreTrainedModel:
     """The student in float32, whole on rank 0; the others' has no weights until `shard` gives them theirs."""
     if rank == 0:
-        return load_student(folder, torch.float32, CPU, trust)
-    skeleton: PreTrainedModel = ModelFolder(folder, StudentError, trust).skeleton().float()
+        return model.load(torch.float32, CPU)
+    skeleton: PreTrainedModel = model.skeleton().float()
     # A tensor that is neither parameter nor buffer cannot be handed out.
     aside = any(
         isinstance(value, torch.Tensor) and value.is_meta
         for module in skeleton.modules()
         for value in vars(module).values()
     )
-    return load_student(folder, torch.float32, CPU, trust) if aside else skeleton
+    return model.load(torch.float32, CPU) if aside else skeleton
 
 
 def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device) -> Student:

@@ -8,25 +8,22 @@ leave the backbone, logits never exist outside the fused loss. Weights, sums of 
 # Shapes: L tokens of a batch, R supervised rows, D student width, E teacher width, V vocabulary.
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import ConfigError, StudentError
+from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import LossSpec
-from kdpipe.stages.causal_lm import (
-    logit_formula,
-)
-from kdpipe.stages.feed import PackedBatch
-from kdpipe.stages.loss import Head, TokenMetrics, fused_distill_loss, token_metrics
+from kdpipe.stages.feed.dataset import Teacher
+from kdpipe.stages.feed.packing import PackedBatch
+from kdpipe.stages.loss import Head, Side, TokenMetrics, distill, pose, token_metrics
 from kdpipe.stages.models.backbone import packed_hidden
-from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.formula import logit_formula
 from kdpipe.stages.student.exam import examine
 
 LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked")
@@ -41,9 +38,9 @@ class TeacherHead:
     vocab_size: int
 
 
-def load_teacher_head(cache: Cache, device: torch.device) -> TeacherHead:
-    """The head in a cache as tensors on `device`, in the dtype it was extracted in."""
-    arrays, record = cache.head(), cache.plan.head
+def load_teacher_head(teacher: Teacher, device: torch.device) -> TeacherHead:
+    """A teacher's head as tensors on `device`, in the dtype it was extracted in."""
+    arrays, record = teacher.read_head(), teacher.record
 
     def tensor(array: np.ndarray | None) -> torch.Tensor | None:
         if array is None:
@@ -69,13 +66,8 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def load_student(folder: Path, dtype: torch.dtype, device: torch.device, trust: str | None = None) -> PreTrainedModel:
-    """The model with its weights in `dtype` on `device`."""
-    return ModelFolder(folder, StudentError, trust).load(dtype, device)
-
-
 class Student(torch.nn.Module):
-    """A causal LM that answers with losses: `student(batch, teacher, loss)` and `student.measure(batch, teacher)`.
+    """A causal LM that answers with losses: `student(batch, teachers, loss)` and `student.measure(batch, teachers)`.
 
     It is examined first; `padded` says then that its layers cannot tell packed samples apart: batches must be padded.
     """
@@ -107,7 +99,7 @@ class Student(torch.nn.Module):
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Head inputs of the supervised rows, [R, D], in the head's dtype: Mamba's last norm gives float32."""
-        rows = packed_hidden(self.model, batch).flatten(0, 1)[batch.rows]
+        rows = packed_hidden(self.model, batch).flatten(0, 1)[batch.row_positions]
         return rows.to(self.model.get_output_embeddings().weight.dtype)
 
     def head(self) -> Head:
@@ -121,48 +113,43 @@ class Student(torch.nn.Module):
         )
 
     def forward(
-        self, batch: PackedBatch, teacher: TeacherHead, loss: LossSpec | None, seed: int = 0, scale: float = 1.0
+        self,
+        batch: PackedBatch,
+        teachers: Sequence[TeacherHead],
+        loss: LossSpec | None,
+        seed: int = 0,
+        scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor] | TokenMetrics:
         """The loss of the batch with its gradients, and LOSS_SUMS [8] for reading; metrics where loss is None.
 
+        A batch without teacher rows is for a loss of cross-entropy alone.
         seed: a sampled divergence draws by it; another one for every step. scale: multiplies the loss, not LOSS_SUMS
         """
-        hidden, head = self.hidden(batch), self.head()
+        hidden, head, (teacher,) = self.hidden(batch), self.head(), teachers
         if loss is None:
             return token_metrics(
-                hidden, head, batch.teacher_rows, teacher.head, batch.labels, vocab_size=teacher.vocab_size
+                hidden, head, batch.teacher_rows[0], teacher.head, batch.labels, vocab_size=teacher.vocab_size
             )
-        out = fused_distill_loss(
-            hidden,
-            head.weight,
-            batch.teacher_rows,
-            teacher.head.weight,
+        # Rows whose teacher nobody asked for are not in the batch: the loss is cross-entropy alone then.
+        sides = [Side(rows, teacher.head) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
+        problem = pose(
+            Side(hidden, head),
+            sides,
             batch.labels,
+            loss=loss,
             vocab_size=teacher.vocab_size,
-            student_bias=head.bias,
-            teacher_bias=teacher.head.bias,
-            student_softcap=head.softcap,
-            teacher_softcap=teacher.head.softcap,
-            student_scale=head.scale,
-            teacher_scale=teacher.head.scale,
-            token_keys=batch.keys,
+            keys=batch.keys,
             seed=seed,
             loss_scale=scale,
-            **loss_arguments(loss),
         )
+        out = distill(problem, chunk_tokens=loss.chunk_tokens, head_grad_fp32=loss.head_grad_fp32)
         ranked = torch.full_like(out.kd, out.metrics.num_ranked)
         seen = out.metrics.teacher_entropy, out.metrics.top1_agree, out.metrics.top_k_mass
         return out.loss, torch.stack([out.loss.detach() / scale, out.kd, out.ce, out.z, *seen, ranked])
 
     @torch.no_grad()
-    def measure(self, batch: PackedBatch, teacher: TeacherHead) -> TokenMetrics:
+    def measure(self, batch: PackedBatch, teachers: Sequence[TeacherHead]) -> TokenMetrics:
         """Sums of the evaluation metrics over the batch's supervised tokens."""
-        metrics = self(batch, teacher, None)
+        metrics = self(batch, teachers, None)
         assert isinstance(metrics, TokenMetrics)
         return metrics
-
-
-def loss_arguments(spec: LossSpec) -> dict[str, Any]:
-    """A run file's [loss] as arguments of fused_distill_loss."""
-    chosen = spec.model_dump(exclude={"preset", "options"})
-    return chosen | spec.options

@@ -57,22 +57,22 @@ def _open_transformers(path: Path, dtype: Dtype, device: Device, options: Engine
 
 
 def _sglang_version() -> str:
-    from kdpipe.stages.teacher.sglang_engine import library_version
+    from kdpipe.stages.teacher.sglang.teacher import library_version
 
     return library_version()
 
 
 def _sglang_determinism(device: Device, options: EngineOptions) -> Determinism:
-    from kdpipe.stages.teacher.sglang_arguments import check_options
+    from kdpipe.stages.teacher.sglang.arguments import check_options
 
     check_options(options, device)
     return "bitwise" if options.deterministic else "tolerance"
 
 
 def _open_sglang(path: Path, dtype: Dtype, device: Device, options: EngineOptions) -> TeacherEngine:
-    from kdpipe.stages.teacher.sglang_engine import SglangEngine
+    from kdpipe.stages.teacher.sglang.teacher import SglangTeacher
 
-    return SglangEngine(path, dtype=dtype, device=device, options=options)
+    return SglangTeacher(path, dtype=dtype, device=device, options=options)
 
 
 ENGINES: dict[str, EngineKind] = {
@@ -88,7 +88,7 @@ ENGINES: dict[str, EngineKind] = {
 }
 
 SGLANG_TRIED = {"LlamaForCausalLM", "Qwen3ForCausalLM"}
-"""Architectures whose rows were compared with transformers' (tests/stages/teacher/test_sglang_engine.py)."""
+"""Architectures whose rows were compared with transformers' (tests/stages/teacher/sglang/test_teacher.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

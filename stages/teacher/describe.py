@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.specs import Dtype, DtypeChoice
-from kdpipe.stages.causal_lm import logit_formula
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.formula import logit_formula
 
 FILE_DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 

@@ -68,6 +68,12 @@ def choose_scored(sample: int, token_ids: np.ndarray, positions: np.ndarray, voc
     return scored
 
 
+def admit(request: Request, ack: Ack) -> None:
+    """A request's rows are all there, as they were written, and finite. Raises GateError, TeacherError."""
+    check_ack(request, ack)
+    check_finite(request)
+
+
 def check_ack(request: Request, ack: Ack) -> None:
     """The ack is of this request, and the bytes it speaks of are those in the request's target. Raises GateError."""
     where = f"sample {request.sample}"

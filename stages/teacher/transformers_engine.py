@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import transformers
 
-from kdpipe.manifests.errors import TeacherError
+from kdpipe.manifests.errors import KdpipeError, TeacherError
 from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
 from kdpipe.stages.models.backbone import backbone
-from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.folder import ModelFolder, in_one_line
 from kdpipe.stages.teacher.canary import check_head
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Canary, Request
@@ -119,6 +119,7 @@ class TransformersEngine:
         self._dtype = TORCH_DTYPES[describe_teacher(path, "auto", trust).dtype if dtype == "auto" else dtype]
         self._chunk_tokens = chunk_tokens
         self._chunks_agree: bool | None = None
+        self._pads_agree: bool | None = None
         model = ModelFolder(path, TeacherError, trust).load(self._dtype, self._device)
         self._open(model.eval().requires_grad_(False))
 
@@ -134,8 +135,16 @@ class TransformersEngine:
             yield from _land(flights.popleft())
 
     def canary(self, head: Head, samples: Sequence[np.ndarray]) -> Canary:
-        """The head's formula against the model's own logits; see canary.check_head."""
-        return Canary(logit_error=check_head(self, head, samples, path=self._path), row_error=0.0)
+        """The head's formula against the model's own logits; see canary.check_head. The first forward of all."""
+        try:
+            error = check_head(self, head, samples, path=self._path)
+        except (KdpipeError, torch.OutOfMemoryError):
+            raise
+        except Exception as err:
+            # Any model's code, which may raise anything.
+            name = type(self._model).__name__
+            raise TeacherError(f"{name} does not run on token ids alone: {in_one_line(err)}", where=self._path) from err
+        return Canary(logit_error=error, row_error=0.0)
 
     def close(self) -> None:
         """Free the model."""
@@ -231,6 +240,8 @@ class TransformersEngine:
             row[: len(request.token_ids)] = request.token_ids
         mask = None
         if min(lengths) < width:
+            if not self._may_pad(requests[lengths.index(min(lengths))].token_ids, width):
+                return [piece for request in requests for piece in self._run_together([request])]
             mask = _to_device(np.arange(width) < np.array(lengths)[:, None], self._device).long()
         spans = [_span(request, 0, width) for request in requests]
         return self._run_spans(spans, _to_device(ids, self._device), mask=mask)
@@ -270,6 +281,24 @@ class TransformersEngine:
             _Piece(lo=span.lo, hi=span.hi, rows=some, probes=span.probes, logprobs=scores)
             for span, some, scores in zip(spans, by_rows, by_probes, strict=True)
         ]
+
+    def _may_pad(self, token_ids: np.ndarray, width: int) -> bool:
+        """Whether this model gives a sample the rows that it has alone when it is padded, tried once.
+
+        A model whose own code leaves the mask out of account, or counts positions from the end, says nothing.
+        """
+        if self._pads_agree is None:
+            keep = torch.zeros(1, dtype=torch.int64, device=self._device)
+            self._forward(_ids(token_ids, self._device), keep=keep)
+            alone = self._take_hidden().float()
+            padded = np.pad(token_ids, (0, width - len(token_ids)))
+            mask = _to_device(np.arange(width) < len(token_ids), self._device).long()[None]
+            self._forward(_ids(padded, self._device), keep=keep, mask=mask)
+            error = (self._take_hidden()[: len(alone)].float() - alone).norm(dim=1) / alone.norm(dim=1)
+            self._pads_agree = float(error.median()) <= TRIAL_ERROR[self._dtype]
+            if not self._pads_agree:
+                self.notes.append("samples run one by one: in a padded batch this model gives other rows")
+        return self._pads_agree
 
     def _may_chunk(self, token_ids: np.ndarray) -> bool:
         """Whether chunks give this model the rows of a whole run, tried once on the first tokens of a long sample.

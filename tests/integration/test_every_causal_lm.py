@@ -12,22 +12,24 @@ import transformers
 from tests.conftest import Bench
 from tests.families import families, make_family
 from tests.models import make_tokenizer
+from tests.opened import load_student, student_in, teacher_of
 from tests.stages.teacher.make_requests import make_request
 from torch.distributed.device_mesh import init_device_mesh
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, KdpipeError, StudentError, TeacherError
 from kdpipe.manifests.specs import LossSpec
-from kdpipe.stages.feed import Packer, Rows
-from kdpipe.stages.student import Student, check_student, load_student, load_teacher_head, probe_text, shard
+from kdpipe.stages.feed.dataset import of_caches
+from kdpipe.stages.feed.packing import Packer
+from kdpipe.stages.ranks import joined
+from kdpipe.stages.student import Student, check_student, load_teacher_head, probe_text, shard
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Request, RowTarget
 from kdpipe.stages.teacher.head import read_head
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
-from kdpipe.stages.train import process_group
 
 CPU = torch.device("cpu")
-ODD = ("llama4_text", "gpt2", "cohere2", "rwkv", "mamba", "bert")
+ODD = ("llama4_text", "gpt2", "cohere2", "rwkv", "mamba", "cpmant", "bert")
 """Chunked attention and a backbone without a name; positions in a table; scaled logits; no attention; layers within
 layers; a projection before the head."""
 
@@ -52,27 +54,27 @@ def wide(request: Request, width: int) -> Request:
 def as_student(folder: Path, bench: Bench) -> float:
     """The error of the logits that its loss is computed from, over a batch of samples; a training step runs."""
     cache = Cache.open(bench.cache)
-    check_student(folder, cache)
-    rows = Rows([cache])
+    check_student(student_in(folder), teacher_of(cache))
+    rows = of_caches([cache])
     student = Student(load_student(folder, torch.float32, CPU)).train()
     shard(student, init_device_mesh("cpu", (1,)), torch.float32, CPU)
     student.examine(probe_text(rows, np.arange(len(cache)), student.model.config), folder)
     members = [3, 17, 4]
     batch = Packer(rows, padded=student.padded).pack(members)
-    student(batch, load_teacher_head(cache, CPU), LossSpec(kd_weight=0.5))[0].backward()
+    student(batch, [load_teacher_head(teacher_of(cache), CPU)], LossSpec(kd_weight=0.5))[0].backward()
     assert any(parameter.grad is not None for parameter in student.parameters())
     student.eval()
     with torch.no_grad():
         student.unshard()
         ours = student.head().logits(student.hidden(batch), student.head().weight.shape[0])
-    views = [rows[member] for member in members]
+    views = [cache[member] for member in members]
     own = [own_logits(folder, view.token_ids)[np.flatnonzero(view.supervised[1:])] for view in views]
     return worst(ours, torch.cat(own))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_rank() -> Iterator[None]:
-    with process_group(CPU):
+    with joined(CPU):
         yield
 
 

@@ -43,8 +43,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     from kdpipe.manifests.progress import Silent
     from kdpipe.manifests.specs import DataSpec, RunSpec, TrainSpec
     from kdpipe.stages.extract import ExtractSpec, extract
-    from kdpipe.stages.job import TrainJob
     from kdpipe.stages.train import train
+    from kdpipe.stages.train.job import TrainJob
 
     folder = tmp_path_factory.mktemp("whole")
     teacher = make_tokenizer(make_model("qwen3", folder / "teacher", vocab_size=304))

@@ -18,7 +18,7 @@ from pathlib import Path
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import RunSpec, TrainSpec
 from kdpipe.stages.extract import ExtractSpec, extract
-from kdpipe.stages.job import TrainJob
+from kdpipe.stages.train.job import TrainJob
 from kdpipe.stages.train import train
 
 def anonymous():

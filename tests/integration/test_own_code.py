@@ -14,8 +14,8 @@ from kdpipe.manifests.errors import StudentError
 from kdpipe.manifests.plan import read_plan
 from kdpipe.manifests.specs import RunSpec, TrainSpec
 from kdpipe.pipeline.launch import launch
-from kdpipe.stages.job import TrainJob
 from kdpipe.stages.models.own_code import code_digest
+from kdpipe.stages.train.job import TrainJob
 
 SETS = ("--set", "train.dtype=float32", "train.max_steps=2", "train.batch_tokens=600")
 

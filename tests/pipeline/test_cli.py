@@ -83,6 +83,7 @@ def test_every_command_teaches_its_use() -> None:
 
 # What it refuses
 
+ROOT = Path(__file__).parents[2]
 DATA = ("--teacher", "t", "--data", "d")
 RUN = ("--student", "s", "--cache", "c", "--output", "o")
 REFUSED = {
@@ -191,7 +192,7 @@ def test_a_training_ended_at_once_says_which_checkpoint_is_kept(
         (tmp_path / "checkpoints" / "000003").mkdir(parents=True)
         (tmp_path / "checkpoints" / "000003" / "checkpoint.json").write_bytes(canonical(record.model_dump(mode="json")))
 
-    def interrupted(job: object, progress: object) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["kdpipe.stages.train"], "train", interrupted)
@@ -347,6 +348,21 @@ class FakeForecast:
     bytes_per_codec: dict[str, int] = field(default_factory=lambda: {"raw": 240})
 
 
+@dataclass(kw_only=True)
+class FakeJob:
+    student: Path
+    caches: tuple[Path, ...]
+    output: Path
+    spec: RunSpec
+    device: str
+    io: str
+    trust: str | None
+    resume: str
+    group: int | None
+    made_with: object
+    inputs: object = None
+
+
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[object, ...]]]:
     """Stages that only write down what they were given."""
@@ -366,7 +382,7 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
         os.write(1, b"a library says hello\n")
         return Cache.open(folder)
 
-    def train(job: object, progress: object) -> dict[str, object]:
+    def train(job: object, progress: object, found: object = None) -> dict[str, object]:
         calls.append((job, type(progress).__name__))
         return {"loss": 1.5}
 
@@ -374,10 +390,18 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
         calls.append((*args, options))
         return {"heldout_kl": 0.25}
 
+    def check_job(job: object, nproc: int) -> object:
+        calls.append(("check", nproc))
+        return types.SimpleNamespace(inputs="as found")
+
     fakes = {
         "extract": {"ExtractSpec": types.SimpleNamespace, "forecast": forecast, "extract": extract},
-        "train": {"train": train},
-        "job": {"TrainJob": types.SimpleNamespace, "check_job": lambda job, nproc: calls.append(("check", nproc))},
+        "train": {
+            "train": train,
+            "TrainJob": FakeJob,
+            "check_job": check_job,
+            "__path__": [str(ROOT / "stages" / "train")],
+        },
         "evaluate": {"evaluate_student": evaluate_student},
         "student": {"check_student_of": lambda *given: calls.append(("check", *given))},
     }

@@ -19,7 +19,7 @@ EVAL = ("eval", "--student", "s", "--cache", "c")
 STAGES = {
     "extract": "kdpipe.stages.extract.extract",
     "plan": "kdpipe.stages.extract.forecast",
-    "train": "kdpipe.stages.job.check_job",
+    "train": "kdpipe.stages.train.check_job",
     "eval": "kdpipe.stages.evaluate.evaluate_student",
 }
 

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from kdpipe.manifests import failpoints
-from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import CheckpointRecord, RunInputs
 from kdpipe.manifests.specs import RunSpec
-from kdpipe.stages.checkpoint import Checkpoints, file_name
-from kdpipe.stages.feed import Rows
-from kdpipe.stages.job import TrainJob
-from kdpipe.stages.train import Run, process_group, train
+from kdpipe.stages.ranks import joined
+from kdpipe.stages.train import train
+from kdpipe.stages.train.checkpoint import Checkpoints, file_name
+from kdpipe.stages.train.job import TrainJob, find
+from kdpipe.stages.train.run import Run
 
 
 class Recorder(Silent):
@@ -76,17 +76,16 @@ def first_gradients(jobs: Mapping[str, TrainJob], folder: Path) -> None:
     Rank 0 saves them as folder/NAME; the scores are those of the evaluation before the first step.
     """
     torch.set_num_threads(1)
-    with process_group(torch.device("cpu")) as (rank, world_size):
+    with joined(torch.device("cpu")) as ranks:
         for name, job in jobs.items():
-            rows = Rows([Cache.open(path) for path in job.caches])
-            run = Run(job, rows, torch.device("cpu"), rank=rank, world_size=world_size)
+            run = Run(job, find(job), ranks)
             scores = run.evaluate_now(Silent())
-            sums = run._backward(0, run.feed.num_supervised(0))
+            sums = run.trainer.backward(0, run.batches.num_supervised(0))
             whole = {
                 name: parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
                 for name, parameter in run.student.named_parameters()
             }
-            if rank == 0:
+            if ranks.rank == 0:
                 torch.save((whole, sums, scores), folder / name)
 
 
@@ -159,20 +158,20 @@ def train_saying_when(job: TrainJob, folder: Path) -> dict[str, object]:
 
 def newest_of_two(output: Path) -> list[tuple[int, str]]:
     """Two checkpoints, rank 1's file of the newer one damaged: the step that each rank goes on from, and its note."""
-    with process_group(torch.device("cpu")) as (rank, world_size):
+    with joined(torch.device("cpu")) as ranks:
         checkpoints = Checkpoints(output, 2, torch.device("cpu"))
         inputs = RunInputs(student="", caches=(), heldout_fraction=0.0, spec=RunSpec())
         for step in (2, 4):
-            state = {f"weight.{rank}": torch.arange(100.0) + step}
+            state = {f"weight.{ranks.rank}": torch.arange(100.0) + step}
             record = CheckpointRecord(inputs=inputs, step=step, num_tokens=0, num_skipped=0, lr_factor=1.0, files=())
             checkpoints.save(state, record)
-        if rank == 0:
+        if ranks.rank == 0:
             victim = checkpoints.path(4) / file_name(1)
             data = victim.read_bytes()
             victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         dist.barrier()
         recorder = Recorder()
         found = checkpoints.newest(recorder)
-        told = [(0, "")] * world_size
+        told = [(0, "")] * ranks.world_size
         dist.all_gather_object(told, (found.step if found else 0, "\n".join(recorder.notes)))
         return told

@@ -21,11 +21,12 @@ from kdpipe.manifests.run import CHECKPOINT_FILE, read_run
 from kdpipe.manifests.running import RUNNING_FILE
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.pipeline.launch import launch
-from kdpipe.stages.checkpoint import UNFINISHED, file_name
 from kdpipe.stages.extract import ExtractSpec, extract
-from kdpipe.stages.job import TrainJob, check_job
-from kdpipe.stages.signals import SIGNALS, asked_to_stop
-from kdpipe.stages.train import Run, train
+from kdpipe.stages.train import train
+from kdpipe.stages.train.checkpoint import UNFINISHED, file_name
+from kdpipe.stages.train.job import TrainJob, check_job
+from kdpipe.stages.train.signals import SIGNALS, asked_to_stop
+from kdpipe.stages.train.trainer import Trainer
 
 STEPS = 12
 FAILPOINTS = ("written", "digested", "recorded", "flushed", "named", "pruned")
@@ -218,13 +219,13 @@ def test_a_signal_finishes_the_step_and_saves(
                 os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    with pytest.raises(KdpipeError, match=f"stopped by {number.name}; its state after step 5 is saved") as caught:
+    with pytest.raises(KdpipeError, match=f"stopped by {number.name}; its state after step 4 is saved") as caught:
         train(job, Sender())
     assert caught.value.exit_code == (130 if number == signal.SIGINT else 75)
     assert signal.getsignal(number) == before
     recorder = Recorder()
     train(job, recorder)
-    assert recorder.values("step", "step") == list(range(6, STEPS + 1))
+    assert recorder.values("step", "step") == list(range(5, STEPS + 1))
     assert weights(job.output) == weights(whole())
 
 
@@ -254,7 +255,7 @@ def test_a_rank_hears_what_its_launcher_passes_on_as_one_request(monkeypatch: py
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
             assert (asked, heard) == ([signal.SIGINT], [])
-            monkeypatch.setattr("kdpipe.stages.signals.SAME_S", -1.0)
+            monkeypatch.setattr("kdpipe.stages.train.signals.SAME_S", -1.0)
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == [signal.SIGTERM]
     finally:
@@ -369,13 +370,13 @@ def test_only_the_newest_are_kept_and_none_when_it_is_done(
 def test_a_step_that_is_not_finite_is_left_out(
     policy: str, factor: float, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, own = [], Run._clip
+    calls, own = [], Trainer._clip
 
-    def clip(self: Run) -> float:
+    def clip(self: Trainer) -> float:
         calls.append(own(self))
         return float("nan") if len(calls) in (3, 5) else calls[-1]
 
-    monkeypatch.setattr(Run, "_clip", clip)
+    monkeypatch.setattr(Trainer, "_clip", clip)
     job = small_job(bench, tmp_path, on_nonfinite=policy, schedule="constant", warmup_ratio=0.0)
     recorder = Recorder()
     train(job, recorder)
@@ -385,7 +386,7 @@ def test_a_step_that_is_not_finite_is_left_out(
 
 
 class Stopper(Recorder):
-    """Asks the run to stop at a step; it ends after the next one."""
+    """Asks the run to stop at a step, after which it ends."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -402,15 +403,15 @@ def test_a_run_that_left_steps_out_goes_on_bit_for_bit(
     policy: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AdamW's count of updates, the rate's factor and the count of what was left out are those of the whole run."""
-    own = Run._clip
-    monkeypatch.setattr(Run, "_clip", lambda run: float("nan") if run.done in (1, 3, 6) else own(run))
+    own = Trainer._clip
+    monkeypatch.setattr(Trainer, "_clip", lambda run: float("nan") if run.done in (1, 3, 6) else own(run))
     whole, job = (small_job(bench, tmp_path / name, max_steps=8, on_nonfinite=policy) for name in ("whole", "parts"))
     right, first, second = Recorder(), Stopper(4), Recorder()
     train(whole, right)
-    with pytest.raises(TemporaryError, match="its state after step 5 is saved"):
+    with pytest.raises(TemporaryError, match="its state after step 4 is saved"):
         train(job, first)
     train(job, second)
-    assert second.values("step", "step") == [6, 7, 8]
+    assert second.values("step", "step") == [5, 6, 7, 8]
     for field in ("loss/mean", "grad_norm", "lr", "num_skipped"):
         parts = first.values("step", field) + second.values("step", field)
         assert [each.hex() for each in parts] == [each.hex() for each in right.values("step", field)], field
@@ -423,7 +424,7 @@ def test_the_checkpoint_gone_on_from_stays_until_a_newer_one_is_there(bench: Ben
     """A run that is killed before its next checkpoint must find one."""
     job = small_job(bench, tmp_path, max_steps=6, save_every=2)
     with pytest.raises(TemporaryError):
-        train(job, Stopper(2))
+        train(job, Stopper(3))
     left: list[list[str]] = []
 
     class Looker(Recorder):

@@ -18,10 +18,9 @@ from tests.stages.test_train import job_for
 
 from kdpipe.manifests.errors import KdpipeError
 from kdpipe.manifests.run import CheckpointRecord, read_run
-from kdpipe.stages import checkpoint
-from kdpipe.stages.checkpoint import CHECKPOINTS, Checkpoints
-from kdpipe.stages.job import TrainJob, check_job
-from kdpipe.stages.train import train
+from kdpipe.stages.train import checkpoint, train
+from kdpipe.stages.train.checkpoint import CHECKPOINTS, Checkpoints
+from kdpipe.stages.train.job import TrainJob, check_job
 
 FLUSHES: list[list[Place]] = [
     [("make_folder", "live")],
@@ -33,7 +32,7 @@ FLUSHES: list[list[Place]] = [
     [("Checkpoints._publish", "out")],
     [("fsync_tree", "files")],
     [("write_once", ".unfinished")],
-    [("move_in", "out")],
+    [("Output._move_in", "out")],
 ]
 """Every flush of a run into an output whose parent folder is new as well; those together that stand for each other."""
 

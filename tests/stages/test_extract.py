@@ -35,8 +35,8 @@ from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import shard_path
 from kdpipe.manifests.specs import DataSpec, Dtype
 from kdpipe.manifests.verify import repair
-from kdpipe.stages.causal_lm import logit_formula
 from kdpipe.stages.extract import ExtractSpec, extract, forecast, planning, staging
+from kdpipe.stages.models.formula import logit_formula
 from kdpipe.stages.teacher.rows import as_tensor
 
 

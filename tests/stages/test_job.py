@@ -1,6 +1,7 @@
 """What a training is asked to do: refused before anything is written, or said, where it is not what was meant."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import DataSpec, LossSpec, RunSpec, TrainSpec
 from kdpipe.stages.evaluate import evaluate_student
 from kdpipe.stages.extract import ExtractSpec, extract
-from kdpipe.stages.job import TrainJob, check_job
+from kdpipe.stages.models import folder
 from kdpipe.stages.train import train
+from kdpipe.stages.train.job import TrainJob, check_job
 
 TRAIN = TrainSpec(batch_tokens=900, dtype="float32", max_steps=1)
 
@@ -95,3 +97,28 @@ def measure(student: Path, cache: Path, fraction: float | None) -> dict[str, flo
         batch_tokens=900,
         progress=Silent(),
     )
+
+
+def test_a_process_asks_about_the_student_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked, then trained: its code is looked at once, its weights are digested once."""
+    asked: list[str] = []
+    for name in ("allowed_code", "digest_model"):
+        own = getattr(folder, name)
+
+        def counted(path: Path, *rest: object, name: str = name, own: Callable[..., object] = own) -> object:
+            asked.append(name if path == bench.student else "another")
+            return own(path, *rest)
+
+        monkeypatch.setattr(folder, name, counted)
+    job = job_for(bench, tmp_path / "out")
+    train(job, Silent(), check_job(job, 1))
+    assert sorted(each for each in asked if each != "another") == ["allowed_code", "digest_model"]
+
+
+def test_what_the_launcher_found_is_not_found_again_by_a_rank(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_for(bench, tmp_path / "out")
+    job = dataclasses.replace(job, inputs=check_job(job, 1).inputs)
+    monkeypatch.setattr(folder, "digest_model", lambda *_: pytest.fail("the weights were digested again"))
+    train(job, Silent())

@@ -9,8 +9,8 @@ from tests.stages.ranks import Recorder
 from tests.stages.test_train import job_for
 
 from kdpipe.manifests.specs import TrainSpec
-from kdpipe.stages.schedule import learning_rate
 from kdpipe.stages.train import train
+from kdpipe.stages.train.schedule import learning_rate
 
 RISE = [1 / 3, 2 / 3]
 FALLS = {

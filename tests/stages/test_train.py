@@ -18,6 +18,7 @@ from tests.caches import fill_shard, grow_plan, make_samples
 from tests.chats import write_chats
 from tests.conftest import Bench
 from tests.models import make_model, make_tokenizer
+from tests.opened import student_in
 from tests.stages import by_hand
 from tests.stages.conftest import STUDENTS
 from tests.stages.ranks import (
@@ -40,18 +41,19 @@ from kdpipe.manifests.errors import (
     TemporaryError,
 )
 from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.row_source import CacheRows
 from kdpipe.manifests.run import read_run
 from kdpipe.manifests.running import alone_in
 from kdpipe.manifests.shard import Shard
 from kdpipe.manifests.specs import DataSpec, LossSpec, RunSpec, TrainSpec
 from kdpipe.pipeline.launch import launch
 from kdpipe.stages import evaluate
-from kdpipe.stages import train as training
 from kdpipe.stages.evaluate import evaluate_student, run_dtype
 from kdpipe.stages.extract import ExtractSpec, extract
-from kdpipe.stages.feed import Feed, Rows
-from kdpipe.stages.job import TrainJob, check_job
-from kdpipe.stages.train import train
+from kdpipe.stages.feed.batches import PlannedBatches
+from kdpipe.stages.feed.dataset import of_caches
+from kdpipe.stages.train import run, train
+from kdpipe.stages.train.job import TrainJob, check_job
 
 LOSS = LossSpec(kd_weight=0.5, temperature=1.5)
 Truth = tuple[by_hand.Parameters, by_hand.Sums]
@@ -145,8 +147,8 @@ def truths(bench: Bench, families: dict[str, Bench], jobs: dict[str, TrainJob]) 
 
 def first_members(job: TrainJob) -> list[int]:
     """The samples of the first step, the longest first: as one rank packs them."""
-    rows = Rows([Cache.open(job.caches[0])])
-    members = Feed(rows, rows.split(None)[0], seed=0, batch_tokens=600).members(0)
+    rows = of_caches([Cache.open(job.caches[0])])
+    members = PlannedBatches(rows, rows.split(None)[0], seed=0, batch_tokens=600).samples(0)
     return sorted(members.tolist(), key=lambda member: -rows.num_tokens[member])
 
 
@@ -329,7 +331,7 @@ def test_the_last_figures_are_those_of_eval_whatever_the_dtype_of_training(bench
         tmp_path, bench.cache, heldout_fraction=None, device="cpu", dtype="auto", batch_tokens=600, progress=Silent()
     )
     assert {name: metrics[name] for name in scores} == scores
-    assert metrics["dtype"] == run_dtype(tmp_path, "auto") == "float32"
+    assert metrics["dtype"] == run_dtype(student_in(tmp_path), "auto") == "float32"
     assert json.loads((tmp_path / "kdpipe.json").read_text())["metrics"] == scores | {"dtype": "float32"}
     assert list(train(job_for(bench, tmp_path, dtype="bfloat16"), Silent())) == list(metrics), "in another order"
 
@@ -395,7 +397,7 @@ def test_an_export_that_fails_keeps_the_last_steps_state(
 ) -> None:
     train(job_for(bench, tmp_path / "whole"), Silent())
     job = job_for(bench, tmp_path / "out")
-    failing_once(monkeypatch, training, "export", OSError(28, "No space left on device"))
+    failing_once(monkeypatch, run, "export", OSError(28, "No space left on device"))
     with pytest.raises(SpaceError, match="no space left"):
         train(job, Silent())
     check_job(job, 1)
@@ -492,18 +494,18 @@ def test_the_next_steps_rows_are_wanted_before_this_step_is_packed(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[tuple[str, int]] = []
-    for name in ("prefetch", "__getitem__"):
-        own = getattr(Rows, name)
-        monkeypatch.setattr(
-            Rows, name, lambda self, index, name=name, own=own: (order.append((name, index)), own(self, index))[1]
-        )
+    want, rows = CacheRows.want, CacheRows.rows
+    monkeypatch.setattr(
+        CacheRows, "want", lambda self, some: (order.extend(("want", one) for one in some), want(self, some))[1]
+    )
+    monkeypatch.setattr(CacheRows, "rows", lambda self, one: (order.append(("read", one)), rows(self, one))[1])
     job = job_for(bench, tmp_path, max_steps=3)
     spec = job.spec.model_copy(update={"data": DataSpec(heldout_fraction=0)})
     train(dataclasses.replace(job, spec=spec), Silent())
     kinds = [kind for kind, _ in itertools.groupby(name for name, _ in order)]
     # wanted 0, 1; packed 0; wanted 2; packed 1; packed 2: nothing beyond the last
-    assert kinds == ["prefetch", "__getitem__", "prefetch", "__getitem__"]
-    wanted, packed = ([index for name, index in order if name == each] for each in ("prefetch", "__getitem__"))
+    assert kinds == ["want", "read", "want", "read"]
+    wanted, packed = ([one for name, one in order if name == each] for each in ("want", "read"))
     assert sorted(wanted) == sorted(packed)
 
 

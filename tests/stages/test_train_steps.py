@@ -13,7 +13,8 @@ from tests.stages.test_train import job_for
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.progress import Silent
-from kdpipe.stages.feed import Feed, Rows
+from kdpipe.stages.feed.batches import PlannedBatches
+from kdpipe.stages.feed.dataset import of_caches
 from kdpipe.stages.train import train
 
 
@@ -29,10 +30,10 @@ def test_steps_are_adamws_by_hand(changes: dict[str, object], bench: Bench, tmp_
     """A norm of 1e-6 brings gradients below AdamW's epsilon: what clipping does shows in the first step."""
     job = job_for(bench, tmp_path, lr=1e-2, schedule="linear", warmup_ratio=0.0, max_steps=3, seed=7, **changes)
     train(job, Silent())
-    rows = Rows([Cache.open(bench.cache)])
-    feed = Feed(rows, rows.split(None)[0], seed=7, batch_tokens=600)
+    rows = of_caches([Cache.open(bench.cache)])
+    feed = PlannedBatches(rows, rows.split(None)[0], seed=7, batch_tokens=600)
     rates = [1e-2, 1e-2 * 2 / 3, 1e-2 / 3]
-    right = by_hand.trained(bench, lambda step: feed.members(step).tolist(), job.spec.loss, job.spec.train, rates)
+    right = by_hand.trained(bench, lambda step: feed.samples(step).tolist(), job.spec.loss, job.spec.train, rates)
     before = by_hand.load(bench.student).state_dict()
     found = by_hand.load(tmp_path).state_dict()
     for name, weight in right.items():
@@ -44,8 +45,8 @@ def test_the_logged_norm_is_that_before_clipping(bench: Bench, tmp_path: Path) -
     recorder = Recorder()
     job = job_for(bench, tmp_path, max_grad_norm=1e-3, max_steps=1)
     train(job, recorder)
-    rows = Rows([Cache.open(bench.cache)])
-    members = Feed(rows, rows.split(None)[0], seed=0, batch_tokens=600).members(0).tolist()
+    rows = of_caches([Cache.open(bench.cache)])
+    members = PlannedBatches(rows, rows.split(None)[0], seed=0, batch_tokens=600).samples(0).tolist()
     gradients, _ = by_hand.step_gradients(bench, by_hand.load(bench.student), members, job.spec.loss)
     norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
     assert recorder.values("step", "grad_norm") == pytest.approx([float(norm)], rel=1e-5)

@@ -36,7 +36,8 @@ from tests.caches import make_cache
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.sample import Sample, content_id
 from kdpipe.manifests.shard import shard_path
-from kdpipe.stages.feed import Packer, Rows, row_buffer
+from kdpipe.stages.feed.dataset import of_caches
+from kdpipe.stages.feed.packing import Packer, row_buffer
 
 MIB = 1 << 20
 Reader = Callable[[Sequence[int]], object]
@@ -204,7 +205,7 @@ def first_touch(cache: Cache, floor: Reader, buffer: torch.Tensor, batch: int, r
         batches = [order[first : first + batch] for first in range(0, len(order), batch)]
         fresh: dict[str, Reader] = {
             "floor": floor,
-            "kdpipe": Packer(Rows([Cache.open(cache.path)])).pack,
+            "kdpipe": Packer(of_caches([Cache.open(cache.path)])).pack,
             "safetensors, unverified": read_safetensors(cache, places, buffer),
         }
         seconds = {name: sum(timed(read, members) for members in batches) for name, read in fresh.items()}
@@ -234,7 +235,7 @@ def run(case: Case, folder: Path, *, rounds: int, as_json: bool) -> None:
     readers: dict[str, Reader] = {
         "floor": read_floor(cache, places, plain),
         "kdpipe": read_cache(cache, plain),
-        "kdpipe, packed batch": Packer(Rows([cache])).pack,
+        "kdpipe, packed batch": Packer(of_caches([cache])).pack,
         "safetensors": read_safetensors(cache, places, tensor),
         "torch.load mmap": read_torch(cache, folder / "torch", tensor),
         "arrow ipc": read_arrow(cache, places, folder / "rows.arrow", plain),

@@ -67,7 +67,7 @@ from kdpipe.manifests.errors import DriftError, IncompleteError, KdpipeError
 from kdpipe.manifests.plan import Samples, read_plan
 from kdpipe.manifests.sample import Sample, content_id
 from kdpipe.manifests.shard import ShardWriter
-from kdpipe.stages.feed import Rows
+from kdpipe.stages.feed.dataset import of_caches
 
 WIDTH = 512
 SHARD_TOKENS = 2048
@@ -256,13 +256,14 @@ class Kdpipe(Format):
     def read(self, place: Path) -> Data:
         """All that training reads: the split and the head too."""
         cache = Cache.open(place)
-        rows, head = Rows([cache]), cache.head()
-        views = [rows[index] for index in range(len(cache))]
-        train, heldout = rows.split(None)
+        dataset, head = of_caches([cache]), cache.head()
+        tokens = [dataset.tokens(index) for index in range(len(cache))]
+        rows = [dataset.teachers[0].rows.rows(index) for index in range(len(cache))]
+        train, heldout = dataset.split(None)
         return {
-            **joined([(view.token_ids, view.supervised, view.rows.view(np.uint16)) for view in views]),
-            "num_tokens": rows.num_tokens,
-            "num_supervised": rows.num_supervised,
+            **joined([(*pair, some.view(np.uint16)) for pair, some in zip(tokens, rows, strict=True)]),
+            "num_tokens": dataset.num_tokens,
+            "num_supervised": dataset.num_supervised,
             "split": np.concatenate([train, [-1], heldout]),
             "head": head.weight.view(np.uint16),
         }

@@ -43,7 +43,7 @@ import xxhash
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is all Python adds
 
-from sweep import TEACHER, Sweep, seconds
+from sweep import TEACHER, Sweep, seconds, take_step
 from tests.caches import make_plan, make_samples
 
 from kdpipe.manifests.cache import Cache
@@ -51,9 +51,13 @@ from kdpipe.manifests.claims import Claims
 from kdpipe.manifests.plan import Samples
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.shard import NO_DIGEST, Commit, Shard, ShardWriter, commit_path, shard_path
-from kdpipe.stages.feed import Feed, PackedBatch, Rows
+from kdpipe.stages.feed.batches import PlannedBatches
+from kdpipe.stages.feed.dataset import of_caches
+from kdpipe.stages.feed.packing import PackedBatch
+from kdpipe.stages.ranks import joined
 from kdpipe.stages.teacher import gate, rows, transformers_engine
-from kdpipe.stages.train import Run, process_group
+from kdpipe.stages.train.job import find
+from kdpipe.stages.train.run import Run
 
 GIB = 1 << 30
 ROWS_A_SAMPLE = 16
@@ -65,7 +69,7 @@ WIDE = TEACHER | {"hidden_size": 4096, "intermediate_size": 256, "num_hidden_lay
 """Rows as wide as a large teacher's from one that costs little: bytes are what reading is about."""
 
 
-class TimedFeed(Feed):
+class TimedFeed(PlannedBatches):
     """A feed that adds up its own processor time."""
 
     seconds = 0.0
@@ -88,7 +92,7 @@ def timed_feed(run: Run, folder: Path) -> TimedFeed:
     """The run's feed on the cache opened anew: nothing of it was touched yet."""
     spec = run.job.spec.train
     return TimedFeed(
-        Rows([Cache.open(folder)]),
+        of_caches([Cache.open(folder)]),
         run.training,
         seed=spec.seed,
         batch_tokens=spec.batch_tokens,
@@ -104,12 +108,12 @@ def measure_reading(run: Run, folder: Path, repetitions: int) -> dict[str, list[
         spent = {checked: 0.0, bare: 0.0}
         for step in range(checked.steps_per_epoch):
             for feed in (checked, bare) if (step + repetition) % 2 else (bare, checked):
-                run.feed = feed
+                run.trainer.batches = feed
                 with ExitStack() as stack:
                     if feed is bare:
                         stack.enter_context(unverified())
                     began = time.process_time()
-                    run.step(step)
+                    take_step(run, step)
                     spent[feed] += time.process_time() - began
         if repetition >= 0:  # in the first round kernels are compiled for every length of batch
             shares["whole"].append(spent[checked] / spent[bare] - 1)
@@ -121,11 +125,11 @@ def measure_checkpoints(run: Run, repetitions: int) -> dict[str, list[float]]:
     """Of every checkpoint: its time over that of SAVE_EVERY steps, and so for its bytes written once and flushed."""
     shares: dict[str, list[float]] = {"kdpipe": [], "written once": []}
     for repetition in range(repetitions):
-        step = statistics.mean(seconds(partial(run.step, step)) for step in range(run.feed.steps_per_epoch))
-        run.done = repetition + 1
+        step = statistics.mean(seconds(partial(take_step, run, step)) for step in range(run.batches.steps_per_epoch))
+        run.trainer.done = repetition + 1
         os.sync()
-        shares["kdpipe"].append(seconds(partial(run.checkpoint, Silent())) / step / SAVE_EVERY)
-        files = [path for path in run.checkpoints.path(run.done).iterdir() if path.suffix == ".safetensors"]
+        shares["kdpipe"].append(seconds(partial(run.loop.save, Silent())) / step / SAVE_EVERY)
+        files = [path for path in run.checkpoints.path(run.trainer.done).iterdir() if path.suffix == ".safetensors"]
         data = np.concatenate([np.fromfile(path, np.uint8) for path in files])
         os.sync()
         shares["written once"].append(sum(write_once(run.job.output / "plain", data)) / step / SAVE_EVERY)
@@ -332,9 +336,8 @@ def main() -> None:
                 case = f"extraction of {num_tokens} tokens, teacher 8x512, bf16"
                 share(f"{case}: a plan, a shard", {"kdpipe": spent.pop("ms")}, unit="ms", digits=1)
                 share(case, spent, unit="share of an extraction")
-            with process_group(torch.device("cpu")) as (rank, world_size):
-                opened = Rows([Cache.open(cache)])
-                run = Run(sweep.job, opened, torch.device("cpu"), rank=rank, world_size=world_size)
+            with joined(torch.device("cpu")) as ranks:
+                run = Run(sweep.job, find(sweep.job), ranks)
                 spent = measure_reading(run, cache, repetitions)
                 share(f"reading rows {width} wide, student 4x256", spent, unit="share of a training epoch")
                 if sizes is TEACHER:

@@ -45,7 +45,7 @@ def serve_bare(descriptor: int) -> None:
     import sglang
     import torch
 
-    from kdpipe.stages.teacher.session import name_semaphores
+    from kdpipe.stages.teacher.sglang.session import name_semaphores
 
     os.set_inheritable(descriptor, False)
     name_semaphores()
@@ -106,9 +106,9 @@ class Bench:
         from kdpipe.stages.extract.staging import staged
         from kdpipe.stages.teacher.describe import describe_teacher
         from kdpipe.stages.teacher.engine import EngineOptions
-        from kdpipe.stages.teacher.session import Session, members
-        from kdpipe.stages.teacher.sglang_arguments import host_environment, server_arguments
-        from kdpipe.stages.teacher.sglang_engine import SglangEngine
+        from kdpipe.stages.teacher.sglang.arguments import host_environment, server_arguments
+        from kdpipe.stages.teacher.sglang.session import Session, members
+        from kdpipe.stages.teacher.sglang.teacher import SglangTeacher
 
         sizes = TEACHER | HEADS | {"hidden_size": options.hidden, "num_hidden_layers": options.layers}
         sizes["intermediate_size"] = options.hidden * 11 // 4
@@ -155,13 +155,13 @@ class Bench:
         self.link.send(arguments)
         assert self.link.recv() == "ready"
         self._pause(self.bare, True)
-        self.engine = SglangEngine(teacher, dtype=dtype, device=options.device, options=engine_options)
+        self.engine = SglangTeacher(teacher, dtype=dtype, device=options.device, options=engine_options)
         self.engine.canary(self.head, [np.array(ids[:64], np.int32) for ids in self.ids[:2]])
         self._pause(self.session, True)
 
     @property
     def session(self) -> Any:
-        return self.engine._session
+        return self.engine.process.session
 
     def _pause(self, session: Any, paused: bool) -> None:
         for pid in self.members(session.id):
@@ -189,7 +189,7 @@ class Bench:
 
     def prefill(self) -> float:
         """Seconds of the prompts through kdpipe's engine with nothing asked for."""
-        from kdpipe.stages.teacher.sglang_host import Prompt
+        from kdpipe.stages.teacher.sglang.host import Prompt
 
         prompts = [
             Prompt(key=(0, number, 0), token_ids=np.array(ids, np.int32), order=None, scored=())
@@ -198,7 +198,7 @@ class Bench:
         started = time.perf_counter()
         self.engine._send(prompts)
         for _ in prompts:
-            self.engine._next(600.0, lambda: "prefill")
+            self.engine.process.receive(600.0, lambda: "prefill")
         return time.perf_counter() - started
 
     def extract(self, number: int) -> float:

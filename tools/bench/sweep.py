@@ -34,10 +34,11 @@ from kdpipe.manifests.specs import RunSpec, TrainSpec
 from kdpipe.stages.extract import ExtractSpec, forecast
 from kdpipe.stages.extract.shards import fill, missing_shards
 from kdpipe.stages.extract.staging import staged
-from kdpipe.stages.feed import PackedBatch, Rows
-from kdpipe.stages.job import TrainJob
+from kdpipe.stages.feed.packing import PackedBatch
+from kdpipe.stages.ranks import joined
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
-from kdpipe.stages.train import Run, process_group
+from kdpipe.stages.train.job import TrainJob, find
+from kdpipe.stages.train.run import Run
 
 STUDENTS = 4
 TEACHER = {
@@ -107,30 +108,35 @@ class Sweep:
     def train(self, run: Run, epoch: int) -> tuple[float, float]:
         """Seconds of an epoch's steps from the cache, and of the same steps on batches that lie in memory."""
         cached = memory = 0.0
-        for step in range(run.feed.steps_per_epoch):
-            held = [hold(batch) for batch in run.feed.step(step)]
+        for step in range(run.batches.steps_per_epoch):
+            held = [hold(batch) for batch in run.batches.step(step)]
             for from_cache in (True, False) if (step + epoch) % 2 else (False, True):
                 if from_cache:
-                    cached += seconds(partial(run.step, step))
+                    cached += seconds(partial(take_step, run, step))
                 else:
                     with fed_from(run, held):
-                        memory += seconds(partial(run.step, step))
+                        memory += seconds(partial(take_step, run, step))
         return cached, memory
 
 
 def hold(batch: PackedBatch) -> PackedBatch:
     """The batch with rows of its own."""
     fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
-    return PackedBatch(**fields | {"teacher_rows": batch.teacher_rows.clone()})
+    return PackedBatch(**fields | {"teacher_rows": tuple(rows.clone() for rows in batch.teacher_rows)})
 
 
 @contextmanager
 def fed_from(run: Run, held: list[PackedBatch]) -> Iterator[None]:
-    """The run's feed gives these batches, whatever the step."""
-    own = run.feed.step
-    run.feed.step = lambda step: iter(held)  # type: ignore[method-assign]
+    """The run's batches are these, whatever the step."""
+    own = run.batches.step
+    run.batches.step = lambda step: iter(held)  # type: ignore[method-assign]
     yield
-    run.feed.step = own  # type: ignore[method-assign]
+    run.batches.step = own  # type: ignore[method-assign]
+
+
+def take_step(run: Run, step: int) -> None:
+    run.trainer.done = step
+    run.trainer.step()
 
 
 def measure(folder: Path, num_samples: int, repetitions: int) -> dict[str, list[float]]:
@@ -139,8 +145,8 @@ def measure(folder: Path, num_samples: int, repetitions: int) -> dict[str, list[
     ratios: dict[str, list[float]] = {"kdpipe": [], "live teacher": []}
     sweep.extract(0)
     cache = Cache.open(folder / "cache-0")
-    with process_group(torch.device("cpu")) as (rank, world_size):
-        run = Run(sweep.job, Rows([cache]), torch.device("cpu"), rank=rank, world_size=world_size)
+    with joined(torch.device("cpu")) as ranks:
+        run = Run(sweep.job, find(sweep.job), ranks)
         sweep.train(run, 0)  # kernels are compiled for every length of batch
         for repetition in range(1, repetitions + 1):
             times = {}

@@ -14,7 +14,8 @@ from kdpipe.manifests.errors import GateError
 from kdpipe.manifests.plan import Samples, read_plan
 from kdpipe.manifests.sample import row_positions
 from kdpipe.stages.extract import ExtractSpec
-from kdpipe.stages.extract.shards import CANARY_TOKENS, PROBES, shard_requests
+from kdpipe.stages.extract.requests import PROBES, shard_requests
+from kdpipe.stages.extract.shards import CANARY_TOKENS
 from kdpipe.stages.teacher.engine import Ack, Request, RowTarget
 from kdpipe.stages.teacher.rows import checksum
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
@@ -38,8 +39,8 @@ def requests_of(folder: Path, *, probe_every: int, seed: int = 0, rows: str = "s
     settings = cache.plan.settings.model_copy(update={"seed": seed, "rows": rows})
     changed = Cache(folder, cache.plan.model_copy(update={"settings": settings}))
 
-    def place(first_row: int, num_rows: int) -> RowTarget:
-        return RowTarget(array=np.zeros((num_rows, 1)), path=Path(), offset=first_row)
+    def place(sample: int, num_rows: int) -> RowTarget:
+        return RowTarget(array=np.zeros((num_rows, 1)), path=Path(), offset=sample)
 
     numbers = range(len(cache.plan.shards))
     return [one for number in numbers for batch in shard_requests(changed, number, probe_every, place) for one in batch]

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.loss import DistillLoss, reference_distill_loss
 from kdpipe.stages.loss.head import Side
-from kdpipe.stages.loss.problem import pose
+from kdpipe.stages.loss.problem import pose_tensors
 from kdpipe.stages.loss.reference import loss_of_logits
 
 CROSS_ENTROPIES = {"soft_cross_entropy", "top1_ce"}
@@ -113,7 +114,7 @@ def naive(
     **arguments: Any,
 ) -> DistillLoss:
     """What one writes without thinking of memory: products in the inputs' dtype, the rest in fp32, autograd."""
-    problem = pose(student_hidden, student_head, teacher_hidden, teacher_head, labels, **arguments)
+    problem = pose_tensors(student_hidden, student_head, teacher_hidden, teacher_head, labels, **arguments)
 
     def logits(side: Side) -> Tensor:
         raw = (side.hidden @ side.head.weight[: problem.vocab_size].T).float()
@@ -128,3 +129,8 @@ def errors(found: Outcome, right: Outcome) -> list[float]:
     pairs = [(getattr(found.out, name), getattr(right.out, name)) for name in ("kd", "ce", "z", "loss")]
     pairs += [(a, b) for a, b in zip(found.gradients, right.gradients, strict=True) if a is not None and b is not None]
     return [float((a.detach().double() - b.detach()).norm() / b.detach().norm().clamp_min(1e-9)) for a, b in pairs]
+
+
+def arguments_of(spec: LossSpec) -> dict[str, Any]:
+    """A run file's [loss] as arguments of fused_distill_loss."""
+    return spec.model_dump(exclude={"preset", "options"}) | spec.options

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from tests.stages.loss.cases import arguments_of
 
 from kdpipe.manifests.specs import PRESETS, LossSpec
 from kdpipe.stages.loss import reference_distill_loss
-from kdpipe.stages.student import loss_arguments
 
 T, S = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]
 LABEL = 1
@@ -22,7 +22,7 @@ def loss_of(**keys: object) -> float:
     """The loss of one token with these probabilities."""
     eye = torch.eye(3, dtype=torch.float64)
     teacher, student = (torch.tensor([each], dtype=torch.float64).log() for each in (T, S))
-    arguments = loss_arguments(LossSpec.model_validate(keys))
+    arguments = arguments_of(LossSpec.model_validate(keys))
     return float(reference_distill_loss(student, eye, teacher, eye, torch.tensor([LABEL]), **arguments).loss)
 
 

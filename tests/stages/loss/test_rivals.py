@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.stages.loss.cases import Inputs, make_inputs
+from tests.stages.loss.cases import Inputs, arguments_of, make_inputs
 from torch import Tensor
 
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.loss import fused_distill_loss
-from kdpipe.stages.student import loss_arguments
 
 trl = pytest.importorskip("trl", reason="make rivals")
 liger = pytest.importorskip("liger_kernel.chunked_loss", reason="make rivals")
@@ -107,4 +106,4 @@ def test_trls_preset_is_what_its_trainer_computes() -> None:
     inputs = make_inputs()
     student, teacher = logits_of(inputs)
     theirs = GKDTrainer.generalized_jsd_loss(student[None], teacher[None], reduction="sum")
-    assert_same(ours(inputs, inputs.labels, **loss_arguments(LossSpec(preset="trl"))), theirs, inputs)
+    assert_same(ours(inputs, inputs.labels, **arguments_of(LossSpec(preset="trl"))), theirs, inputs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from kdpipe.stages.feed import PackedBatch
+from kdpipe.stages.feed.packing import PackedBatch
 from kdpipe.stages.models.attention import PACKED, packed_attention, use_packed_attention
 from kdpipe.stages.models.backbone import packed_hidden
 
@@ -52,7 +52,8 @@ def test_no_bound_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) 
         seq_lens=torch.tensor(LENGTHS, dtype=torch.int32),
         bounds=(0, *accumulate(LENGTHS)),
         attention_mask=None,
-        **dict.fromkeys(("rows", "labels", "keys", "teacher_rows"), torch.zeros(0, dtype=torch.int64)),
+        **dict.fromkeys(("row_positions", "labels", "keys"), torch.zeros(0, dtype=torch.int64)),
+        teacher_rows=(),
     )
     for name in ("tolist", "item", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a value was read back"))

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from tests.models import OWN_MODELING, make_model, make_own, make_tokenizer
+from tests.opened import load_student, student_in
 
 from kdpipe.manifests.errors import ConfigError, StudentError, TeacherError
 from kdpipe.manifests.provenance import digest_code, digest_file, digest_json, digest_model
-from kdpipe.stages.causal_lm import load_tokenizer
 from kdpipe.stages.models import folder as model_folder
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.own_code import OwnCode, allowed_code, code_digest
-from kdpipe.stages.student import checkpoint_dtype, load_student
+from kdpipe.stages.student import checkpoint_dtype
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
@@ -34,9 +35,9 @@ class TinyTokenizerFast(PreTrainedTokenizerFast):
 LOADERS: dict[str, Callable[[Path, str | None], object]] = {
     "describe": lambda folder, trust: describe_teacher(folder, "auto", trust),
     "engine": lambda folder, trust: TransformersEngine(folder, dtype="float32", device="cpu", trust=trust),
-    "tokenizer": lambda folder, trust: load_tokenizer(folder, TeacherError, trust),
+    "tokenizer": lambda folder, trust: ModelFolder(folder, TeacherError, trust).tokenizer,
     "student": lambda folder, trust: load_student(folder, torch.float32, CPU, trust),
-    "dtype": checkpoint_dtype,
+    "dtype": lambda folder, trust: checkpoint_dtype(student_in(folder, trust)),
 }
 """Everything that hands a model's folder to transformers."""
 
@@ -172,9 +173,9 @@ def test_a_tokenizers_code_needs_the_digest_too(tmp_path: Path) -> None:
     auto_map = {"AutoTokenizer": [None, "tokenization_tiny.TinyTokenizerFast"]}
     edit_json(folder / "tokenizer_config.json", tokenizer_class="TinyTokenizer", auto_map=auto_map)
     with pytest.raises(StudentError, match=r"its own code \(tokenization_tiny.py\)"):
-        load_tokenizer(folder, StudentError)
+        _ = ModelFolder(folder, StudentError).tokenizer
     assert not (tmp_path / "ran").exists()
-    tokenizer = load_tokenizer(folder, StudentError, code_digest(folder))
+    tokenizer = ModelFolder(folder, StudentError, code_digest(folder)).tokenizer
     assert type(tokenizer).__name__ == "TinyTokenizerFast"
     assert tokenizer.decode(tokenizer("a row")["input_ids"]) == "a row"
 

@@ -11,24 +11,25 @@ import transformers
 from tests.caches import make_cache
 from tests.conftest import Bench
 from tests.models import make_model, make_tokenizer
+from tests.opened import student_in, teacher_of
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CorruptError, IncompleteError, KdpipeError, LayoutError, StudentError
-from kdpipe.stages.causal_lm import Context, context_of
-from kdpipe.stages.feed import Rows
+from kdpipe.stages.feed.dataset import of_caches
+from kdpipe.stages.models.context import Context, context_of
 from kdpipe.stages.student import check_student, require_context
 
 
 def test_student_of_another_tokenizer_is_refused_naming_the_first_difference(bench: Bench, tmp_path: Path) -> None:
     make_tokenizer(make_model("llama", tmp_path, vocab_size=320), vocab_size=280)
     with pytest.raises(StudentError, match=r"tokenizer is not that of .*: id 280 is None to the student"):
-        check_student(tmp_path, Cache.open(bench.cache))
+        check_student(student_in(tmp_path), teacher_of(Cache.open(bench.cache)))
 
 
 def test_student_with_too_small_a_vocabulary_is_refused(bench: Bench, tmp_path: Path) -> None:
     make_tokenizer(make_model("llama", tmp_path, vocab_size=290))
     with pytest.raises(StudentError, match="290 ids, the cache's has 300"):
-        check_student(tmp_path, Cache.open(bench.cache))
+        check_student(student_in(tmp_path), teacher_of(Cache.open(bench.cache)))
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -36,7 +37,7 @@ def test_student_folder_that_lacks_a_part_is_refused(missing: str, bench: Bench,
     make_tokenizer(make_model("llama", tmp_path, vocab_size=320))
     (tmp_path / missing).unlink()
     with pytest.raises(StudentError) as caught:
-        check_student(tmp_path, Cache.open(bench.cache))
+        check_student(student_in(tmp_path), teacher_of(Cache.open(bench.cache)))
     assert caught.value.exit_code == 4
     assert "\n" not in str(caught.value)
 
@@ -58,7 +59,7 @@ def test_a_caches_tokenizer_that_is_not_what_was_written_is_named(
         os.mkfifo(path)
     other = make_tokenizer(make_model("llama", tmp_path / "student", vocab_size=320), vocab_size=290)
     with pytest.raises(error) as caught:
-        check_student(other, Cache.open(cache))
+        check_student(student_in(other), teacher_of(Cache.open(cache)))
     assert caught.value.where == str(path)
 
 
@@ -86,7 +87,7 @@ def test_ids_outside_the_vocabulary_and_settings_that_do_not_load_are_refused(
 ) -> None:
     student = student_with(tmp_path, file, change)
     with pytest.raises(StudentError) as caught:
-        check_student(student, Cache.open(bench.cache))
+        check_student(student_in(student), teacher_of(Cache.open(bench.cache)))
     assert words in str(caught.value)
     assert caught.value.where == str(tmp_path / file)
     assert "\n" not in str(caught.value)
@@ -96,36 +97,38 @@ def test_a_generation_config_that_is_no_json_is_refused(bench: Bench, tmp_path: 
     make_tokenizer(make_model("llama", tmp_path, vocab_size=320))
     (tmp_path / "generation_config.json").write_text("{nope")
     with pytest.raises(StudentError, match=r"generation_config.json"):
-        check_student(tmp_path, Cache.open(bench.cache))
+        check_student(student_in(tmp_path), teacher_of(Cache.open(bench.cache)))
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.6, "do_sample": False}, {"pad_token_id": -1}])
 def test_a_generation_config_that_is_only_odd_is_let_through(
     change: dict[str, object], bench: Bench, tmp_path: Path
 ) -> None:
-    check_student(student_with(tmp_path, "generation_config.json", change), Cache.open(bench.cache))
+    check_student(
+        student_in(student_with(tmp_path, "generation_config.json", change)), teacher_of(Cache.open(bench.cache))
+    )
 
 
 def test_samples_longer_than_the_context_are_counted_and_refused(tmp_path: Path) -> None:
-    rows = Rows([make_cache(tmp_path / "cache")])
+    rows = of_caches([make_cache(tmp_path / "cache")])
     student = make_model("llama", tmp_path / "student", sizes={"max_position_embeddings": 40})
     everything = np.arange(len(rows.num_tokens))
     longer = int((rows.num_tokens > 40).sum())
     assert longer
     with pytest.raises(StudentError) as caught:
-        require_context(student, rows, everything)
+        require_context(student_in(student), rows, everything)
     said = str(caught.value)
     assert f"context is 40 tokens (max_position_embeddings), {longer} of the 21 samples" in said
     assert f"up to {rows.num_tokens.max()}; extract with --max-length 40" in said
     assert "raise max_position_embeddings in its config.json" in said
-    require_context(student, rows, everything[rows.num_tokens <= 40])
+    require_context(student_in(student), rows, everything[rows.num_tokens <= 40])
 
 
 def test_positions_in_a_table_cannot_be_raised(tmp_path: Path) -> None:
-    rows = Rows([make_cache(tmp_path / "cache")])
+    rows = of_caches([make_cache(tmp_path / "cache")])
     transformers.GPT2Config(vocab_size=97, n_positions=40).save_pretrained(tmp_path / "student")
     with pytest.raises(StudentError, match="40 tokens") as caught:
-        require_context(tmp_path / "student", rows, np.arange(len(rows.num_tokens)))
+        require_context(student_in(tmp_path / "student"), rows, np.arange(len(rows.num_tokens)))
     assert "raise" not in str(caught.value)
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 from tests.models import KINDS, make_model
+from tests.opened import load_student
 
 from kdpipe.manifests.errors import StudentError
-from kdpipe.stages import causal_lm
+from kdpipe.stages.models import formula
 from kdpipe.stages.models.attention import PACKED
-from kdpipe.stages.student import Student, load_student
+from kdpipe.stages.student import Student
 from kdpipe.stages.student.exam import probe_length
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def test_every_kind_packs_its_samples_and_has_its_own_logits(kind: str, dtype: t
 def test_a_step_that_kdpipe_does_not_know_is_refused(
     kind: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal_lm, lost, ())
+    monkeypatch.setattr(formula, lost, ())
     model = load_student(make_model(kind, tmp_path), torch.float32, CPU)
     with pytest.raises(StudentError, match="does something between hidden state and logits") as caught:
         examined(model)

@@ -10,12 +10,15 @@ import transformers
 from safetensors import safe_open
 from tests.conftest import Bench
 from tests.models import CHAT_TEMPLATE, make_model, make_tokenizer
+from tests.opened import load_student, student_in
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import StudentError
-from kdpipe.stages.causal_lm import load_tokenizer
-from kdpipe.stages.student import Student, checkpoint_dtype, load_student
-from kdpipe.stages.student.export import Companions, Sampled, companions, export, trained_stops
+from kdpipe.manifests.sample import SampleTokens
+from kdpipe.stages.feed.dataset import of_caches
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.student import Student, checkpoint_dtype
+from kdpipe.stages.student.export import Companions, companions, export, trained_stops
 
 CPU = torch.device("cpu")
 ODD = {"do_sample": False, "temperature": 0.6, "pad_token_id": -1, "eos_token_id": 3}
@@ -27,8 +30,7 @@ def student(tmp_path: Path) -> Path:
 
 
 def beside(student: Path, bench: Bench) -> Companions:
-    tokenizer = load_tokenizer(student, StudentError)
-    return companions(student, tokenizer, Cache.open(bench.cache), checkpoint_dtype(student))
+    return companions(student_in(student), of_caches([Cache.open(bench.cache)]), checkpoint_dtype(student_in(student)))
 
 
 def exported(student: Path, bench: Bench, folder: Path) -> Path:
@@ -96,17 +98,17 @@ def test_plain_texts_leave_the_students_template_alone(
     student: Path, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (student / "chat_template.jinja").write_text("{{ messages }}")
-    plain = [Sampled(np.array([40, 50, 60]), np.array([False, True, True]))]
+    plain = [SampleTokens(np.array([40, 50, 60]), np.array([False, True, True]))]
     monkeypatch.setattr("kdpipe.stages.student.export._sampled", lambda cache: plain)
     out = exported(student, bench, tmp_path / "out")
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_only_special_tokens_that_end_answers_are_stops(bench: Bench) -> None:
-    tokenizer = load_tokenizer(bench.student, StudentError)
+    tokenizer = ModelFolder(bench.student, StudentError).tokenizer
 
-    def sample(*ids: int, targets: str) -> Sampled:
-        return Sampled(np.array(ids), np.array([each == "x" for each in targets]))
+    def sample(*ids: int, targets: str) -> SampleTokens:
+        return SampleTokens(np.array(ids), np.array([each == "x" for each in targets]))
 
     ended = [sample(40, 50, 3, 60, 3, targets="-xx-x")] * 20
     cut = [sample(40, 50, targets="-x")] * 20

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.models import make_model
+from tests.opened import load_student, student_in
 from tests.stages.student.sharded import CPU, save_what_each_rank_has
 
 from kdpipe.pipeline.launch import launch
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.student import load_student, load_to_shard
+from kdpipe.stages.student import load_to_shard
 
 KINDS = ("llama", "qwen2", "gemma2")
 """A head of its own, a tied one, and buffers that no file holds."""
@@ -35,6 +36,6 @@ def test_shards_of_two_ranks_are_the_loaded_model_bit_for_bit(tmp_path: Path) ->
 def test_only_the_first_rank_reads_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_model("llama", tmp_path)
     monkeypatch.setattr(ModelFolder, "load", lambda *_: pytest.fail("the weights were read"))
-    assert all(tensor.is_meta for tensor in load_to_shard(folder, None, rank=1).parameters())
+    assert all(tensor.is_meta for tensor in load_to_shard(student_in(folder), rank=1).parameters())
     with pytest.raises(pytest.fail.Exception):
-        load_to_shard(folder, None, rank=0)
+        load_to_shard(student_in(folder), rank=0)

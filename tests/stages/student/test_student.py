@@ -8,20 +8,21 @@ import pytest
 import torch
 import transformers
 from tests.conftest import Bench
+from tests.opened import load_student, teacher_of
 from tests.stages.conftest import STUDENTS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.specs import LossSpec
-from kdpipe.stages.feed import PackedBatch, Packer, Rows
+from kdpipe.stages.feed.dataset import of_caches
+from kdpipe.stages.feed.packing import PackedBatch, Packer
+from kdpipe.stages.ranks import joined
 from kdpipe.stages.student import (
     Student,
-    load_student,
     load_teacher_head,
     shard,
 )
-from kdpipe.stages.train import process_group
 
 CPU = torch.device("cpu")
 LOSSES = [
@@ -42,7 +43,7 @@ def gradients(
     student: Student, batches: Sequence[PackedBatch], bench: Bench, loss: LossSpec
 ) -> dict[str, torch.Tensor]:
     """Gradients summed over the batches, by parameter, with the loss under "loss"."""
-    teacher = load_teacher_head(Cache.open(bench.cache), CPU)
+    teacher = [load_teacher_head(teacher_of(Cache.open(bench.cache)), CPU)]
     student.zero_grad()
     total = torch.zeros(())
     for batch in batches:
@@ -59,7 +60,7 @@ def test_rows_and_head_of_a_cache_give_the_teachers_own_logits(
     """What a student distils from is the teacher's distribution: bias, scale and soft cap with it."""
     some = families.get(kind, bench)
     cache = Cache.open(some.cache)
-    teacher = load_teacher_head(cache, CPU)
+    teacher = load_teacher_head(teacher_of(cache), CPU)
     model = transformers.AutoModelForCausalLM.from_pretrained(some.teacher, dtype=torch.float32)
     view = cache[0]
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_rows_and_head_of_a_cache_give_the_teachers_own_logits(
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.divergence}-{loss.kd_weight}")
 @pytest.mark.parametrize("padded", [False, True])
 def test_packing_changes_neither_loss_nor_gradient(loss: LossSpec, padded: bool, bench: Bench) -> None:
-    rows = Rows([Cache.open(bench.cache)])
+    rows = of_caches([Cache.open(bench.cache)])
     members = [3, 17, 4, 29, 50]
     student = opened(bench.student)
     alone = gradients(student, [copy(Packer(rows).pack([member])) for member in members], bench, loss)
@@ -88,24 +89,24 @@ def copy(batch: PackedBatch) -> PackedBatch:
     """A batch that outlives its packer's buffer."""
     return PackedBatch(
         **{name: getattr(batch, name) for name in batch.__dataclass_fields__}
-        | {"teacher_rows": batch.teacher_rows.clone()}
+        | {"teacher_rows": tuple(rows.clone() for rows in batch.teacher_rows)}
     )
 
 
 def test_swapping_two_samples_rows_changes_the_loss(bench: Bench) -> None:
     """The comparison above can fail: the same ids with another sample's teacher rows give another loss."""
-    rows = Rows([Cache.open(bench.cache)])
+    rows = of_caches([Cache.open(bench.cache)])
     student = opened(bench.student)
     batch = Packer(rows).pack([3, 17])
     right = gradients(student, [batch], bench, LOSSES[0])["loss"]
-    batch.teacher_rows.copy_(batch.teacher_rows.flip(0))
+    batch.teacher_rows[0].copy_(batch.teacher_rows[0].flip(0))
     wrong = gradients(student, [batch], bench, LOSSES[0])["loss"]
     assert abs(wrong - right) > 1e-4 * abs(right)
 
 
 def test_an_exam_leaves_the_parameters_sharded(bench: Bench) -> None:
     """An optimizer made of whole ones would train copies that the next step throws away."""
-    with process_group(CPU):
+    with joined(CPU):
         student = Student(load_student(bench.student, torch.float32, CPU))
         shard(student, init_device_mesh("cpu", (1,)), torch.bfloat16, CPU)
         student.examine(np.arange(3, 45), bench.student)

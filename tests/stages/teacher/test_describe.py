@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.models import KINDS, make_model, make_tokenizer
 
 from kdpipe.manifests.errors import TeacherError
-from kdpipe.stages.causal_lm import load_tokenizer, real_vocab_size
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.vocabulary import real_vocab_size
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.head import read_head
 
@@ -197,17 +198,17 @@ def test_folder_that_is_no_teacher_is_one_line_with_exit_code_4(
 
 def test_tokenizer_comes_from_the_folder_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="no tokenizer"):
-        load_tokenizer(tmp_path, TeacherError)
-    tokenizer = load_tokenizer(make_tokenizer(tmp_path), TeacherError)
+        _ = ModelFolder(tmp_path, TeacherError).tokenizer
+    tokenizer = ModelFolder(make_tokenizer(tmp_path), TeacherError).tokenizer
     text = "Ein Lehrer, <user> 1 234"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     (tmp_path / "tokenizer.json").write_text("{nope")
     with pytest.raises(TeacherError, match="does not load"):
-        load_tokenizer(tmp_path, TeacherError)
+        _ = ModelFolder(tmp_path, TeacherError).tokenizer
 
 
 def test_chat_template_marks_the_assistants_tokens(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(make_tokenizer(tmp_path), TeacherError)
+    tokenizer = ModelFolder(make_tokenizer(tmp_path), TeacherError).tokenizer
     messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A row."}]
     made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     marked = [i for i, mask in zip(made["input_ids"], made["assistant_masks"], strict=True) if mask]
@@ -216,7 +217,7 @@ def test_chat_template_marks_the_assistants_tokens(tmp_path: Path) -> None:
 
 
 def test_real_vocabulary_is_the_tokenizers_and_fits_the_head(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(make_tokenizer(tmp_path, vocab_size=300), TeacherError)
+    tokenizer = ModelFolder(make_tokenizer(tmp_path, vocab_size=300), TeacherError).tokenizer
     assert real_vocab_size(tmp_path, tokenizer, 320) == len(tokenizer) == 300
     with pytest.raises(TeacherError, match="up to 299, the lm_head has 299 rows"):
         real_vocab_size(tmp_path, tokenizer, 299)

@@ -9,7 +9,7 @@ import pytest
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.teacher import ENGINES, pick_engine
 from kdpipe.stages.teacher.engine import EngineOptions
-from kdpipe.stages.teacher.sglang_engine import TRIED
+from kdpipe.stages.teacher.sglang.teacher import TRIED
 
 
 def test_importing_the_stage_loads_no_torch() -> None:

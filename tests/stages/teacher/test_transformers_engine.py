@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tests.families import make_family
 from tests.models import KINDS, make_model
 from tests.stages.teacher.make_requests import make_request, pass_the_gate
 
@@ -70,13 +71,24 @@ def test_rows_of_a_lone_sample_are_the_models_own_bit_for_bit(kind: str, dtype: 
     pass_the_gate(folders[kind], dtype, requests, acks)
 
 
+def test_a_model_that_pads_otherwise_runs_its_samples_one_by_one(tmp_path: Path) -> None:
+    """CPM-Ant's tokens see those after them, padding too: a batch would give other rows, and the gate its own."""
+    engine = TransformersEngine(make_family("cpmant", tmp_path), dtype="float32", device="cpu")
+    batch, alone = ([make_request(number, length) for number, length in ((0, 41), (1, 19))] for _ in range(2))
+    list(engine.run([batch]))
+    list(engine.run(one_by_one(alone)))
+    assert engine.notes == ["samples run one by one: in a padded batch this model gives other rows"]
+    for ours, own in zip(batch, alone, strict=True):
+        assert torch.equal(rows_of(ours), rows_of(own))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_padded_batch_is_the_models_own_padded_batch_bit_for_bit(kind: str, folders: dict[str, Path]) -> None:
     requests = [make_request(sample, length) for sample, length in enumerate([23, 37, 5])]
     engine = TransformersEngine(folders[kind], dtype="float32", device="cpu")
     masks = []
     engine._model.register_forward_pre_hook(
-        lambda _, args, inputs: masks.append(inputs["attention_mask"]), with_kwargs=True
+        lambda _, args, inputs: masks.append(inputs.get("attention_mask")), with_kwargs=True
     )
     acks = list(engine.run([requests]))
     model = load(folders[kind])
@@ -87,7 +99,7 @@ def test_padded_batch_is_the_models_own_padded_batch_bit_for_bit(kind: str, fold
     with torch.inference_mode():
         padded = model.model(ids, attention_mask=mask).last_hidden_state
     assert [ack.sample for ack in acks] == [0, 1, 2]
-    assert torch.equal(masks[0], mask)  # rows before the padding do not need it: causal attention never looks there
+    assert torch.equal(masks[-1], mask)  # rows before the padding do not need it: causal attention never looks there
     for row, request in enumerate(requests):
         assert torch.equal(rows_of(request), padded[row][request.positions])
         assert relative_error(rows_of(request), own_rows(model, request)) < 1e-5

@@ -1,6 +1,6 @@
 """The process that SGLang lives in, and the plugin that SGLang loads: the only file that imports sglang.
 
-`main` runs in a process that sglang_engine.py starts, with a socket between the two. SGLang kills its parent and
+`main` runs in a process that process.py starts, with a socket between the two. SGLang kills its parent and
 everything under it when one of its processes fails; here that is this host, and the extraction sees a closed socket
 instead of its own death. When the extraction dies, the guard of session.py ends host and engine.
 
@@ -29,11 +29,11 @@ import numpy as np
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.nearest import nearest
-from kdpipe.stages.teacher.session import name_semaphores
-from kdpipe.stages.teacher.sink import Order, Sink
+from kdpipe.stages.teacher.sglang.session import name_semaphores
+from kdpipe.stages.teacher.sglang.sink import Order, Sink
 
 SWITCH = "KDPIPE_SINK"
-"""Set to 1 by sglang_engine.py for its own host only: other SGLang engines of the environment stay as they are."""
+"""Set to 1 by process.py for its own host only: other SGLang engines of the environment stay as they are."""
 
 TARGET = (
     "sglang.srt.managers.scheduler_components.batch_result_processor."

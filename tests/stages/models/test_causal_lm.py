@@ -10,13 +10,10 @@ import transformers
 from tests.models import make_model, make_tokenizer
 
 from kdpipe.manifests.errors import StudentError, TeacherError
-from kdpipe.stages.causal_lm import (
-    load_tokenizer,
-    logit_formula,
-    save_tokenizer,
-    vocabulary_difference,
-    vocabulary_digest,
-)
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.formula import logit_formula
+from kdpipe.stages.models.tokenizer import save_tokenizer
+from kdpipe.stages.models.vocabulary import vocabulary_difference, vocabulary_digest
 
 
 @pytest.mark.parametrize(
@@ -37,7 +34,7 @@ def test_formula_is_read_from_the_config(
 
 def test_equal_vocabularies_have_equal_digests_and_others_name_their_first_difference(tmp_path: Path) -> None:
     one, same, other = (
-        load_tokenizer(make_tokenizer(tmp_path / name, vocab_size=size), StudentError)
+        ModelFolder(make_tokenizer(tmp_path / name, vocab_size=size), StudentError).tokenizer
         for name, size in (("one", 300), ("same", 300), ("other", 290))
     )
     assert vocabulary_digest(one) == vocabulary_digest(same) != vocabulary_digest(other)
@@ -47,7 +44,7 @@ def test_equal_vocabularies_have_equal_digests_and_others_name_their_first_diffe
 
 def test_a_student_may_know_more_tokens_than_its_teacher(tmp_path: Path) -> None:
     teacher, student = (
-        load_tokenizer(make_tokenizer(tmp_path / name), StudentError) for name in ("teacher", "student")
+        ModelFolder(make_tokenizer(tmp_path / name), StudentError).tokenizer for name in ("teacher", "student")
     )
     student.add_tokens(["<image>"])
     assert vocabulary_digest(student) != vocabulary_digest(teacher)
@@ -56,7 +53,8 @@ def test_a_student_may_know_more_tokens_than_its_teacher(tmp_path: Path) -> None
 
 
 def test_a_tokenizer_that_cannot_be_written_is_an_oserror(tmp_path: Path, tmpfs: Callable[[str], Path]) -> None:
-    tokenizer = load_tokenizer(make_tokenizer(make_model("llama", tmp_path / "model", vocab_size=304)), TeacherError)
+    folder = make_tokenizer(make_model("llama", tmp_path / "model", vocab_size=304))
+    tokenizer = ModelFolder(folder, TeacherError).tokenizer
     disk = tmpfs("64k")
     with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):

@@ -1,6 +1,6 @@
 """The teacher in SGLang: prompts of ids go to a host process, rows come straight into the shard's mapped file.
 
-    extraction --prompts--> host (sglang_host.py) --> schedulers --rows--> the shard's file
+    extraction --prompts--> host (host.py) --> schedulers --rows--> the shard's file
                <--answers--                       <-- receipts, log-probabilities
 
 A prompt ends at the last row that is kept: a causal model needs nothing after it, and the log-probability of the next
@@ -15,20 +15,14 @@ Cost: about 15 s to start on a CPU; then SGLang's own prefill. Measured by tools
 # Shapes: n tokens of one sample, R rows kept of it, K rows probed, E teacher width.
 
 import importlib.metadata
-import shutil
-import socket
-import sys
-import tempfile
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from kdpipe.manifests.errors import ConfigError, EngineError, GateError, KdpipeError, TeacherError
+from kdpipe.manifests.errors import ConfigError, EngineError, GateError, TeacherError
 from kdpipe.manifests.plan import SHARD_TOKENS
 from kdpipe.manifests.specs import Device, Dtype
 from kdpipe.stages.models.folder import ModelFolder
@@ -37,10 +31,10 @@ from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Canary, EngineOptions, Request
 from kdpipe.stages.teacher.head import Head
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, checksum
-from kdpipe.stages.teacher.session import Session
-from kdpipe.stages.teacher.sglang_arguments import host_environment, server_arguments
-from kdpipe.stages.teacher.sglang_host import Answer, Failed, Key, Prompt, Ready
-from kdpipe.stages.teacher.sink import Order, Receipt, runs_of
+from kdpipe.stages.teacher.sglang.arguments import server_arguments
+from kdpipe.stages.teacher.sglang.host import Answer, Failed, Key, Prompt
+from kdpipe.stages.teacher.sglang.process import SglangProcess
+from kdpipe.stages.teacher.sglang.sink import Order, Receipt, runs_of
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
 TRIED = ("0.5.23",)
@@ -49,11 +43,6 @@ TRIED = ("0.5.23",)
 PROBE_EVERY = 128
 IN_FLIGHT_TOKENS = 2 * SHARD_TOKENS
 """Tokens given to SGLang and not yet answered: it works on while a whole shard is sealed."""
-
-START_TIMEOUT_S = 1800.0
-"""A large teacher is read from a network disk in this time."""
-
-HOST = "from kdpipe.stages.teacher.sglang_host import main; import sys; main(int(sys.argv[1]))"
 
 
 def library_version() -> str:
@@ -74,7 +63,7 @@ def library_version() -> str:
     return f"sglang {version} torch {torch.__version__}"
 
 
-class SglangEngine:
+class SglangTeacher:
     """TeacherEngine over sglang.Engine in a process of its own, started by the first use."""
 
     name = "sglang"
@@ -89,16 +78,14 @@ class SglangEngine:
         trust = self._options.trust
         self._info = describe_teacher(path, dtype, trust)
         loaded = ModelFolder(path, TeacherError, trust).place
-        self._arguments = server_arguments(loaded, self._info, device, self._options)
-        self._session: Session | None = None
-        self._link: Connection | None = None
-        self._folder: Path | None = None
+        arguments = server_arguments(loaded, self._info, device, self._options)
+        self.process = SglangProcess(path, arguments, device, self._options)
         self._run = 0
 
     def canary(self, head: Head, samples: Sequence[np.ndarray]) -> Canary:
         """Start SGLang and compare its rows with transformers' own; see TeacherEngine.canary."""
         if self._device == "cpu":
-            self._launch()  # it starts while transformers runs; on a GPU each wants the memory for itself
+            self.process.launch()  # it starts while transformers runs; on a GPU each wants the memory for itself
         logit_error, reference = self._reference(head, samples)
         rows = self._canary_rows(head, samples)
         if reference is None:
@@ -110,10 +97,10 @@ class SglangEngine:
 
     def run(self, batches: Iterable[Sequence[Request]]) -> Iterator[Ack]:
         """Run the batches; see TeacherEngine.run. SGLang batches by itself: a planned batch is only sent together."""
-        self._start()
-        assert self._folder is not None
+        self.process.start()
         self._run += 1  # answers to a run that was given up may still be on their way
-        probes = ProbeFile(self._folder / f"probes-{self._run}")
+        self.process.in_work = True
+        probes = ProbeFile(self.process.folder / f"probes-{self._run}")
         ahead = iter(batches)
         waiting: deque[Request] = deque()
         answers: dict[Key, Answer] = {}
@@ -124,13 +111,10 @@ class SglangEngine:
                 exhausted = batch is None
                 waiting.extend(batch or ())
                 tokens += sum(len(request.token_ids) for request in batch or ())
-                self._send(
-                    [
-                        prompt
-                        for request in batch or ()
-                        for prompt in prompts_of(self._run, request, self._dtype, probes)
-                    ]
-                )
+                prompts = [
+                    prompt for each in batch or () for prompt in prompts_of(self._run, each, self._dtype, probes)
+                ]
+                self._send(prompts)
             if not waiting:
                 return
             keys = keys_of(self._run, waiting[0])
@@ -144,54 +128,10 @@ class SglangEngine:
 
     def close(self) -> None:
         """End SGLang and everything it started."""
-        if self._link is not None:
-            self._link.close()
-        if self._session is not None:
-            self._session.end()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._link = self._session = self._folder = None
-
-    def _launch(self) -> None:
-        """Start the host, unless it runs; `_start` waits for it."""
-        if self._session is not None:
-            return
-        self._folder = Path(tempfile.mkdtemp(prefix="kdpipe-sglang-"))
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._session = Session(
-                [sys.executable, "-c", HOST, str(theirs.fileno())],
-                env=host_environment(self._folder, self._device, self._options),
-                folder=self._folder,
-                pass_fds=[theirs.fileno()],
-            )
-        self._link = Connection(ours.detach())
-        self._ready = False
-        self._link.send(self._arguments)
-
-    def _start(self) -> None:
-        """SGLang, up and waiting. Raises ConfigError for arguments it refuses, TeacherError where it does not start."""
-        self._launch()
-        if self._ready:
-            return
-        try:
-            message = self._next(START_TIMEOUT_S, lambda: str(self._path))
-        except EngineError as err:
-            raise self._never_ran("while it started", err) from None
-        if isinstance(message, Failed):
-            if message.option:
-                raise ConfigError(message.message, where=message.option)
-            raise TeacherError(f"SGLang cannot run it{self._given()}{self._log_kept()}", where=self._path)
-        assert isinstance(message, Ready)
-        self._ready = True
+        self.process.end()
 
     def _send(self, prompts: list[Prompt]) -> None:
-        assert self._link is not None
-        if prompts:
-            try:
-                self._link.send(prompts)
-            except OSError:
-                raise self._gone(f"sample {prompts[0].key[1]}") from None
+        self.process.send(prompts, f"sample {prompts[0].key[1]}" if prompts else "")
 
     def _receive(self, waiting: Iterable[Request], answers: Mapping[Key, Answer]) -> Answer:
         """The next answer. Raises EngineError naming the oldest request that has none."""
@@ -201,56 +141,11 @@ class SglangEngine:
             late = [sample for samples in pending for sample in samples]
             return f"sample {late[0]} and {len(late) - 1} more"
 
-        message = self._next(self._options.timeout_s, who)
+        message = self.process.receive(self._options.timeout_s, who)
         if isinstance(message, Failed):
             raise GateError(f"SGLang refused a request: {message.message}", where=who())
         assert isinstance(message, Answer)
         return message
-
-    def _next(self, timeout_s: float, who: Callable[[], str]) -> Answer | Failed | Ready:
-        """The next message of the host. Raises EngineError where it is gone, or silent for too long."""
-        assert self._link is not None
-        until = time.monotonic() + timeout_s
-        try:
-            while not self._link.poll(1.0):
-                if time.monotonic() > until:
-                    raise EngineError(
-                        f"SGLang gave no sign for {timeout_s:g} s{self._log_kept()}{self._advice()}, with a longer "
-                        "--engine-timeout if it was only slow",
-                        where=who(),
-                    )
-            message: Answer | Failed | Ready = self._link.recv()
-        except (EOFError, OSError):
-            raise self._gone(who()) from None
-        return message
-
-    def _gone(self, who: str) -> KdpipeError:
-        """The error for a host that is no longer there."""
-        return EngineError(f"SGLang died{self._log_kept()}{self._advice()}", where=who)
-
-    def _advice(self) -> str:
-        return "; finished shards are kept, run the same command again" if self._run else "; nothing was written"
-
-    def _never_ran(self, when: str, err: EngineError) -> TeacherError:
-        """The error for an engine that failed before the first sample: trying again would not help."""
-        return TeacherError(f"{when}, {err.args[0]}{self._given()}; --engine transformers may run it", where=self._path)
-
-    def _given(self) -> str:
-        """The options that may be at fault, for a message."""
-        given = ", ".join(f"{name} = {value}" for name, value in self._options.identity().items())
-        return f" with {given}" if given else ""
-
-    def _log_kept(self) -> str:
-        """The last telling line of SGLang's output, and where all of it is kept; "" where there is none."""
-        assert self._folder is not None
-        log = self._folder / "log"
-        if not log.exists() or not log.stat().st_size:
-            return ""
-        with tempfile.NamedTemporaryFile(prefix="kdpipe-sglang-", suffix=".log", delete=False) as kept:
-            kept.write(log.read_bytes())
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        telling = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Interrupt"))]
-        return f" ({(telling or lines)[-1][:400]}; all it said: {kept.name})"
 
     def _reference(self, head: Head, samples: Sequence[np.ndarray]) -> tuple[float, list[torch.Tensor] | None]:
         """The error of the head's formula, and transformers' own rows [n, E]; None without room to load it."""
@@ -269,11 +164,10 @@ class SglangEngine:
 
     def _canary_rows(self, head: Head, samples: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Rows [n, E] of whole samples, through the sink into a scratch file. Raises GateError without a receipt."""
-        self._start()
-        assert self._folder is not None
+        self.process.start()
         dtype = TORCH_DTYPES[self._dtype]
         total = sum(len(token_ids) for token_ids in samples)
-        path = self._folder / "canary"
+        path = self.process.folder / "canary"
         size = total * head.record.hidden_size
         rows = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(total, -1)
         rows.fill_(torch.nan)
@@ -297,9 +191,9 @@ class SglangEngine:
         )
         for _ in samples:
             try:
-                message = self._next(self._options.timeout_s, lambda: "the canary samples")
+                message = self.process.receive(self._options.timeout_s, lambda: "the canary samples")
             except EngineError as err:
-                raise self._never_ran("on the first few samples", err) from None
+                raise self.process.never_ran("on the first few samples", err) from None
             if isinstance(message, Failed):
                 raise GateError(f"SGLang refused a request: {message.message}", where="the canary")
             assert isinstance(message, Answer)

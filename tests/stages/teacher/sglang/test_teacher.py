@@ -32,9 +32,9 @@ from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
 from kdpipe.stages.teacher.head import read_head
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor
-from kdpipe.stages.teacher.session import SHARED_MEMORY, members
-from kdpipe.stages.teacher.sglang_engine import SglangEngine
-from kdpipe.stages.teacher.sglang_host import SWITCH
+from kdpipe.stages.teacher.sglang.host import SWITCH
+from kdpipe.stages.teacher.sglang.session import SHARED_MEMORY, members
+from kdpipe.stages.teacher.sglang.teacher import SglangTeacher
 
 pytestmark = pytest.mark.timeout(600)
 SIZES = {"max_position_embeddings": 600}
@@ -146,7 +146,7 @@ def test_every_row_is_there_in_order_and_transformers_own(kind: str, dtype: Dtyp
     folder = make_model(kind, tmp_path / "teacher", dtype=dtype, sizes=SIZES)
     requests = requests_into(tmp_path / "rows", LENGTHS, dtype)
     options = EngineOptions(arguments=(("chunked_prefill_size", chunk),), timeout_s=120)
-    engine = SglangEngine(folder, dtype=dtype, device="cpu", options=options)
+    engine = SglangTeacher(folder, dtype=dtype, device="cpu", options=options)
     try:
         head = read_head(folder, describe_teacher(folder, dtype), 251)
         measured = engine.canary(head, [request.token_ids[:50] for request in requests[3:6]])
@@ -174,7 +174,7 @@ def test_of_several_ranks_the_first_writes_each_row(ranks: dict[str, int], fault
     fault.write_text("second rank")  # zeros there: two writers of equal rows would not show
     folder = make_model("llama", tmp_path / "teacher", sizes=SIZES)
     requests = requests_into(tmp_path / "rows", LENGTHS, "float32")
-    engine = SglangEngine(folder, dtype="float32", device="cpu", options=EngineOptions(timeout_s=120, **ranks))
+    engine = SglangTeacher(folder, dtype="float32", device="cpu", options=EngineOptions(timeout_s=120, **ranks))
     try:
         acks = list(engine.run([requests[:7], requests[7:]]))
     finally:
@@ -187,20 +187,20 @@ def test_of_several_ranks_the_first_writes_each_row(ranks: dict[str, int], fault
 
 def test_arguments_that_sglang_does_not_know_or_cannot_use_are_told(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path / "teacher")
-    engine = SglangEngine(
+    engine = SglangTeacher(
         folder, dtype="float32", device="cpu", options=EngineOptions(arguments=(("chunked_prefil_size", "128"),))
     )
     with pytest.raises(ConfigError, match="did you mean 'chunked_prefill_size'"):
         list(engine.run([]))
     engine.close()
     options = EngineOptions(quantization="nonsense")
-    engine = SglangEngine(folder, dtype="float32", device="cpu", options=options)
+    engine = SglangTeacher(folder, dtype="float32", device="cpu", options=options)
     with pytest.raises(TeacherError, match=r"with quantization = nonsense .*Unknown quantization method"):
         list(engine.run([]))
     engine.close()
     engine.close()
     with pytest.raises(ConfigError, match="--deterministic: SGLang's attention on a CPU"):
-        SglangEngine(folder, dtype="float32", device="cpu", options=EngineOptions(deterministic=True))
+        SglangTeacher(folder, dtype="float32", device="cpu", options=EngineOptions(deterministic=True))
 
 
 # Faults inside the engine
@@ -233,7 +233,7 @@ def spec_of(bench: Bench, **options: float | str) -> ExtractSpec:
     )
 
 
-def fill_from(engine: SglangEngine, plan: Staged) -> None:
+def fill_from(engine: SglangTeacher, plan: Staged) -> None:
     fill(plan.publish(), engine, plan.head, Silent(), missing_shards(plan.plan, plan.cache, None))
 
 
@@ -241,7 +241,7 @@ def test_what_the_engine_gets_wrong_is_caught_before_a_shard_is_committed(
     bench: Bench, fault: Path, tmp_path: Path
 ) -> None:
     spec = spec_of(bench, timeout_s=120)
-    engine = SglangEngine(bench.teacher, dtype="float32", device="cpu", options=spec.options)
+    engine = SglangTeacher(bench.teacher, dtype="float32", device="cpu", options=spec.options)
     expected = {
         "swap": "the row is of another token or sample",
         "shift": "the row is of another token or sample",
@@ -292,7 +292,7 @@ def test_an_engine_that_dies_or_hangs_is_named_and_the_run_can_go_on(
     name: str, message: str, bench: Bench, fault: Path, tmp_path: Path
 ) -> None:
     spec = spec_of(bench, timeout_s=8)
-    engine = SglangEngine(bench.teacher, dtype="float32", device="cpu", options=spec.options)
+    engine = SglangTeacher(bench.teacher, dtype="float32", device="cpu", options=spec.options)
     with staged(spec, tmp_path / "cache", Silent()) as plan:
         try:
             list(engine.run([]))  # up, and well

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_array
-from kdpipe.stages.teacher.sink import OPEN_FILES, Order, Receipt, Sink, runs_of
+from kdpipe.stages.teacher.sglang.sink import OPEN_FILES, Order, Receipt, Sink, runs_of
 
 WIDTH = 5
 

@@ -13,7 +13,7 @@ from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import Device
 from kdpipe.stages.teacher.describe import TeacherInfo
 from kdpipe.stages.teacher.engine import EngineOptions
-from kdpipe.stages.teacher.sglang_host import SWITCH
+from kdpipe.stages.teacher.sglang.host import SWITCH
 
 CPU_TOKENS = 65536
 """Tokens of KV cache on a CPU, where SGLang would otherwise take a share of the machine's memory."""

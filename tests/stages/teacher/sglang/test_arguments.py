@@ -8,7 +8,7 @@ from tests.models import make_model
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import EngineOptions
-from kdpipe.stages.teacher.sglang_arguments import host_environment, server_arguments
+from kdpipe.stages.teacher.sglang.arguments import host_environment, server_arguments
 
 
 def test_sglang_trusts_code_only_where_a_digest_allows_it(tmp_path: Path) -> None:

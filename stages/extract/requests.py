@@ -1,0 +1,49 @@
+"""Requests: the planned batches of a shard, as an engine is asked for them.
+
+Pure but for `place`: which rows are probed, and which ids scored there, are functions of the sample and the seed.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.sample import row_positions
+from kdpipe.stages.teacher.engine import Request, RowTarget
+from kdpipe.stages.teacher.gate import choose_probes, choose_scored, is_probed_inside
+
+PROBES = 3
+"""Rows of a sample whose log-probability is recomputed: the first, one between, the last."""
+SEED_STRIDE = 1_000_003
+"""Between the draws of two seeds: odd, so that other samples are probed inside."""
+
+
+def shard_requests(
+    cache: Cache, number: int, probe_every: int, place: Callable[[int, int], RowTarget]
+) -> list[list[Request]]:
+    """The planned batches of a shard; `place(sample, num_rows)` says where a sample's rows go."""
+    plan, samples = cache.plan, cache.samples.shard(number)
+    columns = {name: samples.column(name).to_numpy() for name in ("batch", "num_rows", "num_tokens")}
+    token_ids = samples.column("token_ids").values.to_numpy()
+    supervised = samples.column("supervised").values.to_numpy(zero_copy_only=False)
+    starts = np.cumsum(columns["num_tokens"]) - columns["num_tokens"]
+    batches: list[list[Request]] = [[] for _ in range(int(columns["batch"].max()) + 1)]
+    for index, start in enumerate(starts):
+        stop = start + columns["num_tokens"][index]
+        sample = plan.shards[number].first_sample + index
+        num_rows = int(columns["num_rows"][index])
+        draw = sample + plan.settings.seed * SEED_STRIDE
+        ids = token_ids[start:stop]
+        positions = row_positions(supervised[start:stop], every=plan.settings.rows == "all")
+        count = PROBES if is_probed_inside(draw, probe_every) else 1
+        probes = choose_probes(draw, num_rows, count)
+        request = Request(
+            sample=sample,
+            token_ids=ids,
+            positions=positions,
+            probes=probes,
+            scored=choose_scored(draw, ids, positions[probes], plan.head.vocab_size),
+            target=place(sample, num_rows),
+        )
+        batches[int(columns["batch"][index])].append(request)
+    return batches

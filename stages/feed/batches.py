@@ -1,0 +1,126 @@
+"""Batches: what each step of a run trains on.
+
+    batches.step(s) -> this rank's micro-batches of step s, PackedBatch each
+
+A run's steps are planned (PlannedBatches) or, with a student that writes its own answers, made as it goes.
+Cost: one copy of the rows, from their source into the batch buffer (memcpy speed); a source reads the next step's rows
+while this one is computed.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from pydantic import JsonValue
+
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.stages.feed.dataset import Dataset
+from kdpipe.stages.feed.order import cut_steps, deal, num_steps, shuffle
+from kdpipe.stages.feed.packing import PackedBatch, Packer
+
+
+class Batches(Protocol):
+    """The batches of all steps of a run, on one rank."""
+
+    num_steps: int
+
+    def num_supervised(self, step: int) -> int:
+        """Supervised tokens of a step over all ranks: what its loss is divided by, once."""
+
+    def step(self, step: int) -> Iterator[PackedBatch]:
+        """This rank's micro-batches of a step, equally many on every rank; each is valid until the next is taken."""
+
+    def num_tokens(self, first: int, after: int) -> int | None:
+        """Tokens of the steps `first` to `after` over all ranks; None where that is not known beforehand."""
+
+    def state(self) -> dict[str, JsonValue]:
+        """What a checkpoint must keep so that the same steps follow; {} where they are functions of the step."""
+
+
+class PlannedBatches:
+    """The batches of a run over a data set, pure functions of the step.
+
+    epochs, max_steps: how many steps there are: the smaller of the two
+    Raises ConfigError where there are fewer training samples than ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        samples: np.ndarray,
+        *,
+        seed: int,
+        batch_tokens: int,
+        epochs: float = 1.0,
+        max_steps: int | None = None,
+        grad_accum: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        padded: bool = False,
+        pin: bool = False,
+    ) -> None:
+        require_samples(samples, world_size)
+        self._dataset, self._samples, self._seed, self._batch_tokens = dataset, samples, seed, batch_tokens
+        self._grad_accum, self._rank, self._world_size = grad_accum, rank, world_size
+        self._packer = Packer(dataset, padded=padded, pin=pin)
+        self.steps_per_epoch = num_steps(dataset.num_tokens[samples], batch_tokens)
+        wanted = max(round(self.steps_per_epoch * epochs), 1)
+        self.num_steps = min(wanted, max_steps or wanted)
+        self._cuts: dict[int, list[np.ndarray]] = {}
+        self._wanted_to = -1
+
+    def num_supervised(self, step: int) -> int:
+        return int(self._dataset.num_supervised[self.samples(step)].sum())
+
+    def num_tokens(self, first: int, after: int) -> int:
+        return self._num_tokens_before(after) - self._num_tokens_before(first)
+
+    def state(self) -> dict[str, JsonValue]:
+        return {}
+
+    def samples(self, step: int) -> np.ndarray:
+        """Samples of a step, those of all ranks."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[within]
+
+    def step(self, step: int) -> Iterator[PackedBatch]:
+        """Exactly grad_accum micro-batches; the rows of the next step are asked for before the first is packed."""
+        for each in (step, step + 1):
+            if self._wanted_to < each < self.num_steps:
+                self._want(each)
+        for samples in self._mine(step):
+            yield self._packer.pack(samples) if len(samples) else self._packer.empty()
+
+    def _want(self, step: int) -> None:
+        self._wanted_to = step
+        for teacher in self._dataset.teachers:
+            teacher.rows.want(np.concatenate(self._mine(step)))
+
+    def _num_tokens_before(self, step: int) -> int:
+        epochs, within = divmod(step, self.steps_per_epoch)
+        started = [self._dataset.num_tokens[cut].sum() for cut in self._epoch(epochs)[:within]] if within else []
+        return epochs * int(self._dataset.num_tokens[self._samples].sum()) + int(sum(started))
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        """The steps of an epoch. Two epochs are kept: what is read ahead at the end of one belongs to the next."""
+        if epoch not in self._cuts:
+            if len(self._cuts) == 2:
+                self._cuts.pop(next(iter(self._cuts)))
+            order = shuffle(self._samples, self._seed, epoch)
+            self._cuts[epoch] = cut_steps(order, self._dataset.num_tokens[order], self._batch_tokens)
+        return self._cuts[epoch]
+
+    def _mine(self, step: int) -> list[np.ndarray]:
+        """This rank's samples of a step, by micro-batch."""
+        samples = self.samples(step)
+        bins = deal(samples, self._dataset.num_tokens[samples], self._world_size * self._grad_accum)
+        return bins[self._rank :: self._world_size]
+
+
+def require_samples(samples: np.ndarray, world_size: int) -> None:
+    """Every rank needs a training sample. Raises ConfigError."""
+    if len(samples) < world_size:
+        raise ConfigError(
+            f"{world_size} ranks for {len(samples)} training samples; use at most --nproc {max(len(samples), 1)}",
+            where="--nproc",
+        )

@@ -1,0 +1,196 @@
+"""A training job: what it is asked to do, and what is found wrong with it before a rank starts or a file is written.
+
+TrainJob -> find (folders and caches, opened and read once) -> check_job -> the ranks, with what was found
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import ConfigError, SpaceError, StudentError
+from kdpipe.manifests.made_with import MadeWith
+from kdpipe.manifests.overlap import shared_samples
+from kdpipe.manifests.plan import Plan, Settings, read_plan
+from kdpipe.manifests.provenance import digest_tokenizer, num_bytes
+from kdpipe.manifests.run import CHECKPOINT_FILE, RunInputs
+from kdpipe.manifests.running import require_nobody_in
+from kdpipe.manifests.specs import Io, RunSpec
+from kdpipe.stages.feed.batches import require_samples
+from kdpipe.stages.feed.dataset import Dataset, of_caches
+from kdpipe.stages.loss import find_divergence
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device, require_context
+from kdpipe.stages.train.checkpoint import CHECKPOINTS
+from kdpipe.stages.train.output import Output
+
+STATE_BYTES = 12
+"""Of a parameter in a checkpoint: fp32 weight and two moments."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainJob:
+    """One student to train.
+
+    student: folder that from_pretrained loads
+    caches: caches of one teacher
+    output: folder the trained student is written to
+    device: "auto", "cpu" or "cuda"
+    io: how the caches are read
+    trust: digest of the student's own code that may run, or its start; None where it brings none
+    resume: "auto" goes on from the newest good checkpoint in output, "never" starts again, a path goes on from there
+    group: number of the Unix group that may read the output
+    made_with: the command, as the finished student's record keeps it for people
+    inputs: what the launcher found that the result depends on; None: this process finds it itself
+    """
+
+    student: Path
+    caches: tuple[Path, ...]
+    output: Path
+    spec: RunSpec
+    device: str = "auto"
+    io: Io = "mmap"
+    trust: str | None = None
+    resume: str = "auto"
+    group: int | None = None
+    made_with: MadeWith | None = None
+    inputs: RunInputs | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Found:
+    """What a job names, opened: each is asked about once in a process.
+
+    notes: what whoever watches should know of the caches, a line each
+    """
+
+    model: ModelFolder
+    dataset: Dataset
+    inputs: RunInputs
+    notes: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """(training, held-out) sample indices."""
+        return self.dataset.split(self.inputs.heldout_fraction)
+
+
+def find(job: TrainJob) -> Found:
+    """Open the student's folder and the caches. Raises what reading them raises."""
+    model = ModelFolder(job.student, StudentError, job.trust)
+    caches = open_caches(job)
+    dataset = of_caches(caches)
+    inputs = job.inputs or run_inputs(job, model, dataset)
+    return Found(model=model, dataset=dataset, inputs=inputs, notes=tuple(_notes(job, caches)))
+
+
+def check_job(job: TrainJob, nproc: int) -> Found:
+    """Raises every input error that can be found before a rank is started or a file written; nproc: ranks in all."""
+    require_nobody_in(job.output)
+    if job.resume not in ("auto", "never") and not (Path(job.resume) / CHECKPOINT_FILE).exists():
+        raise ConfigError(
+            f"no checkpoint here: {CHECKPOINT_FILE} is missing; checkpoints are folders as OUTPUT/{CHECKPOINTS}/000100",
+            where=f"--resume {job.resume}",
+        )
+    found = find(job)
+    check_student(found.model, found.dataset.teachers[0])
+    for path, plan in zip(job.caches, found.dataset.plans, strict=True):
+        _check_settings(job.spec, path, plan)
+    require_context(found.model, found.dataset, np.arange(len(found.dataset)))
+    find_divergence(job.spec.loss.divergence).resolve(job.spec.loss.options)
+    training, _ = found.samples
+    if not len(training):
+        raise ConfigError(
+            "every sample is held out, none is left to train on; lower data.heldout_fraction", where="data"
+        )
+    require_samples(training, nproc)
+    device = pick_device(job.device)
+    # torchrun over several machines: of its WORLD_SIZE ranks only these are on the GPUs of this one.
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", nproc))
+    if device.type == "cuda" and ranks_here > torch.cuda.device_count():
+        raise ConfigError(f"{ranks_here} ranks for {torch.cuda.device_count()} GPUs", where="--nproc")
+    output = Output(job.output)
+    output.settle(found.inputs)
+    if (record := output.finished(found.inputs)) is None:
+        _require_room(job, found.model, output.require_free())
+    elif job.resume != "auto" and record.metrics is not None:
+        raise ConfigError(
+            f"it holds this run's student already, so --resume {job.resume} has nothing to do; to train it again "
+            "remove the folder or choose another --output, to see its figures leave the option out",
+            where=job.output,
+        )
+    return found
+
+
+def open_caches(job: TrainJob) -> list[Cache]:
+    """The caches of a job. One that grew since the run began, or ended, is what it was then."""
+    then = job.inputs.caches if job.inputs else Output(job.output).began_with(job.resume) or ()
+    began: Sequence[str | None] = then if len(then) == len(job.caches) else [None] * len(job.caches)
+    return [Cache.open(path, io=job.io, fingerprint=one) for path, one in zip(job.caches, began, strict=True)]
+
+
+def _notes(job: TrainJob, caches: Sequence[Cache]) -> Iterator[str]:
+    """What may not be as the user thinks. Raises CacheError for caches that hold the same texts."""
+    for cache in caches:
+        if read_plan(cache.path).num_samples > len(cache):
+            yield (
+                f"{cache.path} has grown since this run began; it is one of the {len(cache)} samples of then, "
+                "another --output trains on all"
+            )
+    yield from shared_samples(caches)
+    shares = {cache.plan.heldout_fraction for cache in caches}
+    if len(shares) > 1 and heldout_fraction(job.spec) is None:
+        yield (
+            f"these caches hold out {' and '.join(map(str, sorted(shares)))} of their samples: {max(shares)} is held "
+            "out of all, so that no text is held out of one and trained on from another; data.heldout_fraction sets it"
+        )
+
+
+def _require_room(job: TrainJob, model: ModelFolder, there: Path) -> None:
+    """The trained student and its checkpoints must fit the disk of a folder. Raises SpaceError."""
+    student, free = num_bytes(job.student), shutil.disk_usage(there).free
+    spec = job.spec.train
+    width = {torch.float32: 4}.get(checkpoint_dtype(model), 2)
+    kept = (spec.keep + 1) * student // width * STATE_BYTES if spec.save_every else 0
+    if student + kept > free:
+        raise SpaceError(
+            f"the trained student takes {student:,} bytes and its checkpoints {kept:,}, {free:,} are free; free some "
+            "room, lower train.keep, or make no checkpoints with train.save_every=0",
+            where=job.output,
+        )
+
+
+def heldout_fraction(spec: RunSpec) -> float | None:
+    """The run file's own fraction, None (the cache's) where it has none."""
+    return spec.data.heldout_fraction if "heldout_fraction" in spec.data.model_fields_set else None
+
+
+def _check_settings(spec: RunSpec, cache: Path, plan: Plan) -> None:
+    """A run file that says how data was to be prepared must say what the cache was made with."""
+    for field in spec.data.model_fields_set & Settings.model_fields.keys():
+        asked, made = getattr(spec.data, field), getattr(plan.settings, field)
+        if asked != made:
+            raise ConfigError(
+                f"data.{field} is {asked!r}, the cache was extracted with {made!r}; extract again or drop the key",
+                where=cache,
+            )
+
+
+def run_inputs(job: TrainJob, model: ModelFolder, dataset: Dataset) -> RunInputs:
+    """What the job's result depends on, [data] as the caches were made (the first, where they differ), not as asked."""
+    fraction, made = heldout_fraction(job.spec), dataset.plans[0].settings
+    fraction = dataset.heldout_fraction if fraction is None else fraction
+    used = {"max_length": made.max_length, "overlong": made.overlong, "supervise": made.supervise}
+    data = job.spec.data.model_copy(update={**used, "heldout_fraction": fraction})
+    return RunInputs(
+        student=model.digest(),
+        tokenizer=digest_tokenizer(job.student),
+        caches=tuple(plan.fingerprint.overall() for plan in dataset.plans),
+        heldout_fraction=fraction,
+        spec=job.spec.model_copy(update={"data": data}),
+    )

@@ -1,0 +1,287 @@
+"""Run: a training job from its folders to an exported student, as one process a rank.
+
+    Found -> Trainer -> Loop (steps) -> student exported, kdpipe.json -> measured on all held-out samples
+
+Invariant: running a job again returns its metrics, goes on from its checkpoint, or only measures: whatever is left.
+"""
+
+import gc
+import os
+import re
+import shlex
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from kdpipe.manifests.durable import disk_error, make_folder
+from kdpipe.manifests.errors import KdpipeError, TemporaryError, stopped
+from kdpipe.manifests.progress import Progress, Silent
+from kdpipe.manifests.provenance import digest_json
+from kdpipe.manifests.run import Metrics, RunRecord
+from kdpipe.manifests.running import alone_in
+from kdpipe.stages import evaluate
+from kdpipe.stages.feed.batches import PlannedBatches
+from kdpipe.stages.feed.packing import Packer
+from kdpipe.stages.ranks import Ranks, joined
+from kdpipe.stages.student import (
+    Student,
+    check_student,
+    checkpoint_dtype,
+    load_teacher_head,
+    load_to_shard,
+    pick_device,
+    probe_text,
+    shard,
+)
+from kdpipe.stages.student.export import companions, export
+from kdpipe.stages.train.checkpoint import Checkpoints
+from kdpipe.stages.train.job import Found, TrainJob, find
+from kdpipe.stages.train.loop import Loop
+from kdpipe.stages.train.output import Output
+from kdpipe.stages.train.signals import asked_to_stop
+from kdpipe.stages.train.trainer import Trainer
+
+FEW_STEPS = 8
+"""An epoch of fewer is worth a word: the default batch takes small data in one step."""
+
+
+def train(job: TrainJob, progress: Progress, found: Found | None = None) -> dict[str, object]:
+    """Train as one rank of those the environment names (RANK, WORLD_SIZE; alone where it names none); final metrics.
+
+    found: what this process has opened already
+    Running a finished job again returns its metrics, an interrupted one goes on from its checkpoint, one whose student
+    was exported is only measured. Raises what check_job raises, CheckFailed for a loss or gradient that is not finite,
+    BusyError where another run is at work in the output, TemporaryError or StoppedError where a signal asked it to
+    stop: the state is saved then.
+    """
+    device = pick_device(job.device)
+    found = found or find(job)
+    for note in found.notes:
+        progress.note(note)
+    output = Output(job.output)
+    with joined(device) as ranks:
+        record = ranks.from_first(lambda: output.finished(found.inputs))
+        if record is None or record.metrics is None:
+            record = _complete(job, found, record, ranks, progress)
+        else:
+            progress.note(f"{job.output} holds this run's student already")
+    progress.note(f"the student is in {job.output}; {_next_command(job, record)}")
+    return {**(record.metrics or {}), "num_steps": record.num_steps, "trained_tokens": record.num_tokens}
+
+
+def _next_command(job: TrainJob, record: RunRecord) -> str:
+    """How the student is measured; what was held out of its training is the fair choice."""
+    measure = ["kdpipe", "eval", "--student", str(job.output), "--cache"]
+    if record.metrics:
+        return f"measure it on any cache of its teacher: {shlex.join([*measure, str(job.caches[0])])}"
+    return (
+        "nothing was held out of its training, so measure it on a cache of other texts: "
+        f"{shlex.join([*measure, 'OTHER', '--heldout-fraction', '1'])}"
+    )
+
+
+def _complete(job: TrainJob, found: Found, record: RunRecord | None, ranks: Ranks, progress: Progress) -> RunRecord:
+    """Whatever is left to do of a job of which `record` is done: steps and export, then the last evaluation."""
+    run = Run(job, found, ranks) if record is None else None
+    try:
+        make_folder(job.output, job.group)  # a student that is refused leaves none
+    except OSError as err:
+        raise disk_error(err, job.output) from err
+    output = Output(job.output)
+    with ExitStack() as stack:
+        keep = stack.enter_context(alone_in(job.output)) if ranks.rank == 0 else (lambda: None)
+        if (record := ranks.from_first(lambda: output.finished(found.inputs))) is not None:
+            run = None  # the run that was here until now has ended well
+        progress.event("accepted")
+        asked = stack.enter_context(asked_to_stop(say=ranks.rank == 0))
+        if run is not None:
+            run.loop.resume(job.resume, progress)
+            run.steps(progress, asked, keep)
+            record = run.save(progress)
+            del run  # the exported student takes the place of weights, gradients and moments
+            gc.collect()
+        assert record is not None
+        if record.metrics is None:
+            record = _measured(job, found, record, ranks, progress, asked)
+        return record
+
+
+def _measured(
+    job: TrainJob,
+    found: Found,
+    record: RunRecord,
+    ranks: Ranks,
+    progress: Progress,
+    asked: Sequence[signal.Signals],
+) -> RunRecord:
+    """The exported student measured on all held-out samples as `kdpipe eval` does it; the record with its metrics."""
+    _, heldout = found.samples
+    metrics: Metrics = {}
+
+    def stop() -> None:
+        (number,) = ranks.largest([float(asked[0]) if asked else 0.0])
+        if number:
+            kept = "the student is written, only its last evaluation is left"
+            raise stopped(signal.Signals(int(number)).name, where=job.output, kept=kept)
+
+    if len(heldout):
+        student = found.model.at(job.output)
+        dtype = evaluate.run_dtype(student, "auto")
+        metrics |= evaluate.score(
+            student,
+            found.dataset,
+            heldout,
+            dtype=dtype,
+            batch_tokens=max(job.spec.train.batch_tokens // (ranks.world_size * job.spec.train.grad_accum), 1),
+            device=ranks.device,
+            progress=progress,
+            mesh=ranks.mesh if ranks.world_size > 1 else None,
+            stop=stop,
+        )
+        metrics |= {"dtype": dtype}
+        progress.event("eval", step=record.num_steps, **metrics)
+    record = record.model_copy(update={"metrics": metrics})
+    if ranks.rank == 0:
+        Output(job.output).update(record)
+    ranks.barrier()
+    return record
+
+
+class Run:
+    """One rank of a run that has steps to take: the trainer made of a job's folders, and its way to an export."""
+
+    def __init__(self, job: TrainJob, found: Found, ranks: Ranks) -> None:
+        spec, dataset = job.spec.train, found.dataset
+        torch.manual_seed(spec.seed)
+        self.job, self.ranks, self.dataset, self.inputs = job, ranks, dataset, found.inputs
+        if not ranks.agree(digest_json(self.inputs.model_dump(mode="json"))):
+            raise TemporaryError("ranks found other inputs than others: did a cache grow just now? run it again")
+        check_student(found.model, dataset.teachers[0])
+        # As they are now: what is exported is what was trained, whatever becomes of the folder meanwhile.
+        self.beside = companions(found.model, dataset, checkpoint_dtype(found.model))
+        heads = [load_teacher_head(teacher, ranks.device) for teacher in dataset.teachers]
+        model = load_to_shard(found.model, rank=ranks.rank)
+        if spec.grad_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.student = shard(Student(model).train(), ranks.mesh, getattr(torch, spec.dtype), ranks.device)
+        self.student.examine(probe_text(dataset, np.arange(len(dataset)), model.config), job.student)
+        self.training, self.heldout = found.samples
+        self.batches = PlannedBatches(
+            dataset if job.spec.loss.kd_weight > 0.0 else dataset.without_teachers(),
+            self.training,
+            seed=spec.seed,
+            batch_tokens=spec.batch_tokens,
+            epochs=spec.epochs,
+            max_steps=spec.max_steps,
+            grad_accum=spec.grad_accum,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            padded=self.student.padded,
+            pin=ranks.device.type == "cuda",
+        )
+        self.trainer = Trainer(self.student, self.batches, heads, spec, job.spec.loss, ranks)
+        self.checkpoints = Checkpoints(job.output, spec.keep, ranks.device)
+        self.loop = Loop(self.trainer, self.checkpoints, self.inputs, job.output)
+
+    def steps(
+        self, progress: Progress, asked: Sequence[signal.Signals] = (), keep: Callable[[], None] = lambda: None
+    ) -> None:
+        """All steps that are left, with evaluations and checkpoints on the way; `keep` is called after each."""
+        self._introduce(progress)
+        for note in self.beside.notes:
+            progress.note(note)
+        if self.trainer.done == 0 and len(self.heldout):
+            before = self.evaluate_now(progress)
+            progress.note(
+                f"before training: held-out KL {before['heldout_kl']:.4f}, top-1 agreement "
+                f"{before['top1_agreement']:.3f}, over {before['num_tokens']:,} tokens"
+            )
+        evaluation = (lambda: self.evaluate_now(progress)) if len(self.heldout) else None
+        self.loop.run(progress, asked=asked, keep=keep, evaluate=evaluation)
+
+    def _introduce(self, progress: Progress) -> None:
+        """What is about to be done, and what of it may not be what was meant."""
+        spec, steps = self.job.spec.train, self.batches.steps_per_epoch
+        # Steps from first_step on that stand before this event in the file were made by a run that was interrupted.
+        progress.event(
+            "start",
+            num_steps=self.trainer.num_steps,
+            steps_per_epoch=steps,
+            ranks=self.ranks.world_size,
+            first_step=self.trainer.done + 1,
+            dtype=spec.dtype,
+        )
+        lengths = self.dataset.num_tokens[self.training]
+        if self.student.padded:
+            progress.note("this model's layers cannot tell packed samples apart: batches are padded")
+        if steps <= FEW_STEPS:
+            progress.note(
+                f"an epoch is {steps} step{'s' * (steps > 1)} of about {int(lengths.sum()) // steps:,} tokens; "
+                "a smaller train.batch_tokens gives more and smaller ones"
+            )
+        if spec.batch_tokens < np.median(lengths):
+            progress.note(
+                f"train.batch_tokens={spec.batch_tokens} is less than most samples have: a step takes one sample, of "
+                f"{int(lengths.mean()):,} tokens on average"
+            )
+        if not len(self.heldout):
+            progress.note("no sample is held out: nothing will be measured (data.heldout_fraction)")
+        if self.trainer.done < self.trainer.num_steps:
+            progress.note("the first step takes longer than the others: what it needs is made and read then")
+
+    def evaluate_now(self, progress: Progress) -> dict[str, float]:
+        """Held-out metrics of the student as it is, over the first samples up to train.eval_tokens. Collective."""
+        spec, ranks = self.job.spec.train, self.ranks
+        within = np.cumsum(self.dataset.num_tokens[self.heldout]) <= spec.eval_tokens
+        samples = self.heldout[: max(int(within.sum()), 1)]
+        packer = Packer(self.dataset, padded=self.student.padded, pin=ranks.device.type == "cuda")
+        share = max(spec.batch_tokens // (ranks.world_size * spec.grad_accum), 1)
+        feed = evaluate.batches(self.dataset, packer, samples, share, rank=ranks.rank, world_size=ranks.world_size)
+        metrics = evaluate.measure(self.student, self.trainer.heads, feed, ranks.device, Silent())
+        progress.event("eval", step=self.trainer.done, **metrics, dtype=spec.dtype)
+        return metrics
+
+    def save(self, progress: Progress) -> RunRecord:
+        """Export the student with the record of its run, not measured yet. Collective; rank 0 writes."""
+        output, problem = Output(self.job.output), None
+        try:
+            if self.ranks.rank == 0:
+                output.make_scratch()
+            export(self.student, self.beside, output.scratch, rank=self.ranks.rank)
+        except Exception as err:
+            problem = err  # whatever it is, no step is to be lost by it
+        self._require_exported(problem, progress)
+        record = RunRecord(
+            inputs=self.inputs,
+            num_steps=self.trainer.num_steps,
+            num_tokens=self.trainer.num_tokens,
+            num_skipped=self.trainer.num_skipped,
+            metrics=None,
+            files={},
+            made_with=self.job.made_with,
+        )
+        record = self.ranks.from_first(lambda: output.seal(record))
+        self.checkpoints.remove()
+        return record
+
+    def _require_exported(self, problem: Exception | None, progress: Progress) -> None:
+        """Where a rank could not export the student, keep the last step's state and raise why. Collective."""
+        (failed,) = self.ranks.largest([float(problem is not None)])
+        if not failed:
+            return
+        if self.job.spec.train.save_every:
+            try:
+                self.loop.save(progress)
+            except KdpipeError as err:
+                progress.note(f"nor could its state be saved: {err}")
+        if problem is None:
+            raise TemporaryError("another rank could not write the student; run it again", where=self.job.output)
+        if isinstance(problem, SafetensorError) and (number := re.search(r"\(os error (\d+)\)", str(problem))):
+            problem = OSError(int(number[1]), os.strerror(int(number[1])))
+        if isinstance(problem, OSError) and problem.errno is not None:
+            raise disk_error(problem, self.job.output) from problem
+        raise problem

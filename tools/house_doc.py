@@ -1,0 +1,70 @@
+"""Writes docs/house.md: the way of a record and of a row in file names, and a line for every module, from the modules.
+
+python tools/house_doc.py            prints the page; tests/test_docs.py compares it with the file
+"""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("manifests", "stages", "pipeline")
+
+HEAD = """# The house
+
+`kdpipe.X.Y` is the file `X/Y.py`. Three rooms: `manifests/` holds every record that crosses a stage, without torch;
+`stages/` does the work; `pipeline/` is the command line. A room imports downwards only. Inside `stages/` there are
+floors, and a stage imports lower floors only (`tests/test_layers.py`):
+
+    draws, ranks  <  prepare, feed  <  models  <  loss, teacher  <  student, extract  <  evaluate  <  train
+
+## The way of a record and of its rows
+
+    kdpipe extract
+      a line of a data file            prepare/sources.py -> forms.py, messages.py        a conversation
+      through the chat template        prepare/turns.py, template.py -> marked.py         a text and its targets
+      tokenised                        prepare/tokens.py -> manifests/sample.py           ids and mask
+      planned                          extract/planning.py, staging.py -> manifests/plan.py   PLAN.json, samples.arrow
+      asked of the teacher             extract/requests.py -> teach.py -> teacher/ (sglang/, transformers_engine.py)
+      its rows written in place        teacher/sglang/sink.py -> extract/shelf.py -> manifests/shard.py
+      checked, then committed          teacher/gate.py -> manifests/shard.py, claims.py   shards/, commits/
+
+    kdpipe train
+      opened and checked               train/job.py -> models/folder.py, student/check.py, feed/dataset.py
+      in the order of the epoch        feed/order.py -> batches.py
+      ids from samples.arrow, rows     feed/packing.py <- manifests/plan.py, row_source.py <- cache.py <- shard.py
+      through the student              train/trainer.py -> student/student.py -> models/backbone.py
+      to the loss and its gradient     loss/problem.py -> fused.py -> blocks.py, pointwise.py
+      step, checkpoint, evaluation     train/loop.py -> checkpoint.py, evaluate.py
+      exported, measured               student/export.py -> train/output.py, run.py       kdpipe.json
+
+What a new part plugs into: an engine is a `TeacherEngine` (`stages/teacher/engine.py`) and an entry of `ENGINES`; rows
+from elsewhere are a `RowSource` (`manifests/row_source.py`) in a `Dataset`; steps of another kind are `Batches`
+(`stages/feed/batches.py`); another place for rows is a `Shelf` (`stages/extract/teach.py`); a divergence is a line of
+`DIVERGENCES` (docs/losses.md).
+"""
+
+
+def page() -> str:
+    """docs/house.md as it must be."""
+    parts = [HEAD]
+    for room in ROOMS:
+        parts.append(f"\n## {room}/\n\n| file | holds |\n|---|---|\n")
+        for path in sorted((ROOT / room).rglob("*.py"), key=lambda path: (path.parent, path.name)):
+            if line := first_line(path):
+                parts.append(f"| `{path.relative_to(ROOT)}` | {line} |\n")
+    return "".join(parts)
+
+
+def first_line(path: Path) -> str:
+    """The first paragraph of a module's docstring, on one line; "" for an empty file. Raises ValueError without one."""
+    source = path.read_text(encoding="utf-8")
+    if not source.strip():
+        return ""
+    text = ast.get_docstring(ast.parse(source))
+    if not text:
+        raise ValueError(f"{path}: a module needs a docstring that says what it holds")
+    return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(page(), end="")
