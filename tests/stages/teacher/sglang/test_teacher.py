@@ -211,7 +211,9 @@ def fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file whose text is the fault of the engines that are started from here on."""
     file = tmp_path / "fault"
     monkeypatch.setenv("KDPIPE_FAULT", str(file))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "faults"), prepend=os.pathsep)
+    plugin = Path(__file__).parents[3] / "faults"
+    assert (plugin / "kdpipe_faults.py").is_file()
+    monkeypatch.setenv("PYTHONPATH", str(plugin), prepend=os.pathsep)
     return file
 
 
