@@ -100,12 +100,12 @@ class Cache:
 
     def rows(self, index: int) -> np.ndarray:
         """The rows of a sample's supervised tokens, [R, E]: those of `cache[index]`."""
-        return self[index].rows
+        return self[index].rows if self._every_row else self.stored_rows(index)
 
     def stored_rows(self, index: int) -> np.ndarray:
         """All rows that are kept of a sample, [R, E]: `cache[index].rows` has those of supervised tokens alone."""
         shard, within = self._locate(index)
-        return shard.sample(within).rows
+        return shard.rows_of(within)
 
     def __iter__(self) -> Iterator[SampleView]:
         return (self[index] for index in range(len(self)))

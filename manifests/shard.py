@@ -305,8 +305,12 @@ class Shard:
         return SampleView(
             token_ids=self.token_ids[token:next_token],
             supervised=self.supervised[token:next_token],
-            rows=self.rows(self._row_at[index], self._row_at[index + 1]),
+            rows=self.rows_of(index),
         )
+
+    def rows_of(self, index: int) -> np.ndarray:
+        """All rows of the sample at `index` within this shard, [R, E]."""
+        return self.rows(self._row_at[index], self._row_at[index + 1])
 
     def rows(self, first: int, after: int) -> np.ndarray:
         """Rows first to after, [after - first, E], a view where mapped; blocks are checked on first touch."""
