@@ -141,3 +141,15 @@ def stopped(signal_name: str, *, where: object = None, kept: str = "") -> Kdpipe
     error = TemporaryError(message, where=where)
     error.ending = "terminated"
     return error
+
+
+def is_lack_of_memory(err: BaseException) -> bool:
+    """Python's or torch's, which has a class for GPUs alone."""
+    if isinstance(err, RuntimeError):
+        return type(err).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(err)
+    return isinstance(err, MemoryError)
+
+
+def is_of_others(err: BaseException) -> bool:
+    """Whether a library's or a model's code is not to blame for what came out of it: an error of ours, no memory."""
+    return isinstance(err, KdpipeError | KeyboardInterrupt) or is_lack_of_memory(err)

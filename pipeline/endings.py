@@ -4,7 +4,7 @@ import errno
 import os
 from dataclasses import dataclass
 
-from kdpipe.manifests.errors import InputError, InternalError, KdpipeError, SpaceError, stopped
+from kdpipe.manifests.errors import InputError, InternalError, KdpipeError, SpaceError, is_lack_of_memory, stopped
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -48,16 +48,9 @@ def answered(err: BaseException) -> KdpipeError | None:
             "that last as long as the command",
             where=err.filename,
         )
-    if _is_lack_of_memory(err):
+    if is_lack_of_memory(err):
         return SpaceError(
             f"memory ran out ({str(err).partition(chr(10))[0] or type(err).__name__}); lower "
             "train.batch_tokens or --batch-tokens, or ask for more memory"
         )
     return None
-
-
-def _is_lack_of_memory(err: BaseException) -> bool:
-    """Python's or torch's, which has a class for GPUs alone."""
-    if isinstance(err, RuntimeError):
-        return type(err).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(err)
-    return isinstance(err, MemoryError)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kdpipe.manifests.errors import InputError, KdpipeError
+from kdpipe.manifests.errors import InputError, is_of_others
 from kdpipe.manifests.provenance import digest_file, digest_model
 from kdpipe.stages.models.own_code import OwnCode, allowed_code, place_of
 from kdpipe.stages.models.tokenizer import read_tokenizer, tokenizer_files
@@ -216,9 +216,9 @@ class ModelFolder:
         """
         try:
             yield
-        except (KdpipeError, KeyboardInterrupt, MemoryError):
-            raise
         except BaseException as err:
+            if is_of_others(err):
+                raise
             raise self.error(f"{what}: {in_one_line(err)}", where=self.path) from err
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kdpipe.manifests.errors import InputError
+from kdpipe.manifests.errors import InputError, is_of_others
 
 TOKENIZER = "tokenizer.json"
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -87,9 +87,9 @@ def read_tokenizer(place: Path, made_by_auto: Callable[[], Any], error: type[Inp
     own.no_padding()
     try:
         made = made_by_auto()
-    except MemoryError:
-        raise
     except Exception as err:  # a class that cannot be made of the file; what else is wrong is raised again below
+        if is_of_others(err):
+            raise
         made, reason = None, f"transformers cannot make its class of it ({type(err).__name__})"
     else:
         if _is_own_code(made):

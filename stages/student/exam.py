@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdpipe.manifests.errors import StudentError
+from kdpipe.manifests.errors import StudentError, is_of_others
 from kdpipe.stages.feed.dataset import Dataset
 from kdpipe.stages.feed.packing import PackedBatch
 from kdpipe.stages.models.attention import use_packed_attention
@@ -102,6 +102,8 @@ def _require_training(model: PreTrainedModel, batch: PackedBatch, folder: Path) 
         packed_hidden(model, batch)
     except Exception as err:
         # Any model's code, which may raise anything.
+        if is_of_others(err):
+            raise
         raise StudentError(
             f"{type(model).__name__} does not run in training mode: {_first_line(err)}; is a dropout in its "
             "config.json no number from 0 to 1?",
@@ -120,6 +122,8 @@ def _alone(model: PreTrainedModel, head: Head, probes: Sequence[torch.Tensor], f
                 logits = model(input_ids=probe[None], use_cache=False).logits
             except Exception as err:
                 # Any model's code, which may raise anything.
+                if is_of_others(err):
+                    raise
                 raise StudentError(
                     f"{type(model).__name__} does not run on token ids alone: {_first_line(err)}", where=folder
                 ) from err
@@ -148,7 +152,9 @@ def _differ(model: PreTrainedModel, batch: PackedBatch, alone: Sequence[torch.Te
     """Whether a sample comes out of the batch otherwise than alone, or the batch does not run."""
     try:
         hidden = packed_hidden(model, batch)
-    except Exception:
+    except Exception as err:
+        if is_of_others(err):
+            raise  # or a lack of memory would decide that batches are padded
         return True  # a forward without position_ids, for one; what runs in no way is refused
     lengths = [len(each) for each in alone]
     samples = hidden[0].split(lengths) if batch.attention_mask is None else zip_rows(hidden, lengths)

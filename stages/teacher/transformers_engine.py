@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 
-from kdpipe.manifests.errors import KdpipeError, TeacherError
+from kdpipe.manifests.errors import TeacherError, is_of_others
 from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
 from kdpipe.stages.models.backbone import backbone
 from kdpipe.stages.models.folder import ModelFolder, in_one_line
@@ -138,10 +138,10 @@ class TransformersEngine:
         """The head's formula against the model's own logits; see canary.check_head. The first forward of all."""
         try:
             error = check_head(self, head, samples, path=self._path)
-        except (KdpipeError, torch.OutOfMemoryError):
-            raise
         except Exception as err:
             # Any model's code, which may raise anything.
+            if is_of_others(err):
+                raise
             name = type(self._model).__name__
             raise TeacherError(f"{name} does not run on token ids alone: {in_one_line(err)}", where=self._path) from err
         return Canary(logit_error=error, row_error=0.0)

@@ -13,6 +13,7 @@ from tests.opened import load_student
 from kdpipe.manifests.errors import StudentError
 from kdpipe.stages.models import formula
 from kdpipe.stages.models.attention import PACKED
+from kdpipe.stages.models.backbone import backbone
 from kdpipe.stages.student import Student
 from kdpipe.stages.student.exam import probe_length
 
@@ -147,6 +148,21 @@ def test_what_runs_in_evaluation_alone_is_refused(dropout: float | None) -> None
     with pytest.raises(StudentError, match="training mode"):
         examined(model)
     assert not model.training
+
+
+@pytest.mark.parametrize("forward", [1, 4, 5], ids=["alone", "packed", "training"])
+@pytest.mark.parametrize("lack", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")], ids=["host", "GPU"])
+def test_a_lack_of_memory_is_not_the_models_fault_and_pads_nothing(forward: int, lack: Exception) -> None:
+    model, ran = made(transformers.LlamaConfig(**SIZES)), []
+
+    def full(*_: object) -> None:
+        ran.append(1)
+        if len(ran) == forward:
+            raise lack
+
+    backbone(model).register_forward_pre_hook(full)
+    with pytest.raises(type(lack)):
+        examined(model)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 20])
