@@ -13,7 +13,6 @@ import contextlib
 import os
 import shlex
 import weakref
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +25,10 @@ from kdpipe.manifests.access import most_mappings, open_bytes
 from kdpipe.manifests.durable import open_regular
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.made_with import extract_again, last_extraction, repair
-from kdpipe.manifests.plan import GROWN, Plan, Samples, read_plan
+from kdpipe.manifests.plan import GROWN, Plan, read_plan
 from kdpipe.manifests.provenance import digest_stream
 from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
+from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import Shard, commit_path, read_commit
 from kdpipe.manifests.specs import Io
 from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out, parse
@@ -52,7 +52,6 @@ class Cache:
     def __init__(self, path: Path, plan: Plan, io: Io = "mmap") -> None:
         self.path, self.plan, self.io = path, plan, io
         self.samples = Samples(path, plan, io)
-        self._first = [shard.first_sample for shard in plan.shards]
         self._every_row = plan.settings.rows == "all"
         self._shards: dict[int, Shard] = {}
         self._checked: dict[int, bytearray] = {}
@@ -116,8 +115,8 @@ class Cache:
         shard.prefetch(within)
 
     def _locate(self, index: int) -> tuple[Shard, int]:
-        number = bisect_right(self._first, index) - 1
-        return self.shard(number), index - self._first[number]
+        number = self.plan.shards.find(index)
+        return self.shard(number), index - self.plan.shards.starts[number]
 
     def shard(self, number: int) -> Shard:
         """A committed shard; the one opened first makes room. Raises IncompleteError if it is not committed yet."""

@@ -55,8 +55,6 @@ def _content_ids(cache: Cache) -> np.ndarray:
 def _first_place(cache: Cache, shared: np.ndarray) -> str:
     """File and line of the first of the shared samples."""
     sample = int(np.flatnonzero(np.isin(_content_ids(cache), shared))[0])
-    for number, shard in enumerate(cache.plan.shards):
-        if sample < shard.first_sample + shard.num_samples:
-            row = cache.samples.shard(number).slice(sample - shard.first_sample, 1)
-            return f"{row.column('source')[0]}:{row.column('line')[0]}"
-    raise AssertionError("a sample is in one of the shards")
+    number = cache.plan.shards.find(sample)
+    row = cache.samples.shard(number).slice(sample - cache.plan.shards.starts[number], 1)
+    return f"{row.column('source')[0]}:{row.column('line')[0]}"

@@ -1,62 +1,38 @@
-"""PLAN.json and samples.arrow: everything that is decided before the teacher starts.
+"""The plan: what will be in a cache, decided before the teacher starts: PLAN.json, and the shards' bounds beside it.
 
-A cache that grew has one of each for every time it did, in grown/; the newest plan tells all that is in the cache.
-Invariant: both are written once and never changed; shard bounds and teacher batches are pure functions of the samples
-and the settings in them. PLAN.json holds no time, host, pid or path. Cost: memory of one shard's ids while planning.
-Format: FORMAT.md sections 1 and 2.
+A cache that grew has one for every time it did, in grown/; the newest plan tells all that is in the cache.
+Invariant: a plan is written once and never changed; shard bounds are a pure function of the samples and the settings
+in it. PLAN.json holds no time, host, pid or path. Cost: that of the shard table. Format: FORMAT.md section 1.
 """
-
-# Shapes: N samples of a shard, n tokens of one sample, R rows of one sample.
 
 import contextlib
 import hashlib
 import os
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-import numpy as np
-import pyarrow as pa
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
-from kdpipe.manifests.durable import QUARANTINE, canonical, open_regular, read_small
-from kdpipe.manifests.errors import CacheError, CorruptError, LayoutError
+from kdpipe.manifests.durable import QUARANTINE, canonical, read_small
+from kdpipe.manifests.errors import CacheError, LayoutError
+from kdpipe.manifests.made_with import last_extraction
 from kdpipe.manifests.record import Record, first_problem
-from kdpipe.manifests.sample import ID_BYTES, Sample, SampleTokens, row_positions
-from kdpipe.manifests.specs import Codec, Dtype, Io, RowsChoice
+from kdpipe.manifests.shard_table import NO_SHARDS, SHARDS_FILE, ShardTable, read_shards
+from kdpipe.manifests.specs import Codec, Dtype, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
+
+FORMAT_VERSION: Final = 2
 
 PLAN_FILE = "PLAN.json"
 MAX_PLAN_BYTES = 32 << 20
-"""Some 270,000 shards, 1.8e10 tokens."""
+"""Longest PLAN.json that is read: one of format version 1 listed its shards, and is recognised whatever its size."""
 SAMPLES_FILE = "samples.arrow"
-SAMPLES_HINT = "it says which sample is where: put it back from a copy, or extract into another folder"
 GROWN = "grown"
 FOLDERS = ("shards", "commits", "claims", "tmp", "runs", "teacher")
-KEPT_SHARDS = 256
-"""Of so many shards the ids stay at hand: views where samples.arrow is mapped, 5 bytes a token where it is read."""
 SHARD_TOKENS = 65536
 """Tokens a shard holds at most, and so the teacher's work that a kill can lose."""
-
-SCHEMA = pa.schema(
-    [
-        pa.field("content_id", pa.binary(ID_BYTES), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("line", pa.int64(), nullable=False),
-        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("supervised", pa.list_(pa.bool_()), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        pa.field("shard", pa.int32(), nullable=False),
-        pa.field("batch", pa.int32(), nullable=False),
-        pa.field("first_row", pa.int64(), nullable=False),
-        pa.field("num_rows", pa.int32(), nullable=False),
-        pa.field("num_supervised", pa.int32(), nullable=False),
-    ]
-)
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -103,28 +79,22 @@ class Settings(Record):
     """Fixes which rows the gate probes."""
 
 
-class ShardPlan(Record):
-    """Bounds of one shard: a run of samples."""
-
-    first_sample: Count
-    num_samples: Count
-    num_tokens: Count
-    num_rows: Count
-
-
 class Ancestor(Record):
     """An earlier plan of a cache that grew: its shards are the first ones and carry its digest."""
 
     plan: str
     samples_digest: str
+    shards_digest: str
     num_shards: Count
     """Shards it has, those of the plans before it too."""
 
 
 class Plan(Record):
-    """PLAN.json"""
+    """PLAN.json, and the shards' bounds, which lie beside it."""
 
-    format_version: Literal[1] = 1
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    format_version: Literal[2] = FORMAT_VERSION
     fingerprint: Fingerprint
     settings: Settings
     engine: EngineRecord
@@ -137,13 +107,18 @@ class Plan(Record):
     """What prepare did: samples read, kept, truncated, dropped and why."""
     samples_digest: str
     """sha256 of samples.arrow."""
+    shards_digest: str
+    """sha256 of shards.arrow."""
+    num_shards: Count
+    """Shards of the cache, those of the plans before this one too."""
     vocabulary_digest: str
     """sha256 of the tokenizer's id-to-token table: what a student's tokenizer must agree with."""
     teacher_files: dict[str, str]
     """xxh3-128 of every file in teacher/, by its name there."""
-    shards: tuple[ShardPlan, ...]
     grown_from: tuple[Ancestor, ...]
     """The plans before this one, oldest first; none in a cache that never grew."""
+    shards: ShardTable = Field(default_factory=lambda: NO_SHARDS, exclude=True)
+    """Of the whole cache; not in PLAN.json but in the shards.arrow of every generation."""
 
     def to_bytes(self) -> bytes:
         return canonical(self.model_dump(mode="json"))
@@ -158,18 +133,27 @@ class Plan(Record):
         """How often the cache grew."""
         return len(self.grown_from)
 
+    def as_ancestor(self) -> Ancestor:
+        """What a plan that follows this one says of it."""
+        return Ancestor(
+            plan=self.digest,
+            samples_digest=self.samples_digest,
+            shards_digest=self.shards_digest,
+            num_shards=self.num_shards,
+        )
+
     def digest_in(self, shard: int) -> str:
         """Digest of the plan that brought a shard."""
         return next((before.plan for before in self.grown_from if shard < before.num_shards), self.digest)
 
     def brought(self) -> list[range]:
         """Numbers of the shards that each generation brought."""
-        edges = [0, *(before.num_shards for before in self.grown_from), len(self.shards)]
+        edges = [0, *(before.num_shards for before in self.grown_from), self.num_shards]
         return [range(*pair) for pair in pairwise(edges)]
 
 
 def plan_folder(cache: Path, generation: int) -> Path:
-    """Where PLAN.json and samples.arrow of a generation lie."""
+    """Where PLAN.json, samples.arrow and shards.arrow of a generation lie."""
     return cache / GROWN / f"{generation:06d}" if generation else cache
 
 
@@ -197,7 +181,8 @@ def newest_generation(cache: Path) -> int:
 def read_plan(cache: Path, generation: int | None = None) -> Plan:
     """A plan of a cache folder, the newest unless a generation is given.
 
-    Raises CacheError if there is none, LayoutError if it is not one we can read.
+    Raises CacheError if there is none, LayoutError if it is not one we can read, CorruptError if its table of shards
+    is not the one it was written with.
     """
     check_folders(cache)
     generation = newest_generation(cache) if generation is None else generation
@@ -211,12 +196,46 @@ def read_plan(cache: Path, generation: int | None = None) -> Plan:
     try:
         plan = Plan.model_validate_json(data)
     except ValidationError as err:
-        raise LayoutError(f"{first_problem(err)}; made by another version of kdpipe?", where=path) from None
+        raise _not_ours(err, path, cache) from None
     if plan.to_bytes() != data:
         raise LayoutError("PLAN.json was edited after it was written", where=path)
     if plan.generation != generation or sorted(plan.brought(), key=lambda each: each.start) != plan.brought():
         raise LayoutError(f"'grown_from': {plan.generation} earlier plans, expected {generation}", where=path)
-    return plan
+    return plan.model_copy(update={"shards": _read_table(cache, plan, path)})
+
+
+def _read_table(cache: Path, plan: Plan, where: Path) -> ShardTable:
+    """The shards of all generations. where: the plan's file"""
+    digests = [*(before.shards_digest for before in plan.grown_from), plan.shards_digest]
+    tables = [
+        read_shards(
+            plan_folder(cache, generation) / SHARDS_FILE,
+            digest=digest,
+            num_shards=len(numbers),
+            plan=where.relative_to(cache),
+        )
+        for generation, (numbers, digest) in enumerate(zip(plan.brought(), digests, strict=True))
+    ]
+    table = ShardTable.joined(tables)
+    for name in ("num_samples", "num_tokens", "num_rows"):
+        found, said = int(table.columns[name].sum()), getattr(plan, name)
+        if found != said:
+            raise LayoutError(f"'{name}' is {said:,}, its shards have {found:,} together", where=where)
+    return table
+
+
+def _not_ours(err: ValidationError, path: Path, cache: Path) -> LayoutError:
+    """What is said of a PLAN.json that does not hold what it must: of which version it is, or which field is wrong."""
+    wrong = [each["input"] for each in err.errors() if each["loc"] == ("format_version",)]
+    if not wrong or not isinstance(wrong[0], int):
+        return LayoutError(f"{first_problem(err)}; made by another version of kdpipe?", where=path)
+    made = last_extraction(cache)
+    again = "" if made is None else f": {made.command(cache=cache.with_name(f'{cache.name}-{FORMAT_VERSION}'))}"
+    return LayoutError(
+        f"a cache of format version {wrong[0]}, this kdpipe reads version {FORMAT_VERSION}; extract again into another "
+        f"folder{again}",
+        where=path,
+    )
 
 
 def _no_cache(folder: Path) -> str:
@@ -226,244 +245,3 @@ def _no_cache(folder: Path) -> str:
     if not folder.exists():
         return "no cache here: there is no such folder, so PLAN.json is missing; make one with: kdpipe extract"
     return "no cache here: PLAN.json is missing; make one with: kdpipe extract"
-
-
-def write_plan(folder: Path, plan: Plan, cache: Path) -> None:
-    """Write PLAN.json into a folder that is not in place yet. Raises CacheError for one that nobody could read."""
-    data = plan.to_bytes()
-    if len(data) > MAX_PLAN_BYTES:
-        raise CacheError(
-            f"{len(plan.shards):,} shards make a plan of {len(data):,} bytes, at most {MAX_PLAN_BYTES:,} can be read; "
-            "extract the data into several caches, kdpipe train takes them together",
-            where=cache,
-        )
-    (folder / PLAN_FILE).write_bytes(data)
-
-
-def cut_batches(num_tokens: Sequence[int], batch_tokens: int) -> np.ndarray:
-    """The teacher batch of every sample of a shard, int32 [N]: samples of similar length together.
-
-    Sorted by length, then cut so that count times longest stays within batch_tokens; 0 puts every sample alone, in
-    order, so that nothing is padded and a row is a function of its own sample.
-    """
-    if batch_tokens == 0:
-        return np.arange(len(num_tokens), dtype=np.int32)
-    batches = np.zeros(len(num_tokens), dtype=np.int32)
-    batch, count = 0, 0
-    for index in np.argsort(np.asarray(num_tokens), kind="stable"):
-        # Ascending lengths: the newest sample is the longest of its batch.
-        if count and (count + 1) * num_tokens[index] > batch_tokens:
-            batch, count = batch + 1, 0
-        batches[index] = batch
-        count += 1
-    return batches
-
-
-def identity(content_id: bytes, token_ids: np.ndarray, supervised: np.ndarray) -> bytes:
-    """What makes a sample the one it is, as bytes: its id, number of tokens, token ids and mask."""
-    ids, mask = np.asarray(token_ids, "<i4").tobytes(), np.packbits(supervised).tobytes()
-    return content_id + len(token_ids).to_bytes(8, "little") + ids + mask
-
-
-class SamplesWriter:
-    """Writes samples.arrow as samples arrive, one record batch a shard, and keeps the shards' bounds.
-
-    writer = SamplesWriter(path, batch_tokens=0, every_row=False)
-    for sample in samples: writer.add(sample)
-    shards = writer.close()
-
-    after: the samples of the cache that these are added to; their shards come first
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        batch_tokens: int,
-        every_row: bool,
-        shard_tokens: int = SHARD_TOKENS,
-        after: "Samples | None" = None,
-    ) -> None:
-        self._batch_tokens, self._every_row, self._shard_tokens = batch_tokens, every_row, shard_tokens
-        self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_file(self._sink, SCHEMA)
-        self._waiting: list[Sample] = []
-        self._waiting_tokens = 0
-        self._data = hashlib.sha256()
-        self.shards: list[ShardPlan] = []
-        if after is not None:
-            self.shards += after.plan.shards
-            for each in after.identities():
-                self._data.update(each)
-
-    def add(self, sample: Sample) -> None:
-        if self._waiting and self._waiting_tokens + len(sample.token_ids) > self._shard_tokens:
-            self._flush()
-        self._waiting.append(sample)
-        self._waiting_tokens += len(sample.token_ids)
-        self._data.update(identity(sample.content_id, sample.token_ids, sample.supervised))
-
-    def close(self) -> tuple[ShardPlan, ...]:
-        """Finish the file; the bounds of all shards, those before it too."""
-        if self._waiting:
-            self._flush()
-        self._writer.close()
-        self._sink.close()
-        return tuple(self.shards)
-
-    def data_digest(self) -> str:
-        """sha256 over every sample's id, token ids and mask so far."""
-        return self._data.hexdigest()
-
-    def _flush(self) -> None:
-        samples = self._waiting
-        lengths = [len(sample.token_ids) for sample in samples]
-        rows = [len(row_positions(sample.supervised, every=self._every_row)) for sample in samples]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        columns = {
-            "content_id": pa.array([sample.content_id for sample in samples], pa.binary(ID_BYTES)),
-            "source": pa.array([sample.source for sample in samples], pa.string()),
-            "line": pa.array([sample.line for sample in samples], pa.int64()),
-            "token_ids": pa.ListArray.from_arrays(offsets, np.concatenate([sample.token_ids for sample in samples])),
-            "supervised": pa.ListArray.from_arrays(offsets, np.concatenate([sample.supervised for sample in samples])),
-            "num_tokens": pa.array(lengths, pa.int32()),
-            "shard": pa.array([len(self.shards)] * len(samples), pa.int32()),
-            "batch": pa.array(cut_batches(lengths, self._batch_tokens)),
-            "first_row": pa.array(np.cumsum([0, *rows[:-1]]), pa.int64()),
-            "num_rows": pa.array(rows, pa.int32()),
-            "num_supervised": pa.array([len(row_positions(sample.supervised)) for sample in samples], pa.int32()),
-        }
-        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-        first = self.shards[-1].first_sample + self.shards[-1].num_samples if self.shards else 0
-        self.shards.append(
-            ShardPlan(first_sample=first, num_samples=len(samples), num_tokens=sum(lengths), num_rows=sum(rows))
-        )
-        self._waiting, self._waiting_tokens = [], 0
-
-
-class Samples:
-    """samples.arrow of every generation: one record batch a shard; columns as numpy arrays.
-
-    The files are checked against their digests when the first column is asked for.
-    """
-
-    def __init__(self, cache: Path, plan: Plan, io: Io = "mmap") -> None:
-        self.plan, self.folder = plan, cache
-        self.paths = [plan_folder(cache, generation) / SAMPLES_FILE for generation in range(plan.generation + 1)]
-        brought = plan.brought()
-        self._first = [numbers.start for numbers in brought]
-        self._good = False
-        for path in self.paths:
-            if not path.with_name(PLAN_FILE).exists():
-                raise LayoutError("PLAN.json is missing; put it back from a copy", where=path.parent)
-        self._readers = [
-            _open_samples(path, len(numbers), io) for path, numbers in zip(self.paths, brought, strict=True)
-        ]
-        self._first_sample = [shard.first_sample for shard in plan.shards]
-        self._tables: dict[int, _Tokens] = {}
-
-    def tokens(self, index: int) -> SampleTokens:
-        """Ids and mask of a sample; the ids are a view. Raises LayoutError where the file is damaged there."""
-        number = bisect_right(self._first_sample, index) - 1
-        if number not in self._tables:
-            if len(self._tables) == KEPT_SHARDS:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[number] = _Tokens.of(self.shard(number))
-        return self._tables[number].sample(index - self._first_sample[number])
-
-    def shard(self, index: int) -> pa.RecordBatch:
-        """The samples of one shard, zero-copy. Raises LayoutError where the file is damaged there."""
-        generation = bisect_right(self._first, index) - 1
-        try:
-            return self._readers[generation].get_batch(index - self._first[generation])
-        except (OSError, pa.ArrowException) as err:
-            raise LayoutError(
-                f"not readable as Arrow: {err}", where=self.paths[generation], hint=SAMPLES_HINT
-            ) from None
-
-    def column(self, name: str) -> np.ndarray:
-        """A fixed-width column of all samples as one array: content_id as uint8 [N, 16], the others as they are.
-
-        Raises CorruptError.
-        """
-        if not self._good:
-            self.verify()
-        parts = [self.shard(index).column(name) for index in range(len(self.plan.shards))]
-        if name == "content_id":
-            raw = [np.frombuffer(part.buffers()[1], np.uint8)[: len(part) * ID_BYTES] for part in parts]
-            return np.concatenate(raw).reshape(-1, ID_BYTES)
-        return np.concatenate([part.to_numpy() for part in parts])
-
-    def identities(self) -> Iterator[bytes]:
-        """`identity` of every sample, in order; reads all ids."""
-        for index in range(len(self.plan.shards)):
-            batch = self.shard(index)
-            token_ids = batch.column("token_ids").values.to_numpy()
-            supervised = batch.column("supervised").values.to_numpy(zero_copy_only=False)
-            ends = np.cumsum(batch.column("num_tokens").to_numpy())
-            for content_id, begin, end in zip(
-                batch.column("content_id").to_pylist(), [0, *ends[:-1]], ends, strict=True
-            ):
-                yield identity(content_id, token_ids[begin:end], supervised[begin:end])
-
-    def check_counts(self) -> None:
-        """Whether every shard has the samples, tokens and rows of the plan: reads two columns. Raises CorruptError."""
-        for index, shard in enumerate(self.plan.shards):
-            batch = self.shard(index)
-            tokens, rows = (int(batch.column(name).to_numpy().sum()) for name in ("num_tokens", "num_rows"))
-            if (len(batch), tokens, rows) != (shard.num_samples, shard.num_tokens, shard.num_rows):
-                raise CorruptError(
-                    f"shard {index} has {len(batch)} samples, {tokens} tokens and {rows} rows, {PLAN_FILE} says "
-                    f"{shard.num_samples}, {shard.num_tokens} and {shard.num_rows}",
-                    where=self.paths[bisect_right(self._first, index) - 1],
-                )
-
-    def verify(self) -> None:
-        """Check every file, and the plans before this one, against their digests in it, 1.7 GB/s.
-
-        Raises CorruptError.
-        """
-        expected = [(self.paths[-1], self.plan.samples_digest)]
-        for path, before in zip(self.paths, self.plan.grown_from, strict=False):
-            expected += [(path, before.samples_digest), (path.with_name(PLAN_FILE), before.plan)]
-        for path, digest in expected:
-            with open(open_regular(path), "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != digest:
-                newest = plan_folder(Path(), self.plan.generation) / PLAN_FILE
-                raise CorruptError(f"sha256 {found}, {newest} says {digest}", where=path, hint=SAMPLES_HINT)
-        self._good = True
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Tokens:
-    """The ids and masks of a shard as they lie in its record batch: offsets int32 [N + 1], ids int32 [n], mask bits."""
-
-    offsets: np.ndarray
-    ids: np.ndarray
-    bits: np.ndarray
-
-    @classmethod
-    def of(cls, batch: pa.RecordBatch) -> "_Tokens":
-        token_ids, supervised = batch.column("token_ids"), batch.column("supervised").values
-        bits = np.frombuffer(supervised.buffers()[1], np.uint8) if len(supervised) else np.empty(0, np.uint8)
-        return cls(token_ids.offsets.to_numpy(), token_ids.values.to_numpy(), bits)
-
-    def sample(self, within: int) -> SampleTokens:
-        begin, end = int(self.offsets[within]), int(self.offsets[within + 1])
-        mask = np.unpackbits(self.bits[begin // 8 : -(-end // 8)], bitorder="little")[begin % 8 :][: end - begin]
-        return SampleTokens(self.ids[begin:end], mask.view(bool))
-
-
-def _open_samples(path: Path, num_shards: int, io: Io) -> pa.ipc.RecordBatchFileReader:
-    try:
-        os.close(open_regular(path))  # arrow would wait for ever at a pipe
-        reader = pa.ipc.open_file(pa.memory_map(str(path)) if io == "mmap" else pa.OSFile(str(path)))
-    except (OSError, pa.ArrowException) as err:
-        raise LayoutError(f"not readable as Arrow: {err}", where=path, hint=SAMPLES_HINT) from None
-    if reader.schema != SCHEMA:
-        # The columns that were found are not named: in a damaged file their names need not be text.
-        raise LayoutError(f"its columns are not {', '.join(SCHEMA.names)}", where=path)
-    if reader.num_record_batches != num_shards:
-        raise LayoutError(f"{reader.num_record_batches} record batches, PLAN.json says {num_shards} shards", where=path)
-    return reader

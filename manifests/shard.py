@@ -3,7 +3,7 @@
 Invariant: a shard under its final name is complete, and its commit record holds the digest of its body. The header is
 a pure function of the plan and that digest, so a reader knows every byte of it beforehand.
 Cost: row width x rows on disk; reading copies nothing and checks each 1 MiB block once, on first touch.
-Format: FORMAT.md section 3.
+Format: FORMAT.md section 4.
 """
 
 # Shapes: N samples of the shard, R rows, E teacher width, n tokens of all its samples together.

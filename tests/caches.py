@@ -18,18 +18,17 @@ from kdpipe.manifests.plan import (
     FOLDERS,
     PLAN_FILE,
     SAMPLES_FILE,
-    Ancestor,
     EngineRecord,
     Fingerprint,
     Plan,
-    Samples,
-    SamplesWriter,
     Settings,
     plan_folder,
     read_plan,
 )
 from kdpipe.manifests.sample import Sample, content_id
+from kdpipe.manifests.samples import Samples, SamplesWriter
 from kdpipe.manifests.shard import Commit, ShardWriter
+from kdpipe.manifests.shard_table import SHARDS_FILE, ShardTable, write_shards
 from kdpipe.manifests.specs import Dtype, Io
 from kdpipe.manifests.teacher import HeadRecord
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
@@ -113,19 +112,25 @@ def make_plan(
             arguments={},
         ),
         head=head,
-        num_samples=sum(shard.num_samples for shard in shards),
-        num_tokens=sum(shard.num_tokens for shard in shards),
-        num_rows=sum(shard.num_rows for shard in shards),
+        num_samples=total(shards, "num_samples"),
+        num_tokens=total(shards, "num_tokens"),
+        num_rows=total(shards, "num_rows"),
+        num_shards=len(shards),
         heldout_fraction=heldout_fraction,
-        counts={"kept": sum(shard.num_samples for shard in shards)},
+        counts={"kept": total(shards, "num_samples")},
         samples_digest=hashlib.sha256((folder / SAMPLES_FILE).read_bytes()).hexdigest(),
         vocabulary_digest="vocabulary",
         teacher_files=teacher_files(folder / "teacher"),
+        shards_digest=write_shards(folder / SHARDS_FILE, shards),
         shards=shards,
         grown_from=(),
     )
     write_once(folder / PLAN_FILE, plan.to_bytes(), scratch_folder=folder / "tmp")
     return plan
+
+
+def total(shards: ShardTable, name: str) -> int:
+    return int(shards.columns[name].sum())
 
 
 def grow_plan(folder: Path, samples: Iterable[Sample], *, shard_tokens: int = 200) -> Plan:
@@ -142,16 +147,16 @@ def grow_plan(folder: Path, samples: Iterable[Sample], *, shard_tokens: int = 20
     )
     for sample in samples:
         writer.add(sample)
-    shards = writer.close()
-    last = Ancestor(plan=before.digest, samples_digest=before.samples_digest, num_shards=len(before.shards))
+    brought = writer.close()
+    shards = ShardTable.joined([before.shards, brought])
     changes = {
         "fingerprint": before.fingerprint.model_copy(update={"data": writer.data_digest()}),
-        "num_samples": sum(shard.num_samples for shard in shards),
-        "num_tokens": sum(shard.num_tokens for shard in shards),
-        "num_rows": sum(shard.num_rows for shard in shards),
+        **{name: total(shards, name) for name in ("num_samples", "num_tokens", "num_rows")},
+        "num_shards": len(shards),
         "samples_digest": hashlib.sha256((place / SAMPLES_FILE).read_bytes()).hexdigest(),
+        "shards_digest": write_shards(place / SHARDS_FILE, brought),
         "shards": shards,
-        "grown_from": (*before.grown_from, last),
+        "grown_from": (*before.grown_from, before.as_ancestor()),
     }
     plan = Plan.model_validate(before.model_dump() | changes)
     (place / PLAN_FILE).write_bytes(plan.to_bytes())

@@ -23,7 +23,8 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       a line of a data file            prepare/sources.py -> forms.py, messages.py        a conversation
       through the chat template        prepare/turns.py, template.py -> marked.py         a text and its targets
       tokenised                        prepare/tokens.py -> manifests/sample.py           ids and mask
-      planned                          extract/planning.py, staging.py -> manifests/plan.py   PLAN.json, samples.arrow
+      planned                          extract/planning.py, staging.py -> manifests/plan.py,
+                                       samples.py, shard_table.py                           PLAN.json and two tables
       asked of the teacher             extract/requests.py -> teach.py -> teacher/ (sglang/, transformers_engine.py)
       its rows written in place        teacher/sglang/sink.py -> extract/shelf.py -> manifests/shard.py
       checked, then committed          teacher/gate.py -> manifests/shard.py, claims.py   shards/, commits/
@@ -31,7 +32,7 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
     kdpipe train
       opened and checked               train/job.py -> models/folder.py, student/check.py, feed/dataset.py
       in the order of the epoch        feed/order.py -> batches.py
-      ids from samples.arrow, rows     feed/packing.py <- manifests/plan.py, row_source.py <- cache.py <- shard.py
+      ids from samples.arrow, rows     feed/packing.py <- manifests/samples.py, row_source.py <- cache.py <- shard.py
       through the student              train/trainer.py -> student/student.py -> models/backbone.py
       to the loss and its gradient     loss/problem.py -> fused.py -> blocks.py, pointwise.py
       step, checkpoint, evaluation     train/loop.py -> checkpoint.py, evaluate.py

@@ -1,6 +1,6 @@
 """Extract: one pass of the teacher over the data, its rows committed shard by shard.
 
-planning  data -> plan and samples.arrow: all that is decided, checked or refused before the teacher runs
+planning  data -> plan, samples.arrow, shards.arrow: all that is decided, checked or refused before the teacher runs
 staging   plan, samples, head and tokenizer made beside the cache and put in place at once
 present   which samples of the data a cache holds already, where it grows
 shards    plan -> engine -> gate -> commit, for the shards that are not there yet

@@ -30,15 +30,15 @@ from kdpipe.manifests.plan import (
     EngineRecord,
     Fingerprint,
     Plan,
-    SamplesWriter,
     Settings,
-    ShardPlan,
     plan_folder,
 )
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.sample import KEPT, Incident, Sample, is_heldout, row_positions
+from kdpipe.manifests.samples import SamplesWriter
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
+from kdpipe.manifests.shard_table import SHARDS_FILE, ShardTable, write_shards
 from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.present import Present
@@ -224,11 +224,13 @@ def plan_cache(
     plan = plan.model_copy(
         update={
             "fingerprint": plan.fingerprint.model_copy(update={"data": written.data_digest}),
-            "num_samples": _total(written.shards, "num_samples"),
-            "num_tokens": _total(written.shards, "num_tokens"),
-            "num_rows": _total(written.shards, "num_rows"),
+            "num_samples": int(written.shards.num_samples.sum()),
+            "num_tokens": int(written.shards.num_tokens.sum()),
+            "num_rows": int(written.shards.num_rows.sum()),
             "counts": written.counts,
             "samples_digest": written.samples_digest,
+            "shards_digest": written.shards_digest,
+            "num_shards": len(written.shards),
             "shards": written.shards,
             "teacher_files": {} if present is None else present.plan.teacher_files,
             "grown_from": () if present is None else present.ancestors(),
@@ -278,9 +280,10 @@ def plan_without_samples(
         heldout_fraction=spec.data_spec.heldout_fraction,
         counts={},
         samples_digest="",
+        shards_digest="",
+        num_shards=0,
         vocabulary_digest=vocabulary_digest(tokenizer),
         teacher_files={},
-        shards=(),
         grown_from=(),
     )
 
@@ -313,15 +316,16 @@ def engine_record(spec: ExtractSpec, info: TeacherInfo, progress: Progress) -> E
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What samples.arrow holds, and what became of the records that were read.
+    """What samples.arrow and shards.arrow hold, and what became of the records that were read.
 
     shards: all of the cache, those that were there before too
     """
 
-    shards: tuple[ShardPlan, ...]
+    shards: ShardTable
     counts: dict[str, int]
     data_digest: str
     samples_digest: str
+    shards_digest: str
 
 
 def _write_samples(
@@ -334,7 +338,7 @@ def _write_samples(
     plan: Plan,
     present: Present | None,
 ) -> Written:
-    """Write samples.arrow, those left out that are present, and runs/prepare.jsonl.
+    """Write samples.arrow and shards.arrow, those left out that are present, and runs/prepare.jsonl.
 
     Raises DataError for a token without a row in the head.
     """
@@ -366,15 +370,21 @@ def _write_samples(
                 continue
             # The name alone: the same data from another place is the same cache.
             writer.add(replace(sample, source=Path(sample.source).name))
-    shards = writer.close()
+    brought = writer.close()
     counts = _counts(kept, incidents, unread)
-    log_name = _log_name(present, is_new=present is None or len(shards) > len(present.plan.shards))
+    log_name = _log_name(present, is_new=present is None or len(brought) > 0)
     for kind, count in sorted(incidents.items()):
         what = kind.replace("_", " ")
         progress.note(f"{count} of {counts['read']} samples {what}: see {log_name} in the cache")
     with open(path, "rb") as file:
         samples_digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Written(shards=shards, counts=counts, data_digest=writer.data_digest(), samples_digest=samples_digest)
+    return Written(
+        shards=brought if present is None else ShardTable.joined([present.plan.shards, brought]),
+        counts=counts,
+        data_digest=writer.data_digest(),
+        samples_digest=samples_digest,
+        shards_digest=write_shards(folder / SHARDS_FILE, brought),
+    )
 
 
 def _log_name(present: Present | None, *, is_new: bool) -> str:
@@ -435,7 +445,3 @@ def _shown(unread: Counter[str]) -> dict[str, int]:
         safe = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:NAME_CHARS])
         shown[safe if number < NAMES else "further columns"] += count
     return dict(shown)
-
-
-def _total(shards: tuple[ShardPlan, ...], field: str) -> int:
-    return sum(getattr(shard, field) for shard in shards)

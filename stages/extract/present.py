@@ -12,9 +12,10 @@ import xxhash
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CacheError
-from kdpipe.manifests.plan import Ancestor, Plan, identity, read_plan
+from kdpipe.manifests.plan import Ancestor, Plan, read_plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import Sample
+from kdpipe.manifests.samples import identity
 
 
 class Present:
@@ -45,8 +46,7 @@ class Present:
     def ancestors(self) -> tuple[Ancestor, ...]:
         """What a plan that follows says it grew from."""
         plan = self.plan
-        last = Ancestor(plan=plan.digest, samples_digest=plan.samples_digest, num_shards=len(plan.shards))
-        return (*plan.grown_from, last)
+        return (*plan.grown_from, plan.as_ancestor())
 
     def require_all(self, cache: Path) -> None:
         """The data must have all that the cache holds, or be all that it held before it grew. Raises CacheError."""

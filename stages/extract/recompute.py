@@ -90,8 +90,7 @@ def choose(cache: Cache, count: int) -> list[int]:
 def _batches(cache: Cache, samples: Sequence[int], probe_every: int, shelf: ScratchShelf) -> list[list[Request]]:
     """The planned batches in which the samples ran."""
     wanted, chosen = set(samples), []
-    first = np.array([shard.first_sample for shard in cache.plan.shards])
-    for number in sorted({int(shard) for shard in np.searchsorted(first, samples, side="right") - 1}):
+    for number in sorted({cache.plan.shards.find(sample) for sample in samples}):
         batches = shard_requests(cache, number, probe_every, shelf.place)
         chosen += [batch for batch in batches if wanted & {request.sample for request in batch}]
     return chosen

@@ -17,8 +17,9 @@ from kdpipe.manifests.claims import Claims, sweep_claims
 from kdpipe.manifests.durable import QUARANTINE, put_aside
 from kdpipe.manifests.errors import CheckFailed, CorruptError
 from kdpipe.manifests.made_with import repair
-from kdpipe.manifests.plan import PLAN_FILE, Plan, Samples
+from kdpipe.manifests.plan import PLAN_FILE, Plan
 from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import NO_DIGEST, adopt, commit_path, shard_layout, shard_path
 from kdpipe.stages.extract.planning import ExtractSpec
 from kdpipe.stages.extract.requests import shard_requests

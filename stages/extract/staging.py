@@ -1,7 +1,7 @@
 """Staging: a plan and all that goes with it are made beside the cache and put in place at once.
 
 Invariant: a cache folder appears under its name with its plan, samples, head and tokenizer all in it, or not at all.
-Where the data has more samples than an existing one holds, it grows: a plan and samples.arrow of theirs appear in
+Where the data has more samples than an existing one holds, it grows: a plan and tables of theirs appear in
 CACHE/grown, in the same way, and what was there is left as it is.
 """
 
@@ -41,13 +41,12 @@ from kdpipe.manifests.plan import (
     PLAN_FILE,
     SAMPLES_FILE,
     Plan,
-    Samples,
     check_folders,
     plan_folder,
     read_plan,
-    write_plan,
 )
 from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.samples import Samples
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.planning import (
     ExtractSpec,
@@ -155,12 +154,12 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
         _prepare_folders(cache if plan.teacher_files else folder)
         if not plan.teacher_files:
             write_teacher(tokenizer, head, folder / "teacher")
-            plan = Plan.model_validate(plan.model_dump() | {"teacher_files": teacher_files(folder / "teacher")})
+            plan = plan.model_copy(update={"teacher_files": teacher_files(folder / "teacher")})
         elif lost := _lost_files(plan, cache):
             restore_teacher(tokenizer, head, folder / "restored", plan, cache, lost)
         inputs.remember(folder if is_new else plan_folder(cache, plan.generation), asked)
         if is_new:
-            write_plan(folder, plan, cache)
+            (folder / PLAN_FILE).write_bytes(plan.to_bytes())
             failpoint("plan:written")
             fsync_tree(folder)
             failpoint("plan:flushed")

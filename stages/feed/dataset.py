@@ -20,9 +20,10 @@ import torch
 
 from kdpipe.manifests.cache import Cache, HeadArrays
 from kdpipe.manifests.errors import CacheError
-from kdpipe.manifests.plan import Plan, Samples
+from kdpipe.manifests.plan import Plan
 from kdpipe.manifests.row_source import CacheRows, RowSource
 from kdpipe.manifests.sample import SampleTokens, is_heldout
+from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.teacher import HeadRecord
 
 

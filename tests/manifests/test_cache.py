@@ -17,6 +17,7 @@ from kdpipe.manifests.errors import CacheError, CorruptError, IncompleteError, K
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE
 from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import commit_path, shard_path
+from kdpipe.manifests.shard_table import SHARDS_FILE
 from kdpipe.manifests.specs import Io
 
 
@@ -226,7 +227,7 @@ def test_the_head_of_another_teacher_is_refused(whole: Path, tmp_path: Path) -> 
 
 def test_no_flipped_bit_in_any_file_of_a_cache_goes_unnoticed(whole: Path, tmp_path: Path) -> None:
     folder, rng = shutil.copytree(whole, tmp_path / "c"), np.random.default_rng(11)
-    files = [PLAN_FILE, SAMPLES_FILE, HEAD]
+    files = [PLAN_FILE, SAMPLES_FILE, SHARDS_FILE, HEAD]
     files += [str(path(folder, 1).relative_to(folder)) for path in (shard_path, commit_path)]
     assert verified(folder) == list(range(4))
     for name in files:

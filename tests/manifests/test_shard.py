@@ -23,7 +23,8 @@ from tests.caches import fill_shard, make_plan, make_samples, random_rows, verif
 
 from kdpipe.manifests.durable import canonical
 from kdpipe.manifests.errors import CorruptError, DriftError, IncompleteError, KdpipeError, LayoutError, SpaceError
-from kdpipe.manifests.plan import Samples, read_plan
+from kdpipe.manifests.plan import read_plan
+from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import BLOCK, Shard, ShardWriter, commit_path, shard_layout, shard_path
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -333,7 +334,8 @@ def test_a_file_size_limit_is_a_space_error_that_leaves_nothing(tmp_path: Path) 
 import resource, pathlib
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, {2**40}))
 from kdpipe.manifests.errors import SpaceError
-from kdpipe.manifests.plan import Samples, read_plan
+from kdpipe.manifests.plan import read_plan
+from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import ShardWriter
 folder = pathlib.Path({str(tmp_path)!r})
 plan = read_plan(folder)

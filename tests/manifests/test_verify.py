@@ -11,7 +11,7 @@ import pytest
 from tests.caches import fill_shard, grow_plan, make_cache, make_samples, random_rows, verified
 
 from kdpipe.manifests import durable
-from kdpipe.manifests import plan as plan_module
+from kdpipe.manifests import samples as samples_module
 from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.durable import hold
 from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError
@@ -137,8 +137,8 @@ def test_a_deep_look_finds_rows_that_the_mask_does_not_ask_for(
     wrong: slice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planned by a kdpipe that counted otherwise: samples.arrow and the shard agree, and the mask has other rows."""
-    own = plan_module.row_positions
-    monkeypatch.setattr(plan_module, "row_positions", lambda mask, every=False: own(mask, every=every)[wrong])
+    own = samples_module.row_positions
+    monkeypatch.setattr(samples_module, "row_positions", lambda mask, every=False: own(mask, every=every)[wrong])
     make_cache(tmp_path / "c")
     monkeypatch.undo()
     assert damaged(tmp_path / "c", "full") == []

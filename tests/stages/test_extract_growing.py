@@ -19,6 +19,7 @@ from kdpipe.manifests.errors import CacheError, CheckFailed, CorruptError, Kdpip
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, plan_folder
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.shard import commit_path
+from kdpipe.manifests.shard_table import SHARDS_FILE
 from kdpipe.stages.extract import ExtractSpec, staging
 
 
@@ -188,7 +189,7 @@ def test_what_was_before_is_opened_by_its_fingerprint(small: Path, grown: Path) 
     assert len(Cache.open(grown, fingerprint="of nothing")) == 21
 
 
-@pytest.mark.parametrize("name", [PLAN_FILE, SAMPLES_FILE])
+@pytest.mark.parametrize("name", [PLAN_FILE, SAMPLES_FILE, SHARDS_FILE])
 @pytest.mark.parametrize("generation", [0, 1])
 def test_damage_in_any_generation_is_found(name: str, generation: int, grown: Path, tmp_path: Path) -> None:
     cache = shutil.copytree(grown, tmp_path / "cache")

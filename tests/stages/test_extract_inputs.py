@@ -173,16 +173,6 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_a_plan_beyond_what_can_be_read_is_refused_before_it_is_put_in_place(
-    spec: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kdpipe.manifests.plan.MAX_PLAN_BYTES", 2000)
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(CacheError, match=r"shards make a plan of .* extract the data into several caches"):
-        extract_small(spec, tmp_path / "cache")
-    assert sorted(tmp_path.iterdir()) == before
-
-
 def test_a_finished_cache_on_a_read_only_disk_needs_no_more(
     spec: ExtractSpec, tmp_path: Path, tmpfs: Callable[[str], Path]
 ) -> None:

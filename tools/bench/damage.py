@@ -64,8 +64,9 @@ from tests.caches import make_plan
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import DriftError, IncompleteError, KdpipeError
-from kdpipe.manifests.plan import Samples, read_plan
+from kdpipe.manifests.plan import read_plan
 from kdpipe.manifests.sample import Sample, content_id
+from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import ShardWriter
 from kdpipe.stages.feed.dataset import of_caches
 

@@ -48,8 +48,8 @@ from tests.caches import make_plan, make_samples
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.claims import Claims
-from kdpipe.manifests.plan import Samples
 from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import NO_DIGEST, Commit, Shard, ShardWriter, commit_path, shard_path
 from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.dataset import of_caches

@@ -99,8 +99,8 @@ class Bench:
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         from tests.models import make_model, make_tokenizer
 
-        from kdpipe.manifests.plan import Samples
         from kdpipe.manifests.progress import Silent
+        from kdpipe.manifests.samples import Samples
         from kdpipe.manifests.specs import DataSpec, Dtype
         from kdpipe.stages.extract import ExtractSpec
         from kdpipe.stages.extract.staging import staged

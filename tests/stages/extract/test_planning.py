@@ -69,5 +69,12 @@ def test_no_field_of_what_decides_the_rows_is_left_out(plan: Plan) -> None:
 
 def test_what_changes_as_a_cache_grows_may_differ(plan: Plan) -> None:
     data = plan.fingerprint.model_copy(update={"data": "x"})
-    changes = {"fingerprint": data, "counts": {}, "num_samples": 0, "samples_digest": "", "shards": (), "num_rows": 0}
+    changes = {
+        "fingerprint": data,
+        "counts": {},
+        "num_samples": 0,
+        "samples_digest": "",
+        "num_shards": 0,
+        "num_rows": 0,
+    }
     require_same(plan.model_copy(update=changes), plan, Path("c"))

@@ -11,8 +11,9 @@ from tests.stages.ranks import Recorder
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import GateError
-from kdpipe.manifests.plan import Samples, read_plan
+from kdpipe.manifests.plan import read_plan
 from kdpipe.manifests.sample import row_positions
+from kdpipe.manifests.samples import Samples
 from kdpipe.stages.extract import ExtractSpec
 from kdpipe.stages.extract.requests import PROBES, shard_requests
 from kdpipe.stages.extract.shards import CANARY_TOKENS
