@@ -44,4 +44,6 @@ def first_problem(err: ValidationError) -> str:
 
 def in_words(problem: Mapping[str, Any]) -> str:
     """One of pydantic's findings as our errors say it."""
+    if problem["type"] == "path_type":
+        return "expected a path"
     return str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")

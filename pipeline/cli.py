@@ -21,7 +21,7 @@ from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.specs import full_keys, misspelt_keys
 from kdpipe.pipeline.endings import Terminated, ending
 from kdpipe.pipeline.last_net import crash_of, kept
-from kdpipe.pipeline.options import READ_KEYS, is_read, readers
+from kdpipe.pipeline.options import READS, readers
 from kdpipe.pipeline.streams import lasting_streams
 
 # name -> what `kdpipe --help` says of it; the command is the object `command` in kdpipe.pipeline.commands.NAME.
@@ -147,8 +147,9 @@ def _unknown_option(err: click.NoSuchOption, args: list[str]) -> str:
     word = err.option_name.lstrip("-").replace("-", "_")
     meant = [name for name in err.possibilities or () if name != "--help"]  # click's cutoff lets it through
     command = err.ctx.command.name if err.ctx is not None else None
-    keys = (full_keys(word) or ([] if meant else misspelt_keys(word))) if command in READ_KEYS else []
-    read = [key for key in keys if is_read(key, command or "")]
+    reads = READS.get(command or "")
+    keys = (full_keys(word) or ([] if meant else misspelt_keys(word))) if reads is not None else []
+    read = [key for key in keys if reads is not None and reads.includes(key)]
     if not read:
         near = f"; did you mean '{meant[0]}'?" if meant else ""
         other = f": it is a key of the run file for {readers(keys[0])}" if keys else near

@@ -1,27 +1,98 @@
-"""Options shared by several commands, the class of their commands, and what of the run file each of them reads."""
+"""Options: made from the run file's fields, so that their names, choices, defaults and help are written once.
+
+READS is the one table of what each command reads of the run file. A command of the class RunCommand has the options of
+its keys, --config and --set, and is given the whole as `run`.
+"""
 
 import grp
-import json
 import math
 import os
-import string
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.made_with import MadeWith, made_with
-from kdpipe.manifests.nearest import nearest
-from kdpipe.manifests.provenance import SHORTEST_DIGEST
-from kdpipe.manifests.specs import DataSpec, RunSpec, load
+from kdpipe.manifests.specs import RunFile, fields, flag_of, load
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 PATH = click.Path(path_type=Path)
-USUAL = DataSpec()
-"""Its values are what holds where neither a flag nor a run file says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reads:
+    """What a command reads of the run file; a run file may hold the rest, for other commands.
+
+    options: keys, and tables for all their keys, that have an option, in the order of --help
+    others: keys and tables that have none; --set reaches both
+    needs: keys without which there is nothing to do
+    """
+
+    options: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+    def of_options(self) -> list[str]:
+        """The keys that have an option."""
+        return list(dict.fromkeys(key for each in self.options for key in fields() if within(key, each)))
+
+    def includes(self, key: str) -> bool:
+        """Whether the command reads a key, or some of a table."""
+        return any(within(key, read) or within(read, key) for read in (*self.options, *self.others))
+
+
+def within(key: str, table: str) -> bool:
+    """Whether a key is the other one, or in it where that is a table."""
+    return f"{key}.".startswith(f"{table}.")
+
+
+READS = {
+    "plan": Reads(
+        options=("teacher.path", "data.paths", "data", "cache.rows", "teacher", "cache.path", "student.path"),
+        others=("student.trust_remote_code", "train.epochs", "train.dtype"),
+        needs=("teacher.path", "data.paths"),
+    ),
+    "extract": Reads(
+        options=(
+            "teacher.path",
+            "data.paths",
+            "cache.path",
+            "data",
+            "cache.rows",
+            "cache.codec",
+            "cache.seed",
+            "teacher",
+            "engine",
+            "cache.group",
+        ),
+        needs=("teacher.path", "data.paths", "cache.path"),
+    ),
+    "train": Reads(
+        options=(
+            "student.path",
+            "cache.path",
+            "train.output",
+            "train.nproc",
+            "train.device",
+            "loss.preset",
+            "cache.io",
+            "student",
+            "train.group",
+        ),
+        others=("data.heldout_fraction", "data.max_length", "data.overlong", "data.supervise", "loss", "train"),
+        needs=("student.path", "cache.path", "train.output"),
+    ),
+    "eval": Reads(
+        options=("eval.student", "cache.path", "eval", "cache.io", "student.trust_remote_code"),
+        others=("student.path", "train.output", "data.heldout_fraction", "train.batch_tokens"),
+        needs=("cache.path",),
+    ),
+    "cache verify": Reads(options=("teacher.path", "teacher.trust_remote_code", "engine.tp", "cache.io")),
+}
 
 
 class Command(click.Command):
@@ -59,12 +130,96 @@ def spread(args: list[str], flags: set[str]) -> list[str]:
     return out
 
 
-class OneOf(click.Choice[str]):
-    """One of a few words; the error offers the one that was meant."""
+class KeyOption(click.Option):
+    """The option of a key of the run file; the key is its name, so that no two tables' keys are mixed up.
 
-    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        names = ", ".join(f"'{name}'" for name in self.choices)
-        return f"'{value}' is not one of {names}{nearest(str(value), self.choices)}"
+    Its value stays a text: what the key takes is said once, in its spec, which reads and refuses it.
+    """
+
+    def __init__(self, key: str) -> None:
+        entry, flag = fields()[key], flag_of(key)
+        kinds = [kind for kind in _alternatives(entry.annotation) if kind is not type(None)]
+        choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        name, shown = str(flag.name), entry.get_default(call_default_factory=True)
+        default = f"  [default: {shown}]" if isinstance(shown, str | int | float) and kinds != [bool] else ""
+        super().__init__(
+            [f"{name}/--no-{name[2:]}" if kinds == [bool] else name],
+            type=NameValue() if get_origin(kinds[0]) is dict else None if kinds == [bool] else str,
+            multiple=get_origin(kinds[0]) in (tuple, dict),
+            default=None,
+            metavar=flag.takes or (f"[{'|'.join(choices)}]" if choices else TAKES.get(kinds[0])),
+            help=" ".join((entry.description or "").split()) + default,
+        )
+        self.name = key
+
+
+TAKES = {int: "INTEGER", float: "NUMBER"}
+"""What stands in --help for a value, where the field's flag does not say it."""
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """str | None -> (str, NoneType); list[int] -> (list[int],)"""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return tuple(get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds)
+
+
+class RunCommand(Command):
+    """A command that reads the run file, as READS says under its name; its function is given `run`, a RunFile.
+
+    within: name of the group that it is a command of
+    """
+
+    def __init__(self, name: str, *, params: Sequence[click.Parameter] = (), within: str = "", **rest: Any) -> None:
+        self.title = f"{within} {name}".lstrip()
+        self.reads = READS[self.title]
+        super().__init__(name, params=[*map(KeyOption, self.reads.of_options()), *params, CONFIG, SETS], **rest)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        left = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            given = dict(_given({key: ctx.params.pop(key) for key in self.reads.of_options()}))
+            ctx.meta[TYPED] = [str(flag_of(key).name) for key in given]
+            ctx.params["run"] = self._read(ctx, ctx.params.pop("config"), ctx.params.pop("sets"), given)
+        return left
+
+    def _read(self, ctx: click.Context, config: Path | None, sets: tuple[str, ...], given: dict[str, Any]) -> RunFile:
+        """Raises ConfigError, also for a key of --set that this command does not read; UsageError for one it needs."""
+        run = load(config, sets, given)
+        for key in (each.partition("=")[0].strip() for each in sets):
+            if not self.reads.includes(key):
+                leaf = str(flag_of(key).name) if key in fields() else f"--{key}"
+                own = any(leaf in param.opts for param in self.params)
+                way = f"give {leaf} instead" if own else f"leave it out; it is for {readers(key)}"
+                raise ConfigError(f"{self.title} does not read '{key}'; {way}", where="--set")
+        for key in self.reads.needs:
+            table, _, leaf = key.partition(".")
+            if not getattr(getattr(run, table), leaf):
+                raise click.UsageError(f"option '{flag_of(key).name}' is missing, or {key} of a run file", ctx)
+        return run
+
+
+def _given(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The options that were given, as keys; NAME=VALUE is a key in the table of its option."""
+    for key, value in values.items():
+        if value is None or value == ():
+            continue
+        if isinstance(value, tuple) and isinstance(value[0], tuple):
+            yield from ((f"{key}.{name}", text) for name, text in value)
+        else:
+            yield key, value
+
+
+TYPED = f"{__name__}.typed"
+
+
+def typed() -> list[str]:
+    """The options of the run file's keys that this command line has: ["--teacher", "--tp"]."""
+    return list(click.get_current_context().meta[TYPED])
+
+
+def readers(key: str) -> str:
+    """The commands that read a key: "kdpipe train"."""
+    return " or ".join(f"kdpipe {name}" for name, reads in READS.items() if reads.includes(key))
 
 
 class Part(click.ParamType):
@@ -81,36 +236,6 @@ class Part(click.ParamType):
         return int(index), int(count)
 
 
-GROUP_READS = 0o2050
-"""Of a folder's mode, where it was made for a group: what is made in it is the group's too."""
-
-
-class UnixGroup(click.ParamType):
-    """A group by name; its number. From then on what this process writes can be read by its folder's group."""
-
-    name = "group"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            number = grp.getgrnam(str(value)).gr_gid
-        except KeyError:
-            self.fail(f"there is no group '{value}' on this machine", param, ctx)
-        _open_to_group()
-        return number
-
-
-def kept_group(given: int | None, folder: Path) -> int | None:
-    """The group asked for; else the one that a folder was made for, which is to read what is added there too."""
-    if given is None and folder.is_dir() and folder.stat().st_mode & GROUP_READS == GROUP_READS:
-        _open_to_group()
-        return folder.stat().st_gid
-    return given
-
-
-def _open_to_group() -> None:
-    os.umask(os.umask(0o777) & ~0o050)
-
-
 class Finite(click.FloatRange):
     """A number in a range; `nan` and `inf`, which compare as nobody expects, are in none."""
 
@@ -119,23 +244,6 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"'{value}' is not a number", param, ctx)
         return number
-
-
-class CodeDigest(click.ParamType):
-    """The sha256 of a model's own code in hexadecimal, or the start of it."""
-
-    name = "DIGEST"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        text = str(value).lower()
-        if not (SHORTEST_DIGEST <= len(text) <= 64 and set(text) <= set(string.hexdigits)):
-            self.fail(
-                f"'{value}' is not a digest of code: {SHORTEST_DIGEST} to 64 hexadecimal digits; without the option "
-                "the error names the model's",
-                param,
-                ctx,
-            )
-        return text
 
 
 class NameValue(click.ParamType):
@@ -152,6 +260,37 @@ class NameValue(click.ParamType):
         return name.replace("-", "_"), text
 
 
+GROUP_READS = 0o2050
+"""Of a folder's mode, where it was made for a group: what is made in it is the group's too."""
+
+
+def group_for(name: str | None, folder: Path) -> int | None:
+    """The number of the group asked for; else of the one that a folder was made for, which is to read what is added.
+
+    From then on what this process writes can be read by its folder's group. Raises ConfigError.
+    """
+    number = None
+    if name is not None:
+        try:
+            number = grp.getgrnam(name).gr_gid
+        except KeyError:
+            raise ConfigError(f"there is no group '{name}' on this machine", where="--group") from None
+    elif folder.is_dir() and folder.stat().st_mode & GROUP_READS == GROUP_READS:
+        number = folder.stat().st_gid
+    if number is not None:
+        os.umask(os.umask(0o777) & ~0o050)
+    return number
+
+
+def only(caches: tuple[Path, ...]) -> Path:
+    """The cache, for a command that takes one. Raises ConfigError."""
+    if len(caches) > 1:
+        raise ConfigError(
+            f"one is taken here, {len(caches)} were named: {', '.join(map(str, caches))}", where="--cache"
+        )
+    return caches[0]
+
+
 def require_not_swapped(student: Path, caches: tuple[Path, ...]) -> None:
     """A cache given as the student, and a model as a cache, are one mistake. Raises ConfigError."""
     from kdpipe.manifests.plan import PLAN_FILE  # pyarrow takes a moment: not for --help
@@ -165,183 +304,13 @@ def this_command(**named: Path | tuple[Path, ...] | None) -> MadeWith:
     return made_with(click.get_current_context().find_root().obj or (), **named)
 
 
-def stack(*decorators: Decorator) -> Decorator:
-    """Several option decorators as one, in the order they show in --help."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a list.")
-run_options = stack(
-    click.option("--config", type=PATH, help="Run file (TOML) with the tables [data], [loss], [train]."),
-    click.option(
-        "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a key of the run file; repeatable."
-    ),
+CONFIG = click.Option(
+    ["--config"], type=PATH, metavar="FILE", help="Run file (TOML), the same for all commands: docs/run-file.md."
 )
-data_options = stack(
-    click.option(
-        "--teacher", type=PATH, required=True, metavar="FOLDER", help="Teacher in Hugging Face format, with tokenizer."
-    ),
-    click.option(
-        "--data",
-        type=PATH,
-        multiple=True,
-        required=True,
-        metavar="FILE...",
-        help="Data files or folders: jsonl, json, parquet, Arrow. Takes several values, and may be repeated.",
-    ),
-    click.option(
-        "--max-length", type=click.IntRange(min=1), help=f"Longest sample in tokens.  [default: {USUAL.max_length}]"
-    ),
-    click.option(
-        "--overlong",
-        type=OneOf(["truncate", "drop"]),
-        help=f"A longer sample loses its tail, or is left out.  [default: {USUAL.overlong}]",
-    ),
-    click.option(
-        "--supervise",
-        type=OneOf(["assistant", "last", "completion", "all"]),
-        help="Which tokens students learn from: every assistant turn, the last one, the completion, or every "
-        f"token.  [default: {USUAL.supervise}]",
-    ),
-    click.option(
-        "--heldout-fraction",
-        type=Finite(0, 1),
-        help=f"Share of the samples kept for evaluation, chosen by content.  [default: {USUAL.heldout_fraction}]",
-    ),
-    click.option(
-        "--bad-records",
-        type=OneOf(["stop", "skip"]),
-        help="A record that cannot be read ends the command, which shows the first ten, or is left out, counted and "
-        f"listed in CACHE/runs/prepare.jsonl.  [default: {USUAL.bad_records}]",
-    ),
-    click.option(
-        "--max-bad",
-        type=Finite(0, 1),
-        help=f"Share of the records that may be left out as bad.  [default: {USUAL.max_bad}]",
-    ),
-    click.option(
-        "--strict/--no-strict",
-        default=None,
-        help="A sample whose text is not what its record says (the chat template dropped or changed something, nothing "
-        "ends an answer) is an error, not a count.",
-    ),
-    click.option(
-        "--rows",
-        type=OneOf(["supervised", "all"]),
-        default="supervised",
-        help="Keep the rows of supervised tokens only, or of every token.",
-    ),
-    click.option(
-        "--dtype",
-        type=OneOf(["auto", "bfloat16", "float16", "float32"]),
-        default="auto",
-        help="Precision of the teacher and of the stored rows; auto is that of its checkpoint.",
-    ),
+SETS = click.Option(
+    ["--set", "sets"],
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Override a key of the run file; repeatable. Options win over it.",
 )
-engine_options = stack(
-    click.option(
-        "--engine",
-        type=OneOf(["auto", "transformers", "sglang"]),
-        default="auto",
-        help="What runs the teacher; auto takes sglang on a GPU where version and architecture were tried, else "
-        "transformers; it says why.",
-    ),
-    click.option("--tp", type=click.IntRange(min=1), default=1, help="sglang: GPUs that share each layer."),
-    click.option("--dp", type=click.IntRange(min=1), default=1, help="sglang: copies of the teacher."),
-    click.option("--pp", type=click.IntRange(min=1), default=1, help="sglang: pipeline stages."),
-    click.option("--ep", type=click.IntRange(min=1), default=1, help="sglang: GPUs that share the experts."),
-    click.option("--quantization", metavar="NAME", help="sglang: run the weights quantised, fp8 for example."),
-    click.option(
-        "--mem-fraction",
-        type=Finite(0, 1, min_open=True, max_open=True),
-        help="sglang: share of a GPU's memory for weights and KV cache.  [default: sglang's choice]",
-    ),
-    click.option(
-        "--deterministic", is_flag=True, help="sglang: its deterministic mode, where the attention backend has one."
-    ),
-    click.option(
-        "--engine-arg",
-        "engine_args",
-        type=NameValue(),
-        multiple=True,
-        help="sglang: any further field of its ServerArgs, chunked_prefill_size=8192 for example; repeatable.",
-    ),
-    click.option(
-        "--engine-timeout",
-        type=Finite(min=1),
-        default=600,
-        metavar="SECONDS",
-        help="sglang: longest silence before it is given up.",
-    ),
-)
-io_option = click.option(
-    "--io",
-    type=OneOf(["mmap", "pread"]),
-    default="mmap",
-    help="How the cache is read: mapped, or with pread, which suits network file systems.",
-)
-group_option = click.option(
-    "--group",
-    type=UnixGroup(),
-    metavar="NAME",
-    help="Unix group that may read what is written, and what is added there later; otherwise only you can (files "
-    "0600, folders 0700).",
-)
-device_option = click.option(
-    "--device",
-    type=OneOf(["auto", "cpu", "cuda"]),
-    default="auto",
-    help="Where models run; auto takes GPUs where there are any.",
-)
-
-
-trust_option = click.option(
-    "--trust-remote-code",
-    "trust",
-    type=CodeDigest(),
-    help="Run the Python code that the model's folder brings (auto_map in its configs), if its sha256 is this one, or "
-    "starts with it (12 digits or more). Without it such a model is refused and nothing of it runs; the message names "
-    "the files to read and their digest. Code of another repository is never fetched.",
-)
-
-
-READ_KEYS = {
-    "plan": ("data", "train.epochs", "train.dtype"),
-    "extract": ("data",),
-    "train": ("data.heldout_fraction", "data.max_length", "data.overlong", "data.supervise", "loss", "train"),
-    "eval": ("data.heldout_fraction", "train.batch_tokens"),
-}
-"""Tables and keys of the run file that each command reads; a run file may hold the others, for other commands."""
-
-
-def is_read(key: str, command: str) -> bool:
-    """Whether a command reads a key of the run file, or some of a table."""
-    return any(f"{key}.".startswith(f"{read}.") or read.startswith(f"{key}.") for read in READ_KEYS[command])
-
-
-def readers(key: str) -> str:
-    """The commands that read a key: "kdpipe train"."""
-    return " or ".join(f"kdpipe {name}" for name in READ_KEYS if is_read(key, name))
-
-
-def run_spec(config: Path | None, sets: tuple[str, ...], **data: object) -> RunSpec:
-    """The run file with `--set` and then the command line's own [data] flags (those given) applied.
-
-    Raises ConfigError, also for a key of `--set` that this command does not read.
-    """
-    flags = tuple(f"data.{key}={json.dumps(value)}" for key, value in data.items() if value is not None)
-    run = load(config, sets + flags)
-    command = click.get_current_context().command
-    for key in (given.partition("=")[0].strip() for given in sets):
-        if not is_read(key, command.name or ""):
-            leaf = f"--{key.rpartition('.')[2].replace('_', '-')}"
-            own = any(leaf in param.opts for param in command.params)
-            way = f"give {leaf} instead" if own else f"leave it out; it is for {readers(key)}"
-            raise ConfigError(f"{command.name} does not read '{key}'; {way}", where="--set")
-    return run

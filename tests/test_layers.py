@@ -115,6 +115,6 @@ def test_the_wheel_names_every_package_in_the_tree() -> None:
 
 
 def test_manifests_load_without_torch() -> None:
-    modules = ["kdpipe.manifests." + path.stem for path in sources("manifests") if path.stem != "__init__"]
+    modules = ["kdpipe." + ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources("manifests")]
     code = f"import importlib, sys; [importlib.import_module(m) for m in {modules!r}]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,9 +13,9 @@ from kdpipe.manifests.durable import QUARANTINE
 from kdpipe.manifests.errors import CheckFailed, ConfigError, DriftError, IncompleteError, KdpipeError
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.made_with import repair as way_out
-from kdpipe.manifests.specs import Io
+from kdpipe.manifests.specs import RunFile
 from kdpipe.manifests.verify import Finding, Level, collect_garbage, examine, repair
-from kdpipe.pipeline.options import PATH, Command, Finite, io_option, json_option, trust_option
+from kdpipe.pipeline.options import PATH, Command, Finite, RunCommand, json_option, typed
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
@@ -58,7 +58,7 @@ def info(cache: Path, as_json: bool) -> None:
     show(Cache.open(cache).info(), as_json=as_json)
 
 
-@command.command("verify")
+@command.command("verify", cls=RunCommand, within="cache")
 @cache_argument
 @click.option("--quick", is_flag=True, help="Sizes, headers, tables and the first rows of every shard: seconds.")
 @click.option("--full", is_flag=True, help="Every byte against its checksums: as without any of the three.")
@@ -69,10 +69,6 @@ def info(cache: Path, as_json: bool) -> None:
     metavar="N",
     help="Also run the teacher again on N samples and compare; needs --teacher, torch and the engine it was made with.",
 )
-@click.option("--teacher", type=PATH, metavar="FOLDER", help="recompute: the teacher the cache was made by.")
-@click.option("--tp", type=click.IntRange(min=1), default=1, help="recompute with sglang: GPUs that share each layer.")
-@trust_option
-@io_option
 @json_option
 def verify(
     cache: Path,
@@ -80,10 +76,7 @@ def verify(
     full: bool,
     deep: bool,
     recompute: int | None,
-    teacher: Path | None,
-    tp: int,
-    trust: str | None,
-    io: Io,
+    run: RunFile,
     as_json: bool,
 ) -> None:
     """Check a cache against its checksums, digests and plan; by default every byte. Tells all damage, not the first.
@@ -95,14 +88,17 @@ def verify(
     kdpipe cache verify CACHE
     kdpipe cache verify CACHE --recompute 20 --teacher models/large
     """
-    if (recompute is None) != (teacher is None):
+    teacher = run.teacher.path
+    if recompute is not None and teacher is None:
         raise ConfigError("--recompute and --teacher go together", where="--recompute")
+    if recompute is None and (useless := sorted(set(typed()) - {"--io"})):
+        raise ConfigError("it is of use with --recompute N alone", where=useless[0])
     levels: dict[Level, bool] = {"quick": quick, "full": full, "deep": deep}
     asked = [level for level, is_asked in levels.items() if is_asked]
     if len(asked) > 1:
         raise ConfigError(f"how far to look is one choice, --{' or --'.join(asked)}", where=f"--{asked[0]}")
     level = asked[0] if asked else "full"
-    opened = Cache.open(cache, io=io)
+    opened = Cache.open(cache, io=run.cache.io)
     findings = _looked_at(opened, level)
     shards = [finding for finding in findings if isinstance(finding.part, int)]
     errors = [finding.error for finding in findings if finding.error is not None]
@@ -122,7 +118,7 @@ def verify(
         result |= {"problems": [error.without_hint() for error in damage]}
     again = None
     if recompute is not None and teacher is not None and not errors:
-        again = _recomputed(opened, teacher, recompute, tp, trust)
+        again = _recomputed(opened, teacher, run, recompute)
         recomputed = dataclasses.asdict(again)
         result |= {
             "ok": again.worst_distance <= again.bound,
@@ -160,12 +156,12 @@ def in_words(found: dict[str, Any]) -> dict[str, object]:
     return found | words
 
 
-def _recomputed(opened: Cache, teacher: Path, count: int, tp: int, trust: str | None) -> "Recomputed":
+def _recomputed(opened: Cache, teacher: Path, run: RunFile, count: int) -> "Recomputed":
     from kdpipe.stages.extract.recompute import recompute  # torch takes seconds: only where it is asked for
     from kdpipe.stages.teacher.engine import EngineOptions
 
     with results_only(), watch("cache verify", EventLog(None)) as progress:
-        return recompute(opened, teacher, count, progress, options=EngineOptions(tp=tp, trust=trust))
+        return recompute(opened, teacher, count, progress, options=EngineOptions.of(run))
 
 
 def _looked_at(opened: Cache, level: Level) -> list[Finding]:

@@ -4,61 +4,16 @@ from pathlib import Path
 
 import click
 
-from kdpipe.manifests.specs import DeviceChoice, DtypeChoice, Io
-from kdpipe.pipeline.options import (
-    PATH,
-    Command,
-    Finite,
-    OneOf,
-    device_option,
-    io_option,
-    json_option,
-    require_not_swapped,
-    run_options,
-    run_spec,
-    trust_option,
-)
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.specs import RunFile
+from kdpipe.pipeline.options import RunCommand, json_option, only, require_not_swapped
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
 
-@click.command("eval", cls=Command)
-@click.option("--student", type=PATH, required=True, metavar="FOLDER", help="Student in Hugging Face format.")
-@click.option("--cache", type=PATH, required=True, metavar="FOLDER", help="A complete cache of its teacher.")
-@click.option(
-    "--heldout-fraction",
-    type=Finite(0, 1),
-    help="Share of the samples to measure on, chosen by content.  [default: the student's, else the cache's]",
-)
-@trust_option
-@io_option
-@device_option
-@click.option(
-    "--dtype",
-    type=OneOf(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    help="Precision of the student; auto is the one its weights are stored in.",
-)
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(min=1),
-    help="Tokens of a forward pass.  [default: train.batch_tokens of the run file, 16384]",
-)
-@run_options
+@click.command("eval", cls=RunCommand)
 @json_option
-def command(
-    student: Path,
-    cache: Path,
-    heldout_fraction: float | None,
-    trust: str | None,
-    io: Io,
-    device: DeviceChoice,
-    dtype: DtypeChoice,
-    batch_tokens: int | None,
-    config: Path | None,
-    sets: tuple[str, ...],
-    as_json: bool,
-) -> None:
+def command(run: RunFile, as_json: bool) -> None:
     """Measure a student on the held-out rows of a cache; no teacher is loaded.
 
     Prints heldout_kl (teacher to student), heldout_reverse_kl, heldout_ce and teacher_ce as means per supervised token
@@ -67,12 +22,11 @@ def command(
     \b
     kdpipe eval --student runs/a --cache /scratch/cache --json
     """
+    student, cache = _student(run), only(run.cache.path)
     require_not_swapped(student, (cache,))
-    run = run_spec(config, sets)
-    from kdpipe.stages.evaluate import (
-        evaluate_student,
-    )  # torch takes seconds: not for --help or a misspelt option
+    from kdpipe.stages.evaluate import evaluate_student  # torch takes seconds: not for --help or a misspelt option
 
+    heldout_fraction = run.eval.heldout_fraction
     if heldout_fraction is None and "heldout_fraction" in run.data.model_fields_set:
         heldout_fraction = run.data.heldout_fraction
     with results_only(), watch("eval", EventLog(None)) as progress:
@@ -80,11 +34,19 @@ def command(
             student,
             cache,
             heldout_fraction=heldout_fraction,
-            device=device,
-            dtype=dtype,
-            batch_tokens=batch_tokens or run.train.batch_tokens,
+            device=run.eval.device,
+            dtype=run.eval.dtype,
+            batch_tokens=run.eval.batch_tokens or run.train.batch_tokens,
             progress=progress,
-            io=io,
-            trust=trust,
+            io=run.cache.io,
+            trust=run.student.trust_remote_code,
         )
     show(metrics, as_json=as_json)
+
+
+def _student(run: RunFile) -> Path:
+    """The student that is meant: by name, else what the run file trains. Raises ConfigError."""
+    for path in (run.eval.student, run.train.output, run.student.path):
+        if path is not None:
+            return path
+    raise ConfigError("option '--student' is missing, or eval.student of a run file", where="kdpipe eval")

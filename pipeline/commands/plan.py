@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kdpipe.manifests.specs import DtypeChoice, RowsChoice, RunSpec
+from kdpipe.manifests.specs import RunFile
 from kdpipe.pipeline.forecast import (
     break_even_students,
     compare,
@@ -15,41 +15,17 @@ from kdpipe.pipeline.forecast import (
     free_bytes,
     step_flops,
 )
-from kdpipe.pipeline.options import PATH, Command, data_options, json_option, run_options, run_spec, trust_option
+from kdpipe.pipeline.options import RunCommand, json_option
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
-from kdpipe.stages.teacher.engine import EngineOptions
 
 if TYPE_CHECKING:
     from kdpipe.stages.extract import Forecast
 
 
-@click.command("plan", cls=Command)
-@data_options
-@click.option("--cache", type=PATH, metavar="FOLDER", help="Where the cache would lie, for its disk.  [default: here]")
-@trust_option
-@click.option("--student", type=PATH, metavar="FOLDER", help="A student, to compare the cost with and without a cache.")
-@run_options
+@click.command("plan", cls=RunCommand)
 @json_option
-def command(
-    teacher: Path,
-    data: tuple[Path, ...],
-    max_length: int | None,
-    overlong: str | None,
-    supervise: str | None,
-    heldout_fraction: float | None,
-    bad_records: str | None,
-    max_bad: float | None,
-    strict: bool | None,
-    rows: RowsChoice,
-    dtype: DtypeChoice,
-    cache: Path | None,
-    trust: str | None,
-    student: Path | None,
-    config: Path | None,
-    sets: tuple[str, ...],
-    as_json: bool,
-) -> None:
+def command(run: RunFile, as_json: bool) -> None:
     """Forecast a cache without running the teacher: reads the data, the tokenizer and the config; writes nothing.
 
     Prints samples, tokens, rows, bytes by codec, free disk, and break_even_students: how many students it takes until
@@ -63,44 +39,22 @@ def command(
     \b
     kdpipe plan --teacher models/large --data chat.jsonl more.parquet --cache /scratch/cache
     """
-    run = run_spec(
-        config,
-        sets,
-        max_length=max_length,
-        overlong=overlong,
-        supervise=supervise,
-        heldout_fraction=heldout_fraction,
-        bad_records=bad_records,
-        max_bad=max_bad,
-        strict=strict,
-    )
-    student_params = None if student is None else count_parameters(student)
+    student_params = None if run.student.path is None else count_parameters(run.student.path)
     # torch takes seconds: not for --help or a misspelt option
     from kdpipe.stages.extract import ExtractSpec, forecast
     from kdpipe.stages.student import check_student_of
 
-    spec = ExtractSpec(
-        teacher=teacher,
-        data=data,
-        data_spec=run.data,
-        engine="auto",
-        dtype=dtype,
-        rows=rows,
-        codec="raw",
-        seed=0,
-        device="auto",
-        batch_tokens=None,
-        options=EngineOptions(trust=trust),
-    )
     with results_only(), watch("plan", EventLog(None)) as progress:
-        if student is not None and (unchecked := check_student_of(student, teacher, trust)):
+        spec = ExtractSpec.of(run)
+        trust = run.student.trust_remote_code or run.teacher.trust_remote_code
+        if run.student.path is not None and (unchecked := check_student_of(run.student.path, spec.teacher, trust)):
             progress.note(unchecked)
         found = forecast(spec, progress)
-    worth = _worth(found, run, student_params, cache or Path())
+    worth = _worth(found, run, student_params, (*run.cache.path, Path())[0])
     show(dataclasses.asdict(found) | worth | {"estimated_seconds": _time(found, run, student_params)}, as_json=as_json)
 
 
-def _time(found: "Forecast", run: RunSpec, student_params: int | None) -> dict[str, float]:
+def _time(found: "Forecast", run: RunFile, student_params: int | None) -> dict[str, float]:
     """Seconds of the teacher's pass and of a student's training on this machine, one device, at a product's speed."""
     import torch
 
@@ -117,7 +71,7 @@ def _time(found: "Forecast", run: RunSpec, student_params: int | None) -> dict[s
     return seconds
 
 
-def _worth(found: "Forecast", run: RunSpec, student_params: int | None, folder: Path) -> dict[str, object]:
+def _worth(found: "Forecast", run: RunFile, student_params: int | None, folder: Path) -> dict[str, object]:
     """Whether the cache fits on the disk and when it pays."""
     epochs, free = run.train.epochs, free_bytes(folder)
     worth: dict[str, object] = {

@@ -11,22 +11,8 @@ import click
 from kdpipe.manifests.errors import BusyError, ConfigError, KdpipeError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import RUN_FILE
-from kdpipe.manifests.specs import PRESETS, Io
-from kdpipe.pipeline.options import (
-    PATH,
-    Command,
-    OneOf,
-    device_option,
-    group_option,
-    io_option,
-    json_option,
-    kept_group,
-    require_not_swapped,
-    run_options,
-    run_spec,
-    this_command,
-    trust_option,
-)
+from kdpipe.manifests.specs import RunFile
+from kdpipe.pipeline.options import RunCommand, group_for, json_option, require_not_swapped, this_command
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.pipeline.streams import lasting_streams
@@ -35,22 +21,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.train import Found, TrainJob
 
 
-@click.command("train", cls=Command)
-@click.option("--student", type=PATH, required=True, metavar="FOLDER", help="Student in Hugging Face format.")
-@click.option(
-    "--cache",
-    "caches",
-    type=PATH,
-    multiple=True,
-    required=True,
-    metavar="FOLDER...",
-    help="Caches of one teacher. Takes several values, and may be repeated. Texts that two of them have are trained on "
-    "twice, which is said; a cache whose texts are all in another is refused.",
-)
-@click.option("--output", type=PATH, required=True, metavar="FOLDER", help="Where the trained student goes.")
-@click.option(
-    "--nproc", type=click.IntRange(min=1), help="Processes, one a GPU.  [default: 1 on cpu, all GPUs on cuda]"
-)
+@click.command("train", cls=RunCommand)
 @click.option(
     "--resume",
     default="auto",
@@ -58,32 +29,8 @@ if TYPE_CHECKING:
     help="What an interrupted run does: go on from the newest good checkpoint in OUTPUT, start again, or go on from "
     "the checkpoint at PATH.",
 )
-@click.option(
-    "--loss-preset",
-    type=OneOf(list(PRESETS)),
-    help="Start from another project's loss at its defaults, as loss.preset; docs/losses.md says what each is.",
-)
-@trust_option
-@io_option
-@device_option
-@group_option
-@run_options
 @json_option
-def command(
-    student: Path,
-    caches: tuple[Path, ...],
-    output: Path,
-    nproc: int | None,
-    resume: str,
-    loss_preset: str | None,
-    trust: str | None,
-    io: Io,
-    device: str,
-    group: int | None,
-    config: Path | None,
-    sets: tuple[str, ...],
-    as_json: bool,
-) -> None:
+def command(run: RunFile, resume: str, as_json: bool) -> None:
     """Train a student from one or more caches; the teacher is not needed.
 
     Prints the final metrics. Events go to OUTPUT/events.jsonl. Under torchrun it is one rank of that launch.
@@ -93,35 +40,29 @@ def command(
     \b
     kdpipe train --student models/small --cache /scratch/cache --output runs/a --set train.lr=3e-4 loss.temperature=2
     """
+    student, caches, output = run.student.path, run.cache.path, run.train.output
+    assert student is not None, "RunCommand has asked for it"
+    assert output is not None, "RunCommand has asked for it"
     require_not_swapped(student, caches)
-    run = run_spec(config, sets if loss_preset is None else (f'loss.preset="{loss_preset}"', *sets))
     from kdpipe.stages.train import TrainJob, check_job  # torch takes seconds: not for --help or a misspelt option
 
-    under_torchrun = "RANK" in os.environ
-    if under_torchrun and nproc is not None:
-        raise ConfigError("torchrun has already decided it; leave the option out", where="--nproc")
-    device, gpus = _choose_device(device)
-    if under_torchrun:
-        nproc = int(os.environ.get("WORLD_SIZE", "1"))
-    elif nproc is None:
-        nproc = max(gpus, 1)
-    elif device == "cuda" and nproc > gpus:
-        raise ConfigError(f"{nproc} processes, one a GPU, but there are {gpus} GPUs", where="--nproc")
+    device, gpus = _choose_device(run.train.device)
+    nproc = _choose_nproc(run.train.nproc, device, gpus)
     job = TrainJob(
         student=student,
         caches=caches,
         output=output,
-        spec=run,
+        spec=run.training(),
         device=device,
-        io=io,
-        trust=trust,
+        io=run.cache.io,
+        trust=run.student.trust_remote_code,
         resume=resume,
-        group=kept_group(group, output),
+        group=group_for(run.train.group, output),
         made_with=this_command(student=student, cache=caches, output=output),
     )
     with results_only():
         found = check_job(job, nproc)
-        if nproc == 1 or under_torchrun:
+        if nproc == 1 or "RANK" in os.environ:
             metrics = train_rank(job, found)
         else:
             metrics = _launch(replace(job, inputs=found.inputs), nproc)
@@ -171,6 +112,17 @@ def _launch(job: "TrainJob", nproc: int) -> dict[str, object]:
 def _events(job: "TrainJob", *, once: str | None = None) -> EventLog:
     """once: kind of the event before which nothing is written, as the folder may be another run's"""
     return EventLog(job.output / "events.jsonl", after=job.output, once=once)
+
+
+def _choose_nproc(asked: int | None, device: str, gpus: int) -> int:
+    """How many ranks there are: as torchrun has decided, or as asked, or one a GPU. Raises ConfigError."""
+    if "RANK" in os.environ:
+        if asked is not None:
+            raise ConfigError("torchrun has already decided it; leave the option out", where="--nproc")
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    if asked is not None and device == "cuda" and asked > gpus:
+        raise ConfigError(f"{asked} processes, one a GPU, but there are {gpus} GPUs", where="--nproc")
+    return asked or max(gpus, 1)
 
 
 def _choose_device(device: str) -> tuple[str, int]:

@@ -39,7 +39,7 @@ from kdpipe.manifests.sample import KEPT, Incident, Sample, is_heldout, row_posi
 from kdpipe.manifests.samples import SamplesWriter
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.shard_table import SHARDS_FILE, ShardTable, write_shards
-from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice
+from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice, RunFile
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.present import Present
 from kdpipe.stages.models.folder import ModelFolder
@@ -89,6 +89,29 @@ class ExtractSpec:
     group: int | None = None
     grow: bool = False
     check_inputs: bool = False
+
+    @classmethod
+    def of(
+        cls, run: RunFile, *, group: int | None = None, grow: bool = False, check_inputs: bool = False
+    ) -> "ExtractSpec":
+        """As a run file says it, which must name a teacher."""
+        assert run.teacher.path is not None, "the command has asked for it"
+        return cls(
+            teacher=run.teacher.path,
+            data=run.data.paths,
+            data_spec=run.samples(),
+            engine=run.engine.name,
+            dtype=run.teacher.dtype,
+            rows=run.cache.rows,
+            codec=run.cache.codec,
+            seed=run.cache.seed,
+            device=run.engine.device,
+            batch_tokens=run.engine.batch_tokens,
+            options=EngineOptions.of(run),
+            group=group,
+            grow=grow,
+            check_inputs=check_inputs,
+        )
 
     def choices(self) -> dict[str, object]:
         """All that may decide which samples a cache must hold and is in no file, as JSON values."""

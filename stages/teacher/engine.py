@@ -7,12 +7,15 @@ gate, whatever engine it was. Engines are listed in `stages/teacher/__init__.py`
 
 # Shapes: n tokens of one sample, R rows kept of it, K probed rows, M scored ids of each, E teacher width.
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
+
+from kdpipe.manifests.specs import RunFile
 
 if TYPE_CHECKING:
     from kdpipe.stages.teacher.head import Head
@@ -110,6 +113,23 @@ class EngineOptions:
     trust: str | None = None
     arguments: tuple[tuple[str, str], ...] = ()
 
+    @classmethod
+    def of(cls, run: RunFile) -> "EngineOptions":
+        """As a run file says it; its arguments are texts, as they are on a command line."""
+        engine = run.engine
+        return cls(
+            tp=engine.tp,
+            dp=engine.dp,
+            pp=engine.pp,
+            ep=engine.ep,
+            quantization=engine.quantization,
+            mem_fraction=engine.mem_fraction,
+            deterministic=engine.deterministic,
+            timeout_s=engine.timeout,
+            trust=run.teacher.trust_remote_code,
+            arguments=tuple((name.replace("-", "_"), _as_text(value)) for name, value in engine.args.items()),
+        )
+
     def identity(self) -> dict[str, str]:
         """The part that decides what the rows are, beyond rounding; recorded in the plan.
 
@@ -129,6 +149,10 @@ class EngineOptions:
             deterministic=identity.get("deterministic") == "true",
             arguments=others,
         )
+
+
+def _as_text(value: bool | int | float | str) -> str:
+    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 class TeacherEngine(Protocol):

@@ -40,18 +40,22 @@ def test_two_students_from_one_cache(bench: Bench, main: Main, tmp_path: Path) -
     assert (info["num_samples"], info["num_rows"], info["complete"]) == (plan["num_samples"], plan["num_rows"], True)
     scores = {}
     for name, sets in {"kd": [], "ce": ["loss.kd_weight=0"]}.items():
-        paths = ["--student", bench.student, "--cache", cache, "--output", tmp_path / name]
-        code, out, err = main("train", *paths, "--set", *SETS, *sets, "--json")
+        run = tmp_path / f"{name}.toml"
+        run.write_text(
+            f'student.path = "{bench.student}"\ncache.path = "{cache}"\ntrain.output = "{tmp_path / name}"\n'
+            "[data]\nmax_length = 128\nheldout_fraction = 0.25\n"
+        )
+        code, out, err = main("train", "--config", run, "--set", *SETS, *sets, "--json")
         assert code == 0, err
         trained = found(out)
-        code, out, _ = main("eval", "--student", tmp_path / name, "--cache", cache, "--json")
+        code, out, _ = main("eval", "--config", run, "--json")
         scores[name] = found(out)
         assert scores[name]["heldout_kl"] == pytest.approx(trained["heldout_kl"], rel=1e-5)
         events = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]
         assert [event["kind"] for event in events].count("step") == trained["num_steps"]
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
         made = json.loads((tmp_path / name / "kdpipe.json").read_text())["made_with"]
-        assert made["argv"][:4] == ["kdpipe", "train", "--student", str(bench.student)]
+        assert made["argv"][:4] == ["kdpipe", "train", "--config", str(run)]
         assert made["paths"]["cache"] == [str(cache)]
     keys = {
         "heldout_kl",

@@ -1,7 +1,7 @@
 """What somebody may have meant: other spellings, other projects' names, misspelt words."""
 
 from kdpipe.manifests.nearest import OTHER_NAMES, nearest
-from kdpipe.manifests.specs import LOSS_OPTIONS, RunSpec, full_keys, misspelt_keys
+from kdpipe.manifests.specs import LOSS_OPTIONS, RunFile, full_keys, misspelt_keys
 from kdpipe.stages.loss import DIVERGENCES
 from kdpipe.stages.teacher import ENGINES
 
@@ -19,7 +19,7 @@ def test_another_case_and_another_projects_name_are_near() -> None:
 
 
 def test_other_names_lead_to_words_that_there_are() -> None:
-    keys = {key for table in RunSpec.model_fields.values() for key in table.annotation.model_fields}  # type: ignore[union-attr]
+    keys = {key for table in RunFile.model_fields.values() for key in table.annotation.model_fields}  # type: ignore[union-attr]
     words = {*keys, *DIVERGENCES, *ENGINES, "bfloat16", "float16", "float32", "cuda"}
     assert {name for names in OTHER_NAMES.values() for name in names} <= words
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdpipe.manifests.errors import ConfigError
-from kdpipe.manifests.specs import RunSpec, load
+from kdpipe.manifests.specs import RunFile, load
 
 
 def refused(*overrides: str, path: Path | None = None) -> str:
@@ -19,7 +19,7 @@ def refused(*overrides: str, path: Path | None = None) -> str:
 
 
 def test_no_file_and_no_override_gives_the_defaults() -> None:
-    assert load(None) == RunSpec()
+    assert load(None) == RunFile()
 
 
 def test_a_file_and_later_overrides_of_it(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_no_override_whatever_gives_anything_but_a_spec_or_our_error(key: str, value: str) -> None:
     with contextlib.suppress(ConfigError):
-        assert isinstance(load(None, (f"{key}={value}",)), RunSpec)
+        assert isinstance(load(None, (f"{key}={value}",)), RunFile)
 
 
 @pytest.mark.parametrize(

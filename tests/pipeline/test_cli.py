@@ -27,6 +27,7 @@ from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.manifests.specs import RunSpec
 from kdpipe.pipeline import cli, launch
 from kdpipe.pipeline.options import spread
+from kdpipe.stages.extract.planning import ExtractSpec
 
 
 @pytest.fixture
@@ -90,7 +91,17 @@ REFUSED = {
     "a misspelt command": (["extrct"], "did you mean 'extract'"),
     "a misspelt option": (["extract", *DATA, "--cach", "c"], "--cache"),
     "a misspelt group option": (["--versoin"], "--version"),
-    "a missing option": (["extract", *DATA], "--cache"),
+    "a missing option": (["extract", *DATA], "option '--cache' is missing, or cache.path of a run file; see"),
+    "a number that is none": (
+        ["extract", *DATA, "--cache", "c", "--tp", "two"],
+        "--tp: 'two': expected a valid integer",
+    ),
+    "two caches where one is made": (
+        ["extract", *DATA, "--cache", "c", "d"],
+        "--cache: one is taken here, 2 were named",
+    ),
+    "a group that is none": (["extract", *DATA, "--cache", "c", "--group", "no-such"], "no group 'no-such'"),
+    "what only recompute uses": (["cache", "verify", "c", "--tp", "2"], "--tp: it is of use with --recompute N alone"),
     "a missing value": (["extract", "--data"], "kdpipe extract: option '--data' lacks its value; see"),
     "a missing value of a key": (["train", *RUN, "--set"], "kdpipe train: option '--set' lacks its value"),
     "an option for a value": (["train", "--cache", "--output", "o"], "kdpipe train: option '--cache' lacks its value"),
@@ -113,7 +124,10 @@ REFUSED = {
     "an unknown choice": (["plan", *DATA, "--overlong", "cut"], "truncate"),
     "an unknown key": (["train", "--student", "s", "--cache", "c", "--output", "o", "--set", "train.lrr=1"], "'lr'"),
     "an unknown table": (["eval", "--student", "s", "--cache", "c", "--set", "trian.lr=1"], "'train'"),
-    "a value out of range": (["plan", *DATA, "--heldout-fraction", "1.5"], "0<=x<=1"),
+    "a value out of range": (
+        ["plan", *DATA, "--heldout-fraction", "1.5"],
+        "--heldout-fraction: '1.5': expected less than or equal to 1",
+    ),
     "a value of a key out of range": (["plan", *DATA, "--set", "data.max_length=0"], "data.max_length"),
     "a key as an option": (["train", *RUN, "--lr", "1e-4"], "use --set train.lr=1e-4"),
     "a key as an option with a dash": (["train", *RUN, "--max-steps=9"], "use --set train.max_steps=9"),
@@ -129,7 +143,10 @@ REFUSED = {
     "no run file": (["extract", *DATA, "--cache", "c", "--config", "nowhere.toml"], "nowhere.toml"),
     "a part beyond the last": (["extract", *DATA, "--cache", "c", "--part", "5/3"], "1 <= i <= n"),
     "a part that is none": (["extract", *DATA, "--cache", "c", "--part", "half"], "1 <= i <= n"),
-    "a bound that is none": (["extract", *DATA, "--cache", "c", "--engine-timeout", "nan"], "'nan' is not a number"),
+    "a bound that is none": (
+        ["extract", *DATA, "--cache", "c", "--engine-timeout", "nan"],
+        "'nan': expected a finite number",
+    ),
     "a tolerance that is none": (["cache", "compare", "c", "d", "--tolerance", "inf"], "'inf' is not a number"),
     "an engine's argument that is none": (["extract", *DATA, "--cache", "c", "--engine-arg", "x"], "not NAME=VALUE"),
     "a digest that is too short": (["train", *RUN, "--trust-remote-code", "abc123"], "12 to 64 hexadecimal digits"),
@@ -395,7 +412,7 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
         return types.SimpleNamespace(inputs="as found")
 
     fakes = {
-        "extract": {"ExtractSpec": types.SimpleNamespace, "forecast": forecast, "extract": extract},
+        "extract": {"ExtractSpec": ExtractSpec, "forecast": forecast, "extract": extract},
         "train": {
             "train": train,
             "TrainJob": FakeJob,

@@ -1,0 +1,55 @@
+"""Specs: what a run file may say, one model a table; every key has its unit, a misspelt one is an error.
+
+Invariant: a spec that validated holds only known keys with values in range. Room: a table's module imports base.py
+alone; run.py joins the tables and reads the file.
+"""
+
+from kdpipe.manifests.specs.base import (
+    Codec,
+    Device,
+    DeviceChoice,
+    Dtype,
+    DtypeChoice,
+    Flag,
+    Io,
+    RowsChoice,
+    Spec,
+)
+from kdpipe.manifests.specs.cache import CacheSpec
+from kdpipe.manifests.specs.data import DataSpec, DataTable
+from kdpipe.manifests.specs.loss import LOSS_OPTIONS, PRESETS, LossSpec
+from kdpipe.manifests.specs.run import RunFile, RunSpec, fields, flag_of, full_keys, load, misspelt_keys
+from kdpipe.manifests.specs.student import EvalSpec, StudentSpec
+from kdpipe.manifests.specs.teacher import EngineSpec, TeacherSpec
+from kdpipe.manifests.specs.train import TrainSpec, TrainTable
+
+__all__ = [
+    "LOSS_OPTIONS",
+    "PRESETS",
+    "CacheSpec",
+    "Codec",
+    "DataSpec",
+    "DataTable",
+    "Device",
+    "DeviceChoice",
+    "Dtype",
+    "DtypeChoice",
+    "EngineSpec",
+    "EvalSpec",
+    "Flag",
+    "Io",
+    "LossSpec",
+    "RowsChoice",
+    "RunFile",
+    "RunSpec",
+    "Spec",
+    "StudentSpec",
+    "TeacherSpec",
+    "TrainSpec",
+    "TrainTable",
+    "fields",
+    "flag_of",
+    "full_keys",
+    "load",
+    "misspelt_keys",
+]

@@ -1,0 +1,26 @@
+"""[cache]: where a teacher's rows are kept, which, and how they are read."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kdpipe.manifests.specs.base import Codec, Flag, Io, Paths, RowsChoice, Spec
+
+
+class CacheSpec(Spec):
+    """[cache]: where a teacher's rows are kept, which, and how they are read."""
+
+    path: Annotated[Paths, Flag("--cache", "FOLDER")] = ()
+    """The cache, or several of one teacher to train on. Texts that two of them have are trained on twice, which is
+    said; a cache whose texts are all in another is refused."""
+    rows: RowsChoice = "supervised"
+    """Keep the rows of supervised tokens only, or of every token."""
+    codec: Codec = "raw"
+    """How rows are stored: raw is as they come."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Chooses the rows that are checked twice."""
+    group: Annotated[str | None, Flag(takes="NAME")] = None
+    """Unix group that may read what is written, and what is added there later; otherwise only you can (files 0600,
+    folders 0700)."""
+    io: Io = "mmap"
+    """How the cache is read: mapped, or with pread, which suits network file systems."""

@@ -1,0 +1,55 @@
+"""[loss]: what a student minimises, and the losses of other projects under their names."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kdpipe.manifests.specs.base import Count, Flag, Fraction, Spec
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "kdflow": {"divergence": "forward_kl", "temperature": 1.0, "kd_weight": 0.5, "scale_t2": False},
+    "trl": {"divergence": "jsd", "temperature": 1.0, "kd_weight": 1.0, "scale_t2": False, "options": {"beta": 0.5}},
+    "torchtune": {"divergence": "soft_cross_entropy", "temperature": 1.0, "kd_weight": 0.5, "scale_t2": False},
+    "distillkit": {"divergence": "forward_kl", "temperature": 1.0, "kd_weight": 0.5, "scale_t2": True},
+}
+"""Losses of other projects at their defaults; docs/losses.md says how their names map."""
+
+
+LOSS_OPTIONS = ("alpha", "beta", "forward_share", "k", "power", "samples")
+"""Keys of loss.options over all divergences; each takes its own, as docs/losses.md says."""
+
+
+class LossSpec(Spec):
+    """[loss]: what a student minimises: (1 - kd_weight) * CE + kd_weight * KD."""
+
+    preset: Annotated[Literal["kdflow", "trl", "torchtune", "distillkit"] | None, Flag("--loss-preset")] = None
+    """Start from another project's loss at its defaults, as docs/losses.md says; keys given beside it win."""
+    divergence: str = "forward_kl"
+    """Name of the divergence between teacher and student."""
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+    """Both models' logits are divided by it."""
+    kd_weight: Fraction = 1.0
+    """Weight of the divergence; the rest goes to cross entropy. 0 trains on cross entropy alone."""
+    scale_t2: bool = False
+    """Multiply the divergence by temperature squared (Hinton et al. 2015)."""
+    chunk_tokens: Count | None = None
+    """Tokens whose logits exist at a time; chosen from the sizes when not given."""
+    label_smoothing: Fraction = 0.0
+    """Share of the cross-entropy's target that is spread evenly over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    """Adds this times the squared logarithm of the student's softmax denominator; 1e-4 keeps logits from drifting."""
+    head_grad_fp32: bool = True
+    """Sum the head's gradient over chunks in float32; false saves memory and is as exact up to some 16 chunks."""
+    options: dict[str, float] = {}  # noqa: RUF012 - pydantic copies it
+    """Options of the divergence, such as beta of jsd."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("preset"), str) or given["preset"] not in PRESETS:
+            return given
+        start = dict(PRESETS[given["preset"]])
+        if given.get("divergence", start["divergence"]) != start["divergence"]:
+            start.pop("options", None)  # they are of the preset's divergence
+        return start | given
