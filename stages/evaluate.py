@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, ConfigError, StudentError
@@ -24,16 +23,17 @@ from kdpipe.stages.feed.order import cut_steps, deal
 from kdpipe.stages.feed.packing import PackedBatch, Packer
 from kdpipe.stages.loss import TokenMetrics
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.student import (
     Student,
     TeacherHead,
     check_student,
     checkpoint_dtype,
+    load_sharded,
     load_teacher_head,
     pick_device,
     probe_text,
     require_context,
-    shard,
 )
 
 
@@ -96,23 +96,24 @@ def score(
     batch_tokens: int,
     device: torch.device,
     progress: Progress,
-    mesh: DeviceMesh | None = None,
+    ranks: Ranks | None = None,
     stop: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Metrics of the student in a folder on some samples: what `kdpipe eval` and the end of `kdpipe train` both say.
 
-    mesh: the ranks that share the work, each with its shard of the weights; None where there is one
+    ranks: those that share the work, each with its part of the weights; None where there is one
     stop: called after each batch, may raise
-    Raises StudentError, CorruptError; CheckFailed where a figure is not finite. Collective where there is a mesh.
+    Raises StudentError, CorruptError; CheckFailed where a figure is not finite. Collective where there are ranks.
     """
     precision = getattr(torch, dtype)
-    model = Student(student.load(precision, device))
-    if mesh is not None:
-        model = shard(model, mesh, precision, device)
+    if ranks is not None and ranks.world_size > 1:
+        model = load_sharded(student, ranks, stored=precision, computed=precision)
+    else:
+        model = Student(student.load(precision, device))
     model.examine(probe_text(dataset, samples, model.model.config), student.path)
     teachers = [load_teacher_head(teacher, device) for teacher in dataset.teachers]
     packer = Packer(dataset, padded=model.padded, pin=device.type == "cuda")
-    rank, world_size = (mesh.get_rank(), mesh.size()) if mesh is not None else (0, 1)
+    rank, world_size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)
     feed = batches(dataset, packer, samples, batch_tokens, rank=rank, world_size=world_size)
     progress.begin("eval", total=int(dataset.num_tokens[samples].sum()), unit="tokens")
     progress.advance(0, f"in {dtype}")

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from kdpipe.manifests.errors import TemporaryError
+
 T = TypeVar("T")
 
 
@@ -36,6 +38,22 @@ class Ranks:
         found = [find() if self.rank == 0 else None]
         dist.broadcast_object_list(found, src=0)
         return found[0]  # type: ignore[return-value]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What this rank's `work` returns, which waits for no other. Where one rank fails all do: none waits for it.
+
+        Raises what `work` raises, TemporaryError where it is another rank's that failed.
+        """
+        try:
+            found, problem = [work()], None
+        except Exception as err:
+            found, problem = [], err
+        (failed,) = self.largest([float(problem is not None)])
+        if problem is not None:
+            raise problem
+        if failed:
+            raise TemporaryError("another rank failed, which says why; run it again")
+        return found[0]
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """Each value's largest over all ranks."""

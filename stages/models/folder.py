@@ -44,6 +44,7 @@ class ModelFolder:
     def __init__(self, path: Path, error: type[InputError], trust: str | None = None) -> None:
         self.path, self.error, self.trust = path, error, trust
         self.notes: list[str] = []
+        self._examined = False
 
     def at(self, path: Path) -> "ModelFolder":
         """Another folder, read in the same way and with the same trust."""
@@ -52,7 +53,7 @@ class ModelFolder:
     @cached_property
     def code(self) -> OwnCode:
         """The folder's own code, allowed by its digest; empty where none is run."""
-        with self._answering("its own code cannot be read"):
+        with self.answering("its own code cannot be read"):
             return allowed_code(self.path, self.trust, self.error)
 
     @cached_property
@@ -64,7 +65,7 @@ class ModelFolder:
     def config(self) -> Any:
         """The config of a causal LM: one that transformers knows, or that the folder's own code makes."""
         self._require_config()
-        with self._answering("config.json cannot be used"):
+        with self.answering("config.json cannot be used"):
             config = self._from_pretrained(AutoConfig)
             if self.trust is None or AutoModelForCausalLM.__name__ not in (getattr(config, "auto_map", None) or {}):
                 self._require_causal(config)
@@ -73,7 +74,7 @@ class ModelFolder:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer, with the ids of its own tokenizer.json; see tokenizer.py."""
-        with self._answering("its tokenizer does not load"):
+        with self.answering("its tokenizer does not load"):
             read = read_tokenizer(self.place, lambda: self._from_pretrained(AutoTokenizer), self.error, self.path)
         self.notes += [read.note] if read.note else []
         return read.tokenizer
@@ -81,7 +82,7 @@ class ModelFolder:
     @cached_property
     def tokenizer_files(self) -> tuple[str, ...]:
         """Names of the files that the tokenizer is read from: what goes with a copy of the model, byte for byte."""
-        with self._answering("its tokenizer does not load"):
+        with self.answering("its tokenizer does not load"):
             return tokenizer_files(self.path)
 
     @cached_property
@@ -93,7 +94,7 @@ class ModelFolder:
                 "save_pretrained)",
                 where=self.path,
             )
-        with self._answering("the weight files cannot be read; copy them again"):
+        with self.answering("the weight files cannot be read; copy them again"):
             return weight_files(self.path, self.error)
 
     @cached_property
@@ -111,7 +112,7 @@ class ModelFolder:
         path = self.path / name
         if not os.path.lexists(path):
             return {}
-        with self._answering(f"{name} cannot be read"):
+        with self.answering(f"{name} cannot be read"):
             value = json.loads(path.read_bytes()) if path.is_file() else None
             if not isinstance(value, dict):
                 raise self.error(f"{name} is not a file with one JSON object; copy it again", where=self.path)
@@ -123,7 +124,7 @@ class ModelFolder:
         of_file: for a caller that knows the digests of some files
         """
         self._require_config()
-        with self._answering("it cannot be read"):
+        with self.answering("it cannot be read"):
             return digest_model(self.path, self.code.digest, of_file)
 
     def examine(self) -> None:
@@ -132,13 +133,15 @@ class ModelFolder:
         In the dtype of its files a model maps its weights: the trial takes a fraction of a second and no memory, but
         for what transformers puts together while it loads (experts of a mixture).
         """
-        self._whole(stored_dtype(self.weights))
+        if not self._examined:
+            self._whole(stored_dtype(self.weights))
+            self._examined = True
 
-    def skeleton(self) -> Any:
-        """The model on the meta device: its modules and the shapes of its weights, no memory."""
+    def skeleton(self, dtype: torch.dtype | None = None) -> Any:
+        """The model on the meta device, in `dtype` or the config's: modules and the shapes of weights, no memory."""
         config = copy.deepcopy(self.config)
         with (
-            self._answering("transformers cannot build the model of config.json"),
+            self.answering("transformers cannot build the model of config.json"),
             torch.device("meta"),
             warnings.catch_warnings(action="ignore"),  # sizes of 0: what is wrong with them is said of the weights
         ):
@@ -150,12 +153,13 @@ class ModelFolder:
                     where=self.path,
                 )
             # With own code, config.name_or_path is the private copy that the config was read from.
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=bool(self.code))
+            chosen = {} if dtype is None else {"dtype": dtype}
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=bool(self.code), **chosen)
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole model on `device`; a weight that is missing, left over or of another shape is an error."""
         model = self._whole(dtype)
-        with self._answering("the model does not load"):
+        with self.answering("the model does not load"):
             loaded: PreTrainedModel = model.to(device)
             return loaded
 
@@ -163,7 +167,7 @@ class ModelFolder:
         """The model on the CPU with every one of its weights."""
         built = self.skeleton()
         self.read_json(GENERATION)  # transformers takes one that it cannot read for none
-        with self._answering("the model does not load"):
+        with self.answering("the model does not load"):
             if (
                 getattr(self.config, "quantization_config", None) is None
             ):  # packed weights have sizes and types of their own
@@ -208,7 +212,7 @@ class ModelFolder:
             raise self.error(f"'{config.model_type}' ({kind}) is not a causal LM", where=self.path)
 
     @contextmanager
-    def _answering(self, what: str) -> Iterator[None]:
+    def answering(self, what: str) -> Iterator[None]:
         """Whatever a library raises in the block becomes one line of the folder's error.
 
         Not a list of types: they change with each version, and a folder's own code may raise anything. BaseException,

@@ -2,7 +2,7 @@
 
 from kdpipe.stages.student.check import check_student, check_student_of, checkpoint_dtype, require_context
 from kdpipe.stages.student.exam import probe_text
-from kdpipe.stages.student.sharding import load_to_shard, reduce_gradients, shard
+from kdpipe.stages.student.sharding import load_sharded, reduce_gradients, shard
 from kdpipe.stages.student.student import (
     LOSS_SUMS,
     Student,
@@ -18,8 +18,8 @@ __all__ = [
     "check_student",
     "check_student_of",
     "checkpoint_dtype",
+    "load_sharded",
     "load_teacher_head",
-    "load_to_shard",
     "pick_device",
     "probe_text",
     "reduce_gradients",

@@ -1,13 +1,18 @@
-"""Sharding: a student over the ranks of a run by FSDP2, from weights that one rank reads.
+"""Sharding: a student over the ranks of a run by FSDP2, whole on none of them.
 
-    rank 0: the whole model in memory       others: its skeleton on the meta device
-    for each decoder layer, then for the rest: rank 0's tensors to every rank -> fully_shard keeps each rank's part
+    every rank: skeleton (meta) -> fully_shard -> its part of each tensor, read from the files     [filled in parts]
+    else:       rank 0: the whole model, others: a skeleton -> tensors to every rank -> fully_shard
 
-Invariant: what a rank holds is, bit for bit, its part of the model that from_pretrained loads in float32.
-Cost: host memory for one whole model on rank 0 and for a layer on the others; a device holds a layer and its shards.
+The second way is for folders that can only be loaded whole (models/parts.py), as mixtures whose experts transformers
+puts together; all ranks take the same way.
+
+Invariant: what a rank holds is, bit for bit, its part of the model that from_pretrained loads.
+Cost: a rank's part and nothing to speak of beside it. The second way: host memory for one whole model on rank 0, for a
+layer on the others.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -15,30 +20,85 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.parts import Stored, WholeOnlyError, files_of, make_buffers, replace_tensors, tensors_aside
+from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.student.student import Student
 
 CPU = torch.device("cpu")
 
 
-def load_to_shard(model: ModelFolder, *, rank: int) -> PreTrainedModel:
-    """The student in float32, whole on rank 0; the others' has no weights until `shard` gives them theirs."""
-    if rank == 0:
-        return model.load(torch.float32, CPU)
-    skeleton: PreTrainedModel = model.skeleton().float()
-    # A tensor that is neither parameter nor buffer cannot be handed out.
-    aside = any(
-        isinstance(value, torch.Tensor) and value.is_meta
-        for module in skeleton.modules()
-        for value in vars(module).values()
-    )
-    return model.load(torch.float32, CPU) if aside else skeleton
+def load_sharded(
+    folder: ModelFolder,
+    ranks: Ranks,
+    *,
+    stored: torch.dtype,
+    computed: torch.dtype,
+    grad_checkpointing: bool = False,
+) -> Student:
+    """The student of a folder, its weights `stored` over the ranks, its forward pass in another dtype. Collective.
+
+    folder.notes has a line more where rank 0 had to read it whole.
+    Raises what ModelFolder raises; TemporaryError where another rank could not read its part.
+    """
+    model, files = ranks.together(lambda: _in_parts(folder, stored, ranks.world_size))
+    (whole_only,) = ranks.largest([float(not files)])  # two clients of a network file system may not see the same
+    if whole_only:
+        model = ranks.together(lambda: _whole_on_first(folder, model, stored, rank=ranks.rank))
+    if grad_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    student = Student(model)
+    if whole_only:
+        return shard(student, ranks.mesh, computed, ranks.device)
+    _fully_shard(student, ranks.mesh, computed)
+    ranks.together(lambda: _fill(folder, model, files, ranks.device))
+    return student
 
 
 def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device) -> Student:
-    """Shard the student over the mesh in place (FSDP2): each decoder layer by itself, the rest as the root. Collective.
+    """Shard a student that is whole on rank 0 over the mesh, in place; dtype: of the forward pass. Collective."""
+    return _fully_shard(student, mesh, dtype, lambda module: _hand_out(module, device))
+
+
+def reduce_gradients(student: Student, wanted: bool) -> None:
+    """Whether the next backward pass sums gradients over ranks, or keeps them for the next micro-batch."""
+    assert isinstance(student, FSDPModule)
+    student.set_requires_gradient_sync(wanted)
+
+
+def _in_parts(folder: ModelFolder, dtype: torch.dtype, num_ranks: int) -> tuple[PreTrainedModel, dict[str, Stored]]:
+    """The skeleton, its buffers made, and where its weights lie; nowhere if it can only be loaded whole."""
+    folder.examine()
+    model = folder.skeleton(dtype)
+    with folder.answering("its weights cannot be found in the files"):
+        try:
+            files = files_of(model, folder.weights)
+            make_buffers(model)
+        except WholeOnlyError as err:
+            if num_ranks > 1:
+                folder.notes.append(f"rank 0 reads the whole student, and sends each rank its part: {err}")
+            return folder.skeleton(dtype), {}
+    return model, files
+
+
+def _whole_on_first(
+    folder: ModelFolder, skeleton: PreTrainedModel, dtype: torch.dtype, *, rank: int
+) -> PreTrainedModel:
+    """The model, whole on rank 0; the others' has no weights until it is sharded."""
+    # A tensor that is neither parameter nor buffer cannot be handed out.
+    return folder.load(dtype, CPU) if rank == 0 or tensors_aside(skeleton) else skeleton
+
+
+def _fully_shard(
+    student: Student,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    before: Callable[[nn.Module], None] = lambda module: None,
+) -> Student:
+    """Shard the student in place: each decoder layer by itself, the rest as the root; `before` is called with each.
 
     Gradients are summed over ranks, not averaged: the loss is divided once, by the tokens of all ranks.
     """
@@ -47,9 +107,9 @@ def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype, device: torch.
     for module in student.model.modules():
         # Mamba names its blocks and the mixers inside them: what is part of a sharded layer is sharded already.
         if type(module).__name__ in layers and not any(isinstance(each, DTensor) for each in module.parameters()):
-            _hand_out(module, device)
+            before(module)
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    _hand_out(student, device)
+    before(student)
     fully_shard(student, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(student, "examined")
     for module in student.modules():
@@ -60,28 +120,35 @@ def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype, device: torch.
     return student
 
 
-def reduce_gradients(student: Student, wanted: bool) -> None:
-    """Whether the next backward pass sums gradients over ranks, or keeps them for the next micro-batch."""
-    assert isinstance(student, FSDPModule)
-    student.set_requires_gradient_sync(wanted)
+def _fill(folder: ModelFolder, model: PreTrainedModel, files: Mapping[str, Stored], device: torch.device) -> None:
+    """Give a sharded skeleton this rank's part of every weight, and all of every buffer, on its device."""
+
+    def filled(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, DTensor):
+            whole = torch.empty_like(tensor, device=device) if name in files else tensor.to(device)
+            if name in files:
+                files[name].read(whole)
+            return whole
+        mesh, placements = tensor.device_mesh, tensor.placements
+        shape, (row, *_) = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        part = torch.empty(shape, dtype=tensor.dtype, device=device)
+        files[name].read(part, first=row * math.prod(shape[1:]))
+        sharded = DTensor.from_local(part, mesh, placements, shape=tensor.shape, stride=tensor.stride())
+        return nn.Parameter(sharded, tensor.requires_grad)
+
+    with folder.answering("the weight files cannot be read; copy them again"):
+        replace_tensors(model, filled)
 
 
 def _hand_out(module: nn.Module, device: torch.device) -> None:
     """Rank 0's parameters and buffers of the module on every rank's device; what is sharded already is left alone."""
-    given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id of the tensor, which is kept alive with it
-    for each in module.modules():
-        tables: tuple[dict[str, Any], ...] = (each._parameters, each._buffers)
-        for table in tables:
-            for name, tensor in table.items():
-                if tensor is None or isinstance(tensor, DTensor):
-                    continue
-                if id(tensor) not in given:
-                    given[id(tensor)] = tensor, _from_first_rank(tensor, device)
-                table[name] = given[id(tensor)][1]
 
+    def given(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, DTensor):
+            return tensor
+        whole = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+        if dist.get_world_size() > 1:
+            dist.broadcast(whole, src=0)
+        return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
 
-def _from_first_rank(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    whole = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
-    if dist.get_world_size() > 1:
-        dist.broadcast(whole, src=0)
-    return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
+    replace_tensors(module, given)

@@ -28,14 +28,12 @@ from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.packing import Packer
 from kdpipe.stages.ranks import Ranks, joined
 from kdpipe.stages.student import (
-    Student,
     check_student,
     checkpoint_dtype,
+    load_sharded,
     load_teacher_head,
-    load_to_shard,
     pick_device,
     probe_text,
-    shard,
 )
 from kdpipe.stages.student.export import companions, export
 from kdpipe.stages.train.checkpoint import Checkpoints
@@ -139,7 +137,7 @@ def _measured(
             batch_tokens=max(job.spec.train.batch_tokens // (ranks.world_size * job.spec.train.grad_accum), 1),
             device=ranks.device,
             progress=progress,
-            mesh=ranks.mesh if ranks.world_size > 1 else None,
+            ranks=ranks,
             stop=stop,
         )
         metrics |= {"dtype": dtype}
@@ -164,11 +162,15 @@ class Run:
         # As they are now: what is exported is what was trained, whatever becomes of the folder meanwhile.
         self.beside = companions(found.model, dataset, checkpoint_dtype(found.model))
         heads = [load_teacher_head(teacher, ranks.device) for teacher in dataset.teachers]
-        model = load_to_shard(found.model, rank=ranks.rank)
-        if spec.grad_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.student = shard(Student(model).train(), ranks.mesh, getattr(torch, spec.dtype), ranks.device)
-        self.student.examine(probe_text(dataset, np.arange(len(dataset)), model.config), job.student)
+        self.student = load_sharded(
+            found.model,
+            ranks,
+            stored=torch.float32,
+            computed=getattr(torch, spec.dtype),
+            grad_checkpointing=spec.grad_checkpointing,
+        ).train()
+        self.student.examine(probe_text(dataset, np.arange(len(dataset)), self.student.model.config), job.student)
+        self.notes = (*found.model.notes, *self.beside.notes)
         self.training, self.heldout = found.samples
         self.batches = PlannedBatches(
             dataset if job.spec.loss.kd_weight > 0.0 else dataset.without_teachers(),
@@ -192,7 +194,7 @@ class Run:
     ) -> None:
         """All steps that are left, with evaluations and checkpoints on the way; `keep` is called after each."""
         self._introduce(progress)
-        for note in self.beside.notes:
+        for note in self.notes:
             progress.note(note)
         if self.trainer.done == 0 and len(self.heldout):
             before = self.evaluate_now(progress)

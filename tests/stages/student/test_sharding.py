@@ -1,41 +1,70 @@
-"""Weights that one rank reads are on every rank what from_pretrained gives."""
+"""The parts that ranks read are, together, what from_pretrained gives."""
 
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from tests.models import make_model
-from tests.opened import load_student, student_in
-from tests.stages.student.sharded import CPU, save_what_each_rank_has
+from tests.models import KINDS, make_model
+from tests.opened import load_student
+from tests.stages.student.sharded import CPU, load_and_keep
 
 from kdpipe.pipeline.launch import launch
-from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.student import load_to_shard
-
-KINDS = ("llama", "qwen2", "gemma2")
-"""A head of its own, a tied one, and buffers that no file holds."""
 
 
-def test_shards_of_two_ranks_are_the_loaded_model_bit_for_bit(tmp_path: Path) -> None:
-    folders = [make_model(kind, tmp_path / kind, dtype="bfloat16", vocab_size=253) for kind in KINDS]
-    launch(save_what_each_rank_has, folders, tmp_path, nproc=2)
+def make_mixture(folder: Path) -> Path:
+    """A mixture of experts, whose weights transformers puts together while it loads them."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=61, num_local_experts=3, num_key_value_heads=2, **sizes)
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_split(folder: Path) -> Path:
+    """A model in several files, its vocabulary divisible by no number of ranks."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(make_model("llama", folder / "one", vocab_size=253))
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Path, list[list[str]], list[str]]:
+    """Folders of every kind, what two ranks have of them, each rank's notes, its error where one's file is short."""
+    made = tmp_path_factory.mktemp("sharded")
+    folders = [make_model(kind, made / kind, dtype="bfloat16", vocab_size=253) for kind in KINDS]
+    folders += [make_split(made / "split"), make_mixture(made / "mixture")]
+    short = make_model("llama", made / "short")
+    return folders, made, *launch(load_and_keep, folders, short, made, nproc=2)
+
+
+def test_parts_of_two_ranks_are_the_loaded_model_bit_for_bit(loaded: tuple[list[Path], Path, object, object]) -> None:
+    folders, made, *_ = loaded
     for folder in folders:
         model = load_student(folder, torch.float32, CPU)
-        found = load_file(tmp_path / f"{folder.name}-0.safetensors")
+        found = load_file(made / f"{folder.name}-0.safetensors")
         for name, tensor in model.state_dict().items():
-            assert torch.equal(found[f"model.{name}"], tensor), name
+            assert torch.equal(found[f"model.{name}"], tensor), (folder.name, name)
         buffers = {f"buffer.model.{name}": tensor for name, tensor in model.named_buffers()}
         assert buffers
-        others = load_file(tmp_path / f"{folder.name}-1.safetensors")
+        others = load_file(made / f"{folder.name}-1.safetensors")
         assert others.keys() == buffers.keys()
         for name, tensor in buffers.items():
-            assert torch.equal(others[name], tensor), name
+            assert torch.equal(others[name], tensor), (folder.name, name)
 
 
-def test_only_the_first_rank_reads_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_model("llama", tmp_path)
-    monkeypatch.setattr(ModelFolder, "load", lambda *_: pytest.fail("the weights were read"))
-    assert all(tensor.is_meta for tensor in load_to_shard(student_in(folder), rank=1).parameters())
-    with pytest.raises(pytest.fail.Exception):
-        load_to_shard(student_in(folder), rank=0)
+def test_a_student_is_whole_on_no_rank_but_where_transformers_converts_it(
+    loaded: tuple[object, object, list[list[str]], object],
+) -> None:
+    (note,), (other,) = loaded[2]  # the launch fails where a rank loads any other folder
+    assert note == other
+    assert note.startswith("rank 0 reads the whole student, and sends each rank its part: transformers converts")
+
+
+def test_a_rank_that_cannot_read_its_part_ends_the_others(loaded: tuple[object, object, object, list[str]]) -> None:
+    first, second = loaded[3]
+    assert first.partition(":")[0] in ("TemporaryError", "StudentError"), first  # they may see the same file
+    assert second.startswith("StudentError: ")
+    assert second.endswith("OSError: model.safetensors ends before its header says")
