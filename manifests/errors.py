@@ -17,6 +17,7 @@
       InternalError    E-INTERNAL       70   a fault of kdpipe itself; its traceback is in a file
       TemporaryError   E-TEMPORARY      75   preempted, peer gone: run it again
         BusyError      E-BUSY           75   another run is at work in the output
+        PeerError      E-PEER           75   another rank failed, and its error is the one to show
         EngineError    E-ENGINE         75   the teacher's engine died or fell silent; finished shards are kept
       StoppedError     E-INTERRUPTED   130   Ctrl-C: run it again
 
@@ -118,6 +119,10 @@ class TemporaryError(KdpipeError):
 
 class BusyError(TemporaryError):
     code = "E-BUSY"
+
+
+class PeerError(TemporaryError):
+    code = "E-PEER"
 
 
 class EngineError(TemporaryError):

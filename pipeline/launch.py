@@ -27,7 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdpipe.manifests import errors
 from kdpipe.manifests.bus_errors import explain_bus_errors
-from kdpipe.manifests.errors import InternalError, KdpipeError, TemporaryError, stopped
+from kdpipe.manifests.errors import InternalError, KdpipeError, PeerError, TemporaryError, stopped
 from kdpipe.pipeline.endings import answered
 from kdpipe.pipeline.last_net import Crash, crash_of, kept
 
@@ -121,6 +121,7 @@ def _verdict(
     then about their lost peer. asked: the signals that the launcher was sent; stop: the error for one of them
     """
     words = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda word: word["time"])
+    words = [word for word in words if word.get("class") != PeerError.__name__] or words
     ours = [word for word in words if "class" in word]
     ours.sort(key=lambda word: word["class"] == TemporaryError.__name__)  # stable: by time, lost peers last
     bugs = [word for word in words if "crash" in word]

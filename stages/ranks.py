@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from kdpipe.manifests.errors import TemporaryError
+from kdpipe.manifests.errors import PeerError
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class Ranks:
     def together(self, work: Callable[[], T]) -> T:
         """What this rank's `work` returns, which waits for no other. Where one rank fails all do: none waits for it.
 
-        Raises what `work` raises, TemporaryError where it is another rank's that failed.
+        Raises what `work` raises, PeerError where it is another rank's that failed.
         """
         try:
             found, problem = [work()], None
@@ -52,7 +52,7 @@ class Ranks:
         if problem is not None:
             raise problem
         if failed:
-            raise TemporaryError("another rank failed, which says why; run it again")
+            raise PeerError("another rank failed, which says why; run it again")
         return found[0]
 
     def largest(self, values: Sequence[float]) -> list[float]:

@@ -163,7 +163,7 @@ def _stored_in(file: Path) -> dict[str, Stored]:
 
 def _read_exactly(descriptor: int, out: torch.Tensor, at: int, where: Path) -> None:
     """Fill the bytes of `out` from byte `at` of a file. Raises OSError for one that ends before."""
-    view = memoryview(out.numpy())
+    view = out.numpy().data
     while view:
         got = os.preadv(descriptor, [view], at)
         if not got:

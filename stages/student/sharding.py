@@ -42,7 +42,7 @@ def load_sharded(
     """The student of a folder, its weights `stored` over the ranks, its forward pass in another dtype. Collective.
 
     folder.notes has a line more where rank 0 had to read it whole.
-    Raises what ModelFolder raises; TemporaryError where another rank could not read its part.
+    Raises what ModelFolder raises; PeerError where another rank could not read its part.
     """
     model, files = ranks.together(lambda: _in_parts(folder, stored, ranks.world_size))
     (whole_only,) = ranks.largest([float(not files)])  # two clients of a network file system may not see the same

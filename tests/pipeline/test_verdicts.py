@@ -6,14 +6,16 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from kdpipe.manifests.errors import DataError, KdpipeError, StoppedError, TemporaryError, stopped
-from kdpipe.pipeline.launch import _leave_error, _signals, _verdict
+from kdpipe.manifests.errors import DataError, KdpipeError, PeerError, StoppedError, TemporaryError, stopped
+from kdpipe.pipeline.last_net import crash_of
+from kdpipe.pipeline.launch import _leave, _leave_error, _signals, _verdict
 
 
 def stop(name: str) -> KdpipeError:
@@ -114,3 +116,17 @@ def test_the_first_error_counts_and_a_lost_peer_last(tmp_path: Path, monkeypatch
         word = json.loads((tmp_path / f"{rank}.json").read_text())
         (tmp_path / f"{rank}.json").write_text(json.dumps(word | {"time": 100.0 + rank}))
     assert str(_verdict(tmp_path, 0, 75, [], stop)) == "E-DATA: the first"
+
+
+@pytest.mark.parametrize("cause", [ZeroDivisionError("of nothing"), TemporaryError("no room on the network")])
+def test_a_rank_that_knows_only_that_another_failed_says_nothing(
+    cause: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(tmp_path, 0, PeerError("another rank failed"), monkeypatch)
+    assert str(_verdict(tmp_path, 0, 75, [], stop)) == "E-PEER: another rank failed"
+    if isinstance(cause, KdpipeError):
+        leave(tmp_path, 1, cause, monkeypatch)
+    else:
+        monkeypatch.setenv("RANK", "1")
+        _leave(tmp_path, {"crash": asdict(crash_of(cause))})
+    assert str(cause) in str(_verdict(tmp_path, 0, 75, [], stop))
