@@ -26,8 +26,10 @@ MAX_CLAIM_BYTES = 1 << 12
 class Claims:
     """The claims on one cache, as one writer sees them."""
 
-    def __init__(self, cache: Path, *, seconds: float = CLAIM_S) -> None:
-        self._cache, self._folder, self._seconds = cache, cache / "claims", seconds
+    def __init__(self, cache: Path, *, seconds: float | None = None) -> None:
+        """seconds: of silence after which a writer counts as gone, CLAIM_S without"""
+        self._cache, self._folder = cache, cache / "claims"
+        self._seconds = CLAIM_S if seconds is None else seconds
         self._mine: set[int] = set()
         self._touched = time.monotonic()
         self._folder.mkdir(exist_ok=True)

@@ -32,7 +32,9 @@ SAMPLES_FILE = "samples.arrow"
 GROWN = "grown"
 FOLDERS = ("shards", "commits", "claims", "tmp", "runs", "teacher")
 SHARD_TOKENS = 65536
-"""Tokens a shard holds at most, and so the teacher's work that a kill can lose."""
+"""Tokens a shard holds at most, unless another size is asked for, and so the teacher's work that a kill can lose."""
+MAX_SHARD_TOKENS = 1 << 30
+"""Places of tokens in a shard are int32 in samples.arrow."""
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -77,6 +79,8 @@ class Settings(Record):
     dtype: Dtype
     seed: int
     """Fixes which rows the gate probes."""
+    shard_tokens: Annotated[int, Field(ge=1, le=MAX_SHARD_TOKENS)]
+    """Tokens a shard holds at most; a longer sample has one of its own."""
 
 
 class Ancestor(Record):
@@ -122,6 +126,10 @@ class Plan(Record):
 
     def to_bytes(self) -> bytes:
         return canonical(self.model_dump(mode="json"))
+
+    def changed(self, **changes: object) -> "Plan":
+        """This plan with other fields. Unlike model_copy it does not keep the digest of the old ones."""
+        return Plan.model_validate({name: getattr(self, name) for name in Plan.model_fields} | changes)
 
     @cached_property
     def digest(self) -> str:
@@ -201,7 +209,7 @@ def read_plan(cache: Path, generation: int | None = None) -> Plan:
         raise LayoutError("PLAN.json was edited after it was written", where=path)
     if plan.generation != generation or sorted(plan.brought(), key=lambda each: each.start) != plan.brought():
         raise LayoutError(f"'grown_from': {plan.generation} earlier plans, expected {generation}", where=path)
-    return plan.model_copy(update={"shards": _read_table(cache, plan, path)})
+    return plan.changed(shards=_read_table(cache, plan, path))
 
 
 def _read_table(cache: Path, plan: Plan, where: Path) -> ShardTable:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from kdpipe.manifests.durable import open_regular
 from kdpipe.manifests.errors import CorruptError, LayoutError
-from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, SHARD_TOKENS, Plan, plan_folder
+from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Plan, plan_folder
 from kdpipe.manifests.sample import ID_BYTES, Sample, SampleTokens, row_positions
 from kdpipe.manifests.shard_table import NO_SHARDS, SHARDS_FILE, ShardTable
 from kdpipe.manifests.specs import Io
@@ -74,7 +74,7 @@ def identity(content_id: bytes, token_ids: np.ndarray, supervised: np.ndarray) -
 class SamplesWriter:
     """Writes samples.arrow as samples arrive, one record batch a shard, and keeps the shards' bounds.
 
-    writer = SamplesWriter(path, batch_tokens=0, every_row=False)
+    writer = SamplesWriter(path, shard_tokens=65536, batch_tokens=0, every_row=False)
     for sample in samples: writer.add(sample)
     table = writer.close()
 
@@ -85,9 +85,9 @@ class SamplesWriter:
         self,
         path: Path,
         *,
+        shard_tokens: int,
         batch_tokens: int,
         every_row: bool,
-        shard_tokens: int = SHARD_TOKENS,
         after: "Samples | None" = None,
     ) -> None:
         self._batch_tokens, self._every_row, self._shard_tokens = batch_tokens, every_row, shard_tokens

@@ -101,7 +101,14 @@ def make_plan(
     plan = Plan(
         fingerprint=Fingerprint(teacher=teacher, tokenizer="tokenizer", template="", data=writer.data_digest()),
         settings=Settings(
-            max_length=4096, overlong="truncate", supervise="assistant", rows=rows, codec="raw", dtype=dtype, seed=0
+            max_length=4096,
+            overlong="truncate",
+            supervise="assistant",
+            rows=rows,
+            codec="raw",
+            dtype=dtype,
+            seed=0,
+            shard_tokens=shard_tokens,
         ),
         engine=EngineRecord(
             name="random",
@@ -133,7 +140,7 @@ def total(shards: ShardTable, name: str) -> int:
     return int(shards.columns[name].sum())
 
 
-def grow_plan(folder: Path, samples: Iterable[Sample], *, shard_tokens: int = 200) -> Plan:
+def grow_plan(folder: Path, samples: Iterable[Sample]) -> Plan:
     """The plan of a cache that gets more samples, in place; its new shards are not there yet."""
     before = read_plan(folder)
     place = plan_folder(folder, before.generation + 1)
@@ -142,7 +149,7 @@ def grow_plan(folder: Path, samples: Iterable[Sample], *, shard_tokens: int = 20
         place / SAMPLES_FILE,
         batch_tokens=before.engine.batch_tokens,
         every_row=before.settings.rows == "all",
-        shard_tokens=shard_tokens,
+        shard_tokens=before.settings.shard_tokens,
         after=Samples(folder, before),
     )
     for sample in samples:

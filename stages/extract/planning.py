@@ -24,6 +24,7 @@ from kdpipe.manifests.errors import (
 )
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.plan import (
+    MAX_SHARD_TOKENS,
     PLAN_FILE,
     SAMPLES_FILE,
     SHARD_TOKENS,
@@ -67,6 +68,7 @@ class ExtractSpec:
     dtype: of the teacher's pass and the rows; "auto" takes the checkpoint's
     rows: "supervised" keeps rows whose next token is a target, "all" keeps every row that has a next token
     seed: fixes which rows the gate probes
+    shard_tokens: tokens a shard holds at most
     batch_tokens: tokens of a padded teacher batch; 0 runs every sample alone; None: 0 on a CPU, 16384 on a GPU;
         for engines that do not batch by themselves
     options: how the engine is run
@@ -83,6 +85,7 @@ class ExtractSpec:
     rows: RowsChoice = "supervised"
     codec: Codec = "raw"
     seed: int = 0
+    shard_tokens: int = SHARD_TOKENS
     device: DeviceChoice = "auto"
     batch_tokens: int | None = None
     options: EngineOptions = field(default_factory=EngineOptions)
@@ -165,7 +168,7 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_heldout=num_heldout,
-        num_shards=-(-num_tokens // SHARD_TOKENS),
+        num_shards=-(-num_tokens // spec.shard_tokens),
         hidden_size=info.hidden_size,
         vocab_size=real_vocab_size(spec.teacher, tokenizer, info.head_rows),
         dtype=info.dtype,
@@ -244,20 +247,18 @@ def plan_cache(
     present = Present(cache) if (cache / PLAN_FILE).exists() else None
     (folder / "runs").mkdir()
     written = _write_samples(spec, info, tokenizer, folder, progress, plan=plan, present=present)
-    plan = plan.model_copy(
-        update={
-            "fingerprint": plan.fingerprint.model_copy(update={"data": written.data_digest}),
-            "num_samples": int(written.shards.num_samples.sum()),
-            "num_tokens": int(written.shards.num_tokens.sum()),
-            "num_rows": int(written.shards.num_rows.sum()),
-            "counts": written.counts,
-            "samples_digest": written.samples_digest,
-            "shards_digest": written.shards_digest,
-            "num_shards": len(written.shards),
-            "shards": written.shards,
-            "teacher_files": {} if present is None else present.plan.teacher_files,
-            "grown_from": () if present is None else present.ancestors(),
-        }
+    plan = plan.changed(
+        fingerprint=plan.fingerprint.model_copy(update={"data": written.data_digest}),
+        num_samples=int(written.shards.num_samples.sum()),
+        num_tokens=int(written.shards.num_tokens.sum()),
+        num_rows=int(written.shards.num_rows.sum()),
+        counts=written.counts,
+        samples_digest=written.samples_digest,
+        shards_digest=written.shards_digest,
+        num_shards=len(written.shards),
+        shards=written.shards,
+        teacher_files={} if present is None else present.plan.teacher_files,
+        grown_from=() if present is None else present.ancestors(),
     )
     if present is not None:
         if not spec.grow:
@@ -277,7 +278,11 @@ def plan_without_samples(
     tokenizer: PreTrainedTokenizerBase,
     inputs: Inputs,
 ) -> Plan:
-    """All of the plan that is decided before any data is read."""
+    """All of the plan that is decided before any data is read. Raises ConfigError for a size that no shard can have."""
+    if not 1 <= spec.shard_tokens <= MAX_SHARD_TOKENS:
+        raise ConfigError(
+            f"a shard of {spec.shard_tokens:,} tokens, expected 1 to {MAX_SHARD_TOKENS:,}", where="--shard-tokens"
+        )
     head = head_record(info, real_vocab_size(spec.teacher, tokenizer, info.head_rows))
     return Plan(
         fingerprint=Fingerprint(
@@ -294,6 +299,7 @@ def plan_without_samples(
             codec=spec.codec,
             dtype=head.dtype,
             seed=spec.seed,
+            shard_tokens=spec.shard_tokens,
         ),
         engine=engine,
         head=head,
@@ -368,6 +374,7 @@ def _write_samples(
     path = folder / SAMPLES_FILE
     writer = SamplesWriter(
         path,
+        shard_tokens=plan.settings.shard_tokens,
         batch_tokens=plan.engine.batch_tokens,
         every_row=spec.rows == "all",
         after=None if present is None else present.samples,

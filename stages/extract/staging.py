@@ -154,7 +154,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
         _prepare_folders(cache if plan.teacher_files else folder)
         if not plan.teacher_files:
             write_teacher(tokenizer, head, folder / "teacher")
-            plan = plan.model_copy(update={"teacher_files": teacher_files(folder / "teacher")})
+            plan = plan.changed(teacher_files=teacher_files(folder / "teacher"))
         elif lost := _lost_files(plan, cache):
             restore_teacher(tokenizer, head, folder / "restored", plan, cache, lost)
         inputs.remember(folder if is_new else plan_folder(cache, plan.generation), asked)

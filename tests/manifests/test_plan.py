@@ -1,5 +1,6 @@
 """The plan: decided once, the same bytes every time, never edited."""
 
+import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -98,4 +99,12 @@ def test_a_plan_does_not_grow_with_its_shards(tmp_path: Path) -> None:
         plan = make_plan(tmp_path / name, make_samples(300), shard_tokens=shard_tokens)
         sizes.append((plan.num_shards, (tmp_path / name / PLAN_FILE).stat().st_size))
     assert [num_shards for num_shards, _ in sizes] == [1, 300]
-    assert sizes[1][1] - sizes[0][1] == len("300") - len("1")
+    assert abs(sizes[1][1] - sizes[0][1]) < 20  # digits of two settings
+
+
+def test_a_changed_plan_has_a_digest_of_its_own(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, make_samples(5))
+    before = plan.digest
+    other = plan.changed(teacher_files={"a": "b"})
+    assert (other.teacher_files, other.shards, plan.digest) == ({"a": "b"}, plan.shards, before)
+    assert other.digest == hashlib.sha256(other.to_bytes()).hexdigest() != before

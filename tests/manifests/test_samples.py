@@ -96,7 +96,7 @@ def test_a_sample_longer_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None
 
 def digest_of(folder: Path, *samples: tuple[list[int], list[bool]]) -> str:
     folder.mkdir()
-    writer = SamplesWriter(folder / SAMPLES_FILE, batch_tokens=0, every_row=False)
+    writer = SamplesWriter(folder / SAMPLES_FILE, shard_tokens=200, batch_tokens=0, every_row=False)
     for ids, mask in samples:
         sample = Sample(
             content_id=bytes(16), source="a", line=1, token_ids=np.array(ids, np.int32), supervised=np.array(mask)

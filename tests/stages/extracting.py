@@ -12,9 +12,8 @@ import torch
 from tests.chats import write_chats
 from tests.models import make_model, make_tokenizer
 
-from kdpipe.manifests import durable, failpoints
+from kdpipe.manifests import claims, durable, failpoints
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.claims import Claims
 from kdpipe.manifests.errors import KdpipeError
 from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.specs import DataSpec
@@ -29,7 +28,9 @@ def small_spec(folder: Path) -> ExtractSpec:
     if not data.exists():
         make_tokenizer(make_model("qwen3", teacher, vocab_size=304))
         write_chats(data, 12, longest=60)
-    return ExtractSpec(teacher=teacher, data=(data,), data_spec=DataSpec(max_length=200), device="cpu")
+    return ExtractSpec(
+        teacher=teacher, data=(data,), data_spec=DataSpec(max_length=200), device="cpu", shard_tokens=SHARD_TOKENS
+    )
 
 
 def extract_small(
@@ -42,14 +43,13 @@ def extract_small(
     told: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Extract in shards of SHARD_TOKENS; die at the failpoint. What kills left is swept when `moment` seconds old.
+    """Extract; die at the failpoint. What kills left is swept when `moment` seconds old.
 
     claim: seconds a claim lives; told: gets a line for every shard this process committed
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(planning.SamplesWriter.__init__.__kwdefaults__, "shard_tokens", SHARD_TOKENS)
         patch.setattr(durable, "MOMENT_S", moment)
-        patch.setitem(Claims.__init__.__kwdefaults__, "seconds", claim)
+        patch.setattr(claims, "CLAIM_S", claim)
         patch.setattr(shards, "WAIT_S", 0.05)
         torch.set_num_threads(1)
         failpoints.arm(kill)

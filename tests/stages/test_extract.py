@@ -1,6 +1,8 @@
 """Extraction: rows are the teacher's own bit for bit, made once; what does not fit is refused and leaves nothing."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +23,7 @@ from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.durable import hold
 from kdpipe.manifests.errors import (
     CacheError,
+    ConfigError,
     CorruptError,
     DataError,
     IncompleteError,
@@ -29,7 +32,7 @@ from kdpipe.manifests.errors import (
     SpaceError,
     TeacherError,
 )
-from kdpipe.manifests.plan import read_plan
+from kdpipe.manifests.plan import PLAN_FILE, read_plan
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import shard_path
@@ -135,11 +138,8 @@ def test_forecast_is_what_extraction_makes(tmp_path: Path) -> None:
     assert said.bytes_per_codec["raw"] == pytest.approx(shards + samples, rel=0.1, abs=16384)
 
 
-def test_extracting_again_changes_no_byte_and_fills_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(planning.SamplesWriter.__init__, "__kwdefaults__", {"shard_tokens": 150})
-    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
+def test_extracting_again_changes_no_byte_and_fills_what_is_missing(tmp_path: Path) -> None:
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"), shard_tokens=150)
     first = extract(spec, tmp_path / "cache", Silent())
     assert len(first.plan.shards) > 3
     before = files(tmp_path / "cache")
@@ -269,6 +269,41 @@ def test_what_a_killed_run_left_is_swept_and_what_a_living_one_holds_is_not(
     assert not list(scratch.iterdir())
 
 
+def test_the_size_of_shards_is_what_was_asked_for_and_changes_no_row(tmp_path: Path) -> None:
+    teacher = teacher_at(tmp_path / "teacher")
+    usual = extract(spec_for(tmp_path, teacher), tmp_path / "usual", Silent())
+    small = extract(spec_for(tmp_path, teacher, shard_tokens=100), tmp_path / "small", Silent())
+    assert (len(usual.plan.shards), usual.plan.settings.shard_tokens, small.plan.settings.shard_tokens) == (
+        1,
+        65536,
+        100,
+    )
+    lengths = [len(view.token_ids) for view in usual]
+    for shard, following in itertools.pairwise(small.plan.shards):
+        assert shard.num_tokens <= 100 or shard.num_samples == 1
+        assert shard.num_tokens + lengths[following.first_sample] > 100
+    assert all(a.rows.tobytes() == b.rows.tobytes() for a, b in zip(usual, small, strict=True))
+    assert forecast(spec_for(tmp_path, teacher, shard_tokens=100), Silent()).num_shards > 1
+    assert small.plan.fingerprint == usual.plan.fingerprint
+
+
+@pytest.mark.parametrize("size", [0, -5, (1 << 30) + 1])
+def test_a_size_that_no_shard_can_have_is_refused(size: int, tmp_path: Path) -> None:
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"), shard_tokens=size)
+    with pytest.raises(ConfigError, match=f"a shard of {size:,} tokens, expected 1 to"):
+        extract(spec, tmp_path / "cache", Silent())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_staged_plan_has_the_digest_of_its_file(tmp_path: Path) -> None:
+    """Another writer may have put the same plan in place by now: its shards are known by that digest."""
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
+    with staging.staged(spec, tmp_path / "cache", Silent()) as found:
+        assert found.folder is not None
+        digest = hashlib.sha256((found.folder / PLAN_FILE).read_bytes()).hexdigest()
+        assert found.plan.digest == found.plan.digest_in(0) == digest
+
+
 def test_refused_extraction_leaves_no_parent_folders(tmp_path: Path) -> None:
     spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"), data=(tmp_path / "absent.jsonl",))
     with pytest.raises(DataError):
@@ -276,9 +311,8 @@ def test_refused_extraction_leaves_no_parent_folders(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_parts_make_the_same_cache_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning.SamplesWriter.__init__, "__kwdefaults__", {"shard_tokens": 150})
-    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"))
+def test_parts_make_the_same_cache_as_one_run(tmp_path: Path) -> None:
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"), shard_tokens=150)
     extract(spec, tmp_path / "whole", Silent())
     part = extract(spec, tmp_path / "parts", Silent(), part=(2, 2))
     with pytest.raises(IncompleteError):
@@ -295,6 +329,7 @@ def test_parts_make_the_same_cache_as_one_run(tmp_path: Path, monkeypatch: pytes
         ("template", "fingerprint.template"),
         ("max_length", "settings.max_length"),
         ("heldout", "heldout_fraction"),
+        ("shard_tokens", "settings.shard_tokens"),
     ],
 )
 def test_cache_of_something_else_is_refused_naming_field_and_both_values(
@@ -313,6 +348,8 @@ def test_cache_of_something_else_is_refused_naming_field_and_both_values(
         template = teacher / "chat_template.jinja"
         text = template.read_text() if template.exists() else config["chat_template"]
         template.write_text(text.replace("<|im_start|>{{", "<|im_start|> {{"))
+    elif change == "shard_tokens":
+        spec = dataclasses.replace(spec, shard_tokens=65535)
     elif change == "max_length":
         spec = dataclasses.replace(spec, data_spec=DataSpec(max_length=100, heldout_fraction=0.2))
     else:

@@ -18,6 +18,7 @@ OTHER: dict[str, dict[str, object]] = {
         "rows": "all",
         "dtype": "float16",
         "seed": 7,
+        "shard_tokens": 7,
     },
     "head": {
         "architecture": "x",
