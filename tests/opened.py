@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import StudentError
+from kdpipe.manifests.errors import StudentError, TeacherError
 from kdpipe.stages.feed.dataset import Teacher, of_caches
 from kdpipe.stages.models.folder import ModelFolder
 
@@ -17,6 +17,10 @@ def student_in(folder: Path, trust: str | None = None) -> ModelFolder:
 
 def load_student(folder: Path, dtype: torch.dtype, device: torch.device, trust: str | None = None) -> PreTrainedModel:
     return student_in(folder, trust).load(dtype, device)
+
+
+def teacher_in(folder: Path, trust: str | None = None) -> ModelFolder:
+    return ModelFolder(folder, TeacherError, trust)
 
 
 def teacher_of(cache: Cache) -> Teacher:

@@ -46,7 +46,7 @@ from kdpipe.stages.extract.present import Present
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.vocabulary import real_vocab_size, vocabulary_digest
 from kdpipe.stages.prepare import prepare
-from kdpipe.stages.teacher import ENGINES, pick_engine
+from kdpipe.stages.teacher import engine_class, pick_engine
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
 from kdpipe.stages.teacher.engine import EngineOptions
 from kdpipe.stages.teacher.head import head_record
@@ -149,8 +149,9 @@ class Forecast:
 
 def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     """Read the data as extract would and say what comes of it. Writes nothing, loads no weights."""
-    info = describe_teacher(spec.teacher, spec.dtype, spec.options.trust)
-    tokenizer = teacher_tokenizer(spec, progress)
+    folder = ModelFolder(spec.teacher, TeacherError, spec.options.trust)
+    info = describe_teacher(folder, spec.dtype)
+    tokenizer = teacher_tokenizer(folder, progress)
     incidents: Counter[str] = Counter()
     unread: Counter[str] = Counter()
     num_samples = num_tokens = num_rows = num_heldout = 0
@@ -179,13 +180,8 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     )
 
 
-def teacher_folder(spec: ExtractSpec) -> ModelFolder:
-    return ModelFolder(spec.teacher, TeacherError, spec.options.trust)
-
-
-def teacher_tokenizer(spec: ExtractSpec, progress: Progress) -> PreTrainedTokenizerBase:
+def teacher_tokenizer(folder: ModelFolder, progress: Progress) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer, with a note of how it was read where that needs one."""
-    folder = teacher_folder(spec)
     tokenizer = folder.tokenizer
     for note in folder.notes:
         progress.note(note)
@@ -286,7 +282,7 @@ def plan_without_samples(
     head = head_record(info, real_vocab_size(spec.teacher, tokenizer, info.head_rows))
     return Plan(
         fingerprint=Fingerprint(
-            teacher=teacher_folder(spec).digest(inputs.digest),
+            teacher=info.folder.digest(inputs.digest),
             tokenizer=digest_json(json.loads(tokenizer.backend_tokenizer.to_str())),
             template=digest_json(tokenizer.chat_template),
             data="",
@@ -323,7 +319,7 @@ def engine_record(spec: ExtractSpec, info: TeacherInfo, progress: Progress) -> E
     choice = pick_engine(spec.engine, architecture=info.architecture, device=device)
     if spec.engine == "auto":
         progress.note(f"engine {choice.name}: {choice.reason}")
-    kind = ENGINES[choice.name]
+    kind = engine_class(choice.name)
     batch_tokens = spec.batch_tokens
     if kind.batches_itself:
         if batch_tokens:
@@ -443,7 +439,7 @@ def _samples(
         tokenizer,
         spec.data_spec,
         on_incident=record,
-        stop_ids=teacher_folder(spec).stop_ids,
+        stop_ids=info.folder.stop_ids,
         on_note=progress.note,
         unread=unread,
     )

@@ -23,7 +23,7 @@ from kdpipe.stages.extract.requests import shard_requests
 from kdpipe.stages.extract.shelf import ScratchShelf
 from kdpipe.stages.extract.teach import teach
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.teacher import ENGINES
+from kdpipe.stages.teacher import engine_class
 from kdpipe.stages.teacher.engine import EngineOptions, Request
 from kdpipe.stages.teacher.gate import admit
 
@@ -56,7 +56,8 @@ def recompute(
     cache.require_complete()
     plan = cache.plan
     options = options or EngineOptions()
-    found = ModelFolder(teacher, TeacherError, options.trust).digest()
+    folder = ModelFolder(teacher, TeacherError, options.trust)
+    found = folder.digest()
     if found != plan.fingerprint.teacher:
         raise TeacherError(
             f"its digest is {found[:12]}, the cache was made by {plan.fingerprint.teacher[:12]}; give the teacher it "
@@ -66,7 +67,9 @@ def recompute(
     device: Device = "cuda" if plan.engine.device == "cuda" and torch.cuda.is_available() else "cpu"
     if device != plan.engine.device:
         progress.note(f"the cache was made on {plan.engine.device}, this is {device}: last bits will differ")
-    engine = ENGINES[plan.engine.name].open(teacher, plan.settings.dtype, device, options.like(plan.engine.arguments))
+    engine = engine_class(plan.engine.name)(
+        folder, dtype=plan.settings.dtype, device=device, options=options.like(plan.engine.arguments)
+    )
     with tempfile.NamedTemporaryFile(prefix="kdpipe-recompute-") as file:
         shelf = ScratchShelf(Path(file.name), plan.head.hidden_size, DTYPES[TAGS[plan.settings.dtype]])
         try:

@@ -17,7 +17,7 @@ from kdpipe.manifests.claims import Claims, sweep_claims
 from kdpipe.manifests.durable import QUARANTINE, put_aside
 from kdpipe.manifests.errors import CheckFailed, CorruptError
 from kdpipe.manifests.made_with import repair
-from kdpipe.manifests.plan import PLAN_FILE, Plan
+from kdpipe.manifests.plan import PLAN_FILE, EngineRecord, Plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import NO_DIGEST, adopt, commit_path, shard_layout, shard_path
@@ -26,10 +26,10 @@ from kdpipe.stages.extract.requests import shard_requests
 from kdpipe.stages.extract.shelf import ShardShelf
 from kdpipe.stages.extract.staging import Staged, staged
 from kdpipe.stages.extract.teach import teach
-from kdpipe.stages.teacher import ENGINES
+from kdpipe.stages.models.head import Head
+from kdpipe.stages.teacher import engine_class
 from kdpipe.stages.teacher.engine import Canary, Request, TeacherEngine
 from kdpipe.stages.teacher.gate import admit
-from kdpipe.stages.teacher.head import Head
 
 WAIT_S = 2.0
 CANARIES = 3
@@ -53,11 +53,12 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         if not todo:
             progress.note(_nothing_to_do(plan.plan, plan.cache, part))
             return plan.publish()
-        kind = ENGINES[plan.plan.engine.name]
         progress.note(f"starting {plan.plan.engine.name} with the teacher")
-        engine = kind.open(spec.teacher, plan.plan.settings.dtype, spec.resolved_device(), spec.options)
+        engine = engine_class(plan.plan.engine.name)(
+            plan.teacher, dtype=plan.plan.settings.dtype, device=spec.resolved_device(), options=spec.options
+        )
         try:
-            _report(engine, engine.canary(plan.head, _canaries(plan.samples())), progress)
+            _report(plan.plan.engine, engine.canary(plan.head, _canaries(plan.samples())), progress)
             opened = plan.publish()
             fill(opened, engine, plan.head, progress, todo)
         finally:
@@ -113,7 +114,7 @@ def _batches(cache: Cache, engine: TeacherEngine, shelf: ShardShelf, todo: Seque
             yield from shard_requests(cache, number, engine.probe_every, shelf.place)
 
 
-def _report(engine: TeacherEngine, canary: Canary, progress: Progress) -> None:
+def _report(engine: EngineRecord, canary: Canary, progress: Progress) -> None:
     """What the canary samples showed, for the log and for whoever watches."""
     progress.event(
         "canary",

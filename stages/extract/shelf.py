@@ -14,9 +14,9 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.claims import Claims
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.shard import ShardWriter
+from kdpipe.stages.models.head import Head
 from kdpipe.stages.teacher.engine import Ack, Request, RowTarget
 from kdpipe.stages.teacher.gate import check_identity
-from kdpipe.stages.teacher.head import Head
 
 
 @dataclass(slots=True, eq=False)

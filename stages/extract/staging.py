@@ -32,7 +32,7 @@ from kdpipe.manifests.durable import (
     share,
     sweep,
 )
-from kdpipe.manifests.errors import CacheError, CorruptError, TemporaryError
+from kdpipe.manifests.errors import CacheError, CorruptError, TeacherError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.places import require_outside
 from kdpipe.manifests.plan import (
@@ -47,6 +47,7 @@ from kdpipe.manifests.plan import (
 )
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.samples import Samples
+from kdpipe.manifests.teacher import HeadRecord
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.planning import (
     ExtractSpec,
@@ -57,9 +58,11 @@ from kdpipe.stages.extract.planning import (
     require_same,
     teacher_tokenizer,
 )
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.head import Head
 from kdpipe.stages.models.tokenizer import save_tokenizer
 from kdpipe.stages.teacher.describe import describe_teacher
-from kdpipe.stages.teacher.head import Head, read_head
+from kdpipe.stages.teacher.head import read_head
 from kdpipe.stages.teacher.rows import as_array
 
 
@@ -67,12 +70,14 @@ from kdpipe.stages.teacher.rows import as_array
 class Staged:
     """A plan ready to be put in place, or found in place already.
 
+    teacher: its folder
     read: reads the teacher's head
     folder: where PLAN.json lies now, beside the cache; None where it is in place
     made: folders whose entries are new because the cache's parents were missing
     """
 
     plan: Plan
+    teacher: ModelFolder
     read: Callable[[], Head]
     cache: Path
     folder: Path | None = None
@@ -125,9 +130,10 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
 
     Raises the errors of teacher, tokenizer and data; CacheError for a folder that is another cache or none; SpaceError.
     """
-    info = describe_teacher(spec.teacher, spec.dtype, spec.options.trust)
+    teacher = ModelFolder(spec.teacher, TeacherError, spec.options.trust)
+    info = describe_teacher(teacher, spec.dtype)
     engine = engine_record(spec, info, progress)
-    tokenizer = teacher_tokenizer(spec, progress)
+    tokenizer = teacher_tokenizer(teacher, progress)
     _require_free(cache)
     sweep(scratch_of(cache.absolute().parent, f".{cache.name}.plan"))
     existing = read_plan(cache) if (cache / PLAN_FILE).exists() else None
@@ -144,16 +150,14 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
             _prepare_folders(cache)
             require_room(existing, cache, cache)
             inputs.remember(plan_folder(cache, existing.generation), asked)
-            yield Staged(
-                plan=existing, read=lambda: read_head(spec.teacher, info, existing.head.vocab_size), cache=cache
-            )
+            yield Staged(plan=existing, teacher=teacher, read=lambda: read_head(info), cache=cache)
         return
     with _scratch_folder(spec, cache, is_there=existing is not None) as (folder, made), _as_disk_error(cache):
         plan, is_new = plan_cache(spec, info, wanted, tokenizer, folder, progress, cache=cache)
-        head = read_head(spec.teacher, info, plan.head.vocab_size)
+        head = read_head(info)
         _prepare_folders(cache if plan.teacher_files else folder)
         if not plan.teacher_files:
-            write_teacher(tokenizer, head, folder / "teacher")
+            write_teacher(tokenizer, head, plan.head, folder / "teacher")
             plan = plan.changed(teacher_files=teacher_files(folder / "teacher"))
         elif lost := _lost_files(plan, cache):
             restore_teacher(tokenizer, head, folder / "restored", plan, cache, lost)
@@ -163,7 +167,9 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
             failpoint("plan:written")
             fsync_tree(folder)
             failpoint("plan:flushed")
-        yield Staged(plan=plan, read=lambda: head, cache=cache, folder=folder if is_new else None, made=made)
+        yield Staged(
+            plan=plan, teacher=teacher, read=lambda: head, cache=cache, folder=folder if is_new else None, made=made
+        )
 
 
 def _require_free(cache: Path) -> None:
@@ -231,12 +237,12 @@ def _as_disk_error(cache: Path) -> Iterator[None]:
         raise disk_error(err, cache) from err
 
 
-def write_teacher(tokenizer: PreTrainedTokenizerBase, head: Head, folder: Path) -> None:
+def write_teacher(tokenizer: PreTrainedTokenizerBase, head: Head, record: HeadRecord, folder: Path) -> None:
     """What a cache keeps of its teacher, into a fresh folder."""
     save_tokenizer(tokenizer, folder)
-    (folder / "head.json").write_bytes(canonical(head.record.model_dump()))
+    (folder / "head.json").write_bytes(canonical(record.model_dump()))
     bias = None if head.bias is None else as_array(head.bias)
-    write_head(folder, as_array(head.weight), bias, dtype=head.record.dtype)
+    write_head(folder, as_array(head.weight), bias, dtype=record.dtype)
     failpoint("teacher:written")
 
 
@@ -245,7 +251,7 @@ def restore_teacher(
 ) -> None:
     """Make the lost files of cache/teacher again. Raises CorruptError where one does not come out as it was."""
     scratch.mkdir()
-    write_teacher(tokenizer, head, scratch)
+    write_teacher(tokenizer, head, plan.head, scratch)
     fsync_tree(scratch)
     made = teacher_files(scratch)
     for name in sorted(made.keys() & lost):

@@ -6,7 +6,7 @@ Cohere gives scale = logit_scale, Granite scale = 1 / logits_scaling, Gemma soft
 Invariant: a head owns no memory and is never changed.
 """
 
-# Shapes: T tokens, V vocabulary, D width, R rows in a block.
+# Shapes: T tokens, V vocabulary, D width, R rows in a block, M chosen entries of the vocabulary.
 
 from dataclasses import dataclass
 
@@ -15,6 +15,9 @@ from torch import Tensor
 
 CHUNK_ENTRIES = 2048
 """fp32 copies of the head exist for so many entries at a time: 16384 take twice as long, out of the cache."""
+
+COLUMN_ELEMENTS = 1 << 17
+"""fp32 elements of the head's rows that are gathered at a time."""
 
 FLOAT32_ERROR = 1e-5
 """What fp32 sums in another order differ by, relative to the logits' root mean square: measured 2e-7 to 1e-6."""
@@ -60,6 +63,16 @@ class Head:
         bias = None if self.bias is None else self.bias[start:stop]
         return self.finish.apply(hidden.float() @ self.weight[start:stop].float().T, bias)
 
+    def chosen(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logits [T, M] in fp32 of hidden [T, D] for other entries in each row, ids [T, M]."""
+        block = max(1, COLUMN_ELEMENTS // (ids.shape[1] * hidden.shape[1]))
+        products = [
+            torch.linalg.vecdot(self.weight[entries].float(), some[:, None].float())
+            for some, entries in zip(hidden.split(block), ids.split(block), strict=True)
+        ]
+        raw = torch.cat(products)
+        return self.finish.apply(raw if self.bias is None else raw + self.bias[ids].float(), None)
+
     def error(self, hidden: Tensor, logits: Tensor) -> float:
         """rms(formula(hidden) - logits) / rms(logits) of the model's own logits [T, rows]; inf for other shapes."""
         if logits.shape != (len(hidden), len(self.weight)):
@@ -71,6 +84,11 @@ class Head:
             off += float((ours - own).square().sum())
             total += float(own.square().sum())
         return (off / total) ** 0.5 if total else off**0.5
+
+    @property
+    def dtype(self) -> str:
+        """ "bfloat16", "float16" or "float32"."""
+        return str(self.weight.dtype).removeprefix("torch.")
 
     @property
     def allowed_error(self) -> float:

@@ -45,10 +45,9 @@ def check_student_of(folder: Path, teacher: Path, trust: str | None = None) -> s
     if own and not (trust and code_digest(folder).startswith(trust)):
         return f"{folder} brings its own code: train checks the student when that code is allowed"
     model = ModelFolder(folder, StudentError, trust if own else None)
-    tokenizer = ModelFolder(teacher, TeacherError, trust).tokenizer
-    head_rows = describe_teacher(teacher, trust=trust).head_rows
-    _check_model(model, real_vocab_size(teacher, tokenizer, head_rows), "the teacher's")
-    _check_tokens(model, tokenizer, teacher)
+    other = ModelFolder(teacher, TeacherError, trust)
+    _check_model(model, real_vocab_size(teacher, other.tokenizer, describe_teacher(other).head_rows), "the teacher's")
+    _check_tokens(model, other.tokenizer, teacher)
     return ""
 
 

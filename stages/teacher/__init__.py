@@ -1,91 +1,37 @@
 """The teacher: what it is, its head, the engines that run it, and the gate that believes none of them.
 
     describe  what a teacher folder holds, no weights loaded
-    head      lm_head straight from the checkpoint's files, and what it makes of a row
+    head      lm_head straight from the checkpoint's files
     canary    that formula against the model's own logits, and an engine's rows against transformers', at the start
     gate      every sample's rows, before their shard is committed
 
-Cost: importing this package loads no torch; using an entry of ENGINES does.
+Cost: importing this package loads no torch; engine_class does.
 """
 
-from collections.abc import Callable
+import importlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.nearest import nearest
-from kdpipe.manifests.specs import Device, Dtype
-from kdpipe.stages.teacher.engine import Determinism, EngineOptions, TeacherEngine
+from kdpipe.manifests.specs import Device
+from kdpipe.stages.teacher.engine import TeacherEngine
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineKind:
-    """One way to run a teacher.
-
-    version: names its libraries; ConfigError where they are absent or were not tried
-    determinism: whether the same planned batch gives the same bits again; ConfigError for options it cannot have
-    open: the engine; it may start only when it is used
-    batches_itself: a planned batch is not run as one
-    """
-
-    version: Callable[[], str]
-    determinism: Callable[[Device, EngineOptions], Determinism]
-    open: Callable[[Path, Dtype, Device, EngineOptions], TeacherEngine]
-    batches_itself: bool
-
-
-def _transformers_version() -> str:
-    from kdpipe.stages.teacher.transformers_engine import library_version
-
-    return library_version()
-
-
-def _transformers_determinism(device: Device, options: EngineOptions) -> Determinism:
-    if options != EngineOptions(timeout_s=options.timeout_s, trust=options.trust):
-        raise ConfigError(
-            "the transformers engine runs one copy of the teacher on one device as its checkpoint is; "
-            "parallelism, quantization and engine arguments are for --engine sglang",
-            where="--engine transformers",
-        )
-    return "bitwise" if device == "cpu" else "tolerance"
-
-
-def _open_transformers(path: Path, dtype: Dtype, device: Device, options: EngineOptions) -> TeacherEngine:
-    from kdpipe.stages.teacher.transformers_engine import TransformersEngine
-
-    return TransformersEngine(path, dtype=dtype, device=device, trust=options.trust)
-
-
-def _sglang_version() -> str:
-    from kdpipe.stages.teacher.sglang.teacher import library_version
-
-    return library_version()
-
-
-def _sglang_determinism(device: Device, options: EngineOptions) -> Determinism:
-    from kdpipe.stages.teacher.sglang.arguments import check_options
-
-    check_options(options, device)
-    return "bitwise" if options.deterministic else "tolerance"
-
-
-def _open_sglang(path: Path, dtype: Dtype, device: Device, options: EngineOptions) -> TeacherEngine:
-    from kdpipe.stages.teacher.sglang.teacher import SglangTeacher
-
-    return SglangTeacher(path, dtype=dtype, device=device, options=options)
-
-
-ENGINES: dict[str, EngineKind] = {
-    "transformers": EngineKind(
-        version=_transformers_version,
-        determinism=_transformers_determinism,
-        open=_open_transformers,
-        batches_itself=False,
-    ),
-    "sglang": EngineKind(
-        version=_sglang_version, determinism=_sglang_determinism, open=_open_sglang, batches_itself=True
-    ),
+ENGINES: dict[str, str | type[TeacherEngine]] = {
+    "transformers": "kdpipe.stages.teacher.transformers_engine:TransformersEngine",
+    "sglang": "kdpipe.stages.teacher.sglang.teacher:SglangTeacher",
 }
+"""Engines by name, as "module:class" or as the class."""
+
+
+def engine_class(name: str) -> type[TeacherEngine]:
+    """The engine of a name in ENGINES; loads its module, and torch with it."""
+    entry = ENGINES[name]
+    if not isinstance(entry, str):
+        return entry
+    module, _, attribute = entry.partition(":")
+    found: type[TeacherEngine] = getattr(importlib.import_module(module), attribute)
+    return found
+
 
 SGLANG_TRIED = {"LlamaForCausalLM", "Qwen3ForCausalLM"}
 """Architectures whose rows were compared with transformers' (tests/stages/teacher/sglang/test_teacher.py)."""
@@ -117,7 +63,7 @@ def pick_engine(name: str, *, architecture: str, device: Device) -> Choice:
     if architecture not in SGLANG_TRIED:
         return Choice(name="transformers", reason=f"{architecture} was not tried with sglang; --engine sglang tries it")
     try:
-        version = ENGINES["sglang"].version()
+        version = engine_class("sglang").version()
     except ConfigError as err:
         return Choice(name="transformers", reason=str(err.args[0]))
     return Choice(name="sglang", reason=f"{version} is installed and runs {architecture}")

@@ -16,10 +16,15 @@ import torch
 
 from kdpipe.manifests.compare import TOLERANCE
 from kdpipe.manifests.errors import TeacherError
-from kdpipe.stages.teacher.head import Head
+from kdpipe.stages.models.head import Head
 
 
 class ShowsLogits(Protocol):
+    @property
+    def architecture(self) -> str:
+        """Class name of the model."""
+        ...
+
     def rows_and_logits(self, token_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's input [n, E] and the model's own logits [n, V'] for one sample."""
         ...
@@ -31,22 +36,22 @@ def check_head(engine: ShowsLogits, head: Head, samples: Sequence[np.ndarray], *
     The error is root mean square of the differences over that of the logits. Allowed: fp32 summation, or the rounding
     of each logit to the model's dtype. Raises TeacherError beyond it.
     """
-    allowed = head.formula.allowed_error
+    allowed = head.allowed_error
     errors = []
     for token_ids in samples:
         rows, logits = engine.rows_and_logits(token_ids)
         if not bool(torch.isfinite(rows).all() and torch.isfinite(logits).all()):
             raise TeacherError(
-                f"its hidden states or logits are not finite in {head.record.dtype}; "
+                f"its hidden states or logits are not finite in {head.dtype}; "
                 "are the weights whole? Try another --dtype",
                 where=path,
             )
-        errors.append(head.formula.error(rows, logits))
+        errors.append(head.error(rows, logits))
     worst = float(np.max(errors, initial=0.0))  # a NaN among them is the maximum
     if not worst <= allowed:
         raise TeacherError(
             f"logits from rows and lm_head differ from the model's own by {worst:.1e} (allowed {allowed:.1e}): "
-            f"{head.record.architecture} does something between hidden state and logits that kdpipe does not know",
+            f"{engine.architecture} does something between hidden state and logits that kdpipe does not know",
             where=path,
         )
     return worst

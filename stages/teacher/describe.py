@@ -5,7 +5,7 @@ the model's own code and not from a list of architectures kept here.
 Cost: well under a second, whatever the teacher's size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ FILE_DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "f
 class TeacherInfo:
     """A teacher as described by its folder.
 
+    folder: the folder itself, whose parts are read once
     architecture: class name of the model
     head_key, bias_key: names of lm_head's tensors in the checkpoint; a tied head has the input embedding's
     hidden_size: width of the head's input, that is of a row
@@ -34,6 +35,7 @@ class TeacherInfo:
     num_params: parameters of the whole model, tied ones counted once
     """
 
+    folder: ModelFolder = field(compare=False)
     architecture: str
     head_key: str
     bias_key: str | None
@@ -51,14 +53,12 @@ class TeacherInfo:
         return self.bias_key is not None
 
 
-def describe_teacher(path: Path, dtype: DtypeChoice = "auto", trust: str | None = None) -> TeacherInfo:
-    """What the teacher at `path` is. "auto" is the config's dtype, else that of the head in the files.
+def describe_teacher(folder: ModelFolder, dtype: DtypeChoice = "auto") -> TeacherInfo:
+    """What the teacher in a folder is. "auto" is the config's dtype, else that of the head in the files.
 
-    trust: digest of the folder's own code that may run
     Raises TeacherError for a folder, a config or weight files that cannot be a teacher.
     """
-    folder = ModelFolder(path, TeacherError, trust)
-    config, files, model = folder.config, folder.weights, folder.skeleton()
+    path, config, files, model = folder.path, folder.config, folder.weights, folder.skeleton()
     head = model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), torch.nn.Parameter):
         raise TeacherError(f"{type(model).__name__} has no lm_head with a weight; not a causal LM", where=path)
@@ -68,6 +68,7 @@ def describe_teacher(path: Path, dtype: DtypeChoice = "auto", trust: str | None 
     head_key = _head_key(path, model, files, tied=tied, shape=[head_rows, hidden_size])
     bias = getattr(head, "bias", None)
     return TeacherInfo(
+        folder=folder,
         architecture=type(model).__name__,
         head_key=head_key,
         bias_key=None if bias is None else _bias_key(path, model, files, shape=list(bias.shape)),

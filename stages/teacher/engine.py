@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from kdpipe.manifests.specs import RunFile
+from kdpipe.manifests.specs import Device, Dtype, RunFile
 
 if TYPE_CHECKING:
-    from kdpipe.stages.teacher.head import Head
+    from kdpipe.stages.models.folder import ModelFolder
+    from kdpipe.stages.models.head import Head
 
 Determinism = Literal["bitwise", "tolerance"]
 
@@ -158,15 +159,29 @@ def _as_text(value: bool | int | float | str) -> str:
 class TeacherEngine(Protocol):
     """Runs the teacher over planned batches.
 
+    batches_itself: a planned batch is not run as one
     probe_every: of how many samples one is probed at several rows, the others at their last one only; scoring rows
         anywhere in a prompt costs some engines the head on every token
     notes: what it has to say to whoever watches, oldest first; a reader takes them out
     """
 
-    name: str
-    version: str
+    batches_itself: bool
     probe_every: int
     notes: list[str]
+
+    def __init__(self, folder: "ModelFolder", *, dtype: Dtype, device: Device, options: EngineOptions) -> None:
+        """It may start only when it is used."""
+        ...
+
+    @classmethod
+    def version(cls) -> str:
+        """Names its libraries. Raises ConfigError where they are absent or were not tried."""
+        ...
+
+    @classmethod
+    def determinism(cls, device: Device, options: EngineOptions) -> Determinism:
+        """Whether the same planned batch gives the same bits again. Raises ConfigError for options it cannot have."""
+        ...
 
     def canary(self, head: "Head", samples: Sequence[np.ndarray]) -> "Canary":
         """Run a few samples (int32 [n] each) before anything is written; what was measured.

@@ -24,10 +24,9 @@ import torch
 
 from kdpipe.manifests.compare import TOLERANCE, row_distance
 from kdpipe.manifests.errors import GateError, TeacherError
-from kdpipe.manifests.teacher import HeadRecord
+from kdpipe.stages.models.head import Head
 from kdpipe.stages.teacher.engine import Ack, Request
-from kdpipe.stages.teacher.head import Head, chosen_logits
-from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor, checksum, not_finite
+from kdpipe.stages.teacher.rows import as_tensor, checksum, not_finite
 
 FLOAT32_SLACK = 1e-3
 OWN_IDS, OTHER_IDS = 4, 3
@@ -113,9 +112,9 @@ def check_identity(requests: Sequence[Request], acks: Sequence[Ack], head: Head)
     pairs = list(zip(requests, acks, strict=True))
     rows = as_tensor(np.concatenate([_probe_rows(request, ack) for request, ack in pairs]))
     scored = torch.from_numpy(np.concatenate([request.scored for request in requests]))
-    logits = chosen_logits(rows, head, scored).double().cpu().numpy()
+    logits = head.chosen(rows, scored).double().cpu().numpy()
     own = np.concatenate([ack.probe_logprobs for ack in acks]).astype(np.float64)
-    allowed = rounding(head.record) * (np.abs(logits) + np.abs(logits[:, :1])) + FLOAT32_SLACK
+    allowed = rounding(head) * (np.abs(logits) + np.abs(logits[:, :1])) + FLOAT32_SLACK
     difference = np.abs((logits - logits[:, :1]) - (own - own[:, :1]))
     wrong = np.argwhere(~(difference <= allowed))  # a NaN is wrong too
     if len(wrong):
@@ -129,7 +128,7 @@ def check_identity(requests: Sequence[Request], acks: Sequence[Ack], head: Head)
         )
     for request, ack in pairs:
         if ack.probe_rows is not None:
-            _check_same(request, ack.probe_rows, TOLERANCE[head.record.dtype])
+            _check_same(request, ack.probe_rows, TOLERANCE[head.dtype])
     return float(difference.max())
 
 
@@ -154,10 +153,10 @@ def _check_same(request: Request, taken: np.ndarray, allowed: float) -> None:
         )
 
 
-def rounding(record: HeadRecord) -> float:
+def rounding(head: Head) -> float:
     """r*u of the module's docstring: the relative error that a logit of the engine may have."""
-    roundings = 1 + record.has_bias + (record.scale != 1.0) + 3 * (record.softcap is not None)
-    return roundings * torch.finfo(TORCH_DTYPES[record.dtype]).eps / 2
+    roundings = 1 + (head.bias is not None) + (head.scale != 1.0) + 3 * (head.softcap is not None)
+    return roundings * torch.finfo(head.weight.dtype).eps / 2
 
 
 def _draw(sample: int, low: int) -> int:

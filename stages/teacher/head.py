@@ -3,9 +3,6 @@
 Cost: one read of the head's own bytes, and a cast where the files hold another dtype than the engine computes in.
 """
 
-# Shapes: V' rows of the head (padded vocabulary), E teacher width, R rows, M chosen entries of the vocabulary.
-
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,34 +10,19 @@ from safetensors import SafetensorError, safe_open
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.teacher import HeadRecord
-from kdpipe.stages.models import head as models_head
-from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.head import Head
 from kdpipe.stages.teacher.describe import TeacherInfo
 from kdpipe.stages.teacher.rows import TORCH_DTYPES
 
-COLUMN_ELEMENTS = 1 << 17
-"""fp32 elements of the head's columns that are gathered at a time."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Head:
-    """weight [V', E] and bias [V'] (None where there is none), with all that lies between a row and the logits."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    record: HeadRecord
-
-    @property
-    def formula(self) -> models_head.Head:
-        return models_head.Head(self.weight, self.bias, self.record.softcap, self.record.scale)
-
-
-def read_head(path: Path, info: TeacherInfo, vocab_size: int) -> Head:
-    """The head of the teacher at `path` in info.dtype, on the CPU. Raises TeacherError for unreadable files."""
-    files = ModelFolder(path, TeacherError).weights
-    weight = _tensor(files, info.head_key, info)
-    bias = None if info.bias_key is None else _tensor(files, info.bias_key, info)
-    return Head(weight=weight, bias=bias, record=head_record(info, vocab_size))
+def read_head(info: TeacherInfo) -> Head:
+    """The whole head, padding included, in info.dtype, on the CPU. Raises TeacherError for unreadable files."""
+    return Head(
+        weight=_tensor(info, info.head_key),
+        bias=None if info.bias_key is None else _tensor(info, info.bias_key),
+        softcap=info.softcap,
+        scale=info.scale,
+    )
 
 
 def head_record(info: TeacherInfo, vocab_size: int) -> HeadRecord:
@@ -58,24 +40,13 @@ def head_record(info: TeacherInfo, vocab_size: int) -> HeadRecord:
     )
 
 
-def chosen_logits(rows: torch.Tensor, head: Head, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [R, M] in fp32 of rows [R, E] for other entries in each row, ids [R, M], by HeadRecord's formula."""
-    block = max(1, COLUMN_ELEMENTS // (ids.shape[1] * rows.shape[1]))
-    products = [
-        torch.linalg.vecdot(head.weight[entries].float(), some[:, None].float())
-        for some, entries in zip(rows.split(block), ids.split(block), strict=True)
-    ]
-    bias = None if head.bias is None else head.bias[ids].float()
-    raw = torch.cat(products)
-    return head.formula.finish.apply(raw if bias is None else raw + bias, None)
-
-
-def _tensor(files: dict[str, Path], key: str, info: TeacherInfo) -> torch.Tensor:
+def _tensor(info: TeacherInfo, key: str) -> torch.Tensor:
+    file: Path = info.folder.weights[key]
     try:
-        with safe_open(files[key], "pt") as file:
-            tensor: torch.Tensor = file.get_tensor(key)
+        with safe_open(file, "pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(key)
     except SafetensorError as err:
-        raise TeacherError(f"'{key}' cannot be read: {err}; copy the file again", where=files[key]) from None
+        raise TeacherError(f"'{key}' cannot be read: {err}; copy the file again", where=file) from None
     if tensor.dtype not in TORCH_DTYPES.values():
-        raise TeacherError(f"'{key}' is {tensor.dtype}; a quantised head is not supported", where=files[key])
+        raise TeacherError(f"'{key}' is {tensor.dtype}; a quantised head is not supported", where=file)
     return tensor.to(TORCH_DTYPES[info.dtype])

@@ -14,21 +14,19 @@ Cost: the forward, plus one gather and one copy of the rows; on CUDA the copy of
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from kdpipe.manifests.errors import TeacherError, is_of_others
-from kdpipe.manifests.specs import DeviceChoice, DtypeChoice
+from kdpipe.manifests.errors import ConfigError, TeacherError, is_of_others
+from kdpipe.manifests.specs import Device, Dtype
 from kdpipe.stages.models.backbone import backbone
 from kdpipe.stages.models.folder import ModelFolder, in_one_line
+from kdpipe.stages.models.head import Head
 from kdpipe.stages.teacher.canary import check_head
-from kdpipe.stages.teacher.describe import describe_teacher
-from kdpipe.stages.teacher.engine import Ack, Canary, Request
-from kdpipe.stages.teacher.head import Head
+from kdpipe.stages.teacher.engine import Ack, Canary, Determinism, EngineOptions, Request
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor, checksum
 
 # The trial of chunked against whole: tokens, and how far apart rows may be. Measured in bf16: rounding 0.004 to 0.012
@@ -84,44 +82,55 @@ class _Chunks:
     past: Any = None
 
 
-def library_version() -> str:
-    return f"transformers {transformers.__version__} torch {torch.__version__}"
-
-
 class TransformersEngine:
     """TeacherEngine over AutoModelForCausalLM."""
 
-    name = "transformers"
+    batches_itself = False
     probe_every = 1
 
     def __init__(
         self,
-        path: Path,
+        folder: ModelFolder,
         *,
-        dtype: DtypeChoice = "auto",
-        device: DeviceChoice = "auto",
+        dtype: Dtype,
+        device: Device,
+        options: EngineOptions | None = None,
         chunk_tokens: int = 8192,
-        trust: str | None = None,
     ) -> None:
-        """Load the teacher at `path`; inputs longer than `chunk_tokens` run in chunks through the KV cache.
+        """Load the teacher; inputs longer than `chunk_tokens` run in chunks through the KV cache.
 
-        trust: digest of the folder's own code that may run
+        options: none of them is of use here; see determinism
         Raises TeacherError for a folder that cannot be loaded whole, or cuda asked for where there is none.
         """
         if device == "cuda" and not torch.cuda.is_available():
-            raise TeacherError("cuda was asked for and torch sees no GPU; use --device cpu", where=path)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.version = library_version()
+            raise TeacherError("cuda was asked for and torch sees no GPU; use --device cpu", where=folder.path)
         self.notes: list[str] = []
-        self._path = path
+        self._path = folder.path
         self._device = torch.device(device)
-        self._dtype = TORCH_DTYPES[describe_teacher(path, "auto", trust).dtype if dtype == "auto" else dtype]
+        self._dtype = TORCH_DTYPES[dtype]
         self._chunk_tokens = chunk_tokens
         self._chunks_agree: bool | None = None
         self._pads_agree: bool | None = None
-        model = ModelFolder(path, TeacherError, trust).load(self._dtype, self._device)
-        self._open(model.eval().requires_grad_(False))
+        self._open(folder.load(self._dtype, self._device).eval().requires_grad_(False))
+
+    @classmethod
+    def version(cls) -> str:
+        return f"transformers {transformers.__version__} torch {torch.__version__}"
+
+    @classmethod
+    def determinism(cls, device: Device, options: EngineOptions) -> Determinism:
+        """Bit for bit on a CPU. Raises ConfigError for options that only a server of models has."""
+        if options != EngineOptions(timeout_s=options.timeout_s, trust=options.trust):
+            raise ConfigError(
+                "the transformers engine runs one copy of the teacher on one device as its checkpoint is; "
+                "parallelism, quantization and engine arguments are for --engine sglang",
+                where="--engine transformers",
+            )
+        return "bitwise" if device == "cpu" else "tolerance"
+
+    @property
+    def architecture(self) -> str:
+        return type(self._model).__name__
 
     def run(self, batches: Iterable[Sequence[Request]]) -> Iterator[Ack]:
         """Run the batches in order; see TeacherEngine.run. On CUDA a batch lands while the next one runs."""
@@ -142,8 +151,9 @@ class TransformersEngine:
             # Any model's code, which may raise anything.
             if is_of_others(err):
                 raise
-            name = type(self._model).__name__
-            raise TeacherError(f"{name} does not run on token ids alone: {in_one_line(err)}", where=self._path) from err
+            raise TeacherError(
+                f"{self.architecture} does not run on token ids alone: {in_one_line(err)}", where=self._path
+            ) from err
         return Canary(logit_error=error, row_error=0.0)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import transformers
 from tests.conftest import Bench
 from tests.families import families, make_family
 from tests.models import make_tokenizer
-from tests.opened import load_student, student_in, teacher_of
+from tests.opened import load_student, student_in, teacher_in, teacher_of
 from tests.stages.teacher.make_requests import make_request
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -80,13 +80,13 @@ def one_rank() -> Iterator[None]:
 
 def as_teacher(folder: Path, bench: Bench) -> float:
     """The error of the logits recomputed from the rows that its engine writes for a batch of samples."""
-    info = describe_teacher(folder, "float32")
-    head = read_head(folder, info, 300)
-    engine = TransformersEngine(folder, dtype="float32", device="cpu")
+    info = describe_teacher(teacher_in(folder), "float32")
+    head = read_head(info)
+    engine = TransformersEngine(teacher_in(folder), dtype="float32", device="cpu")
     requests = [wide(make_request(sample, length), info.hidden_size) for sample, length in ((0, 41), (1, 19))]
     engine.canary(head, [request.token_ids for request in requests])
     list(engine.run([requests]))
-    ours = [head.formula.entries(torch.from_numpy(each.target.array), 0, info.head_rows) for each in requests]
+    ours = [head.entries(torch.from_numpy(each.target.array), 0, info.head_rows) for each in requests]
     own = [own_logits(folder, each.token_ids)[each.positions] for each in requests]
     return worst(torch.cat(ours), torch.cat(own))
 

@@ -62,11 +62,7 @@ class Backwards(TransformersEngine):
 
 
 def test_an_engine_of_ones_own(bench: Bench, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = replace(
-        ENGINES["transformers"],
-        open=lambda path, dtype, device, options: Backwards(path, dtype=dtype, device=device),
-    )
-    monkeypatch.setitem(ENGINES, "backwards", kind)
+    monkeypatch.setitem(ENGINES, "backwards", Backwards)
     spec = ExtractSpec(teacher=bench.teacher, data=(bench.data,), engine="backwards", device="cpu")
     extract(spec, tmp_path / "cache", Silent())
     cache, usual = Cache.open(tmp_path / "cache"), Cache.open(bench.cache)

@@ -99,11 +99,13 @@ class Bench:
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         from tests.models import make_model, make_tokenizer
 
+        from kdpipe.manifests.errors import TeacherError
         from kdpipe.manifests.progress import Silent
         from kdpipe.manifests.samples import Samples
         from kdpipe.manifests.specs import DataSpec, Dtype
         from kdpipe.stages.extract import ExtractSpec
         from kdpipe.stages.extract.staging import staged
+        from kdpipe.stages.models.folder import ModelFolder
         from kdpipe.stages.teacher.describe import describe_teacher
         from kdpipe.stages.teacher.engine import EngineOptions
         from kdpipe.stages.teacher.sglang.arguments import host_environment, server_arguments
@@ -141,7 +143,8 @@ class Bench:
         bare = folder / "bare"
         bare.mkdir()
         ours, theirs = socket.socketpair()
-        arguments = server_arguments(teacher, describe_teacher(teacher), options.device, engine_options)
+        model = ModelFolder(teacher, TeacherError)
+        arguments = server_arguments(teacher, describe_teacher(model), options.device, engine_options)
         environment = host_environment(folder, options.device, engine_options)
         environment.pop("KDPIPE_SINK")
         self.bare = Session(
@@ -155,7 +158,7 @@ class Bench:
         self.link.send(arguments)
         assert self.link.recv() == "ready"
         self._pause(self.bare, True)
-        self.engine = SglangTeacher(teacher, dtype=dtype, device=options.device, options=engine_options)
+        self.engine = SglangTeacher(model, dtype=dtype, device=options.device, options=engine_options)
         self.engine.canary(self.head, [np.array(ids[:64], np.int32) for ids in self.ids[:2]])
         self._pause(self.session, True)
 

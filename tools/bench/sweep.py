@@ -29,12 +29,14 @@ from tests.chats import write_chats
 from tests.models import make_model, make_tokenizer
 
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import RunSpec, TrainSpec
 from kdpipe.stages.extract import ExtractSpec, forecast
 from kdpipe.stages.extract.shards import fill, missing_shards
 from kdpipe.stages.extract.staging import staged
 from kdpipe.stages.feed.packing import PackedBatch
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import joined
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 from kdpipe.stages.train.job import TrainJob, find
@@ -75,7 +77,7 @@ class Sweep:
         student = make_tokenizer(make_model("llama", folder / "student", vocab_size=2048, seed=1, sizes=STUDENT))
         data = write_chats(folder / "data.jsonl", num_samples, longest=150)
         self.spec = ExtractSpec(teacher=teacher, data=(data,), device="cpu")
-        self.engine = TransformersEngine(teacher, dtype="bfloat16", device="cpu")
+        self.engine = TransformersEngine(ModelFolder(teacher, TeacherError), dtype="bfloat16", device="cpu")
         self.model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16)
         self.job = TrainJob(
             student=student,

@@ -22,16 +22,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdpipe.manifests.errors import ConfigError, EngineError, GateError, TeacherError
+from kdpipe.manifests.errors import ConfigError, EngineError, GateError
 from kdpipe.manifests.plan import SHARD_TOKENS
 from kdpipe.manifests.specs import Device, Dtype
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.head import Head
 from kdpipe.stages.teacher.canary import compare_rows
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
-from kdpipe.stages.teacher.engine import Ack, Canary, EngineOptions, Request
-from kdpipe.stages.teacher.head import Head
+from kdpipe.stages.teacher.engine import Ack, Canary, Determinism, EngineOptions, Request
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, checksum
-from kdpipe.stages.teacher.sglang.arguments import server_arguments
+from kdpipe.stages.teacher.sglang.arguments import check_options, server_arguments
 from kdpipe.stages.teacher.sglang.host import Answer, Failed, Key, Prompt
 from kdpipe.stages.teacher.sglang.process import SglangProcess
 from kdpipe.stages.teacher.sglang.sink import Order, Receipt, runs_of
@@ -45,53 +45,56 @@ IN_FLIGHT_TOKENS = 2 * SHARD_TOKENS
 """Tokens given to SGLang and not yet answered: it works on while a whole shard is sealed."""
 
 
-def library_version() -> str:
-    """Raises ConfigError where SGLang is absent or was not tried."""
-    try:
-        version = importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(
-            "sglang is not installed; on a GPU machine: pip install 'kdpipe[sglang]', without a GPU: make sglang",
-            where="--engine sglang",
-        ) from None
-    if version not in TRIED:
-        raise ConfigError(
-            f"sglang {version} is installed, kdpipe was tried with {' and '.join(TRIED)}; install one of these, "
-            "or use --engine transformers",
-            where="--engine sglang",
-        )
-    return f"sglang {version} torch {torch.__version__}"
-
-
 class SglangTeacher:
     """TeacherEngine over sglang.Engine in a process of its own, started by the first use."""
 
-    name = "sglang"
+    batches_itself = True
     probe_every = PROBE_EVERY
 
-    def __init__(self, path: Path, *, dtype: Dtype, device: Device, options: EngineOptions | None = None) -> None:
+    def __init__(self, folder: ModelFolder, *, dtype: Dtype, device: Device, options: EngineOptions) -> None:
         """Nothing is started yet. Raises ConfigError for a version or options that cannot be."""
-        self.version = library_version()
+        self.version()
         self.notes: list[str] = []
-        self._path, self._dtype, self._device = path, dtype, device
-        self._options = options or EngineOptions()
-        trust = self._options.trust
-        self._info = describe_teacher(path, dtype, trust)
-        loaded = ModelFolder(path, TeacherError, trust).place
-        arguments = server_arguments(loaded, self._info, device, self._options)
-        self.process = SglangProcess(path, arguments, device, self._options)
+        self._folder, self._dtype, self._device, self._options = folder, dtype, device, options
+        self._info = describe_teacher(folder, dtype)
+        arguments = server_arguments(folder.place, self._info, device, options)
+        self.process = SglangProcess(folder.path, arguments, device, options)
         self._run = 0
+
+    @classmethod
+    def version(cls) -> str:
+        """Raises ConfigError where SGLang is absent or was not tried."""
+        try:
+            version = importlib.metadata.version("sglang")
+        except importlib.metadata.PackageNotFoundError:
+            raise ConfigError(
+                "sglang is not installed; on a GPU machine: pip install 'kdpipe[sglang]', without a GPU: make sglang",
+                where="--engine sglang",
+            ) from None
+        if version not in TRIED:
+            raise ConfigError(
+                f"sglang {version} is installed, kdpipe was tried with {' and '.join(TRIED)}; install one of these, "
+                "or use --engine transformers",
+                where="--engine sglang",
+            )
+        return f"sglang {version} torch {torch.__version__}"
+
+    @classmethod
+    def determinism(cls, device: Device, options: EngineOptions) -> Determinism:
+        """As its deterministic mode is asked for. Raises ConfigError for options that SGLang cannot have."""
+        check_options(options, device)
+        return "bitwise" if options.deterministic else "tolerance"
 
     def canary(self, head: Head, samples: Sequence[np.ndarray]) -> Canary:
         """Start SGLang and compare its rows with transformers' own; see TeacherEngine.canary."""
         if self._device == "cpu":
             self.process.launch()  # it starts while transformers runs; on a GPU each wants the memory for itself
         logit_error, reference = self._reference(head, samples)
-        rows = self._canary_rows(head, samples)
+        rows = self._canary_rows(samples)
         if reference is None:
             return Canary(logit_error=float("nan"), row_error=float("nan"), skipped="no room to load it twice")
         error = compare_rows(
-            rows, reference, dtype=head.record.dtype, exact=self._options.quantization is None, path=self._path
+            rows, reference, dtype=self._dtype, exact=self._options.quantization is None, path=self._folder.path
         )
         return Canary(logit_error=logit_error, row_error=error)
 
@@ -155,20 +158,20 @@ class SglangTeacher:
             device = self._device
         if not has_room(self._info, device):
             return float("nan"), None
-        engine = TransformersEngine(self._path, dtype=self._dtype, device=device, trust=self._options.trust)
+        engine = TransformersEngine(self._folder, dtype=self._dtype, device=device)
         try:
             error = engine.canary(head, samples).logit_error
             return error, [engine.rows_and_logits(token_ids)[0].cpu() for token_ids in samples]
         finally:
             engine.close()
 
-    def _canary_rows(self, head: Head, samples: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    def _canary_rows(self, samples: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Rows [n, E] of whole samples, through the sink into a scratch file. Raises GateError without a receipt."""
         self.process.start()
         dtype = TORCH_DTYPES[self._dtype]
         total = sum(len(token_ids) for token_ids in samples)
         path = self.process.folder / "canary"
-        size = total * head.record.hidden_size
+        size = total * self._info.hidden_size
         rows = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(total, -1)
         rows.fill_(torch.nan)
         first = np.cumsum([0, *(len(token_ids) for token_ids in samples)])
@@ -179,8 +182,8 @@ class SglangTeacher:
                     token_ids=token_ids,
                     order=Order(
                         path=str(path),
-                        offset=int(first[number]) * head.record.hidden_size * dtype.itemsize,
-                        width=head.record.hidden_size,
+                        offset=int(first[number]) * self._info.hidden_size * dtype.itemsize,
+                        width=self._info.hidden_size,
                         dtype=self._dtype,
                         runs=(0, len(token_ids)),
                     ),

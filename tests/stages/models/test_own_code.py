@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.models import OWN_MODELING, make_model, make_own, make_tokenizer
-from tests.opened import load_student, student_in
+from tests.opened import load_student, student_in, teacher_in
 
 from kdpipe.manifests.errors import ConfigError, StudentError, TeacherError
 from kdpipe.manifests.provenance import digest_code, digest_file, digest_json, digest_model
@@ -33,8 +33,8 @@ class TinyTokenizerFast(PreTrainedTokenizerFast):
     pass
 """
 LOADERS: dict[str, Callable[[Path, str | None], object]] = {
-    "describe": lambda folder, trust: describe_teacher(folder, "auto", trust),
-    "engine": lambda folder, trust: TransformersEngine(folder, dtype="float32", device="cpu", trust=trust),
+    "describe": lambda folder, trust: describe_teacher(teacher_in(folder, trust)),
+    "engine": lambda folder, trust: TransformersEngine(teacher_in(folder, trust), dtype="float32", device="cpu"),
     "tokenizer": lambda folder, trust: ModelFolder(folder, TeacherError, trust).tokenizer,
     "student": lambda folder, trust: load_student(folder, torch.float32, CPU, trust),
     "dtype": lambda folder, trust: checkpoint_dtype(student_in(folder, trust)),
@@ -80,7 +80,7 @@ def test_one_changed_byte_is_refused_naming_both_digests(loader: str, own: Path,
 @pytest.mark.parametrize("trust", ["", "{:.11}", "f{:.12}", "{}0"])
 def test_what_is_not_the_start_of_its_digest_allows_nothing(trust: str, own: Path, tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="was allowed"):
-        describe_teacher(own, "auto", trust.format(code_digest(own)))
+        describe_teacher(teacher_in(own, trust.format(code_digest(own))))
     assert not (tmp_path / "ran").exists()
 
 
@@ -108,7 +108,7 @@ def test_code_from_elsewhere_is_refused_with_any_digest(case: str, trusted: bool
         (own / name).write_text("{}")
     edit_json(own / name, auto_map=json.loads(json.dumps(auto_map).replace("{tmp}", str(tmp_path))))
     with pytest.raises(TeacherError, match=said) as caught:
-        describe_teacher(own, "auto", code_digest(own) if trusted else None)
+        describe_teacher(teacher_in(own, code_digest(own) if trusted else None))
     assert name in str(caught.value)
     assert not (tmp_path / "ran").exists()
 
@@ -117,15 +117,17 @@ def test_an_auto_map_inside_the_config_asks_for_code_too(own: Path) -> None:
     config = json.loads((own / "config.json").read_text())
     edit_json(own / "config.json", auto_map={}, text_config={"auto_map": config["auto_map"]})
     with pytest.raises(TeacherError, match="brings its own code"):
-        describe_teacher(own)
+        describe_teacher(teacher_in(own))
 
 
 def test_a_digest_for_a_model_without_code_is_an_error(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path / "plain")
     (folder / "train.py").write_text("raise SystemExit\n")
-    assert describe_teacher(folder).architecture == "LlamaForCausalLM"  # code that nothing asks for is not its own
+    assert (
+        describe_teacher(teacher_in(folder)).architecture == "LlamaForCausalLM"
+    )  # code that nothing asks for is not its own
     with pytest.raises(ConfigError, match="brings no code of its own"):
-        describe_teacher(folder, "auto", code_digest(folder))
+        describe_teacher(teacher_in(folder, code_digest(folder)))
 
 
 # Allowed
@@ -139,7 +141,7 @@ def test_with_its_digest_or_the_start_of_it_the_model_loads(loader: str, own: Pa
 
 
 def test_what_loads_is_the_folders_own_class(own: Path, tmp_path: Path) -> None:
-    assert describe_teacher(own, "auto", code_digest(own)).architecture == "TinyForCausalLM"
+    assert describe_teacher(teacher_in(own, code_digest(own))).architecture == "TinyForCausalLM"
     model = load_student(own, torch.float32, CPU, code_digest(own))
     assert (type(model).__name__, model.config.model_type) == ("TinyForCausalLM", "tiny")
     stock = make_model("llama", tmp_path / "stock", vocab_size=304)
@@ -160,11 +162,11 @@ def test_where_transformers_knows_the_type_its_own_class_is_taken_unless_the_cod
     edit_json(own / "config.json", model_type="llama", auto_map={"AutoModelForCausalLM": "modeling_tiny.TinyLlama"})
     text = (own / "modeling_tiny.py").read_text().replace("    config_class = TinyConfig", "    ...")
     (own / "modeling_tiny.py").write_text(text.replace("class TinyForCausalLM", "class TinyLlama"))
-    assert describe_teacher(own).architecture == "LlamaForCausalLM"
+    assert describe_teacher(teacher_in(own)).architecture == "LlamaForCausalLM"
     assert not (tmp_path / "ran").exists()
-    assert describe_teacher(own, "auto", code_digest(own)).architecture == "TinyLlama"
+    assert describe_teacher(teacher_in(own, code_digest(own))).architecture == "TinyLlama"
     edit_json(own / "config.json", auto_map={})
-    assert describe_teacher(own).architecture == "LlamaForCausalLM"  # nothing of the other stays behind
+    assert describe_teacher(teacher_in(own)).architecture == "LlamaForCausalLM"  # nothing of the other stays behind
 
 
 def test_a_tokenizers_code_needs_the_digest_too(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_a_tokenizers_code_needs_the_digest_too(tmp_path: Path) -> None:
 def test_code_that_does_not_run_is_the_folders_fault_in_one_line(line: str, own: Path) -> None:
     (own / "modeling_tiny.py").write_text((own / "modeling_tiny.py").read_text() + line + "\n")
     with pytest.raises(TeacherError) as caught:
-        TransformersEngine(own, dtype="float32", device="cpu", trust=code_digest(own))
+        TransformersEngine(teacher_in(own, code_digest(own)), dtype="float32", device="cpu")
     assert "\n" not in str(caught.value)
 
 
@@ -217,8 +219,11 @@ def test_transformers_cache_of_modules_is_neither_read_nor_written(own: Path, tm
 import sys
 from pathlib import Path
 sys.path.append({str(shared.parent)!r})
+from kdpipe.manifests.errors import TeacherError
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.teacher.describe import describe_teacher
-print(describe_teacher(Path({str(own)!r}), "auto", {code_digest(own)!r}).architecture)
+folder = ModelFolder(Path({str(own)!r}), TeacherError, {code_digest(own)!r})
+print(describe_teacher(folder).architecture)
 """
     env = os.environ | {"HF_MODULES_CACHE": str(shared.parent), "TMPDIR": str(tmp_path / "tmp")}
     (tmp_path / "tmp").mkdir()

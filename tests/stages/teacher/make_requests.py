@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from tests.opened import teacher_in
 
 from kdpipe.manifests.specs import Dtype
 from kdpipe.stages.teacher.describe import describe_teacher
@@ -40,7 +41,7 @@ def pass_the_gate(folder: Path, dtype: Dtype, requests: Sequence[Request], acks:
     for request, ack in zip(requests, acks, strict=True):
         check_ack(request, ack)
         check_finite(request)
-    check_identity(requests, acks, read_head(folder, describe_teacher(folder, dtype), VOCAB))
+    check_identity(requests, acks, read_head(describe_teacher(teacher_in(folder), dtype)))
 
 
 def acks_by_sample(acks: list[Ack]) -> dict[int, Ack]:

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 from tests.models import KINDS, make_model
+from tests.opened import teacher_in
 from tests.stages.teacher.make_requests import make_request
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.stages.models import head as formula
-from kdpipe.stages.teacher import head as head_module
+from kdpipe.stages.models.head import Head
 from kdpipe.stages.teacher.canary import check_head, compare_rows
 from kdpipe.stages.teacher.describe import describe_teacher
-from kdpipe.stages.teacher.head import Head, chosen_logits, read_head
+from kdpipe.stages.teacher.head import read_head
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
 SAMPLES = [make_request(0, 41).token_ids, make_request(1, 7).token_ids]
@@ -22,8 +23,8 @@ SAMPLES = [make_request(0, 41).token_ids, make_request(1, 7).token_ids]
 
 def opened(kind: str, folder: Path, dtype: str) -> tuple[TransformersEngine, Head]:
     make_model(kind, folder)
-    head = read_head(folder, describe_teacher(folder, dtype), 250)
-    return TransformersEngine(folder, dtype=dtype, device="cpu"), head
+    head = read_head(describe_teacher(teacher_in(folder), dtype))
+    return TransformersEngine(teacher_in(folder), dtype=dtype, device="cpu"), head
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,7 +43,7 @@ def test_rows_times_head_are_the_models_own_logits(kind: str, tmp_path: Path, mo
 )
 def test_a_step_that_the_record_does_not_know_is_refused(kind: str, lost: dict, dtype: str, tmp_path: Path) -> None:
     engine, head = opened(kind, tmp_path, dtype)
-    head = replace(head, record=head.record.model_copy(update=lost), bias=None)
+    head = replace(head, bias=None, **lost)
     with pytest.raises(TeacherError, match="does something between hidden state and logits"):
         check_head(engine, head, SAMPLES, path=tmp_path)
 
@@ -73,6 +74,8 @@ def test_one_sample_of_several_is_enough(bad: int, tmp_path: Path) -> None:
     engine, head = opened("llama", tmp_path, "float32")
 
     class Lying:
+        architecture = "Lying"
+
         def rows_and_logits(self, token_ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
             rows, logits = engine.rows_and_logits(token_ids)
             return rows, logits * (2.0 if len(token_ids) == len(SAMPLES[bad]) else 1.0)
@@ -83,7 +86,7 @@ def test_one_sample_of_several_is_enough(bad: int, tmp_path: Path) -> None:
 
 def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
     engine, head = opened("llama", tmp_path, "float32")
-    smaller = replace(head, weight=head.weight[:-1], record=head.record.model_copy(update={"head_rows": 250}))
+    smaller = replace(head, weight=head.weight[:-1])
     with pytest.raises(TeacherError, match="inf"):
         check_head(engine, smaller, SAMPLES, path=tmp_path)
 
@@ -92,11 +95,11 @@ def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
 def test_chosen_entries_are_those_of_the_models_own_logits(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_module, "COLUMN_ELEMENTS", 5 * 48 * 7)  # seven rows at a time
+    monkeypatch.setattr(formula, "COLUMN_ELEMENTS", 5 * 48 * 7)  # seven rows at a time
     engine, head = opened(kind, tmp_path, "float32")
     rows, logits = engine.rows_and_logits(SAMPLES[0])
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 251, (len(rows), 5)))
-    assert (chosen_logits(rows, head, ids) - logits.gather(1, ids)).abs().max() < 1e-5 * logits.abs().max()
+    assert (head.chosen(rows, ids) - logits.gather(1, ids)).abs().max() < 1e-5 * logits.abs().max()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float16", 0.02), ("bfloat16", 0.1)])

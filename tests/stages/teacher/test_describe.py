@@ -10,12 +10,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tests.models import KINDS, make_model, make_tokenizer
+from tests.opened import teacher_in
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.vocabulary import real_vocab_size
 from kdpipe.stages.teacher.describe import describe_teacher
-from kdpipe.stages.teacher.head import read_head
+from kdpipe.stages.teacher.head import head_record, read_head
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -36,10 +37,10 @@ def rename_tensors(folder: Path, **names: str | None) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_description_and_head_are_those_of_the_loaded_model(kind: str, tmp_path: Path) -> None:
     make_model(kind, tmp_path)
-    info = describe_teacher(tmp_path, "auto")
+    info = describe_teacher(teacher_in(tmp_path), "auto")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     own = model.get_output_embeddings()
-    head = read_head(tmp_path, info, 250)
+    head = read_head(info)
     assert torch.equal(head.weight, own.weight)
     assert (head.bias is None) == (own.bias is None)
     assert head.bias is None or torch.equal(head.bias, own.bias)
@@ -48,11 +49,12 @@ def test_description_and_head_are_those_of_the_loaded_model(kind: str, tmp_path:
     assert info.num_params == model.num_parameters()
     assert info.tied == (own.weight is model.get_input_embeddings().weight)
     assert (info.dtype, info.max_positions) == ("float32", 512)
-    assert head.record.vocab_size == 250
+    assert (head.softcap, head.scale) == (info.softcap, info.scale)
+    assert head_record(info, 250).vocab_size == 250
 
 
 def test_softcap_and_scales_come_from_the_config(tmp_path: Path) -> None:
-    found = {kind: describe_teacher(make_model(kind, tmp_path / kind)) for kind in KINDS}
+    found = {kind: describe_teacher(teacher_in(make_model(kind, tmp_path / kind))) for kind in KINDS}
     assert {kind: info.softcap for kind, info in found.items() if info.softcap is not None} == {"gemma2": 3.0}
     scales = {kind: info.scale for kind, info in found.items() if info.scale != 1.0}
     assert scales == {"cohere": 0.25, "granite": pytest.approx(1 / 3)}
@@ -62,25 +64,25 @@ def test_softcap_and_scales_come_from_the_config(tmp_path: Path) -> None:
 
 def test_head_is_found_in_a_sharded_checkpoint(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
-    whole = read_head(tmp_path, describe_teacher(tmp_path), 251)
+    whole = read_head(describe_teacher(teacher_in(tmp_path)))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    assert torch.equal(read_head(tmp_path, describe_teacher(tmp_path), 251).weight, whole.weight)
+    assert torch.equal(read_head(describe_teacher(teacher_in(tmp_path))).weight, whole.weight)
 
 
 def test_tied_head_without_the_base_models_prefix_is_found(tmp_path: Path) -> None:
     make_model("qwen2", tmp_path)
     rename_tensors(tmp_path, model__embed_tokens__weight="embed_tokens.weight")
-    assert describe_teacher(tmp_path).head_key == "embed_tokens.weight"
+    assert describe_teacher(teacher_in(tmp_path)).head_key == "embed_tokens.weight"
 
 
 def test_head_under_an_old_name_is_found_by_its_shape(tmp_path: Path) -> None:
     make_model("qwen3", tmp_path)
     truth = load_file(tmp_path / "model.safetensors")["lm_head.weight"]
     rename_tensors(tmp_path, lm_head__weight="embed_out.weight")
-    assert torch.equal(read_head(tmp_path, describe_teacher(tmp_path), 251).weight, truth)
+    assert torch.equal(read_head(describe_teacher(teacher_in(tmp_path))).weight, truth)
 
 
 def test_tied_head_with_a_tensor_of_its_own_is_the_one_transformers_uses(tmp_path: Path) -> None:
@@ -89,17 +91,17 @@ def test_tied_head_with_a_tensor_of_its_own_is_the_one_transformers_uses(tmp_pat
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1.0
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    head = read_head(tmp_path, describe_teacher(tmp_path), 251)
+    head = read_head(describe_teacher(teacher_in(tmp_path)))
     assert torch.equal(head.weight, model.get_output_embeddings().weight)
 
 
 def test_dtype_is_the_configs_then_the_files_then_what_was_asked(tmp_path: Path) -> None:
     make_model("llama", tmp_path, dtype="bfloat16")
-    assert describe_teacher(tmp_path).dtype == "bfloat16"
-    assert describe_teacher(tmp_path, "float32").dtype == "float32"
+    assert describe_teacher(teacher_in(tmp_path)).dtype == "bfloat16"
+    assert describe_teacher(teacher_in(tmp_path), "float32").dtype == "float32"
     edit_config(tmp_path, dtype=None)
-    assert describe_teacher(tmp_path).dtype == "bfloat16"
-    assert read_head(tmp_path, describe_teacher(tmp_path, "float16"), 251).weight.dtype == torch.float16
+    assert describe_teacher(teacher_in(tmp_path)).dtype == "bfloat16"
+    assert read_head(describe_teacher(teacher_in(tmp_path), "float16")).weight.dtype == torch.float16
 
 
 def no_folder(folder: Path) -> None:
@@ -189,7 +191,7 @@ def test_folder_that_is_no_teacher_is_one_line_with_exit_code_4(
     folder = make_model("llama", tmp_path / "teacher")
     damage(folder)
     with pytest.raises(TeacherError) as caught:
-        describe_teacher(folder)
+        describe_teacher(teacher_in(folder))
     assert caught.value.exit_code == 4
     assert said in str(caught.value)
     assert str(folder) in str(caught.value)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from kdpipe.manifests.errors import ConfigError
-from kdpipe.stages.teacher import ENGINES, pick_engine
+from kdpipe.stages.teacher import engine_class, pick_engine
 from kdpipe.stages.teacher.engine import EngineOptions
 from kdpipe.stages.teacher.sglang.teacher import TRIED
 
@@ -32,7 +32,7 @@ def test_auto_takes_sglang_on_a_gpu_for_models_that_were_tried_and_says_why() ->
 def test_a_version_that_was_not_tried_is_refused_naming_those_that_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.7")
     with pytest.raises(ConfigError, match=f"sglang 0.4.7 is installed, kdpipe was tried with {TRIED[0]}"):
-        ENGINES["sglang"].version()
+        engine_class("sglang").version()
     chosen = pick_engine("auto", architecture="LlamaForCausalLM", device="cuda")
     assert (chosen.name, "0.4.7" in chosen.reason) == ("transformers", True)
 
@@ -48,7 +48,7 @@ def test_a_version_that_was_not_tried_is_refused_naming_those_that_were(monkeypa
 )
 def test_options_an_engine_cannot_have_are_refused(engine: str, options: EngineOptions, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ENGINES[engine].determinism("cpu", options)
+        engine_class(engine).determinism("cpu", options)
 
 
 def test_what_a_plan_records_of_the_options_is_what_a_recomputation_runs_with() -> None:
@@ -63,5 +63,5 @@ def test_what_a_plan_records_of_the_options_is_what_a_recomputation_runs_with() 
 def test_the_plan_records_what_decides_the_rows() -> None:
     options = EngineOptions(tp=2, quantization="fp8", deterministic=True, arguments=(("kv_cache_dtype", "fp8_e5m2"),))
     assert options.identity() == {"quantization": "fp8", "deterministic": "true", "kv_cache_dtype": "fp8_e5m2"}
-    assert ENGINES["sglang"].determinism("cuda", options) == "bitwise"
+    assert engine_class("sglang").determinism("cuda", options) == "bitwise"
     assert EngineOptions(tp=8, dp=4, mem_fraction=0.8).identity() == {}

@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tests.models import make_model
+from tests.opened import teacher_in
 from tests.stages.teacher.make_requests import make_request
 
 from kdpipe.manifests.errors import GateError, TeacherError
+from kdpipe.stages.models.head import Head
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Request
 from kdpipe.stages.teacher.gate import (
@@ -21,7 +25,7 @@ from kdpipe.stages.teacher.gate import (
     is_probed_inside,
     rounding,
 )
-from kdpipe.stages.teacher.head import Head, read_head
+from kdpipe.stages.teacher.head import read_head
 from kdpipe.stages.teacher.rows import checksum
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
@@ -34,8 +38,8 @@ def make_answer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """A fresh true answer to three requests each time, in each dtype."""
     dtype = request.param
     folder: Path = make_model("qwen3", tmp_path_factory.mktemp("gate"))
-    head = read_head(folder, describe_teacher(folder, dtype), 251)
-    engine = TransformersEngine(folder, dtype=dtype, device="cpu")
+    head = read_head(describe_teacher(teacher_in(folder), dtype))
+    engine = TransformersEngine(teacher_in(folder), dtype=dtype, device="cpu")
 
     def make() -> Answer:
         requests = [make_request(sample, 33, dtype=dtype, every=True) for sample in range(3)]
@@ -54,7 +58,7 @@ def test_true_rows_pass(make_answer: Callable[[], Answer]) -> None:
     for request, ack in zip(requests, acks, strict=True):
         check_ack(request, ack)
         check_finite(request)
-    assert check_identity(requests, acks, head) < (1e-5 if head.record.dtype == "float32" else 0.15)
+    assert check_identity(requests, acks, head) < (1e-5 if head.dtype == "float32" else 0.15)
     assert check_identity([], [], head) == 0.0
 
 
@@ -86,7 +90,7 @@ def test_rows_shifted_by_one_are_caught(shift: int, make_answer: Callable[[], An
 def test_a_difference_just_beyond_that_of_rounding_is_caught(column: int, make_answer: Callable[[], Answer]) -> None:
     """The bound of the module's docstring, by hand: u*(|z_v| + |z_y|) + 1e-3, of one probe of one sample."""
     requests, acks, head = make_answer()
-    unit = {"float32": 2.0**-24, "bfloat16": 2.0**-8}[head.record.dtype]
+    unit = {"float32": 2.0**-24, "bfloat16": 2.0**-8}[head.dtype]
     for request, ack in zip(requests, acks, strict=True):
         rows = request.target.array[request.probes].astype(np.float64)
         logits = rows @ head.weight.double().numpy().T
@@ -109,18 +113,15 @@ def test_a_difference_just_beyond_that_of_rounding_is_caught(column: int, make_a
     ("parts", "roundings"),
     [
         ({}, 1),
-        ({"has_bias": True}, 2),
+        ({"bias": torch.zeros(1)}, 2),
         ({"scale": 0.25}, 2),
         ({"softcap": 30.0}, 4),
-        ({"has_bias": True, "scale": 0.25, "softcap": 30.0}, 6),
+        ({"bias": torch.zeros(1), "scale": 0.25, "softcap": 30.0}, 6),
     ],
 )
-def test_each_operation_between_row_and_logit_is_a_rounding(
-    parts: dict[str, object], roundings: int, make_answer: Callable[[], Answer]
-) -> None:
-    record = make_answer()[2].record
-    for dtype, unit in (("bfloat16", 2.0**-8), ("float16", 2.0**-11), ("float32", 2.0**-24)):
-        assert rounding(record.model_copy(update={"dtype": dtype, **parts})) == roundings * unit
+def test_each_operation_between_row_and_logit_is_a_rounding(parts: dict[str, Any], roundings: int) -> None:
+    for dtype, unit in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11), (torch.float32, 2.0**-24)):
+        assert rounding(Head(torch.zeros(1, 1, dtype=dtype), **parts)) == roundings * unit
 
 
 def test_row_lost_in_the_middle_is_caught(make_answer: Callable[[], Answer]) -> None:

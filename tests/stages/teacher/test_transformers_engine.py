@@ -11,11 +11,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tests.families import make_family
 from tests.models import KINDS, make_model
+from tests.opened import teacher_in
 from tests.stages.teacher.make_requests import make_request, pass_the_gate
 
 from kdpipe.manifests.errors import TeacherError
-from kdpipe.stages.teacher import ENGINES
-from kdpipe.stages.teacher.engine import EngineOptions, Request
+from kdpipe.stages.teacher.engine import Request
 from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
@@ -62,7 +62,7 @@ def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_a_lone_sample_are_the_models_own_bit_for_bit(kind: str, dtype: str, folders: dict[str, Path]) -> None:
     requests = [make_request(3, 37, dtype=dtype), make_request(4, 2, dtype=dtype, every=True)]
-    engine = TransformersEngine(folders[kind], dtype=dtype, device="cpu")
+    engine = TransformersEngine(teacher_in(folders[kind]), dtype=dtype, device="cpu")
     acks = list(engine.run(one_by_one(requests)))
     model = load(folders[kind], dtype)
     for request, ack in zip(requests, acks, strict=True):
@@ -73,7 +73,7 @@ def test_rows_of_a_lone_sample_are_the_models_own_bit_for_bit(kind: str, dtype: 
 
 def test_a_model_that_pads_otherwise_runs_its_samples_one_by_one(tmp_path: Path) -> None:
     """CPM-Ant's tokens see those after them, padding too: a batch would give other rows, and the gate its own."""
-    engine = TransformersEngine(make_family("cpmant", tmp_path), dtype="float32", device="cpu")
+    engine = TransformersEngine(teacher_in(make_family("cpmant", tmp_path)), dtype="float32", device="cpu")
     batch, alone = ([make_request(number, length) for number, length in ((0, 41), (1, 19))] for _ in range(2))
     list(engine.run([batch]))
     list(engine.run(one_by_one(alone)))
@@ -85,7 +85,7 @@ def test_a_model_that_pads_otherwise_runs_its_samples_one_by_one(tmp_path: Path)
 @pytest.mark.parametrize("kind", KINDS)
 def test_padded_batch_is_the_models_own_padded_batch_bit_for_bit(kind: str, folders: dict[str, Path]) -> None:
     requests = [make_request(sample, length) for sample, length in enumerate([23, 37, 5])]
-    engine = TransformersEngine(folders[kind], dtype="float32", device="cpu")
+    engine = TransformersEngine(teacher_in(folders[kind]), dtype="float32", device="cpu")
     masks = []
     engine._model.register_forward_pre_hook(
         lambda _, args, inputs: masks.append(inputs.get("attention_mask")), with_kwargs=True
@@ -110,7 +110,7 @@ def test_padded_batch_is_the_models_own_padded_batch_bit_for_bit(kind: str, fold
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_sample_in_chunks_equals_the_whole_run_to_rounding(kind: str, folders: dict[str, Path]) -> None:
     request = make_request(5, 151, every=True, probes=23)
-    engine = TransformersEngine(folders[kind], dtype="float32", device="cpu", chunk_tokens=29)
+    engine = TransformersEngine(teacher_in(folders[kind]), dtype="float32", device="cpu", chunk_tokens=29)
     (ack,) = engine.run([[request]])
     model = load(folders[kind])
     assert engine._chunks_agree
@@ -122,7 +122,7 @@ def test_long_sample_in_chunks_equals_the_whole_run_to_rounding(kind: str, folde
 def test_long_and_short_samples_of_one_batch_come_back_in_their_order(folders: dict[str, Path]) -> None:
     lengths = [(0, 17), (1, 90), (2, 40), (3, 61), (4, 9)]
     requests = [make_request(sample, length, dtype="bfloat16") for sample, length in lengths]
-    engine = TransformersEngine(folders["gemma2"], dtype="bfloat16", device="cpu", chunk_tokens=40)
+    engine = TransformersEngine(teacher_in(folders["gemma2"]), dtype="bfloat16", device="cpu", chunk_tokens=40)
     acks = list(engine.run([requests[:3], requests[3:]]))
     model = load(folders["gemma2"], "bfloat16")
     assert [ack.sample for ack in acks] == [0, 1, 2, 3, 4]
@@ -133,7 +133,7 @@ def test_long_and_short_samples_of_one_batch_come_back_in_their_order(folders: d
 def test_model_that_forgets_between_chunks_runs_whole(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = TransformersEngine(folders["llama"], dtype="float32", device="cpu", chunk_tokens=29)
+    engine = TransformersEngine(teacher_in(folders["llama"]), dtype="float32", device="cpu", chunk_tokens=29)
     forward = engine._model.forward
 
     def forgetful(*, past_key_values: Any = None, **inputs: Any) -> Any:
@@ -152,7 +152,7 @@ def test_chunks_are_judged_by_what_was_measured_in_their_dtype(
 ) -> None:
     """Of 18 architectures rounding gave 0.012 at most in bf16, and a state lost between chunks 0.18 at least."""
     for error, agree in ((rounding, True), (0.18, False), (float("nan"), False)):
-        engine = TransformersEngine(folders["llama"], dtype=dtype, device="cpu", chunk_tokens=29)  # type: ignore[arg-type]
+        engine = TransformersEngine(teacher_in(folders["llama"]), dtype=dtype, device="cpu", chunk_tokens=29)  # type: ignore[arg-type]
         monkeypatch.setattr(engine, "_trial_error", lambda ids, error=error: error)
         assert engine._may_chunk(make_request(5, 151).token_ids) is agree
         assert len(engine.notes) == (not agree)
@@ -165,14 +165,14 @@ def test_samples_without_rows_or_probes_are_acknowledged(folders: dict[str, Path
         sample=1, token_ids=unprobed.token_ids, positions=unprobed.positions, probes=unprobed.probes[:0],
         scored=unprobed.scored[:0], target=unprobed.target,
     )  # fmt: skip
-    engine = TransformersEngine(folders["qwen3"], dtype="float32", device="cpu", chunk_tokens=33)
+    engine = TransformersEngine(teacher_in(folders["qwen3"]), dtype="float32", device="cpu", chunk_tokens=33)
     acks = list(engine.run([[nothing], [unprobed], []]))
     assert [(ack.num_rows, len(ack.probe_logprobs)) for ack in acks] == [(0, 0), (len(unprobed.positions), 0)]
     pass_the_gate(folders["qwen3"], "float32", [nothing, unprobed], acks)
 
 
 def test_running_a_batch_again_gives_the_same_bits_and_batches_are_taken_lazily(folders: dict[str, Path]) -> None:
-    engine = TransformersEngine(folders["llama"], dtype="float32", device="cpu")
+    engine = TransformersEngine(teacher_in(folders["llama"]), dtype="float32", device="cpu")
     taken = []
 
     def batches() -> Iterator[list[Request]]:
@@ -188,7 +188,7 @@ def test_running_a_batch_again_gives_the_same_bits_and_batches_are_taken_lazily(
 
 
 def test_token_id_without_an_embedding_is_an_error_before_the_model_runs(folders: dict[str, Path]) -> None:
-    engine = TransformersEngine(folders["llama"], dtype="float32", device="cpu")
+    engine = TransformersEngine(teacher_in(folders["llama"]), dtype="float32", device="cpu")
     request = make_request(7, 20)
     request.token_ids[4] = 251
     with pytest.raises(TeacherError, match="sample 7 has token id 251"):
@@ -201,12 +201,12 @@ def test_checkpoint_with_a_weight_missing_is_refused(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TeacherError, match=r"layers\.1\.mlp\.up_proj"):
-        TransformersEngine(tmp_path, dtype="float32", device="cpu")
+        TransformersEngine(teacher_in(tmp_path), dtype="float32", device="cpu")
 
 
 def test_engine_closes_twice(folders: dict[str, Path]) -> None:
-    engine = ENGINES["transformers"].open(folders["llama"], "bfloat16", "cpu", EngineOptions())
-    assert engine.version.startswith("transformers 5.")
+    engine = TransformersEngine(teacher_in(folders["llama"]), dtype="bfloat16", device="cpu")
+    assert engine.version().startswith("transformers 5.")
     engine.close()
     engine.close()
 
@@ -214,4 +214,4 @@ def test_engine_closes_twice(folders: dict[str, Path]) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_an_error(folders: dict[str, Path]) -> None:
     with pytest.raises(TeacherError, match="no GPU"):
-        TransformersEngine(folders["llama"], dtype="float32", device="cuda")
+        TransformersEngine(teacher_in(folders["llama"]), dtype="float32", device="cuda")

@@ -18,6 +18,7 @@ import torch
 import transformers
 from tests.conftest import Bench
 from tests.models import make_model, make_own, make_tokenizer
+from tests.opened import teacher_in
 from tests.stages.teacher.make_requests import NUMPY_DTYPES, WIDTH, make_request, pass_the_gate
 
 from kdpipe.manifests.errors import ConfigError, EngineError, KdpipeError, TeacherError
@@ -146,9 +147,9 @@ def test_every_row_is_there_in_order_and_transformers_own(kind: str, dtype: Dtyp
     folder = make_model(kind, tmp_path / "teacher", dtype=dtype, sizes=SIZES)
     requests = requests_into(tmp_path / "rows", LENGTHS, dtype)
     options = EngineOptions(arguments=(("chunked_prefill_size", chunk),), timeout_s=120)
-    engine = SglangTeacher(folder, dtype=dtype, device="cpu", options=options)
+    engine = SglangTeacher(teacher_in(folder), dtype=dtype, device="cpu", options=options)
     try:
-        head = read_head(folder, describe_teacher(folder, dtype), 251)
+        head = read_head(describe_teacher(teacher_in(folder), dtype))
         measured = engine.canary(head, [request.token_ids[:50] for request in requests[3:6]])
         acks = list(engine.run([[request] for request in requests]))
     finally:
@@ -174,7 +175,9 @@ def test_of_several_ranks_the_first_writes_each_row(ranks: dict[str, int], fault
     fault.write_text("second rank")  # zeros there: two writers of equal rows would not show
     folder = make_model("llama", tmp_path / "teacher", sizes=SIZES)
     requests = requests_into(tmp_path / "rows", LENGTHS, "float32")
-    engine = SglangTeacher(folder, dtype="float32", device="cpu", options=EngineOptions(timeout_s=120, **ranks))
+    engine = SglangTeacher(
+        teacher_in(folder), dtype="float32", device="cpu", options=EngineOptions(timeout_s=120, **ranks)
+    )
     try:
         acks = list(engine.run([requests[:7], requests[7:]]))
     finally:
@@ -187,20 +190,19 @@ def test_of_several_ranks_the_first_writes_each_row(ranks: dict[str, int], fault
 
 def test_arguments_that_sglang_does_not_know_or_cannot_use_are_told(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path / "teacher")
-    engine = SglangTeacher(
-        folder, dtype="float32", device="cpu", options=EngineOptions(arguments=(("chunked_prefil_size", "128"),))
-    )
+    options = EngineOptions(arguments=(("chunked_prefil_size", "128"),))
+    engine = SglangTeacher(teacher_in(folder), dtype="float32", device="cpu", options=options)
     with pytest.raises(ConfigError, match="did you mean 'chunked_prefill_size'"):
         list(engine.run([]))
     engine.close()
     options = EngineOptions(quantization="nonsense")
-    engine = SglangTeacher(folder, dtype="float32", device="cpu", options=options)
+    engine = SglangTeacher(teacher_in(folder), dtype="float32", device="cpu", options=options)
     with pytest.raises(TeacherError, match=r"with quantization = nonsense .*Unknown quantization method"):
         list(engine.run([]))
     engine.close()
     engine.close()
     with pytest.raises(ConfigError, match="--deterministic: SGLang's attention on a CPU"):
-        SglangTeacher(folder, dtype="float32", device="cpu", options=EngineOptions(deterministic=True))
+        SglangTeacher(teacher_in(folder), dtype="float32", device="cpu", options=EngineOptions(deterministic=True))
 
 
 # Faults inside the engine
@@ -243,7 +245,7 @@ def test_what_the_engine_gets_wrong_is_caught_before_a_shard_is_committed(
     bench: Bench, fault: Path, tmp_path: Path
 ) -> None:
     spec = spec_of(bench, timeout_s=120)
-    engine = SglangTeacher(bench.teacher, dtype="float32", device="cpu", options=spec.options)
+    engine = SglangTeacher(teacher_in(bench.teacher), dtype="float32", device="cpu", options=spec.options)
     expected = {
         "swap": "the row is of another token or sample",
         "shift": "the row is of another token or sample",
@@ -294,7 +296,7 @@ def test_an_engine_that_dies_or_hangs_is_named_and_the_run_can_go_on(
     name: str, message: str, bench: Bench, fault: Path, tmp_path: Path
 ) -> None:
     spec = spec_of(bench, timeout_s=8)
-    engine = SglangTeacher(bench.teacher, dtype="float32", device="cpu", options=spec.options)
+    engine = SglangTeacher(teacher_in(bench.teacher), dtype="float32", device="cpu", options=spec.options)
     with staged(spec, tmp_path / "cache", Silent()) as plan:
         try:
             list(engine.run([]))  # up, and well
