@@ -20,7 +20,7 @@ from kdpipe.manifests.errors import CacheError, LayoutError
 from kdpipe.manifests.made_with import last_extraction
 from kdpipe.manifests.record import Record, first_problem
 from kdpipe.manifests.shard_table import NO_SHARDS, SHARDS_FILE, ShardTable, read_shards
-from kdpipe.manifests.specs import Codec, Dtype, RowsChoice
+from kdpipe.manifests.specs import MAX_SHARD_TOKENS, Codec, Dtype, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
 
 FORMAT_VERSION: Final = 2
@@ -31,10 +31,6 @@ MAX_PLAN_BYTES = 32 << 20
 SAMPLES_FILE = "samples.arrow"
 GROWN = "grown"
 FOLDERS = ("shards", "commits", "claims", "tmp", "runs", "teacher")
-SHARD_TOKENS = 65536
-"""Tokens a shard holds at most, unless another size is asked for, and so the teacher's work that a kill can lose."""
-MAX_SHARD_TOKENS = 1 << 30
-"""Places of tokens in a shard are int32 in samples.arrow."""
 
 Count = Annotated[int, Field(ge=0)]
 

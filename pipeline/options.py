@@ -64,6 +64,7 @@ READS = {
             "data",
             "cache.rows",
             "cache.codec",
+            "cache.shard_tokens",
             "cache.seed",
             "teacher",
             "engine",

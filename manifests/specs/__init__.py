@@ -15,7 +15,7 @@ from kdpipe.manifests.specs.base import (
     RowsChoice,
     Spec,
 )
-from kdpipe.manifests.specs.cache import CacheSpec
+from kdpipe.manifests.specs.cache import MAX_SHARD_TOKENS, SHARD_TOKENS, CacheSpec
 from kdpipe.manifests.specs.data import DataSpec, DataTable
 from kdpipe.manifests.specs.loss import LOSS_OPTIONS, PRESETS, LossSpec
 from kdpipe.manifests.specs.run import RunFile, RunSpec, fields, flag_of, full_keys, load, misspelt_keys
@@ -25,7 +25,9 @@ from kdpipe.manifests.specs.train import TrainSpec, TrainTable
 
 __all__ = [
     "LOSS_OPTIONS",
+    "MAX_SHARD_TOKENS",
     "PRESETS",
+    "SHARD_TOKENS",
     "CacheSpec",
     "Codec",
     "DataSpec",

@@ -6,6 +6,11 @@ from pydantic import Field
 
 from kdpipe.manifests.specs.base import Codec, Flag, Io, Paths, RowsChoice, Spec
 
+SHARD_TOKENS = 65536
+"""Tokens a shard holds at most, unless another size is asked for, and so the teacher's work that a kill can lose."""
+MAX_SHARD_TOKENS = 1 << 30
+"""Places of tokens in a shard are int32 in samples.arrow."""
+
 
 class CacheSpec(Spec):
     """[cache]: where a teacher's rows are kept, which, and how they are read."""
@@ -17,6 +22,8 @@ class CacheSpec(Spec):
     """Keep the rows of supervised tokens only, or of every token."""
     codec: Codec = "raw"
     """How rows are stored: raw is as they come."""
+    shard_tokens: Annotated[int, Field(ge=1, le=MAX_SHARD_TOKENS)] = SHARD_TOKENS
+    """Tokens a shard holds at most, and so the teacher's work that a kill can lose; more for a very large cache."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Chooses the rows that are checked twice."""
     group: Annotated[str | None, Flag(takes="NAME")] = None

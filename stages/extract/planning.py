@@ -24,10 +24,8 @@ from kdpipe.manifests.errors import (
 )
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.plan import (
-    MAX_SHARD_TOKENS,
     PLAN_FILE,
     SAMPLES_FILE,
-    SHARD_TOKENS,
     EngineRecord,
     Fingerprint,
     Plan,
@@ -40,7 +38,17 @@ from kdpipe.manifests.sample import KEPT, Incident, Sample, is_heldout, row_posi
 from kdpipe.manifests.samples import SamplesWriter
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.shard_table import SHARDS_FILE, ShardTable, write_shards
-from kdpipe.manifests.specs import Codec, DataSpec, Device, DeviceChoice, DtypeChoice, RowsChoice, RunFile
+from kdpipe.manifests.specs import (
+    MAX_SHARD_TOKENS,
+    SHARD_TOKENS,
+    Codec,
+    DataSpec,
+    Device,
+    DeviceChoice,
+    DtypeChoice,
+    RowsChoice,
+    RunFile,
+)
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.present import Present
 from kdpipe.stages.models.folder import ModelFolder
@@ -108,6 +116,7 @@ class ExtractSpec:
             rows=run.cache.rows,
             codec=run.cache.codec,
             seed=run.cache.seed,
+            shard_tokens=run.cache.shard_tokens,
             device=run.engine.device,
             batch_tokens=run.engine.batch_tokens,
             options=EngineOptions.of(run),

@@ -42,25 +42,25 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
     part: (i, n) extracts the i-th of n equal ranges of shards, i from 1, for several writers of one cache.
     Raises the errors of planning, GateError, TeacherError for rows that are not finite, DriftError, SpaceError.
     """
-    with staged(spec, cache, progress) as plan:
+    with staged(spec, cache, progress) as found:
         todo = [
-            number for number in missing_shards(plan.plan, plan.cache, part) if not _adopted(plan, number, progress)
+            number for number in missing_shards(found.plan, found.cache, part) if not _adopted(found, number, progress)
         ]
-        if (plan.cache / PLAN_FILE).exists():
-            require_whole(plan.plan, plan.cache)
-        sweep_claims(plan.cache)
-        progress.event("plan", digest=plan.plan.digest, num_shards=len(plan.plan.shards), missing=todo)
+        if (found.cache / PLAN_FILE).exists():
+            require_whole(found.plan, found.cache)
+        sweep_claims(found.cache)
+        progress.event("plan", digest=found.plan.digest, num_shards=len(found.plan.shards), missing=todo)
         if not todo:
-            progress.note(_nothing_to_do(plan.plan, plan.cache, part))
-            return plan.publish()
-        progress.note(f"starting {plan.plan.engine.name} with the teacher")
-        engine = engine_class(plan.plan.engine.name)(
-            plan.teacher, dtype=plan.plan.settings.dtype, device=spec.resolved_device(), options=spec.options
+            progress.note(_nothing_to_do(found.plan, found.cache, part))
+            return found.publish()
+        progress.note(f"starting {found.plan.engine.name} with the teacher")
+        engine = engine_class(found.plan.engine.name)(
+            found.teacher, dtype=found.plan.settings.dtype, device=spec.resolved_device(), options=spec.options
         )
         try:
-            _report(plan.plan.engine, engine.canary(plan.head, _canaries(plan.samples())), progress)
-            opened = plan.publish()
-            fill(opened, engine, plan.head, progress, todo)
+            _report(found.plan.engine, engine.canary(found.head, _canaries(found.samples())), progress)
+            opened = found.publish()
+            fill(opened, engine, found.head, progress, todo)
         finally:
             engine.close()
         return opened
@@ -130,12 +130,12 @@ def _report(engine: EngineRecord, canary: Canary, progress: Progress) -> None:
         progress.note(f"canary: rows differ from transformers' own by {canary.row_error:.1e}")
 
 
-def _adopted(plan: Staged, number: int, progress: Progress) -> bool:
+def _adopted(found: Staged, number: int, progress: Progress) -> bool:
     """Whether a shard was only in want of its commit record; one that is not what its header says is put aside."""
     try:
-        return (plan.cache / PLAN_FILE).exists() and adopt(plan.cache, plan.plan, number)
+        return (found.cache / PLAN_FILE).exists() and adopt(found.cache, found.plan, number)
     except CheckFailed as err:
-        put_aside(plan.cache, shard_path(plan.cache, number))
+        put_aside(found.cache, shard_path(found.cache, number))
         progress.note(f"{err}; it is in {QUARANTINE}/ now and is made again")
         return False
 

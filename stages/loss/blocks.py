@@ -21,7 +21,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from kdpipe.stages.loss.divergences import find
-from kdpipe.stages.loss.pointwise import Rows, normalised, one_hot
+from kdpipe.stages.loss.pointwise import Distributions, normalised, one_hot
 from kdpipe.stages.loss.problem import IGNORED, Problem
 from kdpipe.stages.models.head import Finish
 
@@ -108,7 +108,7 @@ def block_step(formula: Formula, shape: Hashable, *, compiled: bool) -> Step:
                 teacher_logits = teacher_logits / formula.temperature
             log_p_teacher, p_teacher, _ = normalised(teacher_logits)
             kd, gradient = divergence.value_and_grad(
-                Rows(log_p_teacher, p_teacher, log_p_student, p_student, draws), **options
+                Distributions(log_p_teacher, p_teacher, log_p_student, p_student, draws), **options
             )
             kd = kd * formula.kd_scale
             gradient = gradient * (formula.kd_weight * formula.kd_scale / formula.temperature)

@@ -16,7 +16,7 @@ from torch import Tensor
 import kdpipe.stages.loss.pointwise as pointwise
 from kdpipe.stages.loss.head import Side
 from kdpipe.stages.loss.layout import row_blocks, rows_per_block
-from kdpipe.stages.loss.pointwise import Rows, normalised
+from kdpipe.stages.loss.pointwise import Distributions, normalised
 from kdpipe.stages.loss.problem import IGNORED, checked_labels, shared_vocab
 from kdpipe.stages.models.head import Head
 
@@ -89,12 +89,12 @@ def measured(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> 
     """The five metrics [5, R] of a block of finished logits [R, V]."""
     log_p_student, p_student, _ = normalised(student_logits)
     log_p_teacher, p_teacher, _ = normalised(teacher_logits)
-    rows = Rows(log_p_teacher, p_teacher, log_p_student, p_student)
+    both = Distributions(log_p_teacher, p_teacher, log_p_student, p_student)
     target = labels.clamp_min(0)[:, None]
     return torch.stack(
         [
-            pointwise.forward_kl(rows)[0],
-            pointwise.reverse_kl(rows)[0],
+            pointwise.forward_kl(both)[0],
+            pointwise.reverse_kl(both)[0],
             (log_p_student.argmax(-1) == log_p_teacher.argmax(-1)).float(),
             -log_p_student.gather(1, target)[:, 0],
             -log_p_teacher.gather(1, target)[:, 0],

@@ -1,8 +1,8 @@
 """Pointwise formulas: value and gradient of every divergence from two rows of logits, in fp32.
 
-A formula takes `Rows` and gives the values [R] and d value / d (student's temperature-scaled logits) [R, V]. For a
-value f of the student's probabilities p with g = df/dp the gradient is p * (g - sum p g), see `through_softmax`. They
-are pure and of torch's operators, so that torch.compile makes one pass over a block; definitions are in dense.py.
+A formula takes `Distributions` and gives the values [R] and d value / d (student's temperature-scaled logits) [R, V].
+For a value f of the student's probabilities p with g = df/dp the gradient is p * (g - sum p g), see `through_softmax`.
+They are pure and of torch's operators, so that torch.compile makes one pass over a block; definitions are in dense.py.
 Cost of a compiled formula, 1 EPYC core: 1.6 ns an element for forward_kl, both softmaxes included, 2.7 for jsd.
 """
 
@@ -20,7 +20,7 @@ BITS_OF_ONE = 30
 """That the float 1.0 takes as an integer; floats from 0 to 1 are in the order of these integers."""
 
 
-class Rows(NamedTuple):
+class Distributions(NamedTuple):
     """Both distributions over one block of rows, [R, V] fp32 each.
 
     draws: what a sampled divergence draws with, uniform numbers [R, K] in fp64
@@ -52,82 +52,82 @@ def through_softmax(p: Tensor, slope: Tensor) -> Tensor:
     return weighted - p * weighted.sum(-1, keepdim=True)
 
 
-def forward_kl(rows: Rows) -> Result:
-    value = (rows.p_teacher * (rows.log_p_teacher - rows.log_p_student)).sum(-1)
-    return value, rows.p_student - rows.p_teacher
+def forward_kl(both: Distributions) -> Result:
+    value = (both.p_teacher * (both.log_p_teacher - both.log_p_student)).sum(-1)
+    return value, both.p_student - both.p_teacher
 
 
-def reverse_kl(rows: Rows) -> Result:
-    apart = rows.log_p_student - rows.log_p_teacher
-    value = (rows.p_student * apart).sum(-1)
-    return value, rows.p_student * (apart - value[:, None])
+def reverse_kl(both: Distributions) -> Result:
+    apart = both.log_p_student - both.log_p_teacher
+    value = (both.p_student * apart).sum(-1)
+    return value, both.p_student * (apart - value[:, None])
 
 
-def jsd(rows: Rows, *, beta: float) -> Result:
+def jsd(both: Distributions, *, beta: float) -> Result:
     """The terms of KL(T || M) cancel against dM."""
     if beta == 0.0:
-        return forward_kl(rows)
+        return forward_kl(both)
     if beta == 1.0:
-        return reverse_kl(rows)
-    log_m = mixture(rows, beta).log()
-    teacher_to_m = (rows.p_teacher * (rows.log_p_teacher - log_m)).sum(-1)
-    apart = rows.log_p_student - log_m
-    student_to_m = (rows.p_student * apart).sum(-1)
+        return reverse_kl(both)
+    log_m = mixture(both, beta).log()
+    teacher_to_m = (both.p_teacher * (both.log_p_teacher - log_m)).sum(-1)
+    apart = both.log_p_student - log_m
+    student_to_m = (both.p_student * apart).sum(-1)
     value = beta * teacher_to_m + (1.0 - beta) * student_to_m
-    return value, (1.0 - beta) * rows.p_student * (apart - student_to_m[:, None])
+    return value, (1.0 - beta) * both.p_student * (apart - student_to_m[:, None])
 
 
-def skew_kl(rows: Rows, *, alpha: float) -> Result:
-    ratio = rows.p_teacher / mixture(rows, alpha)
-    value = (rows.p_teacher * ratio.clamp_min(TINY).log()).sum(-1)
-    return value, through_softmax(rows.p_student, (alpha - 1.0) * ratio)
+def skew_kl(both: Distributions, *, alpha: float) -> Result:
+    ratio = both.p_teacher / mixture(both, alpha)
+    value = (both.p_teacher * ratio.clamp_min(TINY).log()).sum(-1)
+    return value, through_softmax(both.p_student, (alpha - 1.0) * ratio)
 
 
-def skew_reverse_kl(rows: Rows, *, alpha: float) -> Result:
+def skew_reverse_kl(both: Distributions, *, alpha: float) -> Result:
     """With r = S / M the slope is log r + 1 - alpha r; its constant part, which the softmax takes away, is left out."""
-    m = mixture(rows, 1.0 - alpha)
-    ratio, excess = rows.p_student / m, (1.0 - alpha) * (rows.p_student - rows.p_teacher) / m  # r and r - 1
+    m = mixture(both, 1.0 - alpha)
+    ratio, excess = both.p_student / m, (1.0 - alpha) * (both.p_student - both.p_teacher) / m  # r and r - 1
     apart = torch.where(excess > -0.5, excess.log1p(), ratio.clamp_min(TINY).log())
-    return (rows.p_student * apart).sum(-1), through_softmax(rows.p_student, apart - alpha * excess)
+    return (both.p_student * apart).sum(-1), through_softmax(both.p_student, apart - alpha * excess)
 
 
-def mixture(rows: Rows, share: float) -> Tensor:
+def mixture(both: Distributions, share: float) -> Tensor:
     """share T + (1 - share) S; where both underflow any number above 0 gives the right 0."""
-    return torch.lerp(rows.p_student, rows.p_teacher, share).clamp_min(TINY)
+    return torch.lerp(both.p_student, both.p_teacher, share).clamp_min(TINY)
 
 
-def symmetric_kl(rows: Rows, *, forward_share: float) -> Result:
-    forward, forward_gradient = forward_kl(rows)
-    reverse, reverse_gradient = reverse_kl(rows)
+def symmetric_kl(both: Distributions, *, forward_share: float) -> Result:
+    forward, forward_gradient = forward_kl(both)
+    reverse, reverse_gradient = reverse_kl(both)
     value = forward_share * forward + (1.0 - forward_share) * reverse
     return value, forward_share * forward_gradient + (1.0 - forward_share) * reverse_gradient
 
 
-def adaptive_kl(rows: Rows, *, alpha: float) -> Result:
+def adaptive_kl(both: Distributions, *, alpha: float) -> Result:
     """The weights are those of the definition, and constants to the gradient."""
-    gap = (rows.p_teacher - rows.p_student).abs()
-    tail = (gap * in_tail(rows.p_teacher, alpha)).sum(-1)
+    gap = (both.p_teacher - both.p_student).abs()
+    tail = (gap * in_tail(both.p_teacher, alpha)).sum(-1)
     share = 1.0 - tail / gap.sum(-1).clamp_min(TINY)
-    forward, forward_gradient = forward_kl(rows)
-    reverse, reverse_gradient = reverse_kl(rows)
+    forward, forward_gradient = forward_kl(both)
+    reverse, reverse_gradient = reverse_kl(both)
     value = share * forward + (1.0 - share) * reverse
     return value, share[:, None] * forward_gradient + (1.0 - share[:, None]) * reverse_gradient
 
 
-def tvd(rows: Rows) -> Result:
-    apart = rows.p_student - rows.p_teacher
-    return 0.5 * apart.abs().sum(-1), through_softmax(rows.p_student, 0.5 * apart.sign())
+def tvd(both: Distributions) -> Result:
+    apart = both.p_student - both.p_teacher
+    return 0.5 * apart.abs().sum(-1), through_softmax(both.p_student, 0.5 * apart.sign())
 
 
-def top1_ce(rows: Rows) -> Result:
-    largest, place = rows.p_teacher.max(-1, keepdim=True)
-    value = -(largest * rows.log_p_student.gather(1, place)).squeeze(-1)
-    return value, largest * (rows.p_student - one_hot(place, rows.p_student))
+def top1_ce(both: Distributions) -> Result:
+    largest, place = both.p_teacher.max(-1, keepdim=True)
+    value = -(largest * both.log_p_student.gather(1, place)).squeeze(-1)
+    return value, largest * (both.p_student - one_hot(place, both.p_student))
 
 
-def alpha_beta(rows: Rows, *, alpha: float, beta: float) -> Result:
+def alpha_beta(both: Distributions, *, alpha: float, beta: float) -> Result:
     """p * df/dp is worked out as one expression, without a division by a probability that may be 0."""
-    log_t, log_s = rows.log_p_teacher, rows.log_p_student
+    log_t, log_s = both.log_p_teacher, both.log_p_student
     if alpha == 0.0 and beta == 0.0:
         pulled = log_s - log_t
         value = 0.5 * pulled.square().sum(-1)
@@ -141,67 +141,69 @@ def alpha_beta(rows: Rows, *, alpha: float, beta: float) -> Result:
         value = (teacher * (log_t - log_s) / alpha + pulled / alpha).sum(-1)
     else:
         # Of the larger probability's power, times what expm1 keeps of 1 less the ratio's: 0 where both are equal.
-        both, apart = alpha + beta, log_s - log_t
+        total, apart = alpha + beta, log_s - log_t
         student_larger, distance = apart > 0.0, apart.abs()
-        top = (both * torch.maximum(log_t, log_s)).exp()
-        whole = (-both * distance).expm1()
+        top = (total * torch.maximum(log_t, log_s)).exp()
+        whole = (-total * distance).expm1()
         part = (-torch.where(student_larger, alpha, beta) * distance).expm1()
-        value = (top * (torch.where(student_larger, alpha, beta) * whole - both * part)).sum(-1) / (alpha * beta * both)
+        value = (top * (torch.where(student_larger, alpha, beta) * whole - total * part)).sum(-1) / (
+            alpha * beta * total
+        )
         pulled = top * torch.where(student_larger, -part, (1.0 + part) * (-alpha * distance).expm1()) / alpha
-    return value, pulled - rows.p_student * pulled.sum(-1, keepdim=True)
+    return value, pulled - both.p_student * pulled.sum(-1, keepdim=True)
 
 
-def top_k_kl(rows: Rows, *, k: float) -> Result:
-    if k >= rows.p_teacher.shape[1]:
-        return forward_kl(rows)
-    chosen = top(rows.log_p_teacher, int(k))
-    tail_t, tail_s = log_tail(rows.log_p_teacher, chosen), log_tail(rows.log_p_student, chosen)
-    apart = rows.log_p_teacher - rows.log_p_student
-    value = (rows.p_teacher * apart).where(chosen, 0.0).sum(-1) + (tail_t.exp() * (tail_t - tail_s)).squeeze(-1)
-    target = torch.where(chosen, rows.p_teacher, (tail_t + (rows.log_p_student - tail_s).clamp_max(0.0)).exp())
-    return value, rows.p_student - target
+def top_k_kl(both: Distributions, *, k: float) -> Result:
+    if k >= both.p_teacher.shape[1]:
+        return forward_kl(both)
+    chosen = top(both.log_p_teacher, int(k))
+    tail_t, tail_s = log_tail(both.log_p_teacher, chosen), log_tail(both.log_p_student, chosen)
+    apart = both.log_p_teacher - both.log_p_student
+    value = (both.p_teacher * apart).where(chosen, 0.0).sum(-1) + (tail_t.exp() * (tail_t - tail_s)).squeeze(-1)
+    target = torch.where(chosen, both.p_teacher, (tail_t + (both.log_p_student - tail_s).clamp_max(0.0)).exp())
+    return value, both.p_student - target
 
 
-def top_k_reverse_kl(rows: Rows, *, k: float) -> Result:
-    if k >= rows.p_teacher.shape[1]:
-        return reverse_kl(rows)
-    chosen = top(rows.log_p_teacher, int(k))
-    tails_apart = log_tail(rows.log_p_student, chosen) - log_tail(rows.log_p_teacher, chosen)
-    apart = torch.where(chosen, rows.log_p_student - rows.log_p_teacher, tails_apart)
-    value = (rows.p_student * apart).sum(-1)
-    return value, rows.p_student * (apart - value[:, None])
+def top_k_reverse_kl(both: Distributions, *, k: float) -> Result:
+    if k >= both.p_teacher.shape[1]:
+        return reverse_kl(both)
+    chosen = top(both.log_p_teacher, int(k))
+    tails_apart = log_tail(both.log_p_student, chosen) - log_tail(both.log_p_teacher, chosen)
+    apart = torch.where(chosen, both.log_p_student - both.log_p_teacher, tails_apart)
+    value = (both.p_student * apart).sum(-1)
+    return value, both.p_student * (apart - value[:, None])
 
 
-def soft_cross_entropy(rows: Rows) -> Result:
-    return -(rows.p_teacher * rows.log_p_student).sum(-1), rows.p_student - rows.p_teacher
+def soft_cross_entropy(both: Distributions) -> Result:
+    return -(both.p_teacher * both.log_p_student).sum(-1), both.p_student - both.p_teacher
 
 
-def sampled_kl(rows: Rows, *, samples: float, power: float) -> Result:
-    assert rows.draws is not None
-    proposal = rows.p_teacher if power == 1.0 else (power * rows.log_p_teacher).exp()
+def sampled_kl(both: Distributions, *, samples: float, power: float) -> Result:
+    assert both.draws is not None
+    proposal = both.p_teacher if power == 1.0 else (power * both.log_p_teacher).exp()
     # fp64: in fp32 an entry of 2e-8 adds nothing to a sum near 1, and would never be drawn.
     reach = proposal.cumsum(-1, dtype=torch.float64)
-    places = torch.searchsorted(reach, rows.draws * reach[:, -1:], right=True)
-    gaps = (rows.log_p_teacher - rows.log_p_student).gather(1, places)
+    places = torch.searchsorted(reach, both.draws * reach[:, -1:], right=True)
+    gaps = (both.log_p_teacher - both.log_p_student).gather(1, places)
     counted = torch.ones_like(gaps)
     if power != 1.0:
-        counted = (rows.p_teacher / proposal).gather(1, places) * reach[:, -1:].float()
-    target = torch.zeros_like(rows.p_student).scatter_add(1, places, counted) / samples
-    return (counted * gaps).mean(-1), counted.mean(-1, keepdim=True) * rows.p_student - target
+        counted = (both.p_teacher / proposal).gather(1, places) * reach[:, -1:].float()
+    target = torch.zeros_like(both.p_student).scatter_add(1, places, counted) / samples
+    return (counted * gaps).mean(-1), counted.mean(-1, keepdim=True) * both.p_student - target
 
 
-def hierarchical_ranking(rows: Rows, *, k: float) -> Result:
-    places_t, places_s = (likeliest(p, min(int(k), p.shape[1])) for p in (rows.p_teacher, rows.p_student))
-    student_t, student_s = rows.p_student.gather(1, places_t), rows.p_student.gather(1, places_s)
-    teacher_s = rows.p_teacher.gather(1, places_s)
+def hierarchical_ranking(both: Distributions, *, k: float) -> Result:
+    places_t, places_s = (likeliest(p, min(int(k), p.shape[1])) for p in (both.p_teacher, both.p_student))
+    student_t, student_s = both.p_student.gather(1, places_t), both.p_student.gather(1, places_s)
+    teacher_s = both.p_teacher.gather(1, places_s)
     first = student_t - student_t[:, :1]
     others = (student_s[:, None, :] - student_t[:, :, None]) * (student_s[:, :, None] > teacher_s[:, None, :])
     value = first.clamp_min(0.0).sum(-1) + others.clamp_min(0.0).sum((-1, -2))
     above_first, above = (first > 0.0).float(), (others > 0.0).float()
     slope_t = above_first - above.sum(-1)
     slope_t = torch.cat([slope_t[:, :1] - above_first.sum(-1, keepdim=True), slope_t[:, 1:]], -1)
-    slope = torch.zeros_like(rows.p_student).scatter_add(1, places_t, slope_t)
-    return value, through_softmax(rows.p_student, slope.scatter_add(1, places_s, above.sum(-2)))
+    slope = torch.zeros_like(both.p_student).scatter_add(1, places_t, slope_t)
+    return value, through_softmax(both.p_student, slope.scatter_add(1, places_s, above.sum(-2)))
 
 
 def one_hot(place: Tensor, like: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ OF_EXTRACT = [
     (("--grow",), "grow", True),
     (("--check-inputs",), "check_inputs", True),
     (("--seed", "5"), "seed", 5),
+    (("--shard-tokens", "1000"), "shard_tokens", 1000),
     (("--batch-tokens", "64"), "batch_tokens", 64),
     (("--device", "cpu"), "device", "cpu"),
     (("--engine", "sglang"), "engine", "sglang"),

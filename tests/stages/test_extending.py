@@ -18,7 +18,7 @@ from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.dataset import Dataset, of_caches
 from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss, reference_distill_loss
 from kdpipe.stages.loss.divergences import Divergence
-from kdpipe.stages.loss.pointwise import Rows, through_softmax
+from kdpipe.stages.loss.pointwise import Distributions, through_softmax
 from kdpipe.stages.teacher import ENGINES
 from kdpipe.stages.teacher.engine import Ack, Request
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
@@ -74,9 +74,9 @@ def squared(log_p_teacher: torch.Tensor, log_p_student: torch.Tensor) -> torch.T
     return (log_p_student.exp() - log_p_teacher.exp()).square().sum(-1)
 
 
-def squared_and_gradient(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    apart = rows.p_student - rows.p_teacher
-    return apart.square().sum(-1), through_softmax(rows.p_student, 2 * apart)
+def squared_and_gradient(both: Distributions) -> tuple[torch.Tensor, torch.Tensor]:
+    apart = both.p_student - both.p_teacher
+    return apart.square().sum(-1), through_softmax(both.p_student, 2 * apart)
 
 
 def test_a_divergence_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,7 @@ import numpy as np
 import torch
 
 from kdpipe.manifests.errors import ConfigError, EngineError, GateError
-from kdpipe.manifests.plan import SHARD_TOKENS
-from kdpipe.manifests.specs import Device, Dtype
+from kdpipe.manifests.specs import SHARD_TOKENS, Device, Dtype
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.head import Head
 from kdpipe.stages.teacher.canary import compare_rows
