@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from kdpipe.manifests.access import most_mappings, open_bytes
+from kdpipe.manifests.codec import find_codec
 from kdpipe.manifests.durable import open_regular
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.made_with import extract_again, last_extraction, repair
@@ -51,6 +52,7 @@ class Cache:
 
     def __init__(self, path: Path, plan: Plan, io: Io = "mmap") -> None:
         self.path, self.plan, self.io = path, plan, io
+        find_codec(plan.settings.codec, where=path)
         self.samples = Samples(path, plan, io)
         self._every_row = plan.settings.rows == "all"
         self._shards: dict[int, Shard] = {}
@@ -64,7 +66,7 @@ class Cache:
         """Open the cache at `path`: all that is in it, or what was before it grew where that has the fingerprint.
 
         io: "mmap" maps its files, "pread" reads them, for network file systems
-        Raises CacheError where there is none, LayoutError where it is not readable.
+        Raises CacheError where there is none, LayoutError where it is not readable, ConfigError for an unknown codec.
         """
         last = max(_commit_numbers(Path(path)), default=-1)  # before the plan: a growing cache's plan comes first
         plan = read_plan(Path(path))

@@ -20,7 +20,7 @@ from kdpipe.manifests.errors import CacheError, LayoutError
 from kdpipe.manifests.made_with import last_extraction
 from kdpipe.manifests.record import Record, first_problem
 from kdpipe.manifests.shard_table import NO_SHARDS, SHARDS_FILE, ShardTable, read_shards
-from kdpipe.manifests.specs import MAX_SHARD_TOKENS, Codec, Dtype, RowsChoice
+from kdpipe.manifests.specs import MAX_SHARD_TOKENS, Dtype, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
 
 FORMAT_VERSION: Final = 2
@@ -71,7 +71,8 @@ class Settings(Record):
     overlong: str
     supervise: str
     rows: RowsChoice
-    codec: Codec
+    codec: str
+    """A name in kdpipe.manifests.codec.CODECS."""
     dtype: Dtype
     seed: int
     """Fixes which rows the gate probes."""

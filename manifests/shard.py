@@ -2,12 +2,13 @@
 
 Invariant: a shard under its final name is complete, and its commit record holds the digest of its body. The header is
 a pure function of the plan and that digest, so a reader knows every byte of it beforehand.
-Cost: row width x rows on disk; reading copies nothing and checks each 1 MiB block once, on first touch.
+Cost: row width x rows on disk; reading raw rows copies nothing; each 1 MiB block is checked once, on first touch.
 Format: FORMAT.md section 4.
 """
 
 # Shapes: N samples of the shard, R rows, E teacher width, n tokens of all its samples together.
 
+import math
 import mmap
 import os
 from collections.abc import Iterator
@@ -20,18 +21,16 @@ import xxhash
 from pydantic import ValidationError
 
 from kdpipe.manifests.access import open_bytes
+from kdpipe.manifests.codec import CODECS, ENCODED_ROWS, Raw, num_bytes
 from kdpipe.manifests.durable import (
     QUARANTINE,
     canonical,
     disk_error,
-    file_system,
     fsync_folder,
-    hold,
     open_regular,
     publish,
     put_aside,
     read_small,
-    scratch_name,
     write_once,
 )
 from kdpipe.manifests.errors import CorruptError, DriftError, IncompleteError, LayoutError
@@ -40,6 +39,7 @@ from kdpipe.manifests.made_with import extract_again, repair
 from kdpipe.manifests.plan import Plan
 from kdpipe.manifests.record import Record, first_problem
 from kdpipe.manifests.sample import ID_BYTES, SampleView
+from kdpipe.manifests.scratch_file import ScratchFile
 from kdpipe.manifests.specs import Io
 from kdpipe.manifests.tensorfile import DTYPES, TAGS, Layout, lay_out
 
@@ -72,12 +72,12 @@ def shard_layout(plan: Plan, index: int, digest: str) -> Layout:
     """The layout of a shard: known before the teacher runs, save for the digest's 32 characters."""
     shard = plan.shards[index]
     width = plan.head.hidden_size
-    row_bytes = width * {"float32": 4}.get(plan.settings.dtype, 2)
+    codec, dtype = CODECS[plan.settings.codec], plan.settings.dtype
     tables = (shard.num_samples + 1) * 16 + shard.num_tokens * 5 + shard.num_samples * ID_BYTES
-    num_blocks = -(-(shard.num_rows * row_bytes + tables) // BLOCK)
+    num_blocks = -(-(num_bytes(codec, shard.num_rows, width, dtype) + tables) // BLOCK)
     return lay_out(
         [
-            ("hidden", TAGS[plan.settings.dtype], (shard.num_rows, width)),
+            *codec.tensors(shard.num_rows, width, dtype),
             ("row_offsets", "I64", (shard.num_samples + 1,)),
             ("token_offsets", "I64", (shard.num_samples + 1,)),
             ("token_ids", "I32", (shard.num_tokens,)),
@@ -102,52 +102,49 @@ def blocks(layout: Layout) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + BLOCK, end)
 
 
-CHEAP_HOLES = {"ext4", "xfs"}
-"""File systems that read what was allocated and never written without asking a disk or a server. There the pages of a
-place are made when it is handed out, in large ones: 64 MiB then take 25 ms to write instead of 50 to 150."""
-
-
 class ShardWriter:
     """A shard being filled: rows land in any order straight in the mapped file, then `commit` seals it.
 
-    The file is allocated in full before anything is mapped, because a store into a mapped file on a full disk kills
-    the process. Leaving the `with` block without `commit` removes what was written.
+    Rows that are not stored as they come land in a second file, and `commit` encodes them. Leaving the `with` block
+    without `commit` removes what was written.
+    path: the file that rows are written to
+    hidden: [R, E] in it
     """
 
     def __init__(self, folder: Path, plan: Plan, index: int, samples: pa.RecordBatch) -> None:
         self._folder, self._plan, self._index = folder, plan, index
         self.layout = shard_layout(plan, index, NO_DIGEST)
-        self.path = scratch_name(folder / "tmp", shard_path(folder, index).name)
-        try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            hold(self._file)
-        except OSError as err:
-            raise disk_error(err, shard_path(folder, index)) from err
-        try:
-            os.posix_fallocate(self._file, 0, self.layout.num_bytes)
-        except OSError as err:
-            self.__exit__()
-            raise disk_error(err, shard_path(folder, index)) from err
+        final, shape = shard_path(folder, index), (plan.shards[index].num_rows, plan.head.hidden_size)
+        self._shard = ScratchFile(folder / "tmp", final.name, self.layout.num_bytes, final=final)
         failpoint("shard:allocated")
-        self._has_cheap_holes = file_system(self._file) in CHEAP_HOLES
-        self._map = mmap.mmap(self._file, self.layout.num_bytes)
-        self._bytes = np.frombuffer(self._map, np.uint8)
-        self.hidden = self.layout.tensors["hidden"].view(self._bytes)
+        self._bytes, self._codec = self._shard.bytes, CODECS[plan.settings.codec]
+        if isinstance(self._codec, Raw):
+            self._rows, self._rows_at = self._shard, self.layout.body
+        else:
+            size = num_bytes(CODECS["raw"], *shape, plan.settings.dtype)
+            try:
+                self._rows, self._rows_at = ScratchFile(folder / "tmp", f"{index:06d}.rows", size, final=final), 0
+            except BaseException:
+                self._shard.close()
+                raise
+        self.path = self._rows.path
+        dtype = DTYPES[TAGS[plan.settings.dtype]]
+        self.hidden = np.ndarray(shape, dtype, buffer=self._rows.bytes, offset=self._rows_at)
         self._write_tables(samples)
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.path.unlink(missing_ok=True)
-        os.close(self._file)
+        self._shard.close()
+        if self._rows is not self._shard:
+            self._rows.close()
 
     def rows(self, first: int, count: int) -> tuple[np.ndarray, int]:
         """The place of `count` rows from `first` on: the [count, E] view and its byte offset in `path`, made ready."""
         view = self.hidden[first : first + count]
-        offset = self.layout.tensors["hidden"].begin + first * self.hidden.strides[0]
-        if count and self._has_cheap_holes:  # a length of 0 would mean the rest of the file
-            os.posix_fadvise(self._file, offset, view.nbytes, os.POSIX_FADV_WILLNEED)
+        offset = self._rows_at + first * self.hidden.strides[0]
+        self._rows.make_ready(offset, view.nbytes)
         return view, offset
 
     def commit(self) -> Commit:
@@ -155,6 +152,8 @@ class ShardWriter:
 
         Raises DriftError if this shard is committed already with other bytes: the first copy stays.
         """
+        if self._rows is not self._shard:
+            self._encode()
         table = self.layout.tensors["crc32c"].view(self._bytes)
         table[:] = [crc32c.crc32c(self._bytes[begin:end]) for begin, end in blocks(self.layout)]
         digest = xxhash.xxh3_128_hexdigest(self._bytes[self.layout.body :].data)
@@ -164,15 +163,14 @@ class ShardWriter:
         record = _commit_of(self._plan, self._index, sealed, digest)
         final = shard_path(self._folder, self._index)
         try:
-            self._map.flush()
-            os.fsync(self._file)
+            self._shard.flush()
             failpoint("shard:flushed")
-            fresh = publish(self.path, final)
+            fresh = publish(self._shard.path, final)
         except OSError as err:
             raise disk_error(err, final) from err
         if not fresh:
             self._agree(record, final)
-            self.path.unlink(missing_ok=True)
+            self._shard.path.unlink(missing_ok=True)
         data = canonical(record.model_dump())
         if not write_once(commit_path(self._folder, self._index), data, scratch_folder=self._folder / "tmp"):
             first = read_commit(self._folder, self._plan, self._index)
@@ -184,14 +182,20 @@ class ShardWriter:
     def _agree(self, record: Commit, final: Path) -> None:
         """The shard in place must be the one we made: linked by a twin, or by a run killed before its commit."""
         with open(final, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as there:
-            same = there[:] == self._map[:] if len(there) == len(self._map) else False
+            same = there[:] == self._shard.map[:] if len(there) == len(self._shard.map) else False
         if not same:
-            (aside,) = put_aside(self._folder, self.path)
+            (aside,) = put_aside(self._folder, self._shard.path)
             raise DriftError(
                 f"a shard with other bytes is in place, this run gave digest {record.digest}; the first one stays, the "
                 f"other is {QUARANTINE}/{aside.name}. Was the teacher, its engine or the machine changed?",
                 where=final,
             )
+
+    def _encode(self) -> None:
+        """Write the rows as they are stored."""
+        for first in range(0, len(self.hidden), ENCODED_ROWS):
+            for name, part in self._codec.encode(self.hidden[first : first + ENCODED_ROWS]).items():
+                self.layout.tensors[name].view(self._bytes)[first : first + len(part)] = part
 
     def _write_tables(self, samples: pa.RecordBatch) -> None:
         tensors = self.layout.tensors
@@ -278,7 +282,7 @@ class Shard:
             at = next(i for i, (a, b) in enumerate(zip(header, self.layout.header, strict=True)) if a != b)
             raise self.corrupt(f"header differs from what the plan and the commit record say at byte {at}")
         tensors = self.layout.tensors
-        self._hidden_at, self._checked_to = tensors["hidden"].begin, tensors["crc32c"].begin
+        self._body, self._checked_to = self.layout.body, tensors["crc32c"].begin
         self._crc = self._file.read(self._checked_to, self.layout.num_bytes).view(np.uint32)
         self.good = bytearray(len(self._crc)) if good is None else good
         """1 for every block that was found good, by this object or, where `good` is given, by one before it."""
@@ -290,10 +294,14 @@ class Shard:
         self.supervised = supervised.view(bool)
         # Plain ints, because indexing an array costs ten times as much and `sample` does little else.
         self._row_at, self._token_at = self.row_offsets.tolist(), self.token_offsets.tolist()
-        self.num_rows, self._width = tensors["hidden"].shape
-        self._dtype = DTYPES[tensors["hidden"].dtype]
-        self._row_bytes = self._width * self._dtype.itemsize
-        self._mapped = None if io == "pread" else tensors["hidden"].view(self._file.read(0, self._checked_to))
+        self.num_rows, self._width = plan.shards[index].num_rows, plan.head.hidden_size
+        self._dtype, self._codec = DTYPES[TAGS[plan.settings.dtype]], CODECS[plan.settings.codec]
+        stored = self._codec.tensors(self.num_rows, self._width, plan.settings.dtype)
+        self._stored = [(tensors[name], math.prod(shape[1:]) * DTYPES[tag].itemsize) for name, tag, shape in stored]
+        """The tensors that hold rows, and bytes of a row in each."""
+        self._row_bytes, self._mapped = self._stored[0][1], None
+        if io == "mmap" and isinstance(self._codec, Raw):
+            self._mapped = tensors["hidden"].view(self._file.read(0, self._checked_to))
 
     def corrupt(self, what: str) -> CorruptError:
         """The error for damage in this shard."""
@@ -313,17 +321,29 @@ class Shard:
         return self.rows(self._row_at[index], self._row_at[index + 1])
 
     def rows(self, first: int, after: int) -> np.ndarray:
-        """Rows first to after, [after - first, E], a view where mapped; blocks are checked on first touch."""
-        begin, end = self._hidden_at + first * self._row_bytes, self._hidden_at + after * self._row_bytes
+        """Rows first to after, [after - first, E], a view where raw and mapped; blocks are checked on first touch."""
         if self._mapped is None:
-            return self._checked(begin, end).view(self._dtype).reshape(after - first, self._width)
-        self.check(begin, end)
+            return self._read_rows(first, after)
+        self.check(self._body + first * self._row_bytes, self._body + after * self._row_bytes)
         return self._mapped[first:after]
+
+    def _read_rows(self, first: int, after: int) -> np.ndarray:
+        """The same, read and decoded: a copy, but for raw rows one that reading has made."""
+        parts = {}
+        for tensor, row_bytes in self._stored:
+            data = self._checked(tensor.begin + first * row_bytes, tensor.begin + after * row_bytes)
+            parts[tensor.name] = np.ndarray((after - first, *tensor.shape[1:]), DTYPES[tensor.dtype], buffer=data)
+        if isinstance(self._codec, Raw):
+            return parts["hidden"]
+        out = np.empty((after - first, self._width), self._dtype)
+        self._codec.decode(parts, out)
+        return out
 
     def prefetch(self, index: int) -> None:
         """Ask the kernel to read a sample's rows ahead."""
-        begin, end = (self._hidden_at + row * self._row_bytes for row in self._row_at[index : index + 2])
-        self._file.prefetch(begin, end)
+        first, after = self._row_at[index : index + 2]
+        for tensor, row_bytes in self._stored:
+            self._file.prefetch(tensor.begin + first * row_bytes, tensor.begin + after * row_bytes)
 
     def check(self, begin: int, end: int) -> None:
         """Verify the blocks that hold bytes begin..end, those not verified before. Raises CorruptError."""
@@ -332,12 +352,12 @@ class Shard:
 
     def _unseen(self, begin: int, end: int) -> int:
         """The first block not verified before that holds some of bytes begin..end; -1 where there is none."""
-        body = self._hidden_at
+        body = self._body
         return self.good.find(0, (begin - body) // BLOCK, (end - 1 - body) // BLOCK + 1)
 
     def _checked(self, begin: int, end: int) -> np.ndarray:
         """Bytes begin..end, read together with the rest of the blocks that are verified on the way."""
-        body, stop = self._hidden_at, self._checked_to
+        body, stop = self._body, self._checked_to
         block = self._unseen(begin, end) if end > begin else -1
         if block < 0:
             return self._file.read(begin, end)

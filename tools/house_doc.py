@@ -40,8 +40,9 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
 
 What a new part plugs into: an engine is a `TeacherEngine` (`stages/teacher/engine.py`) and an entry of `ENGINES`; rows
 from elsewhere are a `RowSource` (`manifests/row_source.py`) in a `Dataset`; steps of another kind are `Batches`
-(`stages/feed/batches.py`); another place for rows is a `Shelf` (`stages/extract/teach.py`); a divergence is a line of
-`DIVERGENCES` (docs/losses.md).
+(`stages/feed/batches.py`); another place for rows is a `Shelf` (`stages/extract/teach.py`); another way to store
+rows is a `Codec` and an entry of `CODECS` (`manifests/codec.py`); a divergence is a line of `DIVERGENCES`
+(docs/losses.md).
 """
 
 

@@ -5,7 +5,6 @@ alone; run.py joins the tables and reads the file.
 """
 
 from kdpipe.manifests.specs.base import (
-    Codec,
     Device,
     DeviceChoice,
     Dtype,
@@ -29,7 +28,6 @@ __all__ = [
     "PRESETS",
     "SHARD_TOKENS",
     "CacheSpec",
-    "Codec",
     "DataSpec",
     "DataTable",
     "Device",

@@ -19,7 +19,6 @@ DtypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["cpu", "cuda"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 RowsChoice = Literal["supervised", "all"]
-Codec = Literal["raw"]
 Io = Literal["mmap", "pread"]
 """How a cache's files are read: mapped, or with pread."""
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kdpipe.manifests.specs.base import Codec, Flag, Io, Paths, RowsChoice, Spec
+from kdpipe.manifests.specs.base import Flag, Io, Paths, RowsChoice, Spec
 
 SHARD_TOKENS = 65536
 """Tokens a shard holds at most, unless another size is asked for, and so the teacher's work that a kill can lose."""
@@ -20,8 +20,8 @@ class CacheSpec(Spec):
     said; a cache whose texts are all in another is refused."""
     rows: RowsChoice = "supervised"
     """Keep the rows of supervised tokens only, or of every token."""
-    codec: Codec = "raw"
-    """How rows are stored: raw is as they come."""
+    codec: str = "raw"
+    """How rows are stored: raw is as they come; one of your own by its name."""
     shard_tokens: Annotated[int, Field(ge=1, le=MAX_SHARD_TOKENS)] = SHARD_TOKENS
     """Tokens a shard holds at most, and so the teacher's work that a kill can lose; more for a very large cache."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kdpipe.manifests.codec import CODECS, find_codec, num_bytes
 from kdpipe.manifests.errors import (
     CacheError,
     ConfigError,
@@ -41,7 +42,6 @@ from kdpipe.manifests.shard_table import SHARDS_FILE, ShardTable, write_shards
 from kdpipe.manifests.specs import (
     MAX_SHARD_TOKENS,
     SHARD_TOKENS,
-    Codec,
     DataSpec,
     Device,
     DeviceChoice,
@@ -91,7 +91,7 @@ class ExtractSpec:
     engine: str = "auto"
     dtype: DtypeChoice = "auto"
     rows: RowsChoice = "supervised"
-    codec: Codec = "raw"
+    codec: str = "raw"
     seed: int = 0
     shard_tokens: int = SHARD_TOKENS
     device: DeviceChoice = "auto"
@@ -158,6 +158,7 @@ class Forecast:
 
 def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     """Read the data as extract would and say what comes of it. Writes nothing, loads no weights."""
+    find_codec(spec.codec, where="--codec")
     folder = ModelFolder(spec.teacher, TeacherError, spec.options.trust)
     info = describe_teacher(folder, spec.dtype)
     tokenizer = teacher_tokenizer(folder, progress)
@@ -170,9 +171,11 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
         num_rows += len(row_positions(sample.supervised, every=spec.rows == "all"))
         content_id = np.frombuffer(sample.content_id, np.uint8)[None]
         num_heldout += int(is_heldout(content_id, spec.data_spec.heldout_fraction)[0])
-    width = np.dtype(np.float32).itemsize if info.dtype == "float32" else 2
     # Ids and mask lie in samples.arrow and in the shard, 5 bytes a token each.
     overhead = num_tokens * 10
+    stored = {
+        name: num_bytes(codec, num_rows, info.hidden_size, info.dtype) + overhead for name, codec in CODECS.items()
+    }
     return Forecast(
         num_samples=num_samples,
         num_tokens=num_tokens,
@@ -183,8 +186,8 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
         vocab_size=real_vocab_size(spec.teacher, tokenizer, info.head_rows),
         dtype=info.dtype,
         counts=_counts(num_samples, incidents, unread),
-        bytes_per_codec={"raw": num_rows * info.hidden_size * width + overhead},
-        head_bytes=info.head_rows * info.hidden_size * width,
+        bytes_per_codec=stored,
+        head_bytes=num_bytes(CODECS["raw"], info.head_rows, info.hidden_size, info.dtype),
         teacher_params=info.num_params,
     )
 
@@ -224,7 +227,7 @@ def require_room(plan: Plan, folder: Path, cache: Path) -> None:
     missing = [number for number in range(len(plan.shards)) if not commit_path(cache, number).exists()]
     needed = SMALL_FILES + sum(shard_layout(plan, number, NO_DIGEST).num_bytes for number in missing)
     if not (cache / PLAN_FILE).exists():
-        needed += plan.head.head_rows * plan.head.hidden_size * (4 if plan.head.dtype == "float32" else 2)
+        needed += num_bytes(CODECS["raw"], plan.head.head_rows, plan.head.hidden_size, plan.head.dtype)
     place = os.statvfs(folder)
     free = place.f_bavail * place.f_frsize
     if needed > free:
@@ -283,7 +286,8 @@ def plan_without_samples(
     tokenizer: PreTrainedTokenizerBase,
     inputs: Inputs,
 ) -> Plan:
-    """All of the plan that is decided before any data is read. Raises ConfigError for a size that no shard can have."""
+    """All of the plan that is decided before any data is read. Raises ConfigError for a codec or size that is none."""
+    find_codec(spec.codec, where="--codec")
     if not 1 <= spec.shard_tokens <= MAX_SHARD_TOKENS:
         raise ConfigError(
             f"a shard of {spec.shard_tokens:,} tokens, expected 1 to {MAX_SHARD_TOKENS:,}", where="--shard-tokens"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.codec import CODECS, as_stored
 from kdpipe.manifests.compare import TOLERANCE, row_distance
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.progress import Progress
@@ -103,7 +104,8 @@ def _compared(cache: Cache, requests: Sequence[Request]) -> Recomputed:
     equal, num_rows, worst = 0, 0, 0.0
     place: int | None = None
     for request in requests:
-        distance = row_distance(cache.stored_rows(request.sample), request.target.array)
+        again = as_stored(CODECS[cache.plan.settings.codec], request.target.array)
+        distance = row_distance(cache.stored_rows(request.sample), again)
         equal, num_rows = equal + int((distance == 0.0).sum()), num_rows + len(distance)
         if len(distance) and not distance.max() <= worst:
             worst, place = float(distance.max()), request.sample

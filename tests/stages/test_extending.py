@@ -1,19 +1,23 @@
 """What a part of one's own plugs into, each in a few lines and without a change to the project."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.caches import make_cache
+from tests.caches import make_cache, verified
 from tests.conftest import Bench
 from tests.stages.loss.cases import arguments_of
+from tests.stages.ranks import Recorder
 
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.codec import CODECS, TensorSpec
 from kdpipe.manifests.progress import Silent
-from kdpipe.manifests.specs import LossSpec
+from kdpipe.manifests.specs import DataSpec, Dtype, LossSpec, RunSpec, TrainSpec
 from kdpipe.stages.extract import ExtractSpec, extract
+from kdpipe.stages.extract.recompute import recompute
 from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.dataset import Dataset, of_caches
 from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss, reference_distill_loss
@@ -22,6 +26,8 @@ from kdpipe.stages.loss.pointwise import Distributions, through_softmax
 from kdpipe.stages.teacher import ENGINES
 from kdpipe.stages.teacher.engine import Ack, Request
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
+from kdpipe.stages.train import train
+from kdpipe.stages.train.job import TrainJob
 
 
 class InMemory:
@@ -51,6 +57,51 @@ def test_a_row_source_of_ones_own(tmp_path) -> None:
             assert torch.equal(left.teacher_rows[0].view(torch.int16), right.teacher_rows[0].view(torch.int16))
             assert torch.equal(left.input_ids, right.input_ids)
     assert sorted(source.wanted) == sorted(source.freed) == list(range(20))
+
+
+class Int8:
+    """A codec: a byte a number, and for each row what its largest one is."""
+
+    def tensors(self, num_rows: int, width: int, dtype: Dtype) -> list[TensorSpec]:
+        return [("int8", "I8", (num_rows, width)), ("scale", "F32", (num_rows, 1))]
+
+    def encode(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        scale = np.abs(rows.astype(np.float32)).max(1, keepdims=True) / 127
+        return {"int8": np.rint(rows.astype(np.float32) / np.maximum(scale, 1e-30)).astype(np.int8), "scale": scale}
+
+    def decode(self, parts: Mapping[str, np.ndarray], out: np.ndarray) -> None:
+        out[...] = parts["int8"] * parts["scale"]
+
+
+def test_a_codec_of_ones_own(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CODECS, "int8-rows", Int8())
+    spec = ExtractSpec(
+        teacher=bench.teacher,
+        data=(bench.data,),
+        data_spec=DataSpec(max_length=128, heldout_fraction=0.25),
+        codec="int8-rows",
+        shard_tokens=500,
+    )
+    cache, exact = extract(spec, tmp_path / "cache", Silent()), Cache.open(bench.cache)
+    assert verified(cache.path, "deep") == [*range(len(cache.plan.shards))]
+    for io in ("mmap", "pread"):
+        for ours, theirs in zip(Cache.open(cache.path, io=io), exact, strict=True):
+            bound = np.abs(theirs.rows).max(1, keepdims=True) * (0.5 / 127 + 1e-6)
+            assert (np.abs(ours.rows - theirs.rows) <= bound).all()
+            assert ours.rows.dtype == theirs.rows.dtype
+    assert not np.array_equal(cache[0].rows, exact[0].rows)
+    assert not list((cache.path / "tmp").iterdir())
+    sizes = [sum(path.stat().st_size for path in (each.path / "shards").iterdir()) for each in (cache, exact)]
+    assert sizes[0] < sizes[1]
+    assert recompute(cache, bench.teacher, 5, Silent()).rows_equal == 1.0
+    steps = []
+    for number, folder in enumerate((cache.path, bench.cache)):
+        run = RunSpec(train=TrainSpec(lr=1e-3, batch_tokens=600, dtype="float32", max_steps=3))
+        output, log = tmp_path / f"out{number}", Recorder()
+        train(TrainJob(student=bench.student, caches=(folder,), output=output, spec=run, device="cpu"), log)
+        steps.append(log.values("step", "loss/mean"))
+    assert steps[0] != steps[1]
+    assert steps[0] == pytest.approx(steps[1], rel=2e-3)
 
 
 class Backwards(TransformersEngine):

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,18 @@ def test_a_size_that_no_shard_can_have_is_refused(size: int, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=f"a shard of {size:,} tokens, expected 1 to"):
         extract(spec, tmp_path / "cache", Silent())
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "run", [lambda spec, cache: extract(spec, cache, Silent()), lambda spec, _: forecast(spec, Silent())]
+)
+def test_a_misspelt_codec_is_refused_with_the_nearest(
+    run: Callable[[ExtractSpec, Path], object], tmp_path: Path
+) -> None:
+    spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"), codec="rwa")
+    with pytest.raises(ConfigError, match=r"there is no codec 'rwa' here.*'raw'.*known: raw") as caught:
+        run(spec, tmp_path / "cache")
+    assert caught.value.where == "--codec"
 
 
 def test_a_staged_plan_has_the_digest_of_its_file(tmp_path: Path) -> None:
