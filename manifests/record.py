@@ -46,4 +46,6 @@ def in_words(problem: Mapping[str, Any]) -> str:
     """One of pydantic's findings as our errors say it."""
     if problem["type"] == "path_type":
         return "expected a path"
+    if problem["type"] == "model_type":
+        return "expected a table of keys"
     return str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")

@@ -34,6 +34,10 @@ ELASTIC = (
     "spec.train.save_every",
     "spec.train.save_minutes",
     "spec.train.keep",
+    "spec.train.grad_checkpointing",
+    "spec.train.fsdp.shard_size",
+    "spec.train.fsdp.optimizer_on_cpu",
+    "spec.train.fsdp.compile",
     "spec.loss.chunk_tokens",
 )
 """Inputs that may change between a checkpoint and the run that goes on from it: the steps are the same with any."""

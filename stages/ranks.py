@@ -28,10 +28,12 @@ class Ranks:
     world_size: int
     device: torch.device
 
-    @property
-    def mesh(self) -> DeviceMesh:
-        """All ranks in one row."""
-        return init_device_mesh(self.device.type, (self.world_size,))
+    def mesh(self, shard_size: int | None = None) -> DeviceMesh:
+        """All ranks in one row; with shard_size in rows of so many, each to hold a copy of what is sharded."""
+        size = shard_size or self.world_size
+        if size == self.world_size:
+            return init_device_mesh(self.device.type, (size,))
+        return init_device_mesh(self.device.type, (self.world_size // size, size), mesh_dim_names=("copies", "parts"))
 
     def from_first(self, find: Callable[[], T]) -> T:
         """What rank 0 finds, on every rank: two clients of a network file system may not see the same."""
@@ -77,9 +79,12 @@ class Ranks:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
-    """torch.distributed, up for as long as the block lasts: RANK, WORLD_SIZE of the environment; alone without."""
-    backend = {"cpu": "gloo", "cuda": "nccl"}[device.type]
+def joined(device: torch.device, *, cpu_tensors: bool = False) -> Iterator[Ranks]:
+    """torch.distributed, up for as long as the block lasts: RANK, WORLD_SIZE of the environment; alone without.
+
+    cpu_tensors: what is kept on the CPU is summed over the ranks of GPUs too
+    """
+    backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl" if cpu_tensors else "nccl"}[device.type]
     if "RANK" in os.environ:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

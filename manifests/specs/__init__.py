@@ -20,7 +20,7 @@ from kdpipe.manifests.specs.loss import LOSS_OPTIONS, PRESETS, LossSpec
 from kdpipe.manifests.specs.run import RunFile, RunSpec, fields, flag_of, full_keys, load, misspelt_keys
 from kdpipe.manifests.specs.student import EvalSpec, StudentSpec
 from kdpipe.manifests.specs.teacher import EngineSpec, TeacherSpec
-from kdpipe.manifests.specs.train import TrainSpec, TrainTable
+from kdpipe.manifests.specs.train import FsdpSpec, TrainSpec, TrainTable
 
 __all__ = [
     "LOSS_OPTIONS",
@@ -37,6 +37,7 @@ __all__ = [
     "EngineSpec",
     "EvalSpec",
     "Flag",
+    "FsdpSpec",
     "Io",
     "LossSpec",
     "RowsChoice",

@@ -8,6 +8,19 @@ from pydantic import Field
 from kdpipe.manifests.specs.base import Count, DeviceChoice, Flag, Fraction, Spec
 
 
+class FsdpSpec(Spec):
+    """[train.fsdp]: how a student lies on its ranks."""
+
+    shard_size: Count | None = None
+    """Ranks that share one copy of the student, each group of so many has a copy of its own; all ranks share one when
+    not given. As many as a machine has GPUs keeps weights from crossing the network, at more memory."""
+    optimizer_on_cpu: bool = False
+    """Keep the float32 weights and AdamW's moments in the host's memory and take the optimizer's step there: for a
+    student that the GPUs cannot hold otherwise; steps are slower. On a CPU they are there already."""
+    compile: bool = False
+    """Compile the layers with torch.compile: faster steps after a slow first one. Needs a C++ compiler."""
+
+
 class TrainSpec(Spec):
     """How a student is optimised, saved and measured on the way."""
 
@@ -51,6 +64,7 @@ class TrainSpec(Spec):
     """Tokens of held-out samples used by an evaluation before or during training; the last one takes all."""
     grad_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, a third more time."""
+    fsdp: FsdpSpec = FsdpSpec()
 
 
 class TrainTable(TrainSpec):

@@ -20,6 +20,14 @@ from transformers.utils import is_flash_attn_2_available
 PACKED = "kdpipe_packed"
 
 
+class SampleBounds:
+    """Where packed samples begin and end: a box, as torch.compile compiles a layer anew for tuples of other lengths."""
+
+    def __init__(self, at: tuple[int, ...]) -> None:
+        self.at = at
+
+
+@torch.compiler.disable
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -28,7 +36,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     cu_seq_lens_q: torch.Tensor | None = None,
-    sample_bounds: tuple[int, ...] | None = None,
+    sample_bounds: SampleBounds | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -39,7 +47,10 @@ def packed_attention(
     transformers passes every attention function whatever its model has to say, hence the open end of the signature;
     what matters and is not understood here (sinks, soft caps, position biases) is found by the student's probe.
     """
-    bounds = sample_bounds or ((0, query.shape[2]) if cu_seq_lens_q is None else tuple(cu_seq_lens_q.tolist()))
+    if sample_bounds is not None:
+        bounds = sample_bounds.at
+    else:
+        bounds = (0, query.shape[2]) if cu_seq_lens_q is None else tuple(cu_seq_lens_q.tolist())
     parts = []
     for begin, end in pairwise(bounds):
         window = sliding_window if sliding_window is not None and sliding_window < end - begin else None

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kdpipe.stages.feed.packing import PackedBatch
+from kdpipe.stages.models.attention import SampleBounds
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -43,7 +44,7 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
         cu_seq_lens_k=bounds,
         max_length_q=longest,
         max_length_k=longest,
-        sample_bounds=batch.bounds,
+        sample_bounds=SampleBounds(batch.bounds),
     )
     return output.last_hidden_state
 

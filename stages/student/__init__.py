@@ -1,8 +1,14 @@
 """The student: a causal LM that answers with losses, checked and examined before it is trained, exported after."""
 
-from kdpipe.stages.student.check import check_student, check_student_of, checkpoint_dtype, require_context
+from kdpipe.stages.student.check import (
+    check_student,
+    check_student_of,
+    checkpoint_dtype,
+    require_compiler,
+    require_context,
+)
 from kdpipe.stages.student.exam import probe_text
-from kdpipe.stages.student.sharding import load_sharded, reduce_gradients, shard
+from kdpipe.stages.student.sharding import compile_layers, load_sharded, reduce_gradients, shard
 from kdpipe.stages.student.student import (
     LOSS_SUMS,
     Student,
@@ -18,11 +24,13 @@ __all__ = [
     "check_student",
     "check_student_of",
     "checkpoint_dtype",
+    "compile_layers",
     "load_sharded",
     "load_teacher_head",
     "pick_device",
     "probe_text",
     "reduce_gradients",
+    "require_compiler",
     "require_context",
     "shard",
 ]

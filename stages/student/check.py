@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from kdpipe.manifests.errors import StudentError, TeacherError
+from kdpipe.manifests.errors import ConfigError, StudentError, TeacherError
 from kdpipe.stages.feed.dataset import Dataset, Teacher
 from kdpipe.stages.models.context import context_of
 from kdpipe.stages.models.folder import ModelFolder
@@ -86,6 +86,25 @@ def require_context(model: ModelFolder, dataset: Dataset, samples: np.ndarray) -
         f"{context.tokens} into another cache, or take a student with a longer context{raised}",
         where=model.path,
     )
+
+
+def require_compiler(device: torch.device) -> None:
+    """What torch.compile needs on the device. Raises ConfigError."""
+    # Seconds to import, for runs that compile alone.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    needed = "Triton and a GPU it knows" if device.type == "cuda" and not has_triton() else ""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        needed = "a C++ compiler (g++, or the one that the environment variable CXX names)"
+    if needed:
+        raise ConfigError(
+            f"torch.compile needs {needed}, which is missing here; install it, or leave the key out",
+            where="train.fsdp.compile",
+        )
 
 
 def checkpoint_dtype(model: ModelFolder) -> torch.dtype:

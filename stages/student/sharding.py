@@ -18,17 +18,28 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from kdpipe.manifests.specs import FsdpSpec
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.parts import Stored, WholeOnlyError, files_of, make_buffers, replace_tensors, tensors_aside
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.student.student import Student
 
 CPU = torch.device("cpu")
+WHOLE_ROW = FsdpSpec()
+"""One copy of the student over all ranks, on their devices."""
+ON_DEVICE = OffloadPolicy()
 
 
 def load_sharded(
@@ -38,9 +49,11 @@ def load_sharded(
     stored: torch.dtype,
     computed: torch.dtype,
     grad_checkpointing: bool = False,
+    fsdp: FsdpSpec = WHOLE_ROW,
 ) -> Student:
     """The student of a folder, its weights `stored` over the ranks, its forward pass in another dtype. Collective.
 
+    fsdp: how it lies on them; its layers are compiled later, by `compile_layers`
     folder.notes has a line more where rank 0 had to read it whole.
     Raises what ModelFolder raises; PeerError where another rank could not read its part.
     """
@@ -51,16 +64,30 @@ def load_sharded(
     if grad_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     student = Student(model)
+    mesh, offload = ranks.mesh(fsdp.shard_size), _offload(fsdp, ranks.device)
     if whole_only:
-        return shard(student, ranks.mesh, computed, ranks.device)
-    _fully_shard(student, ranks.mesh, computed)
-    ranks.together(lambda: _fill(folder, model, files, ranks.device))
+        return shard(student, mesh, computed, ranks.device, offload)
+    _fully_shard(student, mesh, computed, offload)
+    ranks.together(lambda: _fill(folder, model, files, ranks.device, CPU if fsdp.optimizer_on_cpu else ranks.device))
     return student
 
 
-def shard(student: Student, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device) -> Student:
+def shard(
+    student: Student,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: OffloadPolicy = ON_DEVICE,
+) -> Student:
     """Shard a student that is whole on rank 0 over the mesh, in place; dtype: of the forward pass. Collective."""
-    return _fully_shard(student, mesh, dtype, lambda module: _hand_out(module, device))
+    return _fully_shard(student, mesh, dtype, offload, lambda module: _hand_out(module, device))
+
+
+def compile_layers(student: Student) -> None:
+    """Compile each layer in place, at its first forward pass: after the exam, whose passes are like no step's."""
+    for module in student.modules():
+        if isinstance(module, FSDPModule) and module is not student:
+            module.compile()
 
 
 def reduce_gradients(student: Student, wanted: bool) -> None:
@@ -96,6 +123,7 @@ def _fully_shard(
     student: Student,
     mesh: DeviceMesh,
     dtype: torch.dtype,
+    offload: OffloadPolicy,
     before: Callable[[nn.Module], None] = lambda module: None,
 ) -> Student:
     """Shard the student in place: each decoder layer by itself, the rest as the root; `before` is called with each.
@@ -108,9 +136,9 @@ def _fully_shard(
         # Mamba names its blocks and the mixers inside them: what is part of a sharded layer is sharded already.
         if type(module).__name__ in layers and not any(isinstance(each, DTensor) for each in module.parameters()):
             before(module)
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
     before(student)
-    fully_shard(student, mesh=mesh, mp_policy=policy)
+    fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=offload)
     register_fsdp_forward_method(student, "examined")
     for module in student.modules():
         if isinstance(module, FSDPModule):
@@ -120,8 +148,19 @@ def _fully_shard(
     return student
 
 
-def _fill(folder: ModelFolder, model: PreTrainedModel, files: Mapping[str, Stored], device: torch.device) -> None:
-    """Give a sharded skeleton this rank's part of every weight, and all of every buffer, on its device."""
+def _offload(fsdp: FsdpSpec, device: torch.device) -> OffloadPolicy:
+    """Where parts, gradients and moments are between passes; a CPU has no memory that is pinned for another device."""
+    return CPUOffloadPolicy(pin_memory=device.type != "cpu") if fsdp.optimizer_on_cpu else ON_DEVICE
+
+
+def _fill(
+    folder: ModelFolder,
+    model: PreTrainedModel,
+    files: Mapping[str, Stored],
+    device: torch.device,
+    of_parts: torch.device,
+) -> None:
+    """Give a sharded skeleton every buffer on its device, and this rank's part of every weight on that of the parts."""
 
     def filled(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, DTensor):
@@ -131,7 +170,7 @@ def _fill(folder: ModelFolder, model: PreTrainedModel, files: Mapping[str, Store
             return whole
         mesh, placements = tensor.device_mesh, tensor.placements
         shape, (row, *_) = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-        part = torch.empty(shape, dtype=tensor.dtype, device=device)
+        part = torch.empty(shape, dtype=tensor.dtype, device=of_parts)
         files[name].read(part, first=row * math.prod(shape[1:]))
         sharded = DTensor.from_local(part, mesh, placements, shape=tensor.shape, stride=tensor.stride())
         return nn.Parameter(sharded, tensor.requires_grad)

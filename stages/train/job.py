@@ -20,12 +20,12 @@ from kdpipe.manifests.plan import Plan, Settings, read_plan
 from kdpipe.manifests.provenance import digest_tokenizer, num_bytes
 from kdpipe.manifests.run import CHECKPOINT_FILE, RunInputs
 from kdpipe.manifests.running import require_nobody_in
-from kdpipe.manifests.specs import Io, RunSpec
+from kdpipe.manifests.specs import FsdpSpec, Io, RunSpec
 from kdpipe.stages.feed.batches import require_samples
 from kdpipe.stages.feed.dataset import Dataset, of_caches
 from kdpipe.stages.loss import find_divergence
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device, require_context
+from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device, require_compiler, require_context
 from kdpipe.stages.train.checkpoint import CHECKPOINTS
 from kdpipe.stages.train.output import Output
 
@@ -114,6 +114,7 @@ def check_job(job: TrainJob, nproc: int) -> Found:
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", nproc))
     if device.type == "cuda" and ranks_here > torch.cuda.device_count():
         raise ConfigError(f"{ranks_here} ranks for {torch.cuda.device_count()} GPUs", where="--nproc")
+    _check_fsdp(job.spec.train.fsdp, device, nproc)
     output = Output(job.output)
     output.settle(found.inputs)
     if (record := output.finished(found.inputs)) is None:
@@ -125,6 +126,18 @@ def check_job(job: TrainJob, nproc: int) -> Found:
             where=job.output,
         )
     return found
+
+
+def _check_fsdp(fsdp: FsdpSpec, device: torch.device, nproc: int) -> None:
+    """Raises ConfigError for what these ranks cannot do."""
+    if fsdp.shard_size and nproc % fsdp.shard_size:
+        raise ConfigError(
+            f"{nproc} ranks do not make groups of {fsdp.shard_size}; take a number that divides {nproc}, or leave it "
+            "out: all ranks share one copy then",
+            where="train.fsdp.shard_size",
+        )
+    if fsdp.compile:
+        require_compiler(device)
 
 
 def open_caches(job: TrainJob) -> list[Cache]:

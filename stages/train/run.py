@@ -30,6 +30,7 @@ from kdpipe.stages.ranks import Ranks, joined
 from kdpipe.stages.student import (
     check_student,
     checkpoint_dtype,
+    compile_layers,
     load_sharded,
     load_teacher_head,
     pick_device,
@@ -61,7 +62,7 @@ def train(job: TrainJob, progress: Progress, found: Found | None = None) -> dict
     for note in found.notes:
         progress.note(note)
     output = Output(job.output)
-    with joined(device) as ranks:
+    with joined(device, cpu_tensors=job.spec.train.fsdp.optimizer_on_cpu) as ranks:
         record = ranks.from_first(lambda: output.finished(found.inputs))
         if record is None or record.metrics is None:
             record = _complete(job, found, record, ranks, progress)
@@ -168,8 +169,11 @@ class Run:
             stored=torch.float32,
             computed=getattr(torch, spec.dtype),
             grad_checkpointing=spec.grad_checkpointing,
+            fsdp=spec.fsdp,
         ).train()
         self.student.examine(probe_text(dataset, np.arange(len(dataset)), self.student.model.config), job.student)
+        if spec.fsdp.compile:
+            compile_layers(self.student)
         self.notes = (*found.model.notes, *self.beside.notes)
         self.training, self.heldout = found.samples
         self.batches = PlannedBatches(

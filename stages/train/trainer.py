@@ -122,7 +122,7 @@ class Trainer:
         """AdamW's state of every parameter that has none yet, as it is after `num_updates` updates of zero."""
         for parameter in self.student.parameters():
             if not self.optimizer.state[parameter]:
-                updates = torch.tensor(float(num_updates), dtype=torch.float32, device=self.ranks.device)
+                updates = torch.tensor(float(num_updates), dtype=torch.float32, device=parameter.device)
                 moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
                 self.optimizer.state[parameter] = {"step": updates, **moments}
 

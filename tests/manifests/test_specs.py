@@ -38,6 +38,10 @@ def test_a_word_needs_no_quotes_and_options_can_be_set_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
+        ("train.fsdp=3", "'train.fsdp' = 3: expected a table of keys"),
+        ("train.fsdp.shardsize=2", "unknown key 'train.fsdp.shardsize'; did you mean 'shard_size'?"),
+        ("train.shard_size=2", "unknown key 'train.shard_size'; did you mean 'train.fsdp.shard_size'?"),
+        ("train.fsdp.shard_size=0", "'train.fsdp.shard_size' = 0: expected greater than or equal to 1"),
         ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'lr'?"),
         ("train.batch_token=1", "did you mean 'batch_tokens'?"),
         ("trian.lr=1", "unknown key 'trian'; did you mean 'train'?"),

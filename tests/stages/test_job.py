@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from tests.conftest import Bench
 from tests.stages.ranks import Recorder
+from torch._inductor import config as inductor
 
 from kdpipe.manifests.errors import CacheError, ConfigError
 from kdpipe.manifests.progress import Silent
-from kdpipe.manifests.specs import DataSpec, LossSpec, RunSpec, TrainSpec
+from kdpipe.manifests.specs import DataSpec, FsdpSpec, LossSpec, RunSpec, TrainSpec
 from kdpipe.stages.evaluate import evaluate_student
 from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.models import folder
@@ -122,3 +123,27 @@ def test_what_the_launcher_found_is_not_found_again_by_a_rank(
     job = dataclasses.replace(job, inputs=check_job(job, 1).inputs)
     monkeypatch.setattr(folder, "digest_model", lambda *_: pytest.fail("the weights were digested again"))
     train(job, Silent())
+
+
+def on_ranks(job: TrainJob, **way: object) -> TrainJob:
+    train = job.spec.train.model_copy(update={"fsdp": FsdpSpec.model_validate(way)})
+    return dataclasses.replace(job, spec=job.spec.model_copy(update={"train": train}))
+
+
+def test_groups_of_ranks_that_leave_some_over_are_refused(bench: Bench, tmp_path: Path) -> None:
+    job = on_ranks(job_for(bench, tmp_path / "out"), shard_size=2)
+    check_job(job, 4)
+    with pytest.raises(ConfigError, match=r"^E-CONFIG train.fsdp.shard_size: 3 ranks do not make groups of 2; take a"):
+        check_job(job, 3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compiling_without_a_compiler_is_refused(bench: Bench, tmp_path: Path) -> None:
+    job = on_ranks(job_for(bench, tmp_path / "out"), compile=True)
+    check_job(job, 1)
+    with (
+        inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ConfigError, match=r"train.fsdp.compile: torch.compile needs a C\+\+ compiler .* missing here"),
+    ):
+        check_job(job, 1)
+    assert not (tmp_path / "out").exists()

@@ -94,12 +94,12 @@ def in_parts(folder: ModelFolder, ranks: Ranks) -> Student:
 
 def first_reads(folder: ModelFolder, ranks: Ranks) -> Student:
     model = folder.load(torch.float32, CPU) if ranks.rank == 0 else folder.skeleton(torch.float32)
-    return shard(Student(model), ranks.mesh, torch.bfloat16, CPU)
+    return shard(Student(model), ranks.mesh(), torch.bfloat16, CPU)
 
 
 def all_read(folder: ModelFolder, ranks: Ranks) -> Student:
     model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32)
-    return shard(Student(model), ranks.mesh, torch.bfloat16, CPU)
+    return shard(Student(model), ranks.mesh(), torch.bfloat16, CPU)
 
 
 WAYS: dict[str, Callable[[ModelFolder, Ranks], Student]] = {

@@ -5,6 +5,7 @@ from itertools import accumulate
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
 
 from kdpipe.stages.feed.packing import PackedBatch
 from kdpipe.stages.models.attention import PACKED, packed_attention, use_packed_attention
@@ -28,6 +29,19 @@ def mistral(window: int | None) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+def packed(lengths: tuple[int, ...]) -> PackedBatch:
+    """Random samples, nothing to learn from them."""
+    return PackedBatch(
+        input_ids=torch.randint(0, 97, (1, sum(lengths))),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        bounds=(0, *accumulate(lengths)),
+        attention_mask=None,
+        **dict.fromkeys(("row_positions", "labels", "keys"), torch.zeros(0, dtype=torch.int64)),
+        teacher_rows=(),
+    )
+
+
 @pytest.mark.parametrize("window", [None, 8])
 @torch.no_grad()
 def test_a_window_is_kept_within_each_sample(window: int | None) -> None:
@@ -46,15 +60,7 @@ def test_no_bound_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) 
     """It would wait for a GPU in every layer."""
     model = mistral(8)
     use_packed_attention(model, torch.device("cpu"))
-    batch = PackedBatch(
-        input_ids=torch.randint(0, 97, (1, sum(LENGTHS))),
-        position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
-        seq_lens=torch.tensor(LENGTHS, dtype=torch.int32),
-        bounds=(0, *accumulate(LENGTHS)),
-        attention_mask=None,
-        **dict.fromkeys(("row_positions", "labels", "keys"), torch.zeros(0, dtype=torch.int64)),
-        teacher_rows=(),
-    )
+    batch = packed(LENGTHS)
     for name in ("tolist", "item", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a value was read back"))
     with torch.no_grad():
@@ -74,3 +80,17 @@ def test_a_model_off_sdpa_keeps_its_own_attention() -> None:
     model.set_attn_implementation("eager")
     use_packed_attention(model, torch.device("cpu"))
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_compiled_layer_is_compiled_anew_for_no_number_of_samples() -> None:
+    """Each compilation takes seconds, and after eight of them torch gives up: two, for one size and for any size."""
+    model, found = mistral(None), []
+    use_packed_attention(model, torch.device("cpu"))
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    counters.clear()
+    for lengths in ((9,), (5, 8), (3, 4, 7), (6, 2, 5, 3), (9, 9), (2, 3, 4, 5, 6), (11,)):
+        packed_hidden(model, packed(lengths))
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[0] > 0
+    assert found[1:] == [found[1]] * 6
