@@ -20,7 +20,8 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
 ## The way of a record and of its rows
 
     kdpipe extract
-      a line of a data file            prepare/sources.py -> forms.py, messages.py        a conversation
+      a line of a data file            prepare/sources.py -> samples.py -> pool.py         to a process for each core
+      read there                       prepare/work.py -> forms.py, messages.py           a conversation
       through the chat template        prepare/turns.py, template.py -> marked.py         a text and its targets
       tokenised                        prepare/tokens.py -> manifests/sample.py           ids and mask
       planned                          extract/planning.py, staging.py -> manifests/plan.py,

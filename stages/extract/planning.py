@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -83,6 +84,7 @@ class ExtractSpec:
     group: number of the Unix group that may read the cache
     grow: add the data to what the cache holds; otherwise the data must have all of that too
     check_inputs: read every file, also those that have not changed since the plan was made from them
+    prepare_workers: processes that tokenise the data; None: as many as it is worth, up to one a core
     """
 
     teacher: Path
@@ -100,6 +102,7 @@ class ExtractSpec:
     group: int | None = None
     grow: bool = False
     check_inputs: bool = False
+    prepare_workers: int | None = None
 
     @classmethod
     def of(
@@ -127,7 +130,7 @@ class ExtractSpec:
 
     def choices(self) -> dict[str, object]:
         """All that may decide which samples a cache must hold and is in no file, as JSON values."""
-        of_places = {"teacher", "data", "group", "options", "check_inputs"}
+        of_places = {"teacher", "data", "group", "options", "check_inputs", "prepare_workers"}
         chosen = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in of_places}
         return chosen | {"data_spec": self.data_spec.model_dump(mode="json")}
 
@@ -165,12 +168,14 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     incidents: Counter[str] = Counter()
     unread: Counter[str] = Counter()
     num_samples = num_tokens = num_rows = num_heldout = 0
-    for sample in _samples(spec, info, tokenizer, lambda incident: incidents.update([incident.kind]), unread, progress):
-        num_samples += 1
-        num_tokens += len(sample.token_ids)
-        num_rows += len(row_positions(sample.supervised, every=spec.rows == "all"))
-        content_id = np.frombuffer(sample.content_id, np.uint8)[None]
-        num_heldout += int(is_heldout(content_id, spec.data_spec.heldout_fraction)[0])
+    read = _samples(spec, info, tokenizer, lambda incident: incidents.update([incident.kind]), unread, progress)
+    with closing(read):
+        for sample in read:
+            num_samples += 1
+            num_tokens += len(sample.token_ids)
+            num_rows += len(row_positions(sample.supervised, every=spec.rows == "all"))
+            content_id = np.frombuffer(sample.content_id, np.uint8)[None]
+            num_heldout += int(is_heldout(content_id, spec.data_spec.heldout_fraction)[0])
     # Ids and mask lie in samples.arrow and in the shard, 5 bytes a token each.
     overhead = num_tokens * 10
     stored = {
@@ -397,18 +402,13 @@ def _write_samples(
             incidents[incident.kind] += 1
             log.write(json.dumps(asdict(incident)) + "\n")
 
-        for sample in _samples(spec, info, tokenizer, record, unread, progress):
-            if (highest := int(sample.token_ids.max())) >= plan.head.vocab_size:
-                raise DataError(
-                    f"token id {highest} ({tokenizer.convert_ids_to_tokens(highest)}) has no row in the lm_head, "
-                    f"which has {plan.head.vocab_size}; is it a token of another modality?",
-                    where=f"{sample.source}:{sample.line}",
-                )
-            kept += 1
-            if present is not None and present.take(sample):
-                continue
-            # The name alone: the same data from another place is the same cache.
-            writer.add(replace(sample, source=Path(sample.source).name))
+        with closing(_samples(spec, info, tokenizer, record, unread, progress)) as samples:
+            for sample in samples:
+                _check_ids(sample, plan.head.vocab_size, tokenizer)
+                kept += 1
+                if present is None or not present.take(sample):
+                    # The name alone: the same data from another place is the same cache.
+                    writer.add(replace(sample, source=os.path.basename(sample.source)))
     brought = writer.close()
     counts = _counts(kept, incidents, unread)
     log_name = _log_name(present, is_new=present is None or len(brought) > 0)
@@ -426,6 +426,16 @@ def _write_samples(
     )
 
 
+def _check_ids(sample: Sample, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError for a token without a row in the head."""
+    if (highest := int(sample.token_ids.max())) >= vocab_size:
+        raise DataError(
+            f"token id {highest} ({tokenizer.convert_ids_to_tokens(highest)}) has no row in the lm_head, which has "
+            f"{vocab_size}; is it a token of another modality?",
+            where=f"{sample.source}:{sample.line}",
+        )
+
+
 def _log_name(present: Present | None, *, is_new: bool) -> str:
     """Where in the cache the incidents are listed. is_new: the data has samples that are not present"""
     generation = 0 if present is None else present.plan.generation
@@ -441,7 +451,7 @@ def _samples(
     record: Callable[[Incident], None],
     unread: Counter[str],
     progress: Progress,
-) -> Iterator[Sample]:
+) -> Generator[Sample, None, None]:
     """Every sample of the data, its records counted in `unread` by what they hold that is not read.
 
     Raises DataError for a sample that is longer than the teacher takes.
@@ -455,16 +465,19 @@ def _samples(
         stop_ids=info.folder.stop_ids,
         on_note=progress.note,
         unread=unread,
+        workers=spec.prepare_workers,
     )
-    for sample in prepared:
-        if info.max_positions is not None and len(sample.token_ids) > info.max_positions:
-            raise DataError(
-                f"{len(sample.token_ids)} tokens, the teacher takes {info.max_positions} (max_position_embeddings); "
-                f"--max-length {info.max_positions} cuts such samples, with --overlong drop it leaves them out",
-                where=f"{sample.source}:{sample.line}",
-            )
-        progress.advance(1)
-        yield sample
+    with closing(prepared):
+        for sample in prepared:
+            if info.max_positions is not None and len(sample.token_ids) > info.max_positions:
+                raise DataError(
+                    f"{len(sample.token_ids)} tokens, the teacher takes {info.max_positions} "
+                    f"(max_position_embeddings); --max-length {info.max_positions} cuts such samples, with "
+                    "--overlong drop it leaves them out",
+                    where=f"{sample.source}:{sample.line}",
+                )
+            progress.advance(1)
+            yield sample
     progress.end()
     if unread:
         listed = ", ".join(f"{name} ({count:,})" for name, count in sorted(_shown(unread).items()))

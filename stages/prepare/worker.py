@@ -1,0 +1,46 @@
+"""Worker: a process of the pool, from its first byte to its last. python -m kdpipe.stages.prepare.worker DESCRIPTOR
+
+The link brings the arguments of Preparing, then batches; each is answered with what became of it, or with the exception
+that it caused. Batches are read by a thread of their own, so that the pool never waits for a batch to be taken.
+Invariant: the process ends when the link does.
+"""
+
+import pickle
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from queue import SimpleQueue
+
+from kdpipe.stages.prepare.pool import Connection, open_link
+from kdpipe.stages.prepare.work import Preparing
+
+
+def main(descriptor: int) -> None:
+    link = open_link(descriptor)
+    tasks: SimpleQueue[bytes | None] = SimpleQueue()
+    threading.Thread(target=_read, args=(link, tasks), daemon=True).start()
+    with suppress(BrokenPipeError, ConnectionResetError):
+        if (setup := tasks.get()) is not None:
+            preparing = Preparing(*pickle.loads(setup))
+            while (task := tasks.get()) is not None:
+                link.send_bytes(_answer(preparing, task))
+
+
+def _read(link: Connection, tasks: "SimpleQueue[bytes | None]") -> None:
+    with suppress(EOFError, OSError):
+        while True:
+            tasks.put(link.recv_bytes())
+    tasks.put(None)
+
+
+def _answer(preparing: Preparing, task: bytes) -> bytes:
+    try:
+        return pickle.dumps(preparing(pickle.loads(task)), protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as err:
+        err.add_note("".join(traceback.format_exception(err)))
+        return pickle.dumps(err)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
