@@ -24,6 +24,9 @@
 A message is one line: where, what was expected, what was found, what to do.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class KdpipeError(Exception):
     """An error for a person: `code: where: message`, one line, with the exit code of its class."""
@@ -158,3 +161,24 @@ def is_lack_of_memory(err: BaseException) -> bool:
 def is_of_others(err: BaseException) -> bool:
     """Whether a library's or a model's code is not to blame for what came out of it: an error of ours, no memory."""
     return isinstance(err, KdpipeError | KeyboardInterrupt) or is_lack_of_memory(err)
+
+
+def fields_of(err: KdpipeError) -> dict[str, Any]:
+    """An error as JSON values, for another process; see error_of."""
+    return {
+        "class": type(err).__name__,
+        "code": err.code,
+        "ending": err.ending,
+        "where": err.where,
+        "message": str(err.args[0]),
+    }
+
+
+def error_of(fields: Mapping[str, Any]) -> KdpipeError:
+    """The error that another process left."""
+    kind: Any = globals().get(fields["class"])
+    if not (isinstance(kind, type) and issubclass(kind, KdpipeError)):
+        kind = KdpipeError
+    err: KdpipeError = kind(fields["message"], where=fields["where"])
+    err.code, err.ending = fields["code"], fields["ending"]
+    return err

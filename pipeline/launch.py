@@ -25,9 +25,8 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from kdpipe.manifests import errors
 from kdpipe.manifests.bus_errors import explain_bus_errors
-from kdpipe.manifests.errors import InternalError, KdpipeError, PeerError, TemporaryError, stopped
+from kdpipe.manifests.errors import InternalError, KdpipeError, PeerError, TemporaryError, error_of, fields_of, stopped
 from kdpipe.pipeline.endings import answered
 from kdpipe.pipeline.last_net import Crash, crash_of, kept
 
@@ -84,7 +83,7 @@ def _rank(function: Callable[..., object], args: tuple[object, ...], folder: str
     # SIGINT comes from Ctrl-C and, by torch's doing, when the launcher is gone. A rank deep in a collective would never
     # notice a KeyboardInterrupt, so the signal itself ends it, unless the function has a handler for it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    explain_bus_errors(lambda err: _leave_error(Path(folder), err))
+    explain_bus_errors(lambda err: _leave(Path(folder), fields_of(err)))
     try:
         return function(*args)
     except Exception as err:
@@ -93,15 +92,10 @@ def _rank(function: Callable[..., object], args: tuple[object, ...], folder: str
         if ours is None:
             _leave(Path(folder), {"crash": asdict(crash_of(err))})
         else:
-            _leave_error(Path(folder), ours)
+            _leave(Path(folder), fields_of(ours))
         if ours is None or isinstance(ours, TemporaryError):
             time.sleep(BYSTANDER_S)
         sys.exit(InternalError.exit_code if ours is None else ours.exit_code)
-
-
-def _leave_error(folder: Path, err: KdpipeError) -> None:
-    fields = {"class": type(err).__name__, "code": err.code, "ending": err.ending, "where": err.where}
-    _leave(folder, fields | {"message": err.args[0]})
 
 
 def _leave(folder: Path, fields: dict[str, object]) -> None:
@@ -126,7 +120,7 @@ def _verdict(
     ours.sort(key=lambda word: word["class"] == TemporaryError.__name__)  # stable: by time, lost peers last
     bugs = [word for word in words if "crash" in word]
     if ours and (asked or ours[0]["class"] != TemporaryError.__name__):
-        return _rebuilt(ours[0])
+        return error_of(ours[0])
     if asked:
         return stop(asked[0].name)
     if exitcode == -signal.SIGINT:
@@ -138,17 +132,11 @@ def _verdict(
             f"killed by {name}{why}, the other ranks were ended; run the same command again", where=f"rank {rank}"
         )
     if ours:
-        return _rebuilt(ours[0])
+        return error_of(ours[0])
     if bugs:
         crash = Crash(**bugs[0]["crash"])
         return kept(replace(crash, summary=f"rank {bugs[0]['rank']}: {crash.summary}"))
     return KdpipeError(f"ended with exit code {exitcode} and no message", where=f"rank {rank}")
-
-
-def _rebuilt(word: dict[str, Any]) -> KdpipeError:
-    err: KdpipeError = getattr(errors, word["class"], KdpipeError)(word["message"], where=word["where"])
-    err.code, err.ending = word["code"], word["ending"]
-    return err
 
 
 def _start_tracker() -> None:

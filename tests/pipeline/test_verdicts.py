@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from kdpipe.manifests.errors import DataError, KdpipeError, PeerError, StoppedError, TemporaryError, stopped
+from kdpipe.manifests.errors import DataError, KdpipeError, PeerError, StoppedError, TemporaryError, fields_of, stopped
 from kdpipe.pipeline.last_net import crash_of
-from kdpipe.pipeline.launch import _leave, _leave_error, _signals, _verdict
+from kdpipe.pipeline.launch import _leave, _signals, _verdict
 
 
 def stop(name: str) -> KdpipeError:
@@ -96,7 +96,7 @@ def test_ranks_that_a_signal_ended_without_a_word_are_a_stop_by_that_signal(
 
 def leave(folder: Path, rank: int, err: KdpipeError, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", str(rank))
-    _leave_error(folder, err)
+    _leave(folder, fields_of(err))
 
 
 def test_a_ranks_own_error_counts_more_than_that_another_was_killed_first(
