@@ -1,7 +1,7 @@
 """Samples: token ids and which of them are targets, made once by `prepare` and never again.
 
 Invariant: the row stored for position t is the head input whose next token t+1 is supervised. Only `row_positions`
-knows this shift; everybody else calls it.
+and `num_rows` know this shift; everybody else calls them.
 """
 
 # Shapes: n tokens of one sample, R stored rows of it.
@@ -117,6 +117,11 @@ def row_positions(supervised: np.ndarray, *, every: bool = False) -> np.ndarray:
     if every:
         return np.arange(max(len(supervised) - 1, 0), dtype=np.int64)
     return np.flatnonzero(np.asarray(supervised)[1:]).astype(np.int64)
+
+
+def num_rows(supervised: np.ndarray, *, every: bool = False) -> int:
+    """How many positions `row_positions` gives, a sixth of the time."""
+    return max(len(supervised) - 1, 0) if every else int(np.count_nonzero(supervised[1:]))
 
 
 def is_heldout(content_ids: np.ndarray, fraction: float) -> np.ndarray:

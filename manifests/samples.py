@@ -21,7 +21,7 @@ import pyarrow as pa
 from kdpipe.manifests.durable import open_regular
 from kdpipe.manifests.errors import CorruptError, LayoutError
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Plan, plan_folder
-from kdpipe.manifests.sample import ID_BYTES, Sample, SampleTokens, row_positions
+from kdpipe.manifests.sample import ID_BYTES, Sample, SampleTokens, num_rows
 from kdpipe.manifests.shard_table import NO_SHARDS, SHARDS_FILE, ShardTable
 from kdpipe.manifests.specs import Io
 
@@ -126,7 +126,8 @@ class SamplesWriter:
     def _flush(self) -> None:
         samples = self._waiting
         lengths = [len(sample.token_ids) for sample in samples]
-        rows = [len(row_positions(sample.supervised, every=self._every_row)) for sample in samples]
+        rows = [num_rows(sample.supervised, every=self._every_row) for sample in samples]
+        targets = [num_rows(sample.supervised) for sample in samples]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         columns = {
             "content_id": pa.array([sample.content_id for sample in samples], pa.binary(ID_BYTES)),
@@ -139,7 +140,7 @@ class SamplesWriter:
             "batch": pa.array(cut_batches(lengths, self._batch_tokens)),
             "first_row": pa.array(np.cumsum([0, *rows[:-1]]), pa.int64()),
             "num_rows": pa.array(rows, pa.int32()),
-            "num_supervised": pa.array([len(row_positions(sample.supervised)) for sample in samples], pa.int32()),
+            "num_supervised": pa.array(targets, pa.int32()),
         }
         self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
         self._num_samples.append(len(samples))

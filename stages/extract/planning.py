@@ -36,7 +36,7 @@ from kdpipe.manifests.plan import (
 )
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json
-from kdpipe.manifests.sample import KEPT, Incident, Sample, is_heldout, row_positions
+from kdpipe.manifests.sample import KEPT, Incident, Sample, is_heldout, num_rows
 from kdpipe.manifests.samples import SamplesWriter
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.shard_table import SHARDS_FILE, ShardTable, write_shards
@@ -167,24 +167,24 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     tokenizer = teacher_tokenizer(folder, progress)
     incidents: Counter[str] = Counter()
     unread: Counter[str] = Counter()
-    num_samples = num_tokens = num_rows = num_heldout = 0
+    num_samples = num_tokens = total_rows = num_heldout = 0
     read = _samples(spec, info, tokenizer, lambda incident: incidents.update([incident.kind]), unread, progress)
     with closing(read):
         for sample in read:
             num_samples += 1
             num_tokens += len(sample.token_ids)
-            num_rows += len(row_positions(sample.supervised, every=spec.rows == "all"))
+            total_rows += num_rows(sample.supervised, every=spec.rows == "all")
             content_id = np.frombuffer(sample.content_id, np.uint8)[None]
             num_heldout += int(is_heldout(content_id, spec.data_spec.heldout_fraction)[0])
     # Ids and mask lie in samples.arrow and in the shard, 5 bytes a token each.
     overhead = num_tokens * 10
     stored = {
-        name: num_bytes(codec, num_rows, info.hidden_size, info.dtype) + overhead for name, codec in CODECS.items()
+        name: num_bytes(codec, total_rows, info.hidden_size, info.dtype) + overhead for name, codec in CODECS.items()
     }
     return Forecast(
         num_samples=num_samples,
         num_tokens=num_tokens,
-        num_rows=num_rows,
+        num_rows=total_rows,
         num_heldout=num_heldout,
         num_shards=-(-num_tokens // spec.shard_tokens),
         hidden_size=info.hidden_size,

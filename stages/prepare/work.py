@@ -2,13 +2,16 @@
 
 Invariant: what becomes of a batch is a pure function of its records, the tokenizer and the spec, so any process may do
 it and the samples are the same whoever did (pool.py).
-Cost: about 0.35 ms a short chat: a fifth its template, a third the tokenizer, the rest reading and looking at it.
+Cost: about 0.33 ms a short chat of 120 tokens: 0.12 the tokenizer, 0.05 its template, the rest reading and looking.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.sample import Incident, IncidentKind, Sample, content_id
@@ -42,6 +45,49 @@ class Worked:
     outcomes: list[Outcome] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     failure: DataError | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Plain tuples, and the ids and masks of all samples end to end: records take ten times as long to unpickle."""
+        samples = [each.sample for each in self.outcomes if each.sample is not None]
+        rows = [
+            (
+                each.place,
+                [(found.source, found.line, found.kind, found.detail) for found in each.incidents],
+                each.error,
+                each.sample and (each.sample.content_id, each.sample.source, each.sample.line, each.sample.truncated),
+            )
+            for each in self.outcomes
+        ]
+        lengths = [len(sample.token_ids) for sample in samples]
+        token_ids = b"".join(sample.token_ids.tobytes() for sample in samples)
+        supervised = b"".join(sample.supervised.tobytes() for sample in samples)
+        return _unpacked, (rows, lengths, token_ids, supervised, dict(self.unread), self.failure)
+
+
+def _unpacked(
+    rows: list[Any], lengths: list[int], token_ids: bytes, supervised: bytes, unread: dict[str, int], failure: Any
+) -> Worked:
+    """The batch whose `__reduce__` gave these; the samples' arrays are views."""
+    ids, mask = np.frombuffer(token_ids, np.int32), np.frombuffer(supervised, np.bool_)
+    outcomes, ends = [], iter(itertools.accumulate(lengths))
+    begin = 0
+    for place, incidents, error, about in rows:
+        sample = None
+        if about is not None:
+            content, source, line, truncated = about
+            end = next(ends)
+            sample = Sample(
+                content_id=content,
+                source=source,
+                line=line,
+                token_ids=ids[begin:end],
+                supervised=mask[begin:end],
+                truncated=truncated,
+            )
+            begin = end
+        found = tuple(Incident(source=name, line=at, kind=kind, detail=detail) for name, at, kind, detail in incidents)
+        outcomes.append(Outcome(place=place, sample=sample, incidents=found, error=error))
+    return Worked(outcomes, Counter(unread), failure)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe.manifests.sample import ID_BYTES, content_id, is_heldout, row_positions
+from kdpipe.manifests.sample import ID_BYTES, content_id, is_heldout, num_rows, row_positions
 
 masks = st.lists(st.booleans(), max_size=40).map(lambda mask: np.array(mask, dtype=bool))
 ids = st.lists(st.binary(min_size=ID_BYTES, max_size=ID_BYTES), min_size=1, max_size=50).map(
@@ -68,3 +68,8 @@ def test_equal_content_has_an_equal_id_and_falls_on_one_side() -> None:
 
 def test_text_that_is_no_valid_unicode_has_an_id_too() -> None:
     assert len(content_id("\ud800")) == ID_BYTES
+
+
+@given(masks, st.booleans())
+def test_rows_are_counted_as_they_are_placed(supervised: np.ndarray, every: bool) -> None:
+    assert num_rows(supervised, every=every) == len(row_positions(supervised, every=every))
