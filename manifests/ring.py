@@ -17,7 +17,6 @@ import fcntl
 import json
 import mmap
 import os
-import select
 import socket
 import struct
 import time
@@ -25,7 +24,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import xxhash
@@ -104,23 +103,18 @@ class Slot:
 
     array: uint8 [num_bytes], shared memory
     path, offset: the same place as a file and a byte offset, for another process of the same user
+    who: what it is for, in errors
     """
 
     number: int
     array: np.ndarray
     path: str
     offset: int
+    who: str
 
 
-class Packet(NamedTuple):
-    """What travels over the socket; fields that a kind has no use for are 0."""
-
-    kind: int
-    number: int
-    key: int = 0
-    offset: int = 0
-    num_bytes: int = 0
-    digest: int = 0
+Packet = tuple[int, int, int, int, int, int]
+"""Kind, number, key, place, bytes, digest; 0 where a kind has no use for it."""
 
 
 class _Side:
@@ -141,15 +135,16 @@ class _Side:
         self._bytes = np.frombuffer(self._map, np.uint8)
         self._memory = end.memory
         self._socket = socket.socket(fileno=end.socket)
-        self._socket.setblocking(False)
-        self._poll = select.poll()
-        self._poll.register(self._socket, select.POLLIN)
+        # The socket itself wakes from a wait now and then: one system call, where poll and recv are two.
+        look_s = min(LOOK_S, max(patience_s, 0.001))
+        look = struct.pack("ll", int(look_s), int(look_s % 1 * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, look)
         self._buffer = bytearray(PACKET.size + MAX_WORDS)
         self._peer_pid = 0
         self.waited_s = 0.0
         self._started = time.monotonic()
         self._closed = False
-        self._send(Packet(HELLO, os.getpid()))
+        self._send(HELLO, os.getpid())
 
     def __enter__(self) -> Self:
         return self
@@ -170,7 +165,7 @@ class _Side:
             err = TemporaryError(f"{type(err).__name__}: {err}; run the same command again")
         fields = {name: value and value[:MAX_CHARS] for name, value in fields_of(err).items()}
         if not self._closed:
-            self._send(Packet(FAILED, 0), json.dumps(fields, ensure_ascii=False).encode())
+            self._send(FAILED, 0, words=json.dumps(fields, ensure_ascii=False).encode())
 
     def close(self) -> None:
         """Let go of the ring: the other side sees it at once. Arrays of it must not be used any more."""
@@ -182,34 +177,44 @@ class _Side:
             with contextlib.suppress(BufferError):  # an array is still held, and the mapping with it
                 self._map.close()
 
-    def _send(self, packet: Packet, words: bytes = b"") -> None:
-        """Never blocks: see MAX_MESSAGES. What the other side no longer reads is lost with it."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._socket.send(PACKET.pack(MAGIC, *packet) + words)
+    def _send(
+        self,
+        kind: int,
+        number: int,
+        key: int = 0,
+        offset: int = 0,
+        num_bytes: int = 0,
+        digest: int = 0,
+        *,
+        words: bytes = b"",
+    ) -> bool:
+        """Whether the other side is still there to read it. Never blocks: see MAX_MESSAGES."""
+        packet = PACKET.pack(MAGIC, kind, number, key, offset, num_bytes, digest)
+        try:
+            self._socket.send(packet + words, socket.MSG_DONTWAIT)
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        return True
 
-    def _receive(self, who: str, *, wait: bool) -> Packet | None:
-        """The next packet; None where there is none yet and `wait` is false.
+    def _receive(self, who: str) -> Packet:
+        """The next packet, waited for.
 
         Raises TemporaryError where the other side is gone, or silent for `patience_s`, and the error that it left.
         """
-        if (packet := self._read(who)) is not None or not wait:
-            return packet
         began = time.monotonic()
         try:
             while (packet := self._read(who)) is None:
-                left = began + self._patience_s - time.monotonic()
-                if left <= 0.0:
+                if time.monotonic() - began >= self._patience_s:
                     raise self._silent(who)
-                self._poll.poll(min(left, LOOK_S) * 1000)
+            return packet
         finally:
             self.waited_s += time.monotonic() - began
-        return packet
 
-    def _read(self, who: str) -> Packet | None:
-        """The next packet that is there."""
+    def _read(self, who: str, flags: int = 0) -> Packet | None:
+        """The next packet; None for a while without one. Raises as `_receive`."""
         while True:
             try:
-                size = self._socket.recv_into(self._buffer)
+                size = self._socket.recv_into(self._buffer, 0, flags)
             except BlockingIOError:
                 return None
             except ConnectionResetError:
@@ -217,14 +222,13 @@ class _Side:
             if not size:
                 gone = f"{self._who()} is gone without a word; run the same command again"
                 raise TemporaryError(gone, where=who)
-            magic, *fields = PACKET.unpack_from(self._buffer) if size >= PACKET.size else (b"",)
-            packet = Packet(*fields) if magic == MAGIC else Packet(0, 0)
-            if packet.kind == HELLO:
-                self._peer_pid = packet.number
-            elif packet.kind == FAILED:
+            magic, kind, number, key, offset, num_bytes, digest = PACKET.unpack_from(self._buffer)
+            if magic == MAGIC and kind in self._kinds and offset + num_bytes <= self.num_bytes:
+                return kind, number, key, offset, num_bytes, digest
+            if magic == MAGIC and kind == HELLO:
+                self._peer_pid = number
+            elif magic == MAGIC and kind == FAILED:
                 raise error_of(json.loads(self._buffer[PACKET.size : size]))
-            elif packet.kind in self._kinds and packet.offset + packet.num_bytes <= self.num_bytes:
-                return packet
             else:
                 raise CorruptError(f"{self._who()} sent {bytes(self._buffer[:16])!r}, which means nothing", where=who)
 
@@ -280,20 +284,24 @@ class RingWriter(_Side):
         size = max(-(-num_bytes // ALIGNMENT) * ALIGNMENT, ALIGNMENT)
         if size > self.num_bytes:
             raise ValueError(f"a message of {num_bytes:,} bytes, the ring holds {self.num_bytes:,}")
-        while self._take_credit(who, wait=False):
-            pass
-        while (start := self._place(size)) is None:
-            self._take_credit(who, wait=True)
+        start = self._place(size)
+        while start is None:
+            self._release(self._receive(who)[1])
+            while (packet := self._read(who, socket.MSG_DONTWAIT)) is not None:
+                self._release(packet[1])
+            start = self._place(size)
         extent = _Extent(self._next, start, start + size)
         self._used.append(extent)
         self._by_number[extent.number] = extent
         self._next += 1
-        return Slot(extent.number, self._bytes[start : start + num_bytes], self._path, start)
+        return Slot(extent.number, self._bytes[start : start + num_bytes], self._path, start, who)
 
     def publish(self, slot: Slot, key: int, checksum: int | None = None) -> None:
-        """Hand a filled slot to the reader. checksum: xxh3-64 of its bytes where it is known."""
+        """Hand a filled slot to the reader. checksum: xxh3-64 of its bytes where it is known. Raises as `reserve`."""
         digest = xxhash.xxh3_64_intdigest(slot.array.data) if checksum is None else checksum
-        self._send(Packet(ROWS, slot.number, key, slot.offset, slot.array.nbytes, digest))
+        if not self._send(ROWS, slot.number, key, slot.offset, slot.array.nbytes, digest):
+            while True:  # its last words, or that it left none
+                self._receive(slot.who)
 
     def abandon(self, slot: Slot) -> None:
         """A slot that will not be published."""
@@ -301,9 +309,9 @@ class RingWriter(_Side):
 
     def finish(self, who: str = "the end") -> None:
         """Tell the reader that there is no more, and wait until it has freed all it was given."""
-        self._send(Packet(END, self._next))
+        self._send(END, self._next)
         while self._used:
-            self._take_credit(who, wait=True)
+            self._release(self._receive(who)[1])
 
     @property
     def num_waiting(self) -> int:
@@ -320,13 +328,6 @@ class RingWriter(_Side):
         if last > first:  # in use: first to last
             return last if last + size <= self.num_bytes else 0 if size <= first else None
         return last if last + size <= first else None
-
-    def _take_credit(self, who: str, *, wait: bool) -> bool:
-        """Whether a slot was freed."""
-        packet = self._receive(who, wait=wait)
-        if packet is not None:
-            self._release(packet.number)
-        return packet is not None
 
     def _release(self, number: int) -> None:
         self._by_number.pop(number).free = True
@@ -367,7 +368,7 @@ class RingReader(_Side):
     ) -> None:
         super().__init__(end, peer=peer, patience_s=patience_s, writable=False)
         self._verify = verify
-        self._held: dict[int, Message] = {}
+        self._held: set[int] = set()
         self._ended = False
 
     def take(self, who: str) -> Message | None:
@@ -378,16 +379,15 @@ class RingReader(_Side):
         """
         if self._ended:
             return None
-        packet = self._receive(who, wait=True)
-        assert packet is not None
-        if packet.kind == END:
+        kind, number, key, offset, num_bytes, digest = self._receive(who)
+        if kind == END:
             self._ended = True
             return None
-        array = self._bytes[packet.offset : packet.offset + packet.num_bytes]
-        message = Message(packet.key, array, packet.number, self)
-        self._held[packet.number] = message
-        if self._verify and xxhash.xxh3_64_intdigest(array.data) != packet.digest:
-            raise CorruptError(f"message {packet.number} (key {packet.key}) is not what was written", where=who)
+        array = self._bytes[offset : offset + num_bytes]
+        message = Message(key, array, number, self)
+        self._held.add(number)
+        if self._verify and xxhash.xxh3_64_intdigest(array.data) != digest:
+            raise CorruptError(f"message {number} (key {key}) is not what was written", where=who)
         return message
 
     def __iter__(self) -> Iterator[Message]:
@@ -397,6 +397,7 @@ class RingReader(_Side):
                 yield message
 
     def release(self, message: Message) -> None:
-        if self._held.pop(message.number, None) is not None and not self._closed:
+        if message.number in self._held and not self._closed:
+            self._held.discard(message.number)
             message.array = message.array[:0]
-            self._send(Packet(FREED, message.number))
+            self._send(FREED, message.number)
