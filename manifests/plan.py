@@ -33,6 +33,8 @@ GROWN = "grown"
 FOLDERS = ("shards", "commits", "claims", "tmp", "runs", "teacher")
 
 Count = Annotated[int, Field(ge=0)]
+ShardCount = Annotated[int, Field(ge=0, lt=1 << 31)]
+"""Numbers of shards are int32 in samples.arrow."""
 
 
 class Fingerprint(Record):
@@ -86,7 +88,7 @@ class Ancestor(Record):
     plan: str
     samples_digest: str
     shards_digest: str
-    num_shards: Count
+    num_shards: ShardCount
     """Shards it has, those of the plans before it too."""
 
 
@@ -110,7 +112,7 @@ class Plan(Record):
     """sha256 of samples.arrow."""
     shards_digest: str
     """sha256 of shards.arrow."""
-    num_shards: Count
+    num_shards: ShardCount
     """Shards of the cache, those of the plans before this one too."""
     vocabulary_digest: str
     """sha256 of the tokenizer's id-to-token table: what a student's tokenizer must agree with."""

@@ -58,6 +58,8 @@ def test_a_plan_we_cannot_read_names_the_field(tmp_path: Path) -> None:
     assert "'colour'" in refused(tmp_path)
     path.write_text(json.dumps({**good, "num_rows": -1}))
     assert "'num_rows'" in refused(tmp_path)
+    path.write_text(json.dumps({**good, "num_shards": 1 << 64}))
+    assert "'num_shards'" in refused(tmp_path)
     for name in ("softcap", "scale"):
         changed = json.dumps(good | {"head": good["head"] | {name: -1.5}}).replace("-1.5", "1e999")
         path.write_text(changed)
