@@ -13,6 +13,8 @@ group of their own each, so that Ctrl-C is this process's affair.
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,7 @@ WORKER_BYTES = 16 << 20
 IN_FLIGHT = 2
 SILENCE_S = 600.0
 """Longest that a batch may take; it takes a fraction of a second."""
+SILENT = "takes and gives nothing any more"
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
@@ -84,6 +87,8 @@ class _Worker:
 
     def __init__(self) -> None:
         self._link, theirs = Pipe()
+        with socket.socket(fileno=os.dup(self._link.fileno())) as ours:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SILENCE_S), 0))
         self._places: list[str] = []
         """Where the batches begin that are on their way."""
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
@@ -118,6 +123,8 @@ class _Worker:
             self._places.append(where)
         try:
             self._link.send_bytes(data)
+        except BlockingIOError:
+            raise self._gone(SILENT) from None
         except OSError:
             raise self._gone() from None
 
@@ -125,7 +132,7 @@ class _Worker:
         """What became of the oldest batch on its way."""
         try:
             if not self._link.poll(SILENCE_S):
-                raise self._gone(f"has been silent for {SILENCE_S:.0f} s")
+                raise self._gone(SILENT)
             result = pickle.loads(self._link.recv_bytes())
         except (EOFError, OSError):
             raise self._gone() from None

@@ -129,11 +129,13 @@ def test_a_plan_and_what_is_said_of_its_data_have_the_same_bytes(tmp_path: Path)
     assert made[0] == made[1]
 
 
-def batches(num: int, taken: list[int], size: int = 2) -> Iterator[list[RawRecord]]:
-    line = b'{"prompt": "q", "completion": "a"}\n'
+def batches(num: int, taken: list[int], long_from: int = 10_000) -> Iterator[list[RawRecord]]:
+    """Batches of two records, lines of 4 MiB from one of them on."""
+    line = b'{"prompt": "q", "completion": "a"}'
     for number in range(num):
         taken.append(number)
-        yield [RawRecord(source="f", line=n, place=f"f:{number}", raw=line) for n in range(size)]
+        raw = line.ljust(4 << 20) if number >= long_from else line
+        yield [RawRecord(source="f", line=n, place=f"f:{number}", raw=raw + b"\n") for n in range(2)]
 
 
 def test_no_more_than_a_few_batches_are_on_their_way(chatml: Any) -> None:
@@ -151,6 +153,22 @@ def test_a_process_that_dies_is_one_line_that_names_the_place_and_the_others_end
     first = min(children())
     os.kill(first, signal.SIGKILL)
     with pytest.raises(TemporaryError, match=r"f:\d+: a process that .* was killed by SIGKILL; out of memory\?"):
+        list(results)
+    assert children() == set()
+
+
+@pytest.mark.parametrize("long_from", [6, 10_000], ids=["sending", "receiving"])
+def test_a_process_that_stands_still_is_not_waited_for_without_end(
+    long_from: int, chatml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seventh batch, which is sent when the third result is taken, may be more than a link holds."""
+    monkeypatch.setattr(pool, "SILENCE_S", 5.0)
+    results = pool.in_processes(2, batches(10_000, [], long_from=long_from), (chatml, DataSpec(), ()))
+    for _ in range(3):
+        next(results)
+    for number in children():
+        os.kill(number, signal.SIGSTOP)
+    with pytest.raises(TemporaryError, match=r"f:\d+: a process that .* takes and gives nothing any more"):
         list(results)
     assert children() == set()
 
@@ -185,8 +203,9 @@ def test_closing_early_ends_the_processes(data: list[Path], chatml: Any) -> None
     assert children() == set()
 
 
-def test_processes_end_with_the_one_that_started_them(chatml: Any, tmp_path: Path) -> None:
-    """Killed, it cannot end them: they see that their link has ended."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_one_that_started_them(number: int, chatml: Any, tmp_path: Path) -> None:
+    """Killed, it cannot end them: they see that their link has ended. Ctrl-C goes to all of a terminal's programs."""
     code = """
 import itertools, pickle, sys
 from kdpipe.manifests.specs import DataSpec
@@ -200,15 +219,22 @@ print("at work", flush=True)
 for _ in results: pass
 """
     (tmp_path / "tokenizer").write_bytes(pickle.dumps(chatml))
-    parent = subprocess.Popen([sys.executable, "-c", code, tmp_path / "tokenizer"], stdout=subprocess.PIPE)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "tokenizer"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     assert parent.stdout is not None
+    assert parent.stderr is not None
     assert parent.stdout.readline() == b"at work\n"
     task = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     assert len(task) == 2
-    parent.kill()
-    parent.wait()
+    os.killpg(parent.pid, number)
+    assert parent.wait(30) == -number
+    assert parent.stderr.read().count(b"Traceback") == (number == signal.SIGINT), "the workers' are not seen"
     ended = time.monotonic() + 20
-    while any(Path(f"/proc/{number}").exists() for number in task):
+    while any(Path(f"/proc/{each}").exists() for each in task):
         assert time.monotonic() < ended, "a worker outlives its pool"
         time.sleep(0.02)
 
