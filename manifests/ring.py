@@ -3,6 +3,7 @@
     writer_end, reader_end = make_ring(64 << 20)           in the process that starts both sides
     writer:  slot = ring.reserve(num_bytes, who); slot.array[:] = ...; ring.publish(slot, key)       ... ring.finish()
     reader:  with ring.take(who) as message: use(message.array)                                      None: the end
+             ring.ask(keys) says what it wants next, in this order; the writer has them in ring.asked
 
 The payload lies in a memfd, allocated in full and sealed against another size; turns go over a SOCK_SEQPACKET pair, a
 descriptor of 64 bytes a message, and a credit back when its slot is free again. The system call orders the memory.
@@ -17,11 +18,12 @@ import fcntl
 import json
 import mmap
 import os
+import select
 import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -34,11 +36,13 @@ from kdpipe.manifests.errors import CorruptError, KdpipeError, TemporaryError, e
 PACKET = struct.Struct("<4sIQqQQQ16x")
 """Magic, kind, number of the message, key, place, bytes, xxh3-64 of them; both ways. 64 bytes."""
 MAGIC = b"kdr1"
-HELLO, ROWS, FREED, END, FAILED = range(1, 6)
+HELLO, ROWS, FREED, ASKED, END, FAILED = range(1, 7)
 MAX_MESSAGES = 64
 """Messages on their way at a time: a socket's buffer holds some 270 of 64 bytes at the system's default."""
 MAX_WORDS, MAX_CHARS = 1 << 15, 4000
 """Bytes of the error that a side leaves to the other, and characters of its message."""
+MOST_ASKED = 1024
+"""Keys that are asked for in one packet."""
 ALIGNMENT = 64
 LOOK_S = 1.0
 """Between two looks at a peer that is silent."""
@@ -177,6 +181,18 @@ class _Side:
             with contextlib.suppress(BufferError):  # an array is still held, and the mapping with it
                 self._map.close()
 
+    def look(self, who: str) -> None:
+        """Take in what has arrived, without a wait. Raises as a wait does."""
+        while (packet := self._read(who, socket.MSG_DONTWAIT)) is not None:
+            self._take_in(packet)
+
+    def fileno(self) -> int:
+        """For select and poll."""
+        return self._socket.fileno()
+
+    def _take_in(self, packet: Packet) -> None:
+        raise NotImplementedError
+
     def _send(
         self,
         kind: int,
@@ -188,13 +204,23 @@ class _Side:
         *,
         words: bytes = b"",
     ) -> bool:
-        """Whether the other side is still there to read it. Never blocks: see MAX_MESSAGES."""
-        packet = PACKET.pack(MAGIC, kind, number, key, offset, num_bytes, digest)
-        try:
-            self._socket.send(packet + words, socket.MSG_DONTWAIT)
-        except (BrokenPipeError, ConnectionResetError):
-            return False
-        return True
+        """Whether the other side is still there to read it.
+
+        The writer's packets always find room: see MAX_MESSAGES. What a reader asks for may have to wait until the
+        writer has read what was asked before, which it does whenever it waits itself.
+        """
+        packet = PACKET.pack(MAGIC, kind, number, key, offset, num_bytes, digest) + words
+        began = time.monotonic()
+        while True:
+            try:
+                self._socket.send(packet, socket.MSG_DONTWAIT)
+                return True
+            except (BrokenPipeError, ConnectionResetError):
+                return False
+            except BlockingIOError:
+                if time.monotonic() - began >= self._patience_s:
+                    raise self._silent("what it is asked for") from None
+                select.select([], [self._socket], [], LOOK_S)
 
     def _receive(self, who: str) -> Packet:
         """The next packet, waited for.
@@ -264,15 +290,21 @@ class _Extent:
 
 
 class RingWriter(_Side):
-    """The side that fills the ring."""
+    """The side that fills the ring.
 
-    _kinds = (FREED,)
+    asked: keys that the reader has asked for and nobody has taken from here, oldest first
+    ended: the reader has said that it asks for nothing more
+    """
+
+    _kinds = (FREED, ASKED, END)
 
     def __init__(self, end: RingEnd, *, peer: str = "the student", patience_s: float = PATIENCE_S) -> None:
         super().__init__(end, peer=peer, patience_s=patience_s, writable=True)
         self._used: deque[_Extent] = deque()
         self._by_number: dict[int, _Extent] = {}
         self._next = 0
+        self.asked: deque[int] = deque()
+        self.ended = False
         self._path = f"/proc/{os.getpid()}/fd/{self._memory}"
 
     def reserve(self, num_bytes: int, who: str) -> Slot:
@@ -284,17 +316,20 @@ class RingWriter(_Side):
         size = max(-(-num_bytes // ALIGNMENT) * ALIGNMENT, ALIGNMENT)
         if size > self.num_bytes:
             raise ValueError(f"a message of {num_bytes:,} bytes, the ring holds {self.num_bytes:,}")
+        while not self.has_room(num_bytes):
+            self._take_in(self._receive(who))
+            self.look(who)
         start = self._place(size)
-        while start is None:
-            self._release(self._receive(who)[1])
-            while (packet := self._read(who, socket.MSG_DONTWAIT)) is not None:
-                self._release(packet[1])
-            start = self._place(size)
+        assert start is not None
         extent = _Extent(self._next, start, start + size)
         self._used.append(extent)
         self._by_number[extent.number] = extent
         self._next += 1
         return Slot(extent.number, self._bytes[start : start + num_bytes], self._path, start, who)
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether `reserve` would not have to wait."""
+        return self._place(max(-(-num_bytes // ALIGNMENT) * ALIGNMENT, ALIGNMENT)) is not None
 
     def publish(self, slot: Slot, key: int, checksum: int | None = None) -> None:
         """Hand a filled slot to the reader. checksum: xxh3-64 of its bytes where it is known. Raises as `reserve`."""
@@ -311,7 +346,7 @@ class RingWriter(_Side):
         """Tell the reader that there is no more, and wait until it has freed all it was given."""
         self._send(END, self._next)
         while self._used:
-            self._release(self._receive(who)[1])
+            self._take_in(self._receive(who))
 
     @property
     def num_waiting(self) -> int:
@@ -328,6 +363,15 @@ class RingWriter(_Side):
         if last > first:  # in use: first to last
             return last if last + size <= self.num_bytes else 0 if size <= first else None
         return last if last + size <= first else None
+
+    def _take_in(self, packet: Packet) -> None:
+        kind, number, count, *_ = packet
+        if kind == FREED:
+            self._release(number)
+        elif kind == ASKED:
+            self.asked.extend(np.frombuffer(self._buffer, np.int64, count, PACKET.size).tolist())
+        else:
+            self.ended = True
 
     def _release(self, number: int) -> None:
         self._by_number.pop(number).free = True
@@ -396,8 +440,39 @@ class RingReader(_Side):
             with message:
                 yield message
 
+    def ask(self, keys: np.ndarray) -> None:
+        """Say what is wanted next, in this order: int64 [any]."""
+        wanted = np.ascontiguousarray(keys, np.int64)
+        for first in range(0, len(wanted), MOST_ASKED):
+            some = wanted[first : first + MOST_ASKED]
+            self._send(ASKED, 0, len(some), words=some.tobytes())
+
+    def finish(self) -> None:
+        """Say that nothing more will be asked for."""
+        self._send(END, 0)
+
     def release(self, message: Message) -> None:
         if message.number in self._held and not self._closed:
             self._held.discard(message.number)
             message.array = message.array[:0]
             self._send(FREED, message.number)
+
+
+def look_at_all(rings: Sequence[RingWriter], who: str) -> None:
+    """Take in what has arrived in any of them. Raises as they do; an error that one left comes before a silence."""
+    errors = []
+    for ring in rings:
+        try:
+            ring.look(who)
+        except KdpipeError as err:
+            errors.append(err)
+    if errors:
+        raise next((err for err in errors if type(err) is not TemporaryError), errors[0])
+
+
+def wait_for_any(rings: Sequence[RingWriter], who: str, patience_s: float = PATIENCE_S) -> None:
+    """Wait until one of them has something to take in. Raises TemporaryError after `patience_s` of silence."""
+    began = time.monotonic()
+    while not select.select(rings, [], [], LOOK_S)[0]:
+        if time.monotonic() - began >= patience_s:
+            raise TemporaryError(f"no sign for {patience_s:g} s; run the same command again", where=who)

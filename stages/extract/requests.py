@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.sample import row_positions
+from kdpipe.manifests.plan import Plan
+from kdpipe.manifests.sample import SampleTokens, row_positions
 from kdpipe.stages.teacher.engine import Request, RowTarget
 from kdpipe.stages.teacher.gate import choose_probes, choose_scored, is_probed_inside
 
@@ -31,19 +32,22 @@ def shard_requests(
     for index, start in enumerate(starts):
         stop = start + columns["num_tokens"][index]
         sample = plan.shards[number].first_sample + index
-        num_rows = int(columns["num_rows"][index])
-        draw = sample + plan.settings.seed * SEED_STRIDE
-        ids = token_ids[start:stop]
-        positions = row_positions(supervised[start:stop], every=plan.settings.rows == "all")
-        count = PROBES if is_probed_inside(draw, probe_every) else 1
-        probes = choose_probes(draw, num_rows, count)
-        request = Request(
-            sample=sample,
-            token_ids=ids,
-            positions=positions,
-            probes=probes,
-            scored=choose_scored(draw, ids, positions[probes], plan.head.vocab_size),
-            target=place(sample, num_rows),
-        )
-        batches[int(columns["batch"][index])].append(request)
+        text = SampleTokens(token_ids=token_ids[start:stop], supervised=supervised[start:stop])
+        target = place(sample, int(columns["num_rows"][index]))
+        batches[int(columns["batch"][index])].append(sample_request(plan, sample, text, probe_every, target))
     return batches
+
+
+def sample_request(plan: Plan, sample: int, text: SampleTokens, probe_every: int, target: RowTarget) -> Request:
+    """What an engine is asked for one sample."""
+    draw = sample + plan.settings.seed * SEED_STRIDE
+    positions = row_positions(text.supervised, every=plan.settings.rows == "all")
+    probes = choose_probes(draw, len(positions), PROBES if is_probed_inside(draw, probe_every) else 1)
+    return Request(
+        sample=sample,
+        token_ids=text.token_ids,
+        positions=positions,
+        probes=probes,
+        scored=choose_scored(draw, text.token_ids, positions[probes], plan.head.vocab_size),
+        target=target,
+    )

@@ -193,7 +193,8 @@ class TeacherEngine(Protocol):
     def run(self, batches: Iterable[Sequence[Request]]) -> Iterator[Ack]:
         """Run the batches in order, one Ack a request, in the order of the requests.
 
-        `batches` is consumed lazily; an engine may take the next ones before it yields the acks of the last.
+        `batches` is consumed lazily; an engine may take the next ones before it yields the acks of the last. An empty
+        batch says that nothing more is to be had just now: the acks of those before it must be yielded first.
         """
         ...
 

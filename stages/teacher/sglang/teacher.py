@@ -111,6 +111,8 @@ class SglangTeacher:
             while tokens < IN_FLIGHT_TOKENS and not exhausted:
                 batch = next(ahead, None)
                 exhausted = batch is None
+                if not batch and waiting:
+                    break
                 waiting.extend(batch or ())
                 tokens += sum(len(request.token_ids) for request in batch or ())
                 prompts = [

@@ -1,0 +1,92 @@
+"""Serve: the rows that students ask for, through the engine and the gate, into their rings.
+
+    ring.asked -> request -> engine -> gate -> slot published        one ring a student's rank
+
+Invariant: nothing is published that the gate has not let through; what a rank asked for reaches it in its order.
+Cost: the teacher's pass; rows are written into shared memory once, by the engine itself.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+from kdpipe.manifests.plan import Plan
+from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.ring import PATIENCE_S, RingWriter, Slot, look_at_all, wait_for_any
+from kdpipe.manifests.samples import Samples
+from kdpipe.manifests.shard import DTYPES, TAGS
+from kdpipe.stages.extract.requests import sample_request
+from kdpipe.stages.extract.teach import teach
+from kdpipe.stages.models.head import Head
+from kdpipe.stages.teacher.engine import Ack, Request, RowTarget, TeacherEngine
+from kdpipe.stages.teacher.gate import admit, check_identity
+
+
+def serve(engine: TeacherEngine, head: Head, samples: Samples, rings: Sequence[RingWriter], progress: Progress) -> None:
+    """Answer until every reader has said that it asks for nothing more.
+
+    samples: what the keys in the rings are indices of
+    Raises the errors of the engine and the gate, TemporaryError where a reader is gone, and the error that one left.
+    """
+    shelf = RingShelf(samples, head, rings, engine.probe_every)
+    teach(engine, shelf.batches(), shelf, admit, progress)
+    for ring in rings:
+        ring.finish()
+
+
+class RingShelf:
+    """The rings of some readers as a Shelf; `batches` is what they ask for, a sample at a time."""
+
+    def __init__(self, samples: Samples, head: Head, rings: Sequence[RingWriter], probe_every: int) -> None:
+        self._samples, self._head, self._rings, self._probe_every = samples, head, rings, probe_every
+        self._plan: Plan = samples.plan
+        self._num_rows = samples.column("num_rows")
+        self._dtype = DTYPES[TAGS[self._plan.settings.dtype]]
+        self._row_bytes = self._plan.head.hidden_size * self._dtype.itemsize
+        self._under_way: deque[tuple[RingWriter, Slot]] = deque()
+        self._num_served = 0
+
+    @property
+    def doing(self) -> str:
+        return f"{self._num_served:,} samples served"
+
+    def batches(self) -> Iterator[Sequence[Request]]:
+        """One request a batch, the readers in turn; an empty one where nothing can be started just now."""
+        turn = 0
+        while True:
+            look_at_all(self._rings, "what is asked for")
+            turns = islice(cycle(range(len(self._rings))), turn, turn + len(self._rings))
+            ready = next((at for at in turns if self._can_start(self._rings[at])), None)
+            if ready is not None:
+                turn = (ready + 1) % len(self._rings)
+                yield [self._request(self._rings[ready])]
+            elif self._under_way:
+                yield []
+            elif all(ring.ended and not ring.asked for ring in self._rings):
+                return
+            else:
+                wait_for_any(self._rings, "the students", PATIENCE_S)
+
+    def place(self, sample: int, num_rows: int) -> RowTarget:
+        """Of the request that was made last."""
+        _, slot = self._under_way[-1]
+        array = slot.array.view(self._dtype).reshape(num_rows, self._plan.head.hidden_size)
+        return RowTarget(array=array, path=Path(slot.path), offset=slot.offset)
+
+    def accept(self, request: Request, ack: Ack) -> None:
+        ring, slot = self._under_way.popleft()
+        check_identity([request], [ack], self._head)
+        ring.publish(slot, request.sample, ack.checksum)
+        self._num_served += 1
+
+    def _can_start(self, ring: RingWriter) -> bool:
+        return bool(ring.asked) and ring.has_room(int(self._num_rows[ring.asked[0]]) * self._row_bytes)
+
+    def _request(self, ring: RingWriter) -> Request:
+        sample = ring.asked.popleft()
+        num_rows = int(self._num_rows[sample])
+        slot = ring.reserve(num_rows * self._row_bytes, f"sample {sample}")
+        self._under_way.append((ring, slot))
+        text = self._samples.tokens(sample)
+        return sample_request(self._plan, sample, text, self._probe_every, self.place(sample, num_rows))
