@@ -340,10 +340,13 @@ class Shard:
         return out
 
     def prefetch(self, index: int) -> None:
-        """Ask the kernel to read a sample's rows ahead."""
+        """Ask the kernel to read a sample's rows ahead, and whole blocks where they are verified first."""
         first, after = self._row_at[index : index + 2]
         for tensor, row_bytes in self._stored:
-            self._file.prefetch(tensor.begin + first * row_bytes, tensor.begin + after * row_bytes)
+            begin, end = tensor.begin + first * row_bytes, tensor.begin + after * row_bytes
+            if end > begin and self._unseen(begin, end) >= 0:
+                begin, end = self._blocks_of(begin, end)
+            self._file.prefetch(begin, end)
 
     def check(self, begin: int, end: int) -> None:
         """Verify the blocks that hold bytes begin..end, those not verified before. Raises CorruptError."""
@@ -355,14 +358,18 @@ class Shard:
         body = self._body
         return self.good.find(0, (begin - body) // BLOCK, (end - 1 - body) // BLOCK + 1)
 
+    def _blocks_of(self, begin: int, end: int) -> tuple[int, int]:
+        """Where the blocks that hold bytes begin..end begin and end."""
+        first, last = (begin - self._body) // BLOCK, (end - 1 - self._body) // BLOCK
+        return self._body + first * BLOCK, min(self._body + (last + 1) * BLOCK, self._checked_to)
+
     def _checked(self, begin: int, end: int) -> np.ndarray:
         """Bytes begin..end, read together with the rest of the blocks that are verified on the way."""
         body, stop = self._body, self._checked_to
         block = self._unseen(begin, end) if end > begin else -1
         if block < 0:
             return self._file.read(begin, end)
-        first, last = (begin - body) // BLOCK, (end - 1 - body) // BLOCK
-        low, high = body + first * BLOCK, min(body + (last + 1) * BLOCK, stop)
+        low, high = self._blocks_of(begin, end)
         data = self._file.read(low, high)
         while block >= 0:
             start = body + block * BLOCK
@@ -373,7 +380,7 @@ class Shard:
                     f"(crc32c {found:08x}, recorded {int(self._crc[block]):08x})"
                 )
             self.good[block] = 1
-            block = self.good.find(0, block, last + 1)
+            block = self.good.find(0, block, -(-(high - body) // BLOCK))
         return data[begin - low : end - low]
 
     def verify(self, samples: pa.RecordBatch | None) -> None:

@@ -86,15 +86,16 @@ class PlannedBatches:
     def step(self, step: int) -> Iterator[PackedBatch]:
         """Exactly grad_accum micro-batches; the rows of the next step are asked for before the first is packed."""
         for each in (step, step + 1):
-            if self._wanted_to < each < self.num_steps:
-                self._want(each)
+            self.read_ahead(each)
         for samples in self._mine(step):
             yield self._packer.pack(samples) if len(samples) else self._packer.empty()
 
-    def _want(self, step: int) -> None:
-        self._wanted_to = step
-        for teacher in self._dataset.teachers:
-            teacher.rows.want(np.concatenate(self._mine(step)))
+    def read_ahead(self, step: int) -> None:
+        """Ask for the rows of a step, once."""
+        if self._wanted_to < step < self.num_steps:
+            self._wanted_to = step
+            for teacher in self._dataset.teachers:
+                teacher.rows.want(np.concatenate(self._mine(step)))
 
     def _num_tokens_before(self, step: int) -> int:
         epochs, within = divmod(step, self.steps_per_epoch)

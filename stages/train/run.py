@@ -200,6 +200,7 @@ class Run:
         self._introduce(progress)
         for note in self.notes:
             progress.note(note)
+        self.batches.read_ahead(self.trainer.done)  # while it is measured, before its first step
         if self.trainer.done == 0 and len(self.heldout):
             before = self.evaluate_now(progress)
             progress.note(

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tests.caches import make_cache, verified
 
-from kdpipe.manifests.access import ReadFile
+from kdpipe.manifests.access import MappedFile, ReadFile
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, CorruptError
 from kdpipe.manifests.shard import BLOCK, shard_path
@@ -50,6 +51,31 @@ def test_pread_keeps_nothing_open_and_nothing_mapped(folder: Path) -> None:
     assert len(rows) == 400
     assert str(folder / "shards") not in Path("/proc/self/maps").read_text()
     assert not any(str(folder / "shards") in path for path in opened)
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_all_that_reading_a_sample_reads_was_asked_for(io: Io, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that are read first whole blocks are verified: asked for rows alone, the rest would be waited for."""
+    kind, asked, read = {"mmap": MappedFile, "pread": ReadFile}[io], [], []
+    for name, kept in (("prefetch", asked), ("read", read)):
+        real = getattr(kind, name)
+
+        def noted(self: object, begin: int, end: int, real: Any = real, kept: Any = kept) -> Any:
+            kept.append((begin, end))
+            return real(self, begin, end)
+
+        monkeypatch.setattr(kind, name, noted)
+    cache = Cache.open(folder, io=io)
+    for number in range(len(cache.plan.shards)):
+        cache.shard(number)
+    for size in (BLOCK, 1):  # blocks are checked in the first round only
+        for index in np.random.default_rng(0).permutation(len(cache)).tolist():
+            asked.clear(), read.clear()
+            cache.prefetch(index)
+            rows = cache.stored_rows(index)
+            ((begin, end),) = asked
+            assert all(begin <= first and after <= end for first, after in read if after > first)
+            assert end - begin <= rows.nbytes + 2 * (size - 1)
 
 
 def mapped_shards(folder: Path) -> int:

@@ -52,8 +52,9 @@ from kdpipe.stages.evaluate import evaluate_student, run_dtype
 from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.dataset import of_caches
+from kdpipe.stages.ranks import joined
 from kdpipe.stages.train import run, train
-from kdpipe.stages.train.job import TrainJob, check_job
+from kdpipe.stages.train.job import TrainJob, check_job, find
 
 LOSS = LossSpec(kd_weight=0.5, temperature=1.5)
 Truth = tuple[by_hand.Parameters, by_hand.Sums]
@@ -509,6 +510,22 @@ def test_the_next_steps_rows_are_wanted_before_this_step_is_packed(
     assert kinds == ["want", "read", "want", "read"]
     wanted, packed = ([one for name, one in order if name == each] for each in ("want", "read"))
     assert sorted(wanted) == sorted(packed)
+
+
+def test_the_first_steps_rows_are_wanted_before_the_student_is_measured(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[list[int] | str] = []
+    want, measure = CacheRows.want, run.Run.evaluate_now
+    monkeypatch.setattr(CacheRows, "want", lambda self, some: (order.append(some.tolist()), want(self, some))[1])
+    monkeypatch.setattr(run.Run, "evaluate_now", lambda *given: (order.append("measured"), measure(*given))[1])
+    with joined(torch.device("cpu")) as ranks:
+        job = job_for(bench, tmp_path, max_steps=2)
+        one = run.Run(job, find(job), ranks)
+        one.steps(Silent())
+    assert sorted(order[0]) == sorted(one.batches.samples(0).tolist())
+    assert order[1] == "measured"
+    assert sum(sorted(each) == sorted(order[0]) for each in order) == 1
 
 
 def test_the_record_has_the_data_settings_of_the_cache(bench: Bench, tmp_path: Path) -> None:
