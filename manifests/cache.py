@@ -13,6 +13,7 @@ import contextlib
 import os
 import shlex
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,7 @@ class Cache:
         self.path, self.plan, self.io = path, plan, io
         find_codec(plan.settings.codec, where=path)
         self.samples = Samples(path, plan, io)
+        self._starts = plan.shards.starts
         self._every_row = plan.settings.rows == "all"
         self._shards: dict[int, Shard] = {}
         self._checked: dict[int, bytearray] = {}
@@ -117,8 +119,8 @@ class Cache:
         shard.prefetch(within)
 
     def _locate(self, index: int) -> tuple[Shard, int]:
-        number = self.plan.shards.find(index)
-        return self.shard(number), index - self.plan.shards.starts[number]
+        number = bisect_right(self._starts, index) - 1
+        return self.shard(number), index - self._starts[number]
 
     def shard(self, number: int) -> Shard:
         """A committed shard; the one opened first makes room. Raises IncompleteError if it is not committed yet."""

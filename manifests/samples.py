@@ -167,16 +167,17 @@ class Samples:
         self._readers = [
             _open_samples(path, len(numbers), io) for path, numbers in zip(self.paths, brought, strict=True)
         ]
+        self._starts = plan.shards.starts
         self._tables: dict[int, _Tokens] = {}
 
     def tokens(self, index: int) -> SampleTokens:
         """Ids and mask of a sample; the ids are a view. Raises LayoutError where the file is damaged there."""
-        number = self.plan.shards.find(index)
+        number = bisect_right(self._starts, index) - 1
         if number not in self._tables:
             if len(self._tables) == KEPT_SHARDS:
                 self._tables.pop(next(iter(self._tables)))
             self._tables[number] = _Tokens.of(self.shard(number))
-        return self._tables[number].sample(index - self.plan.shards.starts[number])
+        return self._tables[number].sample(index - self._starts[number])
 
     def shard(self, index: int) -> pa.RecordBatch:
         """The samples of one shard, zero-copy. Raises LayoutError where the file is damaged there."""

@@ -13,15 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.caches import fill_shard, grow_plan, make_cache, make_plan, make_samples
 
+from kdpipe.manifests import shard_table
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CorruptError, KdpipeError, LayoutError
 from kdpipe.manifests.plan import plan_folder, read_plan
 from kdpipe.manifests.shard_table import NO_SHARDS, SHARDS_FILE, ShardPlan, ShardTable, read_shards, write_shards
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=40))
-def test_a_sample_is_found_in_the_shard_that_holds_it(sizes: list[int]) -> None:
-    table = ShardTable.of(sizes, sizes, sizes)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=40), st.sampled_from([0, shard_table.SHORT]))
+def test_a_sample_is_found_in_the_shard_that_holds_it(sizes: list[int], short: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_table, "SHORT", short)
+        table = ShardTable.of(sizes, sizes, sizes)
+    assert isinstance(table.starts, list) == (short > 0)
     held = [number for number, size in enumerate(sizes) for _ in range(size)]
     assert [table.find(sample) for sample in range(sum(sizes))] == held
     assert [table.starts[number] for number in range(len(table))] == [held.index(n) for n in range(len(sizes))]
