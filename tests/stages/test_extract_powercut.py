@@ -23,7 +23,7 @@ FLUSHES: list[Place] = [
     ("Staged.publish", "new"),
     ("Staged.publish", "live"),
     ("write_once", "tmp"),
-    ("ShardWriter.commit", "tmp"),
+    ("ScratchFile.flush", "tmp"),
     ("publish", "shards"),
     ("publish", "commits"),
 ]
