@@ -1,5 +1,6 @@
 """A cache is gone on with only where all that decides its rows is the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from tests.caches import make_plan, make_samples
 
 from kdpipe.manifests.errors import CacheError
 from kdpipe.manifests.plan import Plan
-from kdpipe.stages.extract.planning import require_same
+from kdpipe.stages.extract.planning import ExtractSpec, require_same
 
 OTHER: dict[str, dict[str, object]] = {
     "fingerprint": {"teacher": "x", "tokenizer": "x", "template": "x"},
@@ -80,3 +81,11 @@ def test_what_changes_as_a_cache_grows_may_differ(plan: Plan) -> None:
         "num_rows": 0,
     }
     require_same(plan.model_copy(update=changes), plan, Path("c"))
+
+
+def test_what_decides_no_sample_is_no_choice() -> None:
+    spec = ExtractSpec(teacher=Path("t"), data=(Path("d"),))
+    for field, value in {"prepare_workers": 7, "check_inputs": True, "group": 5, "teacher": Path("x")}.items():
+        assert replace(spec, **{field: value}).choices() == spec.choices(), field
+    for field, value in {"shard_tokens": 7, "codec": "x", "rows": "all", "grow": True}.items():
+        assert replace(spec, **{field: value}).choices() != spec.choices(), field
