@@ -64,7 +64,7 @@ class Stored:
 def files_of(model: PreTrainedModel, weights: Mapping[str, Path]) -> dict[str, Stored]:
     """Where each tensor of a skeleton's state lies, by the model's own names; weights: tensor name -> its file.
 
-    The folder was examined: what its files have beyond the model counts for nothing, nothing is missing.
+    What the files have beyond the model counts for nothing: ModelFolder.examine says whether it may.
     Raises WholeOnlyError.
     """
     if getattr(model.config, "quantization_config", None) is not None:

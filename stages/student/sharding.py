@@ -98,7 +98,6 @@ def reduce_gradients(student: Student, wanted: bool) -> None:
 
 def _in_parts(folder: ModelFolder, dtype: torch.dtype, num_ranks: int) -> tuple[PreTrainedModel, dict[str, Stored]]:
     """The skeleton, its buffers made, and where its weights lie; nowhere if it can only be loaded whole."""
-    folder.examine()
     model = folder.skeleton(dtype)
     with folder.answering("its weights cannot be found in the files"):
         try:
@@ -108,6 +107,7 @@ def _in_parts(folder: ModelFolder, dtype: torch.dtype, num_ranks: int) -> tuple[
             if num_ranks > 1:
                 folder.notes.append(f"rank 0 reads the whole student, and sends each rank its part: {err}")
             return folder.skeleton(dtype), {}
+    folder.examine()  # what can only be loaded whole is examined by that, on one rank
     return model, files
 
 

@@ -1,16 +1,20 @@
 """The parts that ranks read are, together, what from_pretrained gives."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.models import KINDS, make_model
-from tests.opened import load_student
+from tests.opened import load_student, student_in
 from tests.stages.student.sharded import CPU, load_and_keep
 
+from kdpipe.manifests.errors import StudentError
 from kdpipe.pipeline.launch import launch
+from kdpipe.stages.ranks import joined
+from kdpipe.stages.student import load_sharded
 
 
 def make_mixture(folder: Path) -> Path:
@@ -68,3 +72,22 @@ def test_a_rank_that_cannot_read_its_part_ends_the_others(loaded: tuple[object, 
     assert first == "PeerError: E-PEER: another rank failed, which says why; run it again"
     assert second.startswith("StudentError: ")
     assert second.endswith("OSError: model.safetensors ends before its header says")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), r"1 weight \('model.norm.weight'\) missing"),
+        (lambda tensors: tensors.update(more=torch.zeros(3)), r"1 weight \('more'\) left over"),
+    ],
+    ids=["missing", "left over"],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(
+    change: Callable[[dict[str, torch.Tensor]], object], said: str, tmp_path: Path
+) -> None:
+    path = make_model("llama", tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    with joined(CPU) as ranks, pytest.raises(StudentError, match=said):
+        load_sharded(student_in(tmp_path), ranks, stored=torch.float32, computed=torch.float32)
