@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import xxhash
@@ -72,11 +72,21 @@ class RingEnd:
     def of(cls, text: str) -> "RingEnd":
         return cls(*(int(part) for part in text.split(",")))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """To a process that is being started, its own copies of the descriptors."""
+        from multiprocessing.reduction import DupFd
+
+        return _inherited, (DupFd(self.memory), DupFd(self.socket), self.num_bytes)
+
     def close(self) -> None:
         """In a process that only passes it on: the other side sees an end as gone when the last copy is closed."""
         for number in self.fds:
             with contextlib.suppress(OSError):
                 os.close(number)
+
+
+def _inherited(memory: Any, socket: Any, num_bytes: int) -> RingEnd:
+    return RingEnd(memory.detach(), socket.detach(), num_bytes)
 
 
 def make_ring(num_bytes: int) -> tuple[RingEnd, RingEnd]:

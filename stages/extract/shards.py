@@ -28,7 +28,7 @@ from kdpipe.stages.extract.staging import Staged, staged
 from kdpipe.stages.extract.teach import teach
 from kdpipe.stages.models.head import Head
 from kdpipe.stages.teacher import engine_class
-from kdpipe.stages.teacher.engine import Canary, Request, TeacherEngine
+from kdpipe.stages.teacher.engine import Request, TeacherEngine
 from kdpipe.stages.teacher.gate import admit
 
 WAIT_S = 2.0
@@ -58,7 +58,7 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
             found.teacher, dtype=found.plan.settings.dtype, device=spec.resolved_device(), options=spec.options
         )
         try:
-            _report(found.plan.engine, engine.canary(found.head, _canaries(found.samples())), progress)
+            try_out(engine, found.plan.engine, found.head, found.samples(), progress)
             opened = found.publish()
             fill(opened, engine, found.head, progress, todo)
         finally:
@@ -114,19 +114,24 @@ def _batches(cache: Cache, engine: TeacherEngine, shelf: ShardShelf, todo: Seque
             yield from shard_requests(cache, number, engine.probe_every, shelf.place)
 
 
-def _report(engine: EngineRecord, canary: Canary, progress: Progress) -> None:
-    """What the canary samples showed, for the log and for whoever watches."""
+def try_out(engine: TeacherEngine, record: EngineRecord, head: Head, samples: Samples, progress: Progress) -> None:
+    """Run the engine on the first few samples' first tokens; what they showed is for the log and whoever watches.
+
+    Raises as TeacherEngine.canary.
+    """
+    first = samples.shard(0).column("token_ids")
+    canary = engine.canary(head, [np.asarray(ids.values.to_numpy()[:CANARY_TOKENS]) for ids in first[:CANARIES]])
     progress.event(
         "canary",
-        engine=engine.name,
-        version=engine.version,
+        engine=record.name,
+        version=record.version,
         logit_error=None if canary.skipped else canary.logit_error,
         row_error=None if canary.skipped else canary.row_error,
         skipped=canary.skipped,
     )
     if canary.skipped:
         progress.note(f"canary: not compared with transformers, {canary.skipped}")
-    elif engine.name != "transformers":
+    elif record.name != "transformers":
         progress.note(f"canary: rows differ from transformers' own by {canary.row_error:.1e}")
 
 
@@ -164,9 +169,3 @@ def _nothing_to_do(plan: Plan, cache: Path, part: tuple[int, int] | None) -> str
     if not _shards_of(plan, part):
         return f"part {part[0]} of {part[1]} has none of the plan's shards {counts}: the others extract them"
     return f"every shard of part {part[0]} of {part[1]} is there already {counts}"
-
-
-def _canaries(samples: Samples) -> list[np.ndarray]:
-    """The first few samples' first tokens, int32 [n] each."""
-    first = samples.shard(0).column("token_ids")
-    return [np.asarray(ids.values.to_numpy()[:CANARY_TOKENS]) for ids in first[:CANARIES]]

@@ -108,17 +108,25 @@ def of_caches(caches: Sequence[Cache]) -> Dataset:
         _require_one_teacher(cache, caches[0])
         for earlier in caches[:number]:
             _require_other_samples(cache, earlier)
-    first = caches[0]
-    teacher = Teacher(
-        record=first.plan.head,
-        rows=CacheRows(caches),
-        read_head=first.head,
-        check_files=first.check_teacher_files,
-        vocabulary_digest=first.plan.vocabulary_digest,
-        folder=first.teacher_folder,
-        where=first.path,
+    return Dataset([cache.samples for cache in caches], [_teacher(caches[0], CacheRows(caches))])
+
+
+def of_plan(cache: Cache, rows: RowSource) -> Dataset:
+    """The samples of a cache that may lack its rows, as they come from elsewhere."""
+    cache.samples.verify()
+    return Dataset([cache.samples], [_teacher(cache, rows)])
+
+
+def _teacher(cache: Cache, rows: RowSource) -> Teacher:
+    return Teacher(
+        record=cache.plan.head,
+        rows=rows,
+        read_head=cache.head,
+        check_files=cache.check_teacher_files,
+        vocabulary_digest=cache.plan.vocabulary_digest,
+        folder=cache.teacher_folder,
+        where=cache.path,
     )
-    return Dataset([cache.samples for cache in caches], [teacher])
 
 
 def _require_one_teacher(cache: Cache, first: Cache) -> None:

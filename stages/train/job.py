@@ -67,12 +67,14 @@ class Found:
     """What a job names, opened: each is asked about once in a process.
 
     notes: what whoever watches should know of the caches, a line each
+    rows_are_kept: the teacher's rows are there when the run has ended, so that more can be measured on them
     """
 
     model: ModelFolder
     dataset: Dataset
     inputs: RunInputs
     notes: tuple[str, ...] = ()
+    rows_are_kept: bool = True
 
     @property
     def samples(self) -> tuple[np.ndarray, np.ndarray]:
@@ -89,15 +91,19 @@ def find(job: TrainJob) -> Found:
     return Found(model=model, dataset=dataset, inputs=inputs, notes=tuple(_notes(job, caches)))
 
 
-def check_job(job: TrainJob, nproc: int) -> Found:
-    """Raises every input error that can be found before a rank is started or a file written; nproc: ranks in all."""
+def check_job(job: TrainJob, nproc: int, found: Found | None = None) -> Found:
+    """Raises every input error that can be found before a rank is started or a file written.
+
+    nproc: ranks in all
+    found: what was opened already
+    """
     require_nobody_in(job.output)
     if job.resume not in ("auto", "never") and not (Path(job.resume) / CHECKPOINT_FILE).exists():
         raise ConfigError(
             f"no checkpoint here: {CHECKPOINT_FILE} is missing; checkpoints are folders as OUTPUT/{CHECKPOINTS}/000100",
             where=f"--resume {job.resume}",
         )
-    found = find(job)
+    found = found or find(job)
     check_student(found.model, found.dataset.teachers[0])
     for path, plan in zip(job.caches, found.dataset.plans, strict=True):
         _check_settings(job.spec, path, plan)

@@ -68,13 +68,15 @@ def train(job: TrainJob, progress: Progress, found: Found | None = None) -> dict
             record = _complete(job, found, record, ranks, progress)
         else:
             progress.note(f"{job.output} holds this run's student already")
-    progress.note(f"the student is in {job.output}; {_next_command(job, record)}")
+    progress.note(f"the student is in {job.output}; {_next_command(job, found, record)}")
     return {**(record.metrics or {}), "num_steps": record.num_steps, "trained_tokens": record.num_tokens}
 
 
-def _next_command(job: TrainJob, record: RunRecord) -> str:
+def _next_command(job: TrainJob, found: Found, record: RunRecord) -> str:
     """How the student is measured; what was held out of its training is the fair choice."""
     measure = ["kdpipe", "eval", "--student", str(job.output), "--cache"]
+    if not found.rows_are_kept:
+        return f"no rows were kept; measure it on a cache of its teacher: {shlex.join([*measure, 'CACHE'])}"
     if record.metrics:
         return f"measure it on any cache of its teacher: {shlex.join([*measure, str(job.caches[0])])}"
     return (

@@ -1,0 +1,86 @@
+"""Training as a process or as several: one rank's work with its progress and events, and the launch of all of them."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdpipe.manifests.errors import BusyError, ConfigError, KdpipeError
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.run import RUN_FILE
+from kdpipe.pipeline.progress import EventLog, watch
+from kdpipe.pipeline.streams import lasting_streams
+
+if TYPE_CHECKING:
+    from kdpipe.stages.train import Found, TrainJob
+
+
+def train_rank(job: "TrainJob", found: "Found | None" = None, *, command: str = "train") -> dict[str, object]:
+    """One rank's work: rank 0 shows the progress and writes the events, the others are silent."""
+    from kdpipe.stages.train import train
+
+    if os.environ.get("RANK", "0") != "0":
+        return train(job, Silent(), found)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    made = None if job.made_with is None else job.made_with.model_dump()
+    log = events(job, once="accepted")
+    run = watch(command, log, where=job.output, kept=partial(kept, job.output), num_ranks=num_ranks, made_with=made)
+    with lasting_streams(), run as progress:
+        return train(job, progress, found)
+
+
+def kept(output: Path) -> str:
+    """What of a training is there that a second signal, or one that came before it could save, has ended."""
+    from kdpipe.stages.train.checkpoint import newest_record  # loads torch
+
+    if (output / RUN_FILE).exists():
+        return "the student is written"
+    record = newest_record(output)
+    return "no checkpoint was saved" if record is None else f"its checkpoint of step {record.step} is kept"
+
+
+def launch_training(
+    job: "TrainJob", nproc: int, *args: object, rank: Callable[..., dict[str, object]] = train_rank
+) -> dict[str, object]:
+    """The metrics of rank 0 of `nproc`; what ended them early is an event too, as rank 0 may not live to write it.
+
+    rank: what each runs, with the job and `args`
+    """
+    from kdpipe.pipeline.launch import launch  # loads torch
+
+    try:
+        return launch(rank, job, *args, nproc=nproc, where=job.output, kept=partial(kept, job.output))
+    except BusyError:
+        raise  # the events in this output are another run's
+    except KdpipeError as err:
+        log = events(job)
+        log.write("launch_failed", {"error": str(err), "exit_code": err.exit_code})
+        log.close()
+        raise
+
+
+def events(job: "TrainJob", *, once: str | None = None) -> EventLog:
+    """once: kind of the event before which nothing is written, as the folder may be another run's"""
+    return EventLog(job.output / "events.jsonl", after=job.output, once=once)
+
+
+def choose_nproc(asked: int | None, device: str, gpus: int) -> int:
+    """How many ranks there are: as torchrun has decided, or as asked, or one a GPU. Raises ConfigError."""
+    if "RANK" in os.environ:
+        if asked is not None:
+            raise ConfigError("torchrun has already decided it; leave the option out", where="--nproc")
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    if asked is not None and device == "cuda" and asked > gpus:
+        raise ConfigError(f"{asked} processes, one a GPU, but there are {gpus} GPUs", where="--nproc")
+    return asked or max(gpus, 1)
+
+
+def choose_device(device: str) -> tuple[str, int]:
+    """The device meant by `auto`, and how many GPUs there are for it."""
+    import torch
+
+    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device == "cuda" and not gpus:
+        raise ConfigError("no GPU here that torch can use; leave it out or say cpu", where="--device cuda")
+    return ("cuda" if gpus else "cpu"), gpus
