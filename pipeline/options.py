@@ -87,6 +87,15 @@ READS = {
         others=("data.heldout_fraction", "data.max_length", "data.overlong", "data.supervise", "loss", "train"),
         needs=("student.path", "cache.path", "train.output"),
     ),
+    "stream": Reads(
+        options=(
+            *("teacher.path", "student.path", "data.paths", "train.output", "engine.name", "train.nproc"),
+            *("data", "teacher.dtype", "teacher.trust_remote_code", "engine.batch_tokens", "engine.tp", "engine.dp"),
+            *("engine.quantization", "engine.args", "loss.preset", "live", "train.device"),
+        ),
+        others=("teacher", "engine", "student", "cache.seed", "loss", "train"),
+        needs=("teacher.path", "student.path", "data.paths", "train.output"),
+    ),
     "eval": Reads(
         options=("eval.student", "cache.path", "eval", "cache.io", "student.trust_remote_code"),
         others=("student.path", "train.output", "data.heldout_fraction", "train.batch_tokens"),

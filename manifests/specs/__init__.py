@@ -16,6 +16,7 @@ from kdpipe.manifests.specs.base import (
 )
 from kdpipe.manifests.specs.cache import MAX_SHARD_TOKENS, SHARD_TOKENS, CacheSpec
 from kdpipe.manifests.specs.data import DataSpec, DataTable
+from kdpipe.manifests.specs.live import LiveSpec
 from kdpipe.manifests.specs.loss import LOSS_OPTIONS, PRESETS, LossSpec
 from kdpipe.manifests.specs.run import RunFile, RunSpec, fields, flag_of, full_keys, load, misspelt_keys
 from kdpipe.manifests.specs.student import EvalSpec, StudentSpec
@@ -39,6 +40,7 @@ __all__ = [
     "Flag",
     "FsdpSpec",
     "Io",
+    "LiveSpec",
     "LossSpec",
     "RowsChoice",
     "RunFile",

@@ -31,3 +31,5 @@ class DataTable(DataSpec):
 
     paths: Annotated[Paths, Flag("--data", "FILE...")] = ()
     """Data files or folders: jsonl, json, parquet, Arrow. Takes several values, and may be repeated."""
+    workers: Annotated[Count | None, Flag("--prepare-workers")] = None
+    """Processes that tokenise the data; as many as it is worth, up to one a core, when not given."""

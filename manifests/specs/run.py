@@ -17,6 +17,7 @@ from kdpipe.manifests.record import in_words
 from kdpipe.manifests.specs.base import Flag, Spec
 from kdpipe.manifests.specs.cache import CacheSpec
 from kdpipe.manifests.specs.data import DataSpec, DataTable
+from kdpipe.manifests.specs.live import LiveSpec
 from kdpipe.manifests.specs.loss import LOSS_OPTIONS, LossSpec
 from kdpipe.manifests.specs.student import EvalSpec, StudentSpec
 from kdpipe.manifests.specs.teacher import EngineSpec, TeacherSpec
@@ -44,6 +45,7 @@ class RunFile(Spec):
     loss: LossSpec = LossSpec()
     train: TrainTable = TrainTable()
     eval: EvalSpec = EvalSpec()
+    live: LiveSpec = LiveSpec()
 
     def training(self) -> RunSpec:
         """The part that decides how a student is trained, without the places."""

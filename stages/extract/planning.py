@@ -84,6 +84,7 @@ class ExtractSpec:
     group: number of the Unix group that may read the cache
     grow: add the data to what the cache holds; otherwise the data must have all of that too
     check_inputs: read every file, also those that have not changed since the plan was made from them
+    keep_rows: rows go into shards, which must fit the disk; otherwise the plan is for a teacher beside its students
     prepare_workers: processes that tokenise the data; None: as many as it is worth, up to one a core
     """
 
@@ -103,6 +104,7 @@ class ExtractSpec:
     grow: bool = False
     check_inputs: bool = False
     prepare_workers: int | None = None
+    keep_rows: bool = True
 
     @classmethod
     def of(
@@ -126,6 +128,7 @@ class ExtractSpec:
             group=group,
             grow=grow,
             check_inputs=check_inputs,
+            prepare_workers=run.data.workers,
         )
 
     def choices(self) -> dict[str, object]:
@@ -278,9 +281,11 @@ def plan_cache(
             present.require_all(cache)
         present.report(plan, progress)
         if plan.num_samples == present.plan.num_samples:
-            require_room(present.plan, folder, cache)
+            if spec.keep_rows:
+                require_room(present.plan, folder, cache)
             return present.plan, False
-    require_room(plan, folder, cache)
+    if spec.keep_rows:
+        require_room(plan, folder, cache)
     return plan, True
 
 

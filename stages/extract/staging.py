@@ -148,7 +148,8 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
         with _as_disk_error(cache):
             Samples(cache, existing).verify()
             _prepare_folders(cache)
-            require_room(existing, cache, cache)
+            if spec.keep_rows:
+                require_room(existing, cache, cache)
             inputs.remember(plan_folder(cache, existing.generation), asked)
             yield Staged(plan=existing, teacher=teacher, read=lambda: read_head(info), cache=cache)
         return

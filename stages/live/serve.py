@@ -11,16 +11,24 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.plan import Plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.ring import PATIENCE_S, RingWriter, Slot, look_at_all, wait_for_any
 from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import DTYPES, TAGS
+from kdpipe.stages.extract.planning import ExtractSpec
 from kdpipe.stages.extract.requests import sample_request
+from kdpipe.stages.extract.shards import try_out
 from kdpipe.stages.extract.teach import teach
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.head import Head
+from kdpipe.stages.teacher import engine_class
+from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Request, RowTarget, TeacherEngine
 from kdpipe.stages.teacher.gate import admit, check_identity
+from kdpipe.stages.teacher.head import read_head
 
 
 def serve(engine: TeacherEngine, head: Head, samples: Samples, rings: Sequence[RingWriter], progress: Progress) -> None:
@@ -90,3 +98,21 @@ class RingShelf:
         self._under_way.append((ring, slot))
         text = self._samples.tokens(sample)
         return sample_request(self._plan, sample, text, self._probe_every, self.place(sample, num_rows))
+
+
+def serve_plan(spec: ExtractSpec, cache: Cache, rings: Sequence[RingWriter], progress: Progress) -> None:
+    """A teacher's whole life beside its students: opened, tried on the first samples, asked until nobody asks more.
+
+    cache: the plan whose samples are asked for; none of its rows need be there
+    Raises as serve, and the errors of opening a teacher.
+    """
+    plan, teacher = cache.plan, ModelFolder(spec.teacher, TeacherError, spec.options.trust)
+    head = read_head(describe_teacher(teacher, plan.settings.dtype))
+    engine = engine_class(plan.engine.name)(
+        teacher, dtype=plan.settings.dtype, device=spec.resolved_device(), options=spec.options
+    )
+    try:
+        try_out(engine, plan.engine, head, cache.samples, progress)
+        serve(engine, head, cache.samples, rings, progress)
+    finally:
+        engine.close()

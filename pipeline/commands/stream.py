@@ -1,0 +1,145 @@
+"""kdpipe stream: teacher and student side by side, rows through shared memory."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.ring import RingEnd, RingReader, make_ring
+from kdpipe.manifests.shard import DTYPES, TAGS
+from kdpipe.manifests.specs import RunFile
+from kdpipe.pipeline.options import RunCommand, json_option, require_not_swapped, this_command
+from kdpipe.pipeline.output import results_only, show
+from kdpipe.pipeline.progress import EventLog, watch
+from kdpipe.pipeline.teacher_role import teacher_beside
+from kdpipe.pipeline.training import choose_device, choose_nproc, launch_training, train_rank
+
+if TYPE_CHECKING:
+    from kdpipe.stages.train import TrainJob
+
+MIB = 1 << 20
+
+
+@click.command("stream", cls=RunCommand)
+@click.option(
+    "--resume",
+    default="auto",
+    metavar="auto|never|PATH",
+    help="What an interrupted run does: go on from the newest good checkpoint in OUTPUT, start again, or go on from "
+    "the checkpoint at PATH.",
+)
+@json_option
+def command(run: RunFile, resume: str, as_json: bool) -> None:
+    """Train a student beside its teacher, for data that is used once: no row is stored.
+
+    The teacher runs in a process of its own and answers what the next steps ask for; its rows are checked as extract
+    checks them and go through shared memory. The student is the one that extract and train would make, bit for bit on
+    a CPU. On a CPU each side has its own cores. Interrupted? The same command again goes on from its last checkpoint.
+
+    \b
+    kdpipe stream --teacher models/large --student models/small --data chat.jsonl --output runs/a
+    """
+    student, output = run.student.path, run.train.output
+    assert student is not None, "RunCommand has asked for it"
+    assert output is not None, "RunCommand has asked for it"
+    require_not_swapped(student, ())
+    if "RANK" in os.environ:
+        raise ConfigError("it starts its ranks itself, with --nproc", where="kdpipe stream")
+    from kdpipe.stages.live.beside import find_beside  # torch takes seconds: not for --help or a misspelt option
+    from kdpipe.stages.train import TrainJob, check_job
+
+    device, gpus = choose_device(run.train.device)
+    nproc = choose_nproc(run.train.nproc, device, gpus)
+    folder = output.absolute().parent / f".{output.name}.stream"
+    with results_only():
+        plan = _planned(run, folder)
+        job = TrainJob(
+            student=student,
+            caches=(folder,),
+            output=output,
+            spec=run.training(),
+            device=device,
+            trust=run.student.trust_remote_code,
+            resume=resume,
+            made_with=this_command(teacher=run.teacher.path, student=student, data=run.data.paths, output=output),
+        )
+        found = check_job(job, nproc, find_beside(job))
+        metrics = _beside(run, replace(job, inputs=found.inputs), plan, nproc)
+        shutil.rmtree(folder, ignore_errors=True)
+    show(metrics, as_json=as_json)
+
+
+def _planned(run: RunFile, folder: Path) -> Cache:
+    """The plan of the samples, in a folder beside the output that goes when the run is finished."""
+    from kdpipe.stages.extract import ExtractSpec
+    from kdpipe.stages.extract.staging import staged
+
+    spec = replace(ExtractSpec.of(run), keep_rows=False)
+    with watch("stream", EventLog(None)) as progress, staged(spec, folder, progress) as found:
+        return found.publish()
+
+
+def _beside(run: RunFile, job: "TrainJob", plan: Cache, nproc: int) -> dict[str, object]:
+    """Both roles at work; the student's metrics."""
+    size = run.live.ring_mib * MIB
+    width = plan.plan.head.hidden_size * DTYPES[TAGS[plan.plan.head.dtype]].itemsize
+    longest = int(plan.samples.column("num_rows").max()) * width
+    if longest > size:
+        raise ConfigError(
+            f"{run.live.ring_mib} MiB do not hold the rows of the longest sample; take {-(-longest // MIB)} or more",
+            where="live.ring_mib",
+        )
+    theirs, ours = zip(*(make_ring(size) for _ in range(nproc)), strict=True)
+    try:
+        with teacher_beside(run, plan.path, theirs, cores=_teachers_cores(run, job.device)):
+            try:
+                if nproc == 1:
+                    return stream_rank(job, ours)
+                return launch_training(job, nproc, ours, rank=stream_rank)
+            finally:
+                for end in ours:
+                    end.close()
+    finally:
+        for end in theirs:
+            end.close()
+
+
+def stream_rank(job: "TrainJob", ends: Sequence[RingEnd]) -> dict[str, object]:
+    """One rank's work, with its own of the readers' ends."""
+    from kdpipe.stages.live.beside import find_beside
+
+    rank = int(os.environ.get("RANK", "0"))
+    for number, end in enumerate(ends):
+        if number != rank:
+            end.close()
+    with RingReader(ends[rank]) as ring:
+        metrics = train_rank(job, find_beside(job, ring), command="stream")
+        ring.finish()
+        ring.take("the end")
+    return metrics
+
+
+def _teachers_cores(run: RunFile, student_device: str) -> list[int]:
+    """The cores that are the teacher's alone, where both roles compute on a CPU; this process keeps the others.
+
+    Two runtimes that spin on the same cores are ten times slower than one.
+    """
+    import torch
+
+    cores = sorted(os.sched_getaffinity(0))
+    on_gpu = run.engine.device == "cuda" or (run.engine.device == "auto" and torch.cuda.is_available())
+    if on_gpu or student_device == "cuda" or len(cores) < 2:
+        return []
+    count = run.live.teacher_cores or len(cores) // 2
+    if count >= len(cores):
+        raise ConfigError(f"{count} of {len(cores)} cores leave the student none", where="live.teacher_cores")
+    os.sched_setaffinity(0, cores[count:])
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(cores) - count)
+    return cores[:count]

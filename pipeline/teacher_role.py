@@ -1,0 +1,93 @@
+"""The teacher's role: a process beside the student's, started with it, joined by rings and ended with it.
+
+    with teacher_beside(run, plan, ends, cores): ...        in the process that starts both
+    python -m kdpipe.pipeline.teacher_role                  the process itself
+
+Invariant: neither side outlives the other by more than a few seconds, whatever ended it; its error is the other's.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.ring import RingEnd, RingWriter
+from kdpipe.manifests.specs import RunFile
+from kdpipe.pipeline.endings import answered
+from kdpipe.pipeline.last_net import crash_of, kept
+
+END_S = 30.0
+"""How long a teacher has to end by itself when its students have."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+
+
+@contextlib.contextmanager
+def teacher_beside(run: RunFile, plan: Path, ends: Sequence[RingEnd], *, cores: Sequence[int] = ()) -> Iterator[None]:
+    """A teacher's process for the block, with the writers' ends of some rings; they are closed here.
+
+    cores: that are its alone; () leaves it where it is
+    """
+    environment = dict(os.environ)
+    if cores:
+        environment.setdefault("OMP_NUM_THREADS", str(len(cores)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, run.model_dump_json(), str(plan), ",".join(map(str, cores)), *map(str, ends)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        pass_fds=[number for end in ends for number in end.fds],
+        start_new_session=True,  # a Ctrl-C is the student's, which finishes its step with rows from here
+    )
+    for end in ends:
+        end.close()
+    try:
+        yield
+    finally:
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+class Notes(Silent):
+    """Its notes alone are shown: the progress line is the student's."""
+
+    def note(self, text: str) -> None:
+        print(f"teacher: {text}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve until nobody asks for more; the exit code. An error is left to the students, one of which says it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    text, plan, cores, *ends = arguments
+    if cores:
+        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    rings = [RingWriter(RingEnd.of(end)) for end in ends]
+    try:
+        from kdpipe.stages.extract import ExtractSpec  # torch takes seconds: an error before it is said at once
+        from kdpipe.stages.live.serve import serve_plan
+
+        spec = ExtractSpec.of(RunFile.model_validate_json(text))
+        serve_plan(spec, Cache.open(Path(plan)), rings, Notes())
+    except Exception as err:
+        # The boundary of the process: nobody above could say it.
+        said = answered(err) or kept(crash_of(err))
+        for ring in rings:
+            ring.fail(said)
+        return said.exit_code
+    finally:
+        for ring in rings:
+            ring.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
