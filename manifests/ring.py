@@ -50,16 +50,19 @@ PATIENCE_S = 600.0
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RingEnd:
     """One side of a ring as it is handed to a process: descriptors to inherit, and the size.
 
     As text it fits in an argument: "3,5,67108864"; give `fds` to Popen's pass_fds.
+    Invariant: the descriptors are closed once, here or by the reader or writer that was made of it.
     """
 
     memory: int
     socket: int
     num_bytes: int
+    ours: bool = True
+    """The descriptors are still this object's to close."""
 
     @property
     def fds(self) -> tuple[int, int]:
@@ -80,8 +83,9 @@ class RingEnd:
 
     def close(self) -> None:
         """In a process that only passes it on: the other side sees an end as gone when the last copy is closed."""
-        for number in self.fds:
-            with contextlib.suppress(OSError):
+        if self.ours:
+            self.ours = False
+            for number in self.fds:
                 os.close(number)
 
 
@@ -143,6 +147,9 @@ class _Side:
     """Of the packets that the other side sends, besides HELLO and FAILED."""
 
     def __init__(self, end: RingEnd, *, peer: str, patience_s: float, writable: bool) -> None:
+        if not end.ours:
+            raise ValueError("this end of a ring is another's, or closed")
+        end.ours = False
         self.num_bytes, self.peer, self._patience_s = end.num_bytes, peer, patience_s
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._map = mmap.mmap(end.memory, end.num_bytes, prot=access)

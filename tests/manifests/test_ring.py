@@ -116,6 +116,21 @@ def test_its_size_cannot_be_changed_and_all_of_it_is_there() -> None:
     theirs.close()
 
 
+def test_an_end_is_closed_once_whoever_closes_it() -> None:
+    ours, theirs = make_ring(RING)
+    with RingWriter(ours) as writer:
+        ours.close()
+        with pytest.raises(ValueError, match="is another's, or closed"):
+            RingReader(ours)
+        writer.reserve(1, "it is open")
+    again = make_ring(RING)
+    for end in (ours, theirs, theirs):
+        end.close()
+    os.fstat(again[0].memory)
+    for end in again:
+        end.close()
+
+
 def test_no_room_for_it_is_said_at_once() -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(MemoryError, match="are available on this machine"):

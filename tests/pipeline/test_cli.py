@@ -119,7 +119,7 @@ REFUSED = {
     "a key that is not compared": (["train", *RUN, "--set", "data.strict=true"], "for kdpipe plan or kdpipe extract"),
     "another command's key as an option": (
         ["extract", *DATA, "--cache", "c", "--lr", "1"],
-        "no option '--lr': it is a key of the run file for kdpipe train; see",
+        "no option '--lr': it is a key of the run file for kdpipe train or kdpipe stream; see",
     ),
     "an unknown choice": (["plan", *DATA, "--overlong", "cut"], "truncate"),
     "an unknown key": (["train", "--student", "s", "--cache", "c", "--output", "o", "--set", "train.lrr=1"], "'lr'"),

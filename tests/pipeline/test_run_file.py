@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic.fields import FieldInfo
 from tests.conftest import Main
 from tests.pipeline.test_flags import given as given
 
@@ -105,12 +106,17 @@ GOOD = {
     "loss.preset": "trl",
     "loss.options": "{}",
     "engine.args": "{}",
-    **dict.fromkeys(("engine.batch_tokens", "eval.batch_tokens", "loss.chunk_tokens", "train.max_steps"), 8),
-    **dict.fromkeys(("engine.mem_fraction", "eval.heldout_fraction"), 0.5),
-    "train.nproc": 2,
     "train.betas": "[0.5, 0.5]",
 }
-"""Values of the keys whose default says too little of what they take."""
+"""Values of the keys whose default and type say too little of what they take."""
+
+
+def good_value(key: str, entry: FieldInfo) -> object:
+    default = entry.get_default(call_default_factory=True)
+    if key in GOOD or default not in (None, ()):
+        return GOOD.get(key, str(default).lower() if isinstance(default, bool) else default)
+    kinds = str(entry.annotation)
+    return 2 if "int" in kinds else 0.5 if "float" in kinds else "x"
 
 
 @pytest.mark.parametrize("command", READS)
@@ -120,10 +126,7 @@ def test_set_reaches_every_key_that_the_command_reads_and_refuses_every_other(
     monkeypatch.chdir(tmp_path)
     argument = ["c"] if command == "cache verify" else []
     for key, entry in fields().items():
-        default = entry.get_default(call_default_factory=True)
-        usual = str(default).lower() if isinstance(default, bool) else default
-        text = GOOD.get(key, "x" if default in (None, ()) else usual)
-        _, _, err = main(*command.split(), *argument, "--set", f"{key}={text}")
+        _, _, err = main(*command.split(), *argument, "--set", f"{key}={good_value(key, entry)}")
         assert (f"does not read '{key}'" in err) != READS[command].includes(key), err
 
 

@@ -1,0 +1,158 @@
+"""kdpipe stream as a user runs it: two processes, one of which may be killed at any moment, and nothing left behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.conftest import Bench
+
+SETS = ["train.dtype=float32", "train.batch_tokens=300", "train.lr=1e-2", "train.epochs=2", "train.save_every=3"]
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def started(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "kdpipe.pipeline.cli", *map(str, words)]
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str], timeout_s: float = 180.0) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=timeout_s)
+    return process.returncode, out, err
+
+
+def streaming(bench: Bench, output: Path, *more: object) -> list[object]:
+    data = ["--data", bench.data, "--max-length", 128, "--heldout-fraction", 0.25]
+    models = ["--teacher", bench.teacher, "--student", bench.student]
+    return ["stream", *models, *data, "--output", output, "--set", *SETS, "--json", *more]
+
+
+@pytest.fixture(scope="module")
+def offline(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights of the student of a cache."""
+    output = tmp_path_factory.mktemp("offline") / "out"
+    words = ["--student", bench.student, "--cache", bench.cache, "--output", output, "--set", *SETS]
+    code, _, err = ended(started("train", *words, "--nproc", "1"))
+    assert code == 0, err
+    return (output / "model.safetensors").read_bytes()
+
+
+def teachers_of(output: Path) -> list[int]:
+    """The teacher's processes that answer for an output."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "kdpipe.pipeline.teacher_role" in words and str(output.parent / f".{output.name}.stream") in words:
+            found.append(int(entry.name))
+    return found
+
+
+def steps_of(output: Path) -> int:
+    try:
+        lines = (output / "events.jsonl").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(json.loads(line)["kind"] == "step" for line in lines if line.endswith("}"))
+
+
+def wait_for(what, timeout_s: float = 60.0) -> None:
+    until = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.01)
+
+
+def kill_at(bench: Bench, output: Path, step: int, whom: str) -> tuple[int, str]:
+    """Run and kill one side when so many steps were made; exit code and stderr. The other is gone soon after."""
+    process = started(*streaming(bench, output))
+    wait_for(lambda: steps_of(output) >= step or process.poll() is not None)
+    if process.poll() is None:
+        (teacher,) = teachers_of(output)
+        os.kill(teacher if whom == "teacher" else process.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    code, _, err = ended(process)
+    wait_for(lambda: not teachers_of(output), timeout_s=20)
+    assert time.monotonic() - killed < 20
+    return code, err
+
+
+def test_either_side_may_be_killed_and_the_student_is_that_of_a_cache(
+    bench: Bench, offline: bytes, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    code, err = kill_at(bench, output, 2, "teacher")
+    assert code == 75, err
+    assert err.splitlines()[-1].startswith("E-TEMPORARY the rows of sample")
+    assert "the teacher (process" in err
+    assert "Traceback" not in err
+    code, _ = kill_at(bench, output, 5, "student")
+    assert code == -signal.SIGKILL
+    code, out, err = ended(started(*streaming(bench, output)))
+    assert code == 0, err
+    assert "checkpoint" in err, "it goes on"
+    assert (output / "model.safetensors").read_bytes() == offline
+    assert json.loads(out)["num_steps"] == steps_of_run(output)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"], "the plan is gone"
+
+
+def steps_of_run(output: Path) -> int:
+    return json.loads((output / "kdpipe.json").read_text())["num_steps"]
+
+
+def test_a_signal_saves_the_state_and_ends_the_teacher(bench: Bench, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = started(*streaming(bench, output))
+    wait_for(lambda: steps_of(output) >= 1 or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code == 75, err
+    assert "saved" in err
+    wait_for(lambda: not teachers_of(output), timeout_s=20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_ranks_are_those_of_a_cache(bench: Bench, tmp_path: Path) -> None:
+    words = ["--student", bench.student, "--cache", bench.cache, "--output", tmp_path / "off", "--set", *SETS]
+    assert ended(started("train", *words, "--nproc", 2))[0] == 0
+    code, _, err = ended(started(*streaming(bench, tmp_path / "live", "--nproc", 2)))
+    assert code == 0, err
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("off", "live")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_at_random_moments_it_goes_on_to_the_same_weights(bench: Bench, offline: bytes, tmp_path: Path) -> None:
+    output, moments = tmp_path / "out", random.Random(0)
+    for number in range(30):
+        before = steps_of(output)
+        kill_at(bench, output, before + moments.randint(0, 2), moments.choice(["teacher", "student"]))
+        assert not (output / "model.safetensors").exists() or number
+    assert ended(started(*streaming(bench, output)))[0] == 0
+    assert (output / "model.safetensors").read_bytes() == offline
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--teacher", "nowhere"], "E-TEACHER nowhere: no such folder"),
+        (["--set", "live.ring_mib=0"], "'live.ring_mib' = 0"),
+        (["--teacher-cores", "99"], "live.teacher_cores"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line_before_anything_runs(
+    words: list[str], says: str, bench: Bench, tmp_path: Path
+) -> None:
+    code, out, err = ended(started(*streaming(bench, tmp_path / "out"), *words))
+    assert (code, out) == (4, "")
+    assert says in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
