@@ -73,7 +73,8 @@ class RingEnd:
 
     @classmethod
     def of(cls, text: str) -> "RingEnd":
-        return cls(*(int(part) for part in text.split(",")))
+        memory, socket, num_bytes = (int(part) for part in text.split(","))
+        return cls(memory, socket, num_bytes)
 
     def __reduce__(self) -> tuple[object, ...]:
         """To a process that is being started, its own copies of the descriptors."""
