@@ -2,9 +2,10 @@
 
 Pairs of epochs of the same steps, in turn cold (every page of the shards given back, which mincore confirms)
 and warm, each through a cache opened anew, so that both verify every checksum. A pair gives one ratio of
-wall-clock time, without waits for a core that other processes had; the median is printed.
+wall-clock time, the median is printed. Waits for a core that other processes had are left out, and the computing, which
+is the same in both, counts as its median over all epochs: other work on the machine makes it faster and slower.
 
-    kdpipe            the next step's rows are asked for while this step runs
+    kdpipe            the next step's rows are asked for while this step runs, the first's while the student is measured
     asked for late    the same run, its rows asked for when they are packed
 
 The student is slower than the disk: "disk" in the case is the time that reading the rows takes by itself, in order,
@@ -17,6 +18,7 @@ import gc
 import json
 import mmap
 import os
+import resource
 import shutil
 import statistics
 import sys
@@ -42,6 +44,7 @@ from kdpipe.manifests.sample import Sample, content_id
 from kdpipe.manifests.specs import LossSpec, TrainSpec
 from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.dataset import of_caches
+from kdpipe.stages.feed.packing import PackedBatch, Packer
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import joined
 from kdpipe.stages.student import load_sharded, load_teacher_head, probe_text
@@ -68,6 +71,11 @@ def clock() -> float:
     """Seconds, without those for which this thread was ready to run and another process had its core."""
     _, waited, _ = Path("/proc/thread-self/schedstat").read_text().split()
     return time.perf_counter() - int(waited) / 1e9
+
+
+def computing() -> float:
+    """Seconds that this thread has computed, outside of the kernel."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_utime
 
 
 def make_samples(num_samples: int) -> list[Sample]:
@@ -129,11 +137,11 @@ def read_in_order(cache: Path) -> float:
 class Epochs:
     """Epochs of one student over one cache."""
 
-    def __init__(self, trainer: Trainer, cache: Path) -> None:
-        self.trainer, self.cache = trainer, cache
+    def __init__(self, trainer: Trainer, cache: Path, heldout: PackedBatch) -> None:
+        self.trainer, self.cache, self.heldout = trainer, cache, heldout
 
-    def run(self, *, cold: bool) -> float:
-        """Seconds of the steps of one epoch."""
+    def run(self, *, cold: bool) -> tuple[float, float]:
+        """Seconds of the steps of one epoch: of computing, and all others."""
         del self.trainer.batches  # a page that is mapped stays in memory
         gc.collect()
         if cold:
@@ -141,20 +149,25 @@ class Epochs:
         else:
             for path in files(self.cache):
                 path.read_bytes()
-        self.trainer.batches, self.trainer.done = batches_of(self.cache), 0
-        began = clock()
+        batches = batches_of(self.cache)
+        self.trainer.batches, self.trainer.done = batches, 0
+        # As a run begins: its student is measured before the first step, whose rows are asked for before that.
+        batches.read_ahead(0)
+        self.trainer.student.measure(self.heldout, self.trainer.heads)
+        began, computed = clock(), computing()
         for _ in range(self.trainer.num_steps):
             self.trainer.step()
-        return clock() - began
+        computed = computing() - computed
+        return computed, clock() - began - computed
 
     def ratio(self, pairs: int) -> tuple[float, float]:
         """Median of cold over warm, and of the seconds of a warm epoch."""
-        ratios, warm = [], []
+        taken = []
         for pair in range(pairs):
-            turn = {cold: self.run(cold=cold) for cold in ((True, False), (False, True))[pair % 2]}
-            ratios.append(turn[True] / turn[False])
-            warm.append(turn[False])
-        return statistics.median(ratios), statistics.median(warm)
+            taken.append({cold: self.run(cold=cold) for cold in ((True, False), (False, True))[pair % 2]})
+        computing = statistics.median(each[0] for turn in taken for each in turn.values())
+        ratios = [(computing + turn[True][1]) / (computing + turn[False][1]) for turn in taken]
+        return statistics.median(ratios), computing + statistics.median(turn[False][1] for turn in taken)
 
 
 def batches_of(cache: Path) -> PlannedBatches:
@@ -188,8 +201,9 @@ def measure(folder: Path, *, num_samples: int, pairs: int) -> tuple[str, dict[st
         model.examine(probe_text(dataset, np.arange(len(dataset)), model.model.config), student)
         heads = [load_teacher_head(teacher, ranks.device) for teacher in dataset.teachers]
         trainer = Trainer(model, batches_of(path), heads, TrainSpec(batch_tokens=BATCH_TOKENS), LossSpec(), ranks)
+        heldout = Packer(dataset).pack(np.arange(BATCH_TOKENS // (PROMPT + ROWS)))
         del opened, dataset
-        epochs = Epochs(trainer, path)
+        epochs = Epochs(trainer, path, heldout)
         epochs.run(cold=False)
         ours, warm = epochs.ratio(pairs)
         with asked_for_late():
