@@ -153,7 +153,8 @@ class _Side:
         end.ours = False
         self.num_bytes, self.peer, self._patience_s = end.num_bytes, peer, patience_s
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map = mmap.mmap(end.memory, end.num_bytes, prot=access)
+        # Every page is mapped now: on first touch each would cost a fault, as long as the copy of its bytes.
+        self._map = mmap.mmap(end.memory, end.num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=access)
         self._bytes = np.frombuffer(self._map, np.uint8)
         self._memory = end.memory
         self._socket = socket.socket(fileno=end.socket)

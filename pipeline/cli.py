@@ -29,7 +29,7 @@ COMMANDS = {
     "plan": "Forecast a cache: samples, tokens, bytes, disk, and from how many students on it pays.",
     "extract": "Run a teacher once over the data and keep its hidden states in a cache.",
     "train": "Train a student from one or more caches.",
-    "stream": "Train a student beside its teacher; no row is stored.",
+    "stream": "Train a student beside its teacher, its rows through shared memory.",
     "eval": "Measure a student on the held-out rows of a cache.",
     "cache": "Look at a cache or check every byte of it.",
 }

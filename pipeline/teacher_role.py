@@ -75,8 +75,9 @@ def main(arguments: Sequence[str]) -> int:
         from kdpipe.stages.extract import ExtractSpec  # torch takes seconds: an error before it is said at once
         from kdpipe.stages.live.serve import serve_plan
 
-        spec = ExtractSpec.of(RunFile.model_validate_json(text))
-        serve_plan(spec, Cache.open(Path(plan)), rings, Notes())
+        run = RunFile.model_validate_json(text)
+        spec = ExtractSpec.of(run)
+        serve_plan(spec, Cache.open(Path(plan)), rings, Notes(), keep=run.live.tee is not None)
     except Exception as err:
         # The boundary of the process: nobody above could say it.
         said = answered(err) or kept(crash_of(err))

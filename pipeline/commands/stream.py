@@ -36,14 +36,16 @@ MIB = 1 << 20
 )
 @json_option
 def command(run: RunFile, resume: str, as_json: bool) -> None:
-    """Train a student beside its teacher, for data that is used once: no row is stored.
+    """Train a student beside its teacher: nothing waits for a whole pass, and no row need be stored.
 
     The teacher runs in a process of its own and answers what the next steps ask for; its rows are checked as extract
     checks them and go through shared memory. The student is the one that extract and train would make, bit for bit on
     a CPU. On a CPU each side has its own cores. Interrupted? The same command again goes on from its last checkpoint.
+    With --tee the rows are kept as well: the teacher sees each sample once, further students train from the cache.
 
     \b
     kdpipe stream --teacher models/large --student models/small --data chat.jsonl --output runs/a
+    kdpipe stream --teacher models/large --student models/small --data chat.jsonl --output runs/a --tee cache
     """
     student, output = run.student.path, run.train.output
     assert student is not None, "RunCommand has asked for it"
@@ -56,7 +58,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
 
     device, gpus = choose_device(run.train.device)
     nproc = choose_nproc(run.train.nproc, device, gpus)
-    folder = output.absolute().parent / f".{output.name}.stream"
+    folder = run.live.tee or output.absolute().parent / f".{output.name}.stream"
     with results_only():
         plan = _planned(run, folder)
         job = TrainJob(
@@ -69,9 +71,21 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
             resume=resume,
             made_with=this_command(teacher=run.teacher.path, student=student, data=run.data.paths, output=output),
         )
-        found = check_job(job, nproc, find_beside(job))
-        metrics = _beside(run, replace(job, inputs=found.inputs), plan, nproc)
-        shutil.rmtree(folder, ignore_errors=True)
+        kept = run.live.tee is not None
+        found = check_job(job, nproc, find_beside(job, kept=kept))
+        job = replace(job, inputs=found.inputs)
+        if plan.complete:  # its teacher is not needed
+            metrics = train_rank(job, command="stream") if nproc == 1 else launch_training(job, nproc)
+        else:
+            metrics = _beside(run, job, plan, nproc)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif lacking := len(plan.plan.shards) - len(plan.committed()):
+            click.echo(
+                f"{lacking} of {len(plan.plan.shards)} shards of {folder} lack samples that were not asked for; "
+                "finish it with kdpipe extract, of the same teacher and data",
+                err=True,
+            )
     show(metrics, as_json=as_json)
 
 
@@ -80,7 +94,7 @@ def _planned(run: RunFile, folder: Path) -> Cache:
     from kdpipe.stages.extract import ExtractSpec
     from kdpipe.stages.extract.staging import staged
 
-    spec = replace(ExtractSpec.of(run), keep_rows=False)
+    spec = replace(ExtractSpec.of(run), keep_rows=run.live.tee is not None)
     with watch("stream", EventLog(None)) as progress, staged(spec, folder, progress) as found:
         return found.publish()
 
@@ -99,9 +113,10 @@ def _beside(run: RunFile, job: "TrainJob", plan: Cache, nproc: int) -> dict[str,
     try:
         with teacher_beside(run, plan.path, theirs, cores=_teachers_cores(run, job.device)):
             try:
+                kept = run.live.tee is not None
                 if nproc == 1:
-                    return stream_rank(job, ours)
-                return launch_training(job, nproc, ours, rank=stream_rank)
+                    return stream_rank(job, ours, kept)
+                return launch_training(job, nproc, ours, kept, rank=stream_rank)
             finally:
                 for end in ours:
                     end.close()
@@ -110,8 +125,8 @@ def _beside(run: RunFile, job: "TrainJob", plan: Cache, nproc: int) -> dict[str,
             end.close()
 
 
-def stream_rank(job: "TrainJob", ends: Sequence[RingEnd]) -> dict[str, object]:
-    """One rank's work, with its own of the readers' ends."""
+def stream_rank(job: "TrainJob", ends: Sequence[RingEnd], kept: bool) -> dict[str, object]:
+    """One rank's work, with its own of the readers' ends; kept: the rows are, too."""
     from kdpipe.stages.live.beside import find_beside
 
     rank = int(os.environ.get("RANK", "0"))
@@ -119,7 +134,7 @@ def stream_rank(job: "TrainJob", ends: Sequence[RingEnd]) -> dict[str, object]:
         if number != rank:
             end.close()
     with RingReader(ends[rank]) as ring:
-        metrics = train_rank(job, find_beside(job, ring), command="stream")
+        metrics = train_rank(job, find_beside(job, ring, kept=kept), command="stream")
         ring.finish()
         ring.take("the end")
     return metrics

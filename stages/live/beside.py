@@ -25,10 +25,11 @@ class NoRows:
         raise AssertionError("no rows are read before the run")
 
 
-def find_beside(job: TrainJob, ring: RingReader | None = None) -> Found:
+def find_beside(job: TrainJob, ring: RingReader | None = None, *, kept: bool = False) -> Found:
     """What a job names, opened; job.caches is the folder of the plan alone.
 
     ring: that of this rank; None before there is a teacher
+    kept: the rows will be there when the run has ended
     """
     (folder,) = job.caches
     cache = Cache.open(folder)
@@ -38,4 +39,4 @@ def find_beside(job: TrainJob, ring: RingReader | None = None) -> Found:
         rows = RingRows(ring, width=head.hidden_size, dtype=DTYPES[TAGS[head.dtype]])
     dataset, model = of_plan(cache, rows), ModelFolder(job.student, StudentError, job.trust)
     inputs = job.inputs or run_inputs(job, model, dataset)
-    return Found(model=model, dataset=dataset, inputs=inputs, rows_are_kept=False)
+    return Found(model=model, dataset=dataset, inputs=inputs, rows_are_kept=kept)

@@ -8,8 +8,11 @@ Cost: the teacher's pass; rows are written into shared memory once, by the engin
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import cycle, islice
 from pathlib import Path
+
+import numpy as np
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import TeacherError
@@ -22,6 +25,7 @@ from kdpipe.stages.extract.planning import ExtractSpec
 from kdpipe.stages.extract.requests import sample_request
 from kdpipe.stages.extract.shards import try_out
 from kdpipe.stages.extract.teach import teach
+from kdpipe.stages.live.tee import Tee
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.head import Head
 from kdpipe.stages.teacher import engine_class
@@ -31,13 +35,21 @@ from kdpipe.stages.teacher.gate import admit, check_identity
 from kdpipe.stages.teacher.head import read_head
 
 
-def serve(engine: TeacherEngine, head: Head, samples: Samples, rings: Sequence[RingWriter], progress: Progress) -> None:
+def serve(
+    engine: TeacherEngine,
+    head: Head,
+    samples: Samples,
+    rings: Sequence[RingWriter],
+    progress: Progress,
+    tee: Tee | None = None,
+) -> None:
     """Answer until every reader has said that it asks for nothing more.
 
     samples: what the keys in the rings are indices of
+    tee: keeps what passes by, and has what passed before
     Raises the errors of the engine and the gate, TemporaryError where a reader is gone, and the error that one left.
     """
-    shelf = RingShelf(samples, head, rings, engine.probe_every)
+    shelf = RingShelf(samples, head, rings, engine.probe_every, tee)
     teach(engine, shelf.batches(), shelf, admit, progress)
     for ring in rings:
         ring.finish()
@@ -46,7 +58,15 @@ def serve(engine: TeacherEngine, head: Head, samples: Samples, rings: Sequence[R
 class RingShelf:
     """The rings of some readers as a Shelf; `batches` is what they ask for, a sample at a time."""
 
-    def __init__(self, samples: Samples, head: Head, rings: Sequence[RingWriter], probe_every: int) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        head: Head,
+        rings: Sequence[RingWriter],
+        probe_every: int,
+        tee: Tee | None = None,
+    ) -> None:
+        self._tee = tee
         self._samples, self._head, self._rings, self._probe_every = samples, head, rings, probe_every
         self._plan: Plan = samples.plan
         self._num_rows = samples.column("num_rows")
@@ -68,7 +88,8 @@ class RingShelf:
             ready = next((at for at in turns if self._can_start(self._rings[at])), None)
             if ready is not None:
                 turn = (ready + 1) % len(self._rings)
-                yield [self._request(self._rings[ready])]
+                if not self._again(self._rings[ready]):
+                    yield [self._request(self._rings[ready])]
             elif self._under_way:
                 yield []
             elif all(ring.ended and not ring.asked for ring in self._rings):
@@ -85,11 +106,24 @@ class RingShelf:
     def accept(self, request: Request, ack: Ack) -> None:
         ring, slot = self._under_way.popleft()
         check_identity([request], [ack], self._head)
+        if self._tee is not None:
+            self._tee.keep(request.sample, request.target.array)
         ring.publish(slot, request.sample, ack.checksum)
         self._num_served += 1
 
     def _can_start(self, ring: RingWriter) -> bool:
         return bool(ring.asked) and ring.has_room(int(self._num_rows[ring.asked[0]]) * self._row_bytes)
+
+    def _again(self, ring: RingWriter) -> bool:
+        """Publish what a ring asks for next from what was kept; whether it was."""
+        rows = None if self._tee is None else self._tee.rows(ring.asked[0])
+        if rows is None:
+            return False
+        sample = ring.asked.popleft()
+        slot = ring.reserve(rows.nbytes, f"sample {sample}")
+        slot.array[:] = rows.view(np.uint8).reshape(-1)
+        ring.publish(slot, sample)
+        return True
 
     def _request(self, ring: RingWriter) -> Request:
         sample = ring.asked.popleft()
@@ -100,10 +134,13 @@ class RingShelf:
         return sample_request(self._plan, sample, text, self._probe_every, self.place(sample, num_rows))
 
 
-def serve_plan(spec: ExtractSpec, cache: Cache, rings: Sequence[RingWriter], progress: Progress) -> None:
+def serve_plan(
+    spec: ExtractSpec, cache: Cache, rings: Sequence[RingWriter], progress: Progress, *, keep: bool = False
+) -> None:
     """A teacher's whole life beside its students: opened, tried on the first samples, asked until nobody asks more.
 
     cache: the plan whose samples are asked for; none of its rows need be there
+    keep: the rows become its shards
     Raises as serve, and the errors of opening a teacher.
     """
     plan, teacher = cache.plan, ModelFolder(spec.teacher, TeacherError, spec.options.trust)
@@ -113,6 +150,8 @@ def serve_plan(spec: ExtractSpec, cache: Cache, rings: Sequence[RingWriter], pro
     )
     try:
         try_out(engine, plan.engine, head, cache.samples, progress)
-        serve(engine, head, cache.samples, rings, progress)
+        with ExitStack() as stack:
+            tee = stack.enter_context(Tee(cache, progress)) if keep else None
+            serve(engine, head, cache.samples, rings, progress, tee)
     finally:
         engine.close()

@@ -156,3 +156,29 @@ def test_what_cannot_be_is_said_in_one_line_before_anything_runs(
     assert (code, out) == (4, "")
     assert says in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def files_of(cache: Path) -> dict[str, bytes]:
+    """What makes a cache: all but the logs of those who filled it."""
+    found = {path.relative_to(cache).as_posix(): path for path in cache.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if not name.startswith("runs/")}
+
+
+def test_what_passes_by_is_kept_as_the_cache_that_extract_makes(bench: Bench, offline: bytes, tmp_path: Path) -> None:
+    """Killed once on the way: what was finished of the cache is used, and the teacher is not needed for the rest."""
+    output, cache = tmp_path / "out", tmp_path / "cache"
+    words = streaming(bench, output, "--tee", cache)
+    process = started(*words)
+    wait_for(lambda: steps_of(output) >= 4 or process.poll() is not None)
+    process.kill()
+    ended(process)
+    code, _, err = ended(started(*words))
+    assert code == 0, err
+    assert (output / "model.safetensors").read_bytes() == offline
+    assert files_of(cache) == files_of(bench.cache)
+    assert "kdpipe eval" in err
+    assert "shards of" not in err, "it is complete"
+    second = ["--student", bench.student, "--data", bench.data, "--output", tmp_path / "second", "--tee", cache]
+    code, _, err = ended(started("stream", "--teacher", bench.teacher, *second, *streaming(bench, output)[7:11], "--json"))
+    assert code == 0, err
+    assert not teachers_of(tmp_path / "second")

@@ -224,8 +224,8 @@ WAYS: dict[str, Callable[[int], Way]] = {
 }
 
 
-def apart(way: Way, send: Callable[[Way], None], receive: Callable[[Way], list[float]]) -> tuple[float, list[float]]:
-    """Processor seconds of the sending side, and what the receiving process returns."""
+def apart(way: Way, send: Callable[[Way], float], receive: Callable[[Way], list[float]]) -> tuple[float, list[float]]:
+    """What the sending side and the receiving process return."""
     back, forth = os.pipe()
     child = os.fork()
     if not child:
@@ -234,10 +234,8 @@ def apart(way: Way, send: Callable[[Way], None], receive: Callable[[Way], list[f
         finally:
             os._exit(0)
     os.close(forth)
-    began = time.process_time()
-    send(way)
+    spent = send(way)
     way.close()
-    spent = time.process_time() - began
     with open(back) as file:
         found = json.loads(file.read())
     os.waitpid(child, 0)
@@ -247,18 +245,24 @@ def apart(way: Way, send: Callable[[Way], None], receive: Callable[[Way], list[f
 
 
 def seconds(make: Callable[[int], Way], records: list[np.ndarray], digests: list[int], count: int) -> float:
-    """Processor seconds of both sides for `count` records."""
+    """Processor seconds of both sides for `count` records, after a turn of every slot that touches what is new."""
 
-    def send(way: Way) -> None:
-        for number in range(count):
+    def send(way: Way) -> float:
+        began = 0.0
+        for number in range(SLOTS + count):
+            if number == SLOTS:
+                began = time.process_time()
             way.send(records[number % len(records)], digests[number % len(records)])
+        return time.process_time() - began
 
     def receive(way: Way) -> list[float]:
-        began = time.process_time()
+        began = 0.0
         for number, record in enumerate(way.receive()):
+            if number == SLOTS:
+                began = time.process_time()
             same = isinstance(way, Ring) or xxhash.xxh3_64_intdigest(record.data) == digests[number % len(records)]
             assert same, "the ring's reader has looked already"
-        assert number == count - 1
+        assert number == SLOTS + count - 1
         return [time.process_time() - began]
 
     sent, (received,) = apart(make(len(records[0])), send, receive)
@@ -278,7 +282,7 @@ def wakes(make: Callable[[int], Way], count: int) -> tuple[float, float]:
 
     asked, asking = os.pipe()
 
-    def send(way: Way) -> None:
+    def send(way: Way) -> float:
         record = np.zeros(64, np.uint8)
         for number in range(count):
             if number:
@@ -290,6 +294,7 @@ def wakes(make: Callable[[int], Way], count: int) -> tuple[float, float]:
                 pass
             record[:8] = np.frombuffer(time.monotonic_ns().to_bytes(8, "little"), np.uint8)
             way.send(record, xxhash.xxh3_64_intdigest(record.data))
+        return 0.0
 
     def receive(way: Way) -> list[float]:
         found: list[float] = []

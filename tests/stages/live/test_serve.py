@@ -1,10 +1,11 @@
 """A teacher at work beside its students: what they read from a ring is what a cache holds, bit for bit."""
 
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from kdpipe.manifests.ring import RingReader, RingWriter, make_ring
 from kdpipe.manifests.row_source import RingRows
 from kdpipe.stages.feed.dataset import Dataset
 from kdpipe.stages.live.serve import serve
+from kdpipe.stages.live.tee import Tee
 from kdpipe.stages.teacher.describe import describe_teacher
+from kdpipe.stages.teacher.engine import Ack, Request
 from kdpipe.stages.teacher.head import read_head
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 from kdpipe.stages.train import train
@@ -48,8 +51,10 @@ with RingWriter(RingEnd.of(sys.argv[1])) as ring:
 
 
 @contextmanager
-def serving(bench: Bench, num_readers: int, num_bytes: int = 1 << 16) -> Iterator[list[RingReader]]:
-    """Readers of a teacher in a thread of this process; its error is raised at the end."""
+def serving(
+    bench: Bench, num_readers: int, num_bytes: int = 1 << 16, tee: Cache | None = None
+) -> Iterator[list[RingReader]]:
+    """Readers of a teacher in a thread of this process; its error is raised at the end. tee: a cache to fill"""
     ends = [make_ring(num_bytes) for _ in range(num_readers)]
     cache, folder, failed = Cache.open(bench.cache), teacher_in(bench.teacher), list[BaseException]()
 
@@ -57,7 +62,9 @@ def serving(bench: Bench, num_readers: int, num_bytes: int = 1 << 16) -> Iterato
         rings = [RingWriter(ours, patience_s=20) for ours, _ in ends]
         try:
             engine = TransformersEngine(folder, dtype=cache.plan.settings.dtype, device="cpu")
-            serve(engine, read_head(describe_teacher(folder)), cache.samples, rings, Silent())
+            with ExitStack() as stack:
+                kept = None if tee is None else stack.enter_context(Tee(tee, Silent()))
+                serve(engine, read_head(describe_teacher(folder)), cache.samples, rings, Silent(), kept)
         except BaseException as err:
             failed.append(err)
             for ring in rings:
@@ -136,6 +143,39 @@ def ask_in_vain(readers: list[RingReader]) -> None:
 
 def refuse(*_: object) -> None:
     raise TeacherError("no row is good enough")
+
+
+def test_what_passes_by_becomes_the_cache_and_is_not_asked_of_the_teacher_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(bench.cache, tmp_path / "cache")
+    for name in ("shards", "commits"):
+        shutil.rmtree(tmp_path / "cache" / name)
+        (tmp_path / "cache" / name).mkdir()
+    whole, cache = Cache.open(bench.cache), Cache.open(tmp_path / "cache")
+    asked: list[int] = []
+    run = TransformersEngine.run
+
+    def counting(engine: TransformersEngine, batches: Iterable[Sequence[Request]]) -> Iterator[Ack]:
+        for ack in run(engine, batches):
+            asked.append(ack.sample)
+            yield ack
+
+    monkeypatch.setattr(TransformersEngine, "run", counting)
+    with serving(bench, 1, tee=cache) as (reader,):
+        source = rows_of(reader, whole)
+        order = np.random.default_rng(0).permutation(len(whole))
+        for sample in (*order[:5].tolist(), *order.tolist(), *order[:3].tolist()):
+            assert source.rows(sample).tobytes() == whole.stored_rows(sample).tobytes()
+            source.done(np.array([sample]))
+        reader.finish()
+        assert reader.take("the end") is None
+    assert sorted(asked) == list(range(len(whole))), "each once"
+    assert cache.complete
+    for path in sorted((bench.cache / "shards").iterdir()):
+        assert path.read_bytes() == (tmp_path / "cache" / "shards" / path.name).read_bytes()
+    assert not list((tmp_path / "cache" / "claims").iterdir())
+    assert not list((tmp_path / "cache" / "tmp").iterdir())
 
 
 def test_a_student_of_a_ring_is_the_student_of_a_cache_bit_for_bit(bench: Bench, tmp_path: Path) -> None:
