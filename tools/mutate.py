@@ -4,7 +4,7 @@
                           file = "stages/train/schedule.py"            what is changed
                           old = "math.pi * done"                 text that occurs in it once
                           new = "math.pi * done / 2"             what stands there instead
-                          tests = ["tests/stages/test_schedule.py"]   files or test ids; one of them must fail
+                          tests = ["tests/stages/train/test_schedule.py"]   files or test ids; one of them must fail
                           says = "half a cosine"                 optional: what goes wrong then
                           harmless = "why nothing can change"    optional: the fault is listed, not run
 

@@ -10,7 +10,7 @@ from tests.models import make_model, make_tokenizer
 from tests.stages import by_hand
 from tests.stages.conftest import STUDENTS
 from tests.stages.ranks import Recorder
-from tests.stages.test_train import job_for
+from tests.stages.train.test_train import job_for
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.progress import Progress, Silent

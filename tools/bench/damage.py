@@ -19,7 +19,7 @@ crashed    the reader died of a signal, or did not come back
 
 Then writers are killed (SIGKILL) at random moments of their writing, all told the final name, as these calls are
 commonly used; "+ rename" is told another one and renames. kdpipe's writer finds a planned cache, or a finished one that
-it writes other rows over, and makes the shards; tests/stages/test_extract_kills.py kills the planning too.
+it writes other rows over, and makes the shards; tests/stages/extract/test_extract_kills.py kills the planning too.
 
 whole      what is read is what was written; over an older version: or the old one
 absent     it is not there, or says that it is not finished and what is finished is right

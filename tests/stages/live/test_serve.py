@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.conftest import Bench
 from tests.opened import teacher_in
-from tests.stages.test_train import job_for
+from tests.stages.train.test_train import job_for
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import DataError, TeacherError, TemporaryError

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import Bench
 from tests.stages.student.ways import take, train_in_every_way
-from tests.stages.test_train import job_for
+from tests.stages.train.test_train import job_for
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from kdpipe.manifests.specs import FsdpSpec

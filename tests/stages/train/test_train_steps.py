@@ -9,7 +9,7 @@ from tests.conftest import Bench
 from tests.models import make_tokenizer
 from tests.stages import by_hand
 from tests.stages.ranks import Recorder, Seeds
-from tests.stages.test_train import job_for
+from tests.stages.train.test_train import job_for
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.progress import Silent

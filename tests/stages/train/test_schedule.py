@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import Bench
 from tests.stages.ranks import Recorder
-from tests.stages.test_train import job_for
+from tests.stages.train.test_train import job_for
 
 from kdpipe.manifests.specs import TrainSpec
 from kdpipe.stages.train import train

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.conftest import Bench
 from tests.faults.powercut import LostError, Place, PowerCut
 from tests.stages.ranks import Recorder
-from tests.stages.test_train import job_for
+from tests.stages.train.test_train import job_for
 
 from kdpipe.manifests.errors import KdpipeError
 from kdpipe.manifests.run import CheckpointRecord, read_run

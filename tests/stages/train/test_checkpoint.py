@@ -13,7 +13,7 @@ from tests.chats import write_chats
 from tests.conftest import Apart, Bench
 from tests.models import make_tokenizer
 from tests.stages.ranks import Recorder, newest_of_two, read_steps, train_logged, train_until
-from tests.stages.test_train import job_for
+from tests.stages.train.test_train import job_for
 
 from kdpipe.manifests.errors import ConfigError, CorruptError, KdpipeError, TemporaryError
 from kdpipe.manifests.progress import Silent
