@@ -80,7 +80,7 @@ def choose_device(device: str) -> tuple[str, int]:
     """The device meant by `auto`, and how many GPUs there are for it."""
     import torch
 
-    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
-    if device == "cuda" and not gpus:
-        raise ConfigError("no GPU here that torch can use; leave it out or say cpu", where="--device cuda")
-    return ("cuda" if gpus else "cpu"), gpus
+    from kdpipe.stages.models.device import pick_device
+
+    found = pick_device(device).type
+    return found, torch.cuda.device_count() if found == "cuda" else 0

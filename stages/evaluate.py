@@ -22,6 +22,7 @@ from kdpipe.stages.feed.dataset import Dataset, of_caches
 from kdpipe.stages.feed.order import cut_steps, deal
 from kdpipe.stages.feed.packing import PackedBatch, Packer
 from kdpipe.stages.loss import TokenMetrics
+from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.student import (
@@ -29,10 +30,9 @@ from kdpipe.stages.student import (
     TeacherHead,
     check_student,
     checkpoint_dtype,
+    exam_text,
     load_sharded,
     load_teacher_head,
-    pick_device,
-    probe_text,
     require_context,
 )
 
@@ -110,7 +110,7 @@ def score(
         model = load_sharded(student, ranks, stored=precision, computed=precision)
     else:
         model = Student(student.load(precision, device))
-    model.examine(probe_text(dataset, samples, model.model.config), student.path)
+    model.examine(exam_text(dataset, samples, model.model.config), student.path)
     teachers = [load_teacher_head(teacher, device) for teacher in dataset.teachers]
     packer = Packer(dataset, padded=model.padded, pin=device.type == "cuda")
     rank, world_size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)

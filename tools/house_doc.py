@@ -39,6 +39,12 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       step, checkpoint, evaluation     train/loop.py -> checkpoint.py, evaluate.py
       exported, measured               student/export.py -> train/output.py, run.py       kdpipe.json
 
+    kdpipe stream
+      planned as for extract           live/beside.py (the student's side), pipeline/teacher_role.py (the teacher's)
+      asked for ahead of its step      feed/batches.py -> manifests/row_source.py -> ring.py
+      answered                         live/serve.py -> teacher/, gate.py -> manifests/ring.py, live/tee.py
+      a row of the batch               manifests/ring.py -> row_source.py -> feed/packing.py, as from a cache
+
 What a new part plugs into: an engine is a `TeacherEngine` (`stages/teacher/engine.py`) and an entry of `ENGINES`; rows
 from elsewhere are a `RowSource` (`manifests/row_source.py`) in a `Dataset`; steps of another kind are `Batches`
 (`stages/feed/batches.py`); another place for rows is a `Shelf` (`stages/extract/teach.py`); another way to store

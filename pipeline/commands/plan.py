@@ -58,9 +58,10 @@ def _time(found: "Forecast", run: RunFile, student_params: int | None) -> dict[s
     """Seconds of the teacher's pass and of a student's training on this machine, one device, at a product's speed."""
     import torch
 
+    from kdpipe.stages.models.device import pick_device
     from kdpipe.stages.models.speed import matmul_flops
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device("auto")
     seconds = {
         "extract": forward_flops(found.teacher_params, found.num_tokens)
         / matmul_flops(getattr(torch, found.dtype), device)

@@ -21,7 +21,7 @@ from kdpipe.pipeline.teacher_role import teacher_beside
 from kdpipe.pipeline.training import choose_device, choose_nproc, launch_training, train_rank
 
 if TYPE_CHECKING:
-    from kdpipe.stages.train import TrainJob
+    from kdpipe.stages.train import Found, TrainJob
 
 MIB = 1 << 20
 
@@ -55,6 +55,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         raise ConfigError("it starts its ranks itself, with --nproc", where="kdpipe stream")
     from kdpipe.stages.live.beside import find_beside  # torch takes seconds: not for --help or a misspelt option
     from kdpipe.stages.train import TrainJob, check_job
+    from kdpipe.stages.train.output import Output
 
     device, gpus = choose_device(run.train.device)
     nproc = choose_nproc(run.train.nproc, device, gpus)
@@ -74,10 +75,13 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         kept = run.live.tee is not None
         found = check_job(job, nproc, find_beside(job, kept=kept))
         job = replace(job, inputs=found.inputs)
-        if plan.complete:  # its teacher is not needed
+        record = Output(output).finished(found.inputs)
+        if record is not None and record.metrics is not None:
+            metrics = train_rank(job, found, command="stream")
+        elif plan.complete:  # its teacher is not needed
             metrics = train_rank(job, command="stream") if nproc == 1 else launch_training(job, nproc)
         else:
-            metrics = _beside(run, job, plan, nproc)
+            metrics = _beside(run, job, found, plan, nproc)
         if not kept:
             shutil.rmtree(folder, ignore_errors=True)
         elif lacking := len(plan.plan.shards) - len(plan.committed()):
@@ -99,7 +103,7 @@ def _planned(run: RunFile, folder: Path) -> Cache:
         return found.publish()
 
 
-def _beside(run: RunFile, job: "TrainJob", plan: Cache, nproc: int) -> dict[str, object]:
+def _beside(run: RunFile, job: "TrainJob", found: "Found", plan: Cache, nproc: int) -> dict[str, object]:
     """Both roles at work; the student's metrics."""
     size = run.live.ring_mib * MIB
     width = plan.plan.head.hidden_size * DTYPES[TAGS[plan.plan.head.dtype]].itemsize
@@ -115,7 +119,7 @@ def _beside(run: RunFile, job: "TrainJob", plan: Cache, nproc: int) -> dict[str,
             try:
                 kept = run.live.tee is not None
                 if nproc == 1:
-                    return stream_rank(job, ours, kept)
+                    return stream_rank(job, ours, kept, found)
                 return launch_training(job, nproc, ours, kept, rank=stream_rank)
             finally:
                 for end in ours:
@@ -125,16 +129,22 @@ def _beside(run: RunFile, job: "TrainJob", plan: Cache, nproc: int) -> dict[str,
             end.close()
 
 
-def stream_rank(job: "TrainJob", ends: Sequence[RingEnd], kept: bool) -> dict[str, object]:
-    """One rank's work, with its own of the readers' ends; kept: the rows are, too."""
-    from kdpipe.stages.live.beside import find_beside
+def stream_rank(
+    job: "TrainJob", ends: Sequence[RingEnd], kept: bool, found: "Found | None" = None
+) -> dict[str, object]:
+    """One rank's work, with its own of the readers' ends.
+
+    kept: the rows are, too
+    found: what this process has opened already
+    """
+    from kdpipe.stages.live.beside import fed_by, find_beside
 
     rank = int(os.environ.get("RANK", "0"))
     for number, end in enumerate(ends):
         if number != rank:
             end.close()
     with RingReader(ends[rank]) as ring:
-        metrics = train_rank(job, find_beside(job, ring, kept=kept), command="stream")
+        metrics = train_rank(job, fed_by(ring, found or find_beside(job, kept=kept)), command="stream")
         ring.finish()
         ring.take("the end")
     return metrics
@@ -147,9 +157,10 @@ def _teachers_cores(run: RunFile, student_device: str) -> list[int]:
     """
     import torch
 
+    from kdpipe.stages.models.device import pick_device
+
     cores = sorted(os.sched_getaffinity(0))
-    on_gpu = run.engine.device == "cuda" or (run.engine.device == "auto" and torch.cuda.is_available())
-    if on_gpu or student_device == "cuda" or len(cores) < 2:
+    if "cuda" in (pick_device(run.engine.device).type, student_device) or len(cores) < 2:
         return []
     count = run.live.teacher_cores or len(cores) // 2
     if count >= len(cores):

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.codec import CODECS, find_codec, num_bytes
@@ -52,6 +51,7 @@ from kdpipe.manifests.specs import (
 )
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.present import Present
+from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.vocabulary import real_vocab_size, vocabulary_digest
 from kdpipe.stages.prepare import prepare
@@ -139,9 +139,7 @@ class ExtractSpec:
 
     def resolved_device(self) -> Device:
         """cpu or cuda. Raises ConfigError where cuda is asked for and there is none."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("there is no GPU that torch can see; leave it out or say cpu", where="--device")
-        return "cuda" if self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available()) else "cpu"
+        return "cuda" if pick_device(self.device).type == "cuda" else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

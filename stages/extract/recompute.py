@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.codec import CODECS, as_stored
@@ -23,6 +22,7 @@ from kdpipe.manifests.tensorfile import DTYPES, TAGS
 from kdpipe.stages.extract.requests import shard_requests
 from kdpipe.stages.extract.shelf import ScratchShelf
 from kdpipe.stages.extract.teach import teach
+from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.teacher import engine_class
 from kdpipe.stages.teacher.engine import EngineOptions, Request
@@ -65,7 +65,7 @@ def recompute(
             "was made by",
             where=teacher,
         )
-    device: Device = "cuda" if plan.engine.device == "cuda" and torch.cuda.is_available() else "cpu"
+    device: Device = "cuda" if plan.engine.device == pick_device("auto").type == "cuda" else "cpu"
     if device != plan.engine.device:
         progress.note(f"the cache was made on {plan.engine.device}, this is {device}: last bits will differ")
     engine = engine_class(plan.engine.name)(

@@ -1,13 +1,15 @@
 """Beside: a training job whose rows come from a teacher at work, as the trainer meets it: a data set like any other."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import StudentError
 from kdpipe.manifests.ring import RingReader
-from kdpipe.manifests.row_source import RingRows, RowSource
+from kdpipe.manifests.row_source import RingRows
 from kdpipe.manifests.shard import DTYPES, TAGS
-from kdpipe.stages.feed.dataset import of_plan
+from kdpipe.stages.feed.dataset import Dataset, of_plan
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.train.job import Found, TrainJob, run_inputs
 
@@ -25,18 +27,19 @@ class NoRows:
         raise AssertionError("no rows are read before the run")
 
 
-def find_beside(job: TrainJob, ring: RingReader | None = None, *, kept: bool = False) -> Found:
-    """What a job names, opened; job.caches is the folder of the plan alone.
+def find_beside(job: TrainJob, *, kept: bool = False) -> Found:
+    """What a job names, opened before there is a teacher; job.caches is the folder of the plan alone.
 
-    ring: that of this rank; None before there is a teacher
     kept: the rows will be there when the run has ended
     """
     (folder,) = job.caches
-    cache = Cache.open(folder)
-    rows: RowSource = NoRows()
-    if ring is not None:
-        head = cache.plan.head
-        rows = RingRows(ring, width=head.hidden_size, dtype=DTYPES[TAGS[head.dtype]])
-    dataset, model = of_plan(cache, rows), ModelFolder(job.student, StudentError, job.trust)
+    dataset, model = of_plan(Cache.open(folder), NoRows()), ModelFolder(job.student, StudentError, job.trust)
     inputs = job.inputs or run_inputs(job, model, dataset)
     return Found(model=model, dataset=dataset, inputs=inputs, rows_are_kept=kept)
+
+
+def fed_by(ring: RingReader, found: Found) -> Found:
+    """The same with the rows of a teacher at work."""
+    (teacher,) = found.dataset.teachers
+    rows = RingRows(ring, width=teacher.record.hidden_size, dtype=DTYPES[TAGS[teacher.record.dtype]])
+    return replace(found, dataset=Dataset(found.dataset.tables, [replace(teacher, rows=rows)]))

@@ -7,14 +7,13 @@ from kdpipe.stages.student.check import (
     require_compiler,
     require_context,
 )
-from kdpipe.stages.student.exam import probe_text
+from kdpipe.stages.student.exam import exam_text
 from kdpipe.stages.student.sharding import compile_layers, load_sharded, reduce_gradients, shard
 from kdpipe.stages.student.student import (
     LOSS_SUMS,
     Student,
     TeacherHead,
     load_teacher_head,
-    pick_device,
 )
 
 __all__ = [
@@ -25,10 +24,9 @@ __all__ = [
     "check_student_of",
     "checkpoint_dtype",
     "compile_layers",
+    "exam_text",
     "load_sharded",
     "load_teacher_head",
-    "pick_device",
-    "probe_text",
     "reduce_gradients",
     "require_compiler",
     "require_context",

@@ -6,7 +6,7 @@
         3. samples packed end to end come out as they do alone; else padded to one length; else the student is refused
 
 Invariant: the reference is taken before attention is switched, so nothing of ours is compared with itself.
-Cost: about one forward over the longest probe, which is long enough for every window and chunk of the model that the
+Cost: about one forward over the longest question, which is long enough for every window and chunk of the model that the
 longest sample can fill, and never longer than that sample.
 """
 
@@ -30,19 +30,19 @@ from kdpipe.stages.models.backbone import hidden_states, packed_hidden
 from kdpipe.stages.models.head import Head
 
 SHORT = (17, 24)
-"""Tokens of the short probes; the first is the beginning of the long one."""
+"""Tokens of the short questions; the first is the beginning of the long one."""
 LONG = 64
-"""Of the long probe where no window, chunk or table of positions asks for more."""
+"""Of the long question where no window, chunk or table of positions asks for more."""
 LOGIT_ROWS = 32
-"""Last rows of a probe whose logits are compared."""
+"""Last rows of a question whose logits are compared."""
 BOUND = re.compile(r"window|chunk|block_size|index_topk")
 """Names of config fields that say from which length on attention, or a scan, sees other tokens than all before."""
 ROW_ERROR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Relative, of a row computed in two ways."""
 
 
-def probe_length(config: Any, longest: int) -> int:
-    """Tokens of the long probe, for a model of this config and samples of at most `longest` tokens."""
+def exam_length(config: Any, longest: int) -> int:
+    """Tokens of the long question, for a model of this config and samples of at most `longest` tokens."""
     text = config.get_text_config()
     bounds = [
         value
@@ -55,24 +55,24 @@ def probe_length(config: Any, longest: int) -> int:
     return min(wanted, longest)
 
 
-def probe_text(dataset: Dataset, samples: np.ndarray, config: Any) -> np.ndarray:
-    """Ids of the long probe, int32 [n]: the beginning of the longest of the samples."""
+def exam_text(dataset: Dataset, samples: np.ndarray, config: Any) -> np.ndarray:
+    """Ids of the long question, int32 [n]: the beginning of the longest of the samples."""
     longest = int(samples[np.argmax(dataset.num_tokens[samples])])
     ids = dataset.tokens(longest).token_ids
-    return ids[: probe_length(config, len(ids))]
+    return ids[: exam_length(config, len(ids))]
 
 
 def examine(model: PreTrainedModel, head: Head, text: np.ndarray, folder: Path) -> bool:
     """Whether batches must be padded because packed samples would see each other; attention is set for either.
 
-    text: ids of the long probe, at most as long as the longest sample; the others are made of it
+    text: ids of the long question, at most as long as the longest sample; the others are made of it
     Raises StudentError for a student that the loss would train on other logits than its own, or whose logits are not
     finite.
     """
     texts = [np.resize(text, min(SHORT[0], len(text))), np.resize(text[::-1], min(SHORT[1], len(text))), text]
-    probes = [torch.from_numpy(each.astype(np.int64)).to(model.device) for each in texts]
-    alone = _alone(model, head, probes, folder)
-    if _apart(alone[2][: len(probes[0])], alone[0]):
+    questions = [torch.from_numpy(each.astype(np.int64)).to(model.device) for each in texts]
+    alone = _alone(model, head, questions, folder)
+    if _apart(alone[2][: len(questions[0])], alone[0]):
         raise StudentError(
             f"a token of {type(model).__name__} sees the tokens after it: not a causal LM as configured; "
             "for a model of encoders set is_decoder to true in its config.json",
@@ -80,12 +80,12 @@ def examine(model: PreTrainedModel, head: Head, text: np.ndarray, folder: Path) 
         )
     own = model.config._attn_implementation
     use_packed_attention(model, model.device)
-    if not _differ(model, _packed(probes), alone):
-        _require_training(model, _packed(probes[:2]), folder)
+    if not _differ(model, _packed(questions), alone):
+        _require_training(model, _packed(questions[:2]), folder)
         return False
     model.set_attn_implementation(own)
-    if not _differ(model, _padded(probes), alone):
-        _require_training(model, _padded(probes[:2]), folder)
+    if not _differ(model, _padded(questions), alone):
+        _require_training(model, _padded(questions[:2]), folder)
     else:
         raise StudentError(
             f"{type(model).__name__} gives a sample other hidden states in a batch than alone, packed and padded; "
@@ -113,13 +113,13 @@ def _require_training(model: PreTrainedModel, batch: PackedBatch, folder: Path) 
         model.eval()
 
 
-def _alone(model: PreTrainedModel, head: Head, probes: Sequence[torch.Tensor], folder: Path) -> list[torch.Tensor]:
-    """The model's own hidden states [n, D] of each probe, whose logits by the head's formula are the model's own."""
+def _alone(model: PreTrainedModel, head: Head, questions: Sequence[torch.Tensor], folder: Path) -> list[torch.Tensor]:
+    """The model's own hidden states [n, D] of each question, whose logits by the head's formula are the model's own."""
     found: list[torch.Tensor] = []
-    for probe in probes:
+    for question in questions:
         with hidden_states(model, LOGIT_ROWS) as states:
             try:
-                logits = model(input_ids=probe[None], use_cache=False).logits
+                logits = model(input_ids=question[None], use_cache=False).logits
             except Exception as err:
                 # Any model's code, which may raise anything.
                 if is_of_others(err):
@@ -127,7 +127,7 @@ def _alone(model: PreTrainedModel, head: Head, probes: Sequence[torch.Tensor], f
                 raise StudentError(
                     f"{type(model).__name__} does not run on token ids alone: {_first_line(err)}", where=folder
                 ) from err
-        if len(states) != 1 or states[0].shape[:2] != (1, len(probe)):
+        if len(states) != 1 or states[0].shape[:2] != (1, len(question)):
             raise StudentError(
                 f"{type(model).__name__} does not make its logits from one hidden state a token; it cannot be trained",
                 where=folder,
@@ -177,19 +177,19 @@ def _apart(ours: torch.Tensor, own: torch.Tensor) -> bool:
     return not worst <= ROW_ERROR[own.dtype]
 
 
-def _packed(probes: Sequence[torch.Tensor]) -> PackedBatch:
-    device = probes[0].device
+def _packed(questions: Sequence[torch.Tensor]) -> PackedBatch:
+    device = questions[0].device
     return _batch(
-        torch.cat(list(probes))[None],
-        torch.cat([torch.arange(len(ids), device=device) for ids in probes])[None],
-        [len(ids) for ids in probes],
+        torch.cat(list(questions))[None],
+        torch.cat([torch.arange(len(ids), device=device) for ids in questions])[None],
+        [len(ids) for ids in questions],
         None,
     )
 
 
-def _padded(probes: Sequence[torch.Tensor]) -> PackedBatch:
-    lengths = [len(ids) for ids in probes]
-    ids = torch.nn.utils.rnn.pad_sequence(list(probes), batch_first=True)
+def _padded(questions: Sequence[torch.Tensor]) -> PackedBatch:
+    lengths = [len(ids) for ids in questions]
+    ids = torch.nn.utils.rnn.pad_sequence(list(questions), batch_first=True)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     mask = positions < torch.tensor(lengths, device=ids.device)[:, None]
     return _batch(ids, positions, lengths, mask)

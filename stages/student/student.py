@@ -17,7 +17,6 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed.dataset import Teacher
 from kdpipe.stages.feed.packing import PackedBatch
@@ -57,13 +56,6 @@ def load_teacher_head(teacher: Teacher, device: torch.device) -> TeacherHead:
         head=Head(weight=weight, bias=tensor(arrays.bias), softcap=record.softcap, scale=record.scale),
         vocab_size=record.vocab_size,
     )
-
-
-def pick_device(wanted: str) -> torch.device:
-    """ "auto", "cpu" or "cuda" as a device: auto is a GPU where there is one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no GPU that torch can see; leave it out or say cpu", where="--device")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 class Student(torch.nn.Module):

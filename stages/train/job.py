@@ -24,8 +24,9 @@ from kdpipe.manifests.specs import FsdpSpec, Io, RunSpec
 from kdpipe.stages.feed.batches import require_samples
 from kdpipe.stages.feed.dataset import Dataset, of_caches
 from kdpipe.stages.loss import find_divergence
+from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.student import check_student, checkpoint_dtype, pick_device, require_compiler, require_context
+from kdpipe.stages.student import check_student, checkpoint_dtype, require_compiler, require_context
 from kdpipe.stages.train.checkpoint import CHECKPOINTS
 from kdpipe.stages.train.output import Output
 

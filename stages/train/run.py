@@ -26,15 +26,15 @@ from kdpipe.manifests.running import alone_in
 from kdpipe.stages import evaluate
 from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.packing import Packer
+from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.ranks import Ranks, joined
 from kdpipe.stages.student import (
     check_student,
     checkpoint_dtype,
     compile_layers,
+    exam_text,
     load_sharded,
     load_teacher_head,
-    pick_device,
-    probe_text,
 )
 from kdpipe.stages.student.export import companions, export
 from kdpipe.stages.train.checkpoint import Checkpoints
@@ -173,7 +173,7 @@ class Run:
             grad_checkpointing=spec.grad_checkpointing,
             fsdp=spec.fsdp,
         ).train()
-        self.student.examine(probe_text(dataset, np.arange(len(dataset)), self.student.model.config), job.student)
+        self.student.examine(exam_text(dataset, np.arange(len(dataset)), self.student.model.config), job.student)
         if spec.fsdp.compile:
             compile_layers(self.student)
         self.notes = (*found.model.notes, *self.beside.notes)

@@ -22,7 +22,7 @@ from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed.dataset import of_caches
 from kdpipe.stages.feed.packing import Packer
 from kdpipe.stages.ranks import joined
-from kdpipe.stages.student import Student, check_student, load_teacher_head, probe_text, shard
+from kdpipe.stages.student import Student, check_student, exam_text, load_teacher_head, shard
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Request, RowTarget
 from kdpipe.stages.teacher.head import read_head
@@ -58,7 +58,7 @@ def as_student(folder: Path, bench: Bench) -> float:
     rows = of_caches([cache])
     student = Student(load_student(folder, torch.float32, CPU)).train()
     shard(student, init_device_mesh("cpu", (1,)), torch.float32, CPU)
-    student.examine(probe_text(rows, np.arange(len(cache)), student.model.config), folder)
+    student.examine(exam_text(rows, np.arange(len(cache)), student.model.config), folder)
     members = [3, 17, 4]
     batch = Packer(rows, padded=student.padded).pack(members)
     student(batch, [load_teacher_head(teacher_of(cache), CPU)], LossSpec(kd_weight=0.5))[0].backward()

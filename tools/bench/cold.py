@@ -47,7 +47,7 @@ from kdpipe.stages.feed.dataset import of_caches
 from kdpipe.stages.feed.packing import PackedBatch, Packer
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import joined
-from kdpipe.stages.student import load_sharded, load_teacher_head, probe_text
+from kdpipe.stages.student import exam_text, load_sharded, load_teacher_head
 from kdpipe.stages.train.trainer import Trainer
 
 WIDTH, ROWS, PROMPT = 4096, 128, 40
@@ -198,7 +198,7 @@ def measure(folder: Path, *, num_samples: int, pairs: int) -> tuple[str, dict[st
         model = load_sharded(
             ModelFolder(student, StudentError), ranks, stored=torch.float32, computed=torch.bfloat16
         ).train()
-        model.examine(probe_text(dataset, np.arange(len(dataset)), model.model.config), student)
+        model.examine(exam_text(dataset, np.arange(len(dataset)), model.model.config), student)
         heads = [load_teacher_head(teacher, ranks.device) for teacher in dataset.teachers]
         trainer = Trainer(model, batches_of(path), heads, TrainSpec(batch_tokens=BATCH_TOKENS), LossSpec(), ranks)
         heldout = Packer(dataset).pack(np.arange(BATCH_TOKENS // (PROMPT + ROWS)))

@@ -15,7 +15,7 @@ from kdpipe.stages.models import formula
 from kdpipe.stages.models.attention import PACKED
 from kdpipe.stages.models.backbone import backbone
 from kdpipe.stages.student import Student
-from kdpipe.stages.student.exam import probe_length
+from kdpipe.stages.student.exam import exam_length
 
 CPU = torch.device("cpu")
 TEXT = np.random.default_rng(0).integers(3, 250, 64)
@@ -172,7 +172,7 @@ def test_short_samples_are_enough(length: int) -> None:
 
 def test_the_long_probe_fills_windows_and_tables_of_positions_and_no_more_than_the_longest_sample() -> None:
     plain = transformers.LlamaConfig(**SIZES)
-    assert [probe_length(plain, longest) for longest in (9, 64, 5000)] == [9, 64, 64]
+    assert [exam_length(plain, longest) for longest in (9, 64, 5000)] == [9, 64, 64]
     window = transformers.MistralConfig(**SIZES, sliding_window=100)
-    assert [probe_length(window, longest) for longest in (9, 120, 5000)] == [9, 120, 158]
-    assert probe_length(transformers.GPT2Config(n_positions=900), 900) == 900
+    assert [exam_length(window, longest) for longest in (9, 120, 5000)] == [9, 120, 158]
+    assert exam_length(transformers.GPT2Config(n_positions=900), 900) == 900
