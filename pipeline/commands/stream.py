@@ -42,6 +42,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     checks them and go through shared memory. The student is the one that extract and train would make, bit for bit on
     a CPU. On a CPU each side has its own cores. Interrupted? The same command again goes on from its last checkpoint.
     With --tee the rows are kept as well: the teacher sees each sample once, further students train from the cache.
+    Prints the metrics of train, and share_waiting: how much of the time the student waited for its teacher.
 
     \b
     kdpipe stream --teacher models/large --student models/small --data chat.jsonl --output runs/a
@@ -132,7 +133,7 @@ def _beside(run: RunFile, job: "TrainJob", found: "Found", plan: Cache, nproc: i
 def stream_rank(
     job: "TrainJob", ends: Sequence[RingEnd], kept: bool, found: "Found | None" = None
 ) -> dict[str, object]:
-    """One rank's work, with its own of the readers' ends.
+    """One rank's work, with its own of the readers' ends; its metrics, with the share of time it waited for rows.
 
     kept: the rows are, too
     found: what this process has opened already
@@ -147,7 +148,7 @@ def stream_rank(
         metrics = train_rank(job, fed_by(ring, found or find_beside(job, kept=kept)), command="stream")
         ring.finish()
         ring.take("the end")
-    return metrics
+        return metrics | {"share_waiting": round(ring.share_waiting(), 3)}
 
 
 def _teachers_cores(run: RunFile, student_device: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -340,3 +341,30 @@ def test_the_engine_ends_with_a_killed_extraction(
     if number == signal.SIGTERM:
         assert (running.returncode, "stopped by SIGTERM; nothing was written" in said.splitlines()[-1]) == (75, True)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".cache")]
+
+
+def test_a_student_trains_beside_it(bench: Bench, tmp_path: Path) -> None:
+    """kdpipe stream: rows go from SGLang's scheduler into the ring, and the first loss is that of the cached rows."""
+    sets = ["train.max_steps=3", "train.dtype=float32", "train.batch_tokens=600", "train.save_every=0"]
+    data = ["--data", bench.data, "--max-length", 128, "--heldout-fraction", 0.25, "--engine", "sglang"]
+    words = {
+        "live": ["stream", "--teacher", bench.teacher, *data],
+        "cached": ["train", "--cache", bench.cache, "--nproc", 1],
+    }
+    losses = {}
+    for name, first in words.items():
+        command = [*first, "--student", bench.student, "--output", tmp_path / name, "--set", *sets]
+        done = subprocess.run(
+            [sys.executable, "-m", "kdpipe.pipeline.cli", *map(str, command)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        events = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]
+        losses[name] = [event["loss/mean"] for event in events if event["kind"] == "step"]
+        assert ("teacher: canary: rows differ from transformers' own by" in done.stderr) == (name == "live")
+    assert len(losses["live"]) == 3
+    assert losses["live"] == pytest.approx(losses["cached"], rel=1e-4)
