@@ -25,9 +25,10 @@ RING = 16 << 10
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     """No descriptor, and no name of ours in /dev/shm, where other processes have theirs."""
+    gc.collect()  # what other tests of this process left to be collected, and what a traceback holds below
     before = len(os.listdir("/proc/self/fd"))
     yield
-    gc.collect()  # an array that a traceback holds keeps its mapping
+    gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
     assert not [name for name in os.listdir("/dev/shm") if "kdpipe-ring" in name]
 
