@@ -30,7 +30,7 @@ class RowSource(Protocol):
         """Will be asked for, in this order: a cache reads ahead, a ring orders them from its teacher."""
 
     def rows(self, sample: int) -> np.ndarray:
-        """[R, E], of supervised tokens, valid until `done`; a view where that is possible."""
+        """[R, E], of supervised tokens; a view where that is possible, valid until the next rows are asked for."""
 
     def done(self, samples: np.ndarray) -> None:
         """Their rows were copied: what held them is free."""
@@ -64,40 +64,45 @@ class RingRows:
     """The rows that a teacher at work puts into a ring, as they are asked for.
 
     width, dtype: of a row
-    Invariant: rows that came before their turn, because something else was asked for in between, are kept in this
-    process and leave the ring: it need hold no more than the longest sample.
+    Invariant: the ring need hold no more than the longest sample. A sample's slot is free when the next one's rows are
+    asked for; rows that came before their turn, because something else was asked for in between, are kept here.
     """
 
     def __init__(self, ring: RingReader, *, width: int, dtype: np.dtype) -> None:
         self._ring, self._width, self._dtype = ring, width, dtype
         self._asked: Counter[int] = Counter()
         self._early: dict[int, list[np.ndarray]] = {}
-        self._held: dict[int, Message] = {}
+        self._held: Message | None = None
 
     def want(self, samples: np.ndarray) -> None:
         self._asked.update(samples.tolist())
         self._ring.ask(samples)
 
     def rows(self, sample: int) -> np.ndarray:
+        """As RowSource. Raises EngineError where the teacher ended before, and what the ring raises."""
+        self._release()
         if not self._asked[sample]:
             self.want(np.array([sample]))
-        if self._early.get(sample):
-            return self._early[sample][0]
+        self._asked[sample] -= 1
+        if early := self._early.pop(sample, None):
+            if early[1:]:
+                self._early[sample] = early[1:]
+            return early[0]
         while True:
             message = self._ring.take(f"the rows of sample {sample}")
             if message is None:
                 raise EngineError("the teacher ended before its rows came; run it again", where=f"sample {sample}")
             array = message.array.view(self._dtype).reshape(-1, self._width)
             if message.key == sample:
-                self._held[sample] = message
+                self._held = message
                 return array
             with message:
                 self._early.setdefault(message.key, []).append(array.copy())
 
     def done(self, samples: np.ndarray) -> None:
-        for sample in samples.tolist():
-            self._asked[sample] -= 1
-            if sample in self._held:
-                self._held.pop(sample).release()
-            else:
-                self._early[sample].pop(0)
+        self._release()
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.release()
+            self._held = None

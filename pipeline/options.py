@@ -89,9 +89,23 @@ READS = {
     ),
     "stream": Reads(
         options=(
-            *("teacher.path", "student.path", "data.paths", "train.output", "engine.name", "train.nproc"),
-            *("data", "teacher.dtype", "teacher.trust_remote_code", "engine.batch_tokens", "engine.tp", "engine.dp"),
-            *("engine.quantization", "engine.args", "loss.preset", "live", "train.device"),
+            "teacher.path",
+            "student.path",
+            "data.paths",
+            "train.output",
+            "engine.name",
+            "train.nproc",
+            "data",
+            "teacher.dtype",
+            "teacher.trust_remote_code",
+            "engine.batch_tokens",
+            "engine.tp",
+            "engine.dp",
+            "engine.quantization",
+            "engine.args",
+            "loss.preset",
+            "live",
+            "train.device",
         ),
         others=("teacher", "engine", "student", "cache.seed", "loss", "train"),
         needs=("teacher.path", "student.path", "data.paths", "train.output"),
@@ -314,6 +328,13 @@ def this_command(**named: Path | tuple[Path, ...] | None) -> MadeWith:
     return made_with(click.get_current_context().find_root().obj or (), **named)
 
 
+resume_option = click.option(
+    "--resume",
+    default="auto",
+    metavar="auto|never|PATH",
+    help="What an interrupted run does: go on from the newest good checkpoint in OUTPUT, start again, or go on from "
+    "the checkpoint at PATH.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a list.")
 CONFIG = click.Option(
     ["--config"], type=PATH, metavar="FILE", help="Run file (TOML), the same for all commands: docs/run-file.md."

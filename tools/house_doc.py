@@ -24,7 +24,7 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       read there                       prepare/work.py -> forms.py, messages.py           a conversation
       through the chat template        prepare/turns.py, template.py -> marked.py         a text and its targets
       tokenised                        prepare/tokens.py -> manifests/sample.py           ids and mask
-      planned                          extract/planning.py, staging.py -> manifests/plan.py,
+      planned                          extract/reading.py, planning.py, staging.py -> manifests/plan.py,
                                        samples.py, shard_table.py                           PLAN.json and two tables
       asked of the teacher             extract/requests.py -> teach.py -> teacher/ (sglang/, transformers_engine.py)
       its rows written in place        teacher/sglang/sink.py -> extract/shelf.py -> manifests/shard.py

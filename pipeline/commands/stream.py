@@ -14,7 +14,7 @@ from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.ring import RingEnd, RingReader, make_ring
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.manifests.specs import RunFile
-from kdpipe.pipeline.options import RunCommand, json_option, require_not_swapped, this_command
+from kdpipe.pipeline.options import RunCommand, json_option, require_not_swapped, resume_option, this_command
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.pipeline.teacher_role import teacher_beside
@@ -27,13 +27,7 @@ MIB = 1 << 20
 
 
 @click.command("stream", cls=RunCommand)
-@click.option(
-    "--resume",
-    default="auto",
-    metavar="auto|never|PATH",
-    help="What an interrupted run does: go on from the newest good checkpoint in OUTPUT, start again, or go on from "
-    "the checkpoint at PATH.",
-)
+@resume_option
 @json_option
 def command(run: RunFile, resume: str, as_json: bool) -> None:
     """Train a student beside its teacher: nothing waits for a whole pass, and no row need be stored.

@@ -6,19 +6,13 @@ from dataclasses import replace
 import click
 
 from kdpipe.manifests.specs import RunFile
-from kdpipe.pipeline.options import RunCommand, group_for, json_option, require_not_swapped, this_command
+from kdpipe.pipeline.options import RunCommand, group_for, json_option, require_not_swapped, resume_option, this_command
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.training import choose_device, choose_nproc, launch_training, train_rank
 
 
 @click.command("train", cls=RunCommand)
-@click.option(
-    "--resume",
-    default="auto",
-    metavar="auto|never|PATH",
-    help="What an interrupted run does: go on from the newest good checkpoint in OUTPUT, start again, or go on from "
-    "the checkpoint at PATH.",
-)
+@resume_option
 @json_option
 def command(run: RunFile, resume: str, as_json: bool) -> None:
     """Train a student from one or more caches; the teacher is not needed.

@@ -21,9 +21,9 @@ from kdpipe.manifests.plan import PLAN_FILE, EngineRecord, Plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import NO_DIGEST, adopt, commit_path, shard_layout, shard_path
-from kdpipe.stages.extract.planning import ExtractSpec
 from kdpipe.stages.extract.requests import shard_requests
 from kdpipe.stages.extract.shelf import ShardShelf
+from kdpipe.stages.extract.spec import ExtractSpec
 from kdpipe.stages.extract.staging import Staged, staged
 from kdpipe.stages.extract.teach import teach
 from kdpipe.stages.models.head import Head

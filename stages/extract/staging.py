@@ -48,16 +48,16 @@ from kdpipe.manifests.plan import (
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.teacher import HeadRecord
+from kdpipe.stages.extract.forecast import teacher_tokenizer
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.planning import (
-    ExtractSpec,
     engine_record,
     plan_cache,
     plan_without_samples,
     require_room,
     require_same,
-    teacher_tokenizer,
 )
+from kdpipe.stages.extract.spec import ExtractSpec
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.head import Head
 from kdpipe.stages.models.tokenizer import save_tokenizer

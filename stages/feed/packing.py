@@ -137,12 +137,12 @@ class Packer:
             rows = buffer.take(num_rows)
             # The copy moves bits and knows no dtype: torch and numpy do not share bfloat16.
             bits, at = rows.view(torch.uint8).numpy(), 0
-            for index, sample in enumerate(samples.tolist()):
+            for sample in samples.tolist():
                 found = teacher.rows.rows(sample)
                 bits[at : at + len(found)] = found.view(np.uint8)
                 at += len(found)
-                teacher.rows.done(samples[index : index + 1])
             assert at == num_rows, f"{at} rows for {num_rows} supervised tokens"
+            teacher.rows.done(samples)
             gathered.append(rows)
         return tuple(gathered)
 

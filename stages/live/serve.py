@@ -21,9 +21,9 @@ from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.ring import PATIENCE_S, RingWriter, Slot, look_at_all, wait_for_any
 from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import DTYPES, TAGS
-from kdpipe.stages.extract.planning import ExtractSpec
 from kdpipe.stages.extract.requests import sample_request
 from kdpipe.stages.extract.shards import try_out
+from kdpipe.stages.extract.spec import ExtractSpec
 from kdpipe.stages.extract.teach import teach
 from kdpipe.stages.live.tee import Tee
 from kdpipe.stages.models.folder import ModelFolder

@@ -27,7 +27,7 @@ from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.manifests.specs import RunSpec
 from kdpipe.pipeline import cli, launch
 from kdpipe.pipeline.options import spread
-from kdpipe.stages.extract.planning import ExtractSpec
+from kdpipe.stages.extract.spec import ExtractSpec
 
 
 @pytest.fixture

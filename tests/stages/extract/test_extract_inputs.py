@@ -17,7 +17,7 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CacheError, CorruptError
 from kdpipe.manifests.plan import SAMPLES_FILE
 from kdpipe.manifests.progress import Silent
-from kdpipe.stages.extract import ExtractSpec, inputs, planning
+from kdpipe.stages.extract import ExtractSpec, inputs, reading
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
 Reads = list[str]
@@ -48,7 +48,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
         return call
 
-    monkeypatch.setattr(planning, "prepare", counting("data", planning.prepare))
+    monkeypatch.setattr(reading, "prepare", counting("data", reading.prepare))
     monkeypatch.setattr(inputs, "digest_stream", counting("", provenance.digest_stream))
     return told
 

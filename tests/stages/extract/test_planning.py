@@ -8,7 +8,8 @@ from tests.caches import make_plan, make_samples
 
 from kdpipe.manifests.errors import CacheError
 from kdpipe.manifests.plan import Plan
-from kdpipe.stages.extract.planning import ExtractSpec, require_same
+from kdpipe.stages.extract.planning import require_same
+from kdpipe.stages.extract.spec import ExtractSpec
 
 OTHER: dict[str, dict[str, object]] = {
     "fingerprint": {"teacher": "x", "tokenizer": "x", "template": "x"},
