@@ -27,7 +27,7 @@ from kdpipe.manifests.specs import Io
 
 SAMPLES_HINT = "it says which sample is where: put it back from a copy, or extract into another folder"
 KEPT_SHARDS = 256
-"""Of so many shards the ids stay at hand: views where samples.arrow is mapped, 5 bytes a token where it is read."""
+"""Of so many shards ids and masks stay at hand: a byte a token where samples.arrow is mapped, 5 where it is read."""
 
 SCHEMA = pa.schema(
     [
@@ -245,22 +245,22 @@ class Samples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tokens:
-    """The ids and masks of a shard as they lie in its record batch: offsets int32 [N + 1], ids int32 [n], mask bits."""
+    """The ids of a shard as they lie in its record batch, and its masks: offsets int32 [N + 1], int32 [n], bool [n]."""
 
     offsets: np.ndarray
     ids: np.ndarray
-    bits: np.ndarray
+    supervised: np.ndarray
 
     @classmethod
     def of(cls, batch: pa.RecordBatch) -> "_Tokens":
-        token_ids, supervised = batch.column("token_ids"), batch.column("supervised").values
-        bits = np.frombuffer(supervised.buffers()[1], np.uint8) if len(supervised) else np.empty(0, np.uint8)
-        return cls(token_ids.offsets.to_numpy(), token_ids.values.to_numpy(), bits)
+        token_ids, masks = batch.column("token_ids"), batch.column("supervised").values
+        supervised = masks.to_numpy(zero_copy_only=False)
+        supervised.flags.writeable = False
+        return cls(token_ids.offsets.to_numpy(), token_ids.values.to_numpy(), supervised)
 
     def sample(self, within: int) -> SampleTokens:
         begin, end = int(self.offsets[within]), int(self.offsets[within + 1])
-        mask = np.unpackbits(self.bits[begin // 8 : -(-end // 8)], bitorder="little")[begin % 8 :][: end - begin]
-        return SampleTokens(self.ids[begin:end], mask.view(bool))
+        return SampleTokens(self.ids[begin:end], self.supervised[begin:end])
 
 
 def _open_samples(path: Path, num_shards: int, io: Io) -> pa.ipc.RecordBatchFileReader:
