@@ -73,9 +73,8 @@ def wait_for(what, timeout_s: float = 60.0) -> None:
 def kill_at(bench: Bench, output: Path, step: int, whom: str) -> tuple[int, str]:
     """Run and kill one side when so many steps were made; exit code and stderr. The other is gone soon after."""
     process = started(*streaming(bench, output))
-    wait_for(lambda: steps_of(output) >= step or process.poll() is not None)
-    if process.poll() is None:
-        (teacher,) = teachers_of(output)
+    wait_for(lambda: (teachers_of(output) and steps_of(output) >= step) or process.poll() is not None)
+    for teacher in teachers_of(output):
         os.kill(teacher if whom == "teacher" else process.pid, signal.SIGKILL)
     killed = time.monotonic()
     code, _, err = ended(process)
@@ -134,10 +133,11 @@ def test_two_ranks_are_those_of_a_cache(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_killed_at_random_moments_it_goes_on_to_the_same_weights(bench: Bench, offline: bytes, tmp_path: Path) -> None:
     output, moments = tmp_path / "out", random.Random(0)
-    for number in range(30):
-        before = steps_of(output)
-        kill_at(bench, output, before + moments.randint(0, 2), moments.choice(["teacher", "student"]))
-        assert not (output / "model.safetensors").exists() or number
+    for _ in range(30):
+        code, err = kill_at(
+            bench, output, steps_of(output) + moments.randint(0, 5), moments.choice(["teacher", "student"])
+        )
+        assert code in (0, 75, -signal.SIGKILL), err
     assert ended(started(*streaming(bench, output)))[0] == 0
     assert (output / "model.safetensors").read_bytes() == offline
 
