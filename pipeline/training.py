@@ -13,21 +13,23 @@ from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.pipeline.streams import lasting_streams
 
 if TYPE_CHECKING:
-    from kdpipe.stages.train import Found, TrainJob
+    from kdpipe.stages.train import Found, Training
 
 
-def train_rank(job: "TrainJob", found: "Found | None" = None, *, command: str = "train") -> dict[str, object]:
+def train_rank(training: "Training", found: "Found | None" = None, *, command: str = "train") -> dict[str, object]:
     """One rank's work: rank 0 shows the progress and writes the events, the others are silent."""
     from kdpipe.stages.train import train
 
     if os.environ.get("RANK", "0") != "0":
-        return train(job, Silent(), found)
+        return train(training, Silent(), found)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    made = None if job.made_with is None else job.made_with.model_dump()
-    log = events(job, once="accepted")
-    run = watch(command, log, where=job.output, kept=partial(kept, job.output), num_ranks=num_ranks, made_with=made)
+    made = None if training.made_with is None else training.made_with.model_dump()
+    log = events(training, once="accepted")
+    run = watch(
+        command, log, where=training.output, kept=partial(kept, training.output), num_ranks=num_ranks, made_with=made
+    )
     with lasting_streams(), run as progress:
-        return train(job, progress, found)
+        return train(training, progress, found)
 
 
 def kept(output: Path) -> str:
@@ -41,28 +43,28 @@ def kept(output: Path) -> str:
 
 
 def launch_training(
-    job: "TrainJob", nproc: int, *args: object, rank: Callable[..., dict[str, object]] = train_rank
+    training: "Training", nproc: int, *args: object, rank: Callable[..., dict[str, object]] = train_rank
 ) -> dict[str, object]:
     """The metrics of rank 0 of `nproc`; what ended them early is an event too, as rank 0 may not live to write it.
 
-    rank: what each runs, with the job and `args`
+    rank: what each runs, with the training and `args`
     """
     from kdpipe.pipeline.launch import launch  # loads torch
 
     try:
-        return launch(rank, job, *args, nproc=nproc, where=job.output, kept=partial(kept, job.output))
+        return launch(rank, training, *args, nproc=nproc, where=training.output, kept=partial(kept, training.output))
     except BusyError:
         raise  # the events in this output are another run's
     except KdpipeError as err:
-        log = events(job)
+        log = events(training)
         log.write("launch_failed", {"error": str(err), "exit_code": err.exit_code})
         log.close()
         raise
 
 
-def events(job: "TrainJob", *, once: str | None = None) -> EventLog:
+def events(training: "Training", *, once: str | None = None) -> EventLog:
     """once: kind of the event before which nothing is written, as the folder may be another run's"""
-    return EventLog(job.output / "events.jsonl", after=job.output, once=once)
+    return EventLog(training.output / "events.jsonl", after=training.output, once=once)
 
 
 def choose_nproc(asked: int | None, device: str, gpus: int) -> int:

@@ -31,7 +31,7 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       checked, then committed          teacher/gate.py -> manifests/shard.py, claims.py   shards/, commits/
 
     kdpipe train
-      opened and checked               train/job.py -> models/folder.py, student/check.py, feed/dataset.py
+      opened and checked               train/training.py -> models/folder.py, student/check.py, feed/dataset.py
       in the order of the epoch        feed/order.py -> batches.py
       ids from samples.arrow, rows     feed/packing.py <- manifests/samples.py, row_source.py <- cache.py <- shard.py
       through the student              train/trainer.py -> student/student.py -> models/backbone.py

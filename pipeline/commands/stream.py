@@ -21,7 +21,7 @@ from kdpipe.pipeline.teacher_role import teacher_beside
 from kdpipe.pipeline.training import choose_device, choose_nproc, launch_training, train_rank
 
 if TYPE_CHECKING:
-    from kdpipe.stages.train import Found, TrainJob
+    from kdpipe.stages.train import Found, Training
 
 MIB = 1 << 20
 
@@ -49,7 +49,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     if "RANK" in os.environ:
         raise ConfigError("it starts its ranks itself, with --nproc", where="kdpipe stream")
     from kdpipe.stages.live.beside import find_beside  # torch takes seconds: not for --help or a misspelt option
-    from kdpipe.stages.train import TrainJob, check_job
+    from kdpipe.stages.train import Training, check_training
     from kdpipe.stages.train.output import Output
 
     device, gpus = choose_device(run.train.device)
@@ -57,7 +57,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     folder = run.live.tee or output.absolute().parent / f".{output.name}.stream"
     with results_only():
         plan = _planned(run, folder)
-        job = TrainJob(
+        training = Training(
             student=student,
             caches=(folder,),
             output=output,
@@ -68,15 +68,15 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
             made_with=this_command(teacher=run.teacher.path, student=student, data=run.data.paths, output=output),
         )
         kept = run.live.tee is not None
-        found = check_job(job, nproc, find_beside(job, kept=kept))
-        job = replace(job, inputs=found.inputs)
+        found = check_training(training, nproc, find_beside(training, kept=kept))
+        training = replace(training, inputs=found.inputs)
         record = Output(output).finished(found.inputs)
         if record is not None and record.metrics is not None:
-            metrics = train_rank(job, found, command="stream")
+            metrics = train_rank(training, found, command="stream")
         elif plan.complete:  # its teacher is not needed
-            metrics = train_rank(job, command="stream") if nproc == 1 else launch_training(job, nproc)
+            metrics = train_rank(training, command="stream") if nproc == 1 else launch_training(training, nproc)
         else:
-            metrics = _beside(run, job, found, plan, nproc)
+            metrics = _beside(run, training, found, plan, nproc)
         if not kept:
             shutil.rmtree(folder, ignore_errors=True)
         elif lacking := len(plan.plan.shards) - len(plan.committed()):
@@ -98,7 +98,7 @@ def _planned(run: RunFile, folder: Path) -> Cache:
         return found.publish()
 
 
-def _beside(run: RunFile, job: "TrainJob", found: "Found", plan: Cache, nproc: int) -> dict[str, object]:
+def _beside(run: RunFile, training: "Training", found: "Found", plan: Cache, nproc: int) -> dict[str, object]:
     """Both roles at work; the student's metrics."""
     size = run.live.ring_mib * MIB
     width = plan.plan.head.hidden_size * DTYPES[TAGS[plan.plan.head.dtype]].itemsize
@@ -110,12 +110,12 @@ def _beside(run: RunFile, job: "TrainJob", found: "Found", plan: Cache, nproc: i
         )
     theirs, ours = zip(*(make_ring(size) for _ in range(nproc)), strict=True)
     try:
-        with teacher_beside(run, plan.path, theirs, cores=_teachers_cores(run, job.device)):
+        with teacher_beside(run, plan.path, theirs, cores=_teachers_cores(run, training.device)):
             try:
                 kept = run.live.tee is not None
                 if nproc == 1:
-                    return stream_rank(job, ours, kept, found)
-                return launch_training(job, nproc, ours, kept, rank=stream_rank)
+                    return stream_rank(training, ours, kept, found)
+                return launch_training(training, nproc, ours, kept, rank=stream_rank)
             finally:
                 for end in ours:
                     end.close()
@@ -125,7 +125,7 @@ def _beside(run: RunFile, job: "TrainJob", found: "Found", plan: Cache, nproc: i
 
 
 def stream_rank(
-    job: "TrainJob", ends: Sequence[RingEnd], kept: bool, found: "Found | None" = None
+    training: "Training", ends: Sequence[RingEnd], kept: bool, found: "Found | None" = None
 ) -> dict[str, object]:
     """One rank's work, with its own of the readers' ends; its metrics, with the share of time it waited for rows.
 
@@ -139,7 +139,7 @@ def stream_rank(
         if number != rank:
             end.close()
     with RingReader(ends[rank]) as ring:
-        metrics = train_rank(job, fed_by(ring, found or find_beside(job, kept=kept)), command="stream")
+        metrics = train_rank(training, fed_by(ring, found or find_beside(training, kept=kept)), command="stream")
         ring.finish()
         ring.take("the end")
         return metrics | {"share_waiting": round(ring.share_waiting(), 3)}

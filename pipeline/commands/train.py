@@ -28,11 +28,11 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     assert student is not None, "RunCommand has asked for it"
     assert output is not None, "RunCommand has asked for it"
     require_not_swapped(student, caches)
-    from kdpipe.stages.train import TrainJob, check_job  # torch takes seconds: not for --help or a misspelt option
+    from kdpipe.stages.train import Training, check_training  # torch takes seconds: not for --help or a misspelt option
 
     device, gpus = choose_device(run.train.device)
     nproc = choose_nproc(run.train.nproc, device, gpus)
-    job = TrainJob(
+    training = Training(
         student=student,
         caches=caches,
         output=output,
@@ -45,10 +45,10 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         made_with=this_command(student=student, cache=caches, output=output),
     )
     with results_only():
-        found = check_job(job, nproc)
+        found = check_training(training, nproc)
         if nproc == 1 or "RANK" in os.environ:
-            metrics = train_rank(job, found)
+            metrics = train_rank(training, found)
         else:
-            metrics = launch_training(replace(job, inputs=found.inputs), nproc)
+            metrics = launch_training(replace(training, inputs=found.inputs), nproc)
     if os.environ.get("RANK", "0") == "0":
         show(metrics, as_json=as_json)

@@ -1,4 +1,4 @@
-"""Beside: a training job whose rows come from a teacher at work, as the trainer meets it: a data set like any other."""
+"""Beside: a training whose rows come from a teacher at work, as the trainer meets it: a data set like any other."""
 
 from dataclasses import replace
 
@@ -11,11 +11,11 @@ from kdpipe.manifests.row_source import RingRows
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.stages.feed.dataset import Dataset, of_plan
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.train.job import Found, TrainJob, run_inputs
+from kdpipe.stages.train.training import Found, Training, run_inputs
 
 
 class NoRows:
-    """Where a job is looked at before there is a teacher: nothing is asked for."""
+    """Where a training is looked at before there is a teacher: nothing is asked for."""
 
     def want(self, samples: np.ndarray) -> None:
         raise AssertionError("no rows are read before the run")
@@ -27,14 +27,14 @@ class NoRows:
         raise AssertionError("no rows are read before the run")
 
 
-def find_beside(job: TrainJob, *, kept: bool = False) -> Found:
-    """What a job names, opened before there is a teacher; job.caches is the folder of the plan alone.
+def find_beside(training: Training, *, kept: bool = False) -> Found:
+    """What a training names, opened before there is a teacher; training.caches is the folder of the plan alone.
 
     kept: the rows will be there when the run has ended
     """
-    (folder,) = job.caches
-    dataset, model = of_plan(Cache.open(folder), NoRows()), ModelFolder(job.student, StudentError, job.trust)
-    inputs = job.inputs or run_inputs(job, model, dataset)
+    (folder,) = training.caches
+    dataset, model = of_plan(Cache.open(folder), NoRows()), ModelFolder(training.student, StudentError, training.trust)
+    inputs = training.inputs or run_inputs(training, model, dataset)
     return Found(model=model, dataset=dataset, inputs=inputs, rows_are_kept=kept)
 
 

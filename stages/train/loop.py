@@ -26,7 +26,7 @@ class Loop:
         self._saved_at = time.monotonic()
 
     def resume(self, wanted: str, progress: Progress) -> None:
-        """Take up the state of the checkpoint to go on from, where there is one; wanted: as in TrainJob."""
+        """Take up the state of the checkpoint to go on from, where there is one; wanted: as in Training."""
         if wanted == "never":
             if self.checkpoints.numbers():
                 progress.note("starting again: what checkpoints there are in the output are removed")

@@ -41,7 +41,7 @@ class Output:
     def began_with(self, resume: str) -> tuple[str, ...] | None:
         """Fingerprints of the caches that the run in it began with; None where no run is there to go on.
 
-        resume: as in TrainJob
+        resume: as in Training
         """
         record: RunRecord | CheckpointRecord | None = read_run(self.path) or read_run(self.scratch)
         if record is None and resume != "never":

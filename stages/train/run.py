@@ -1,8 +1,8 @@
-"""Run: a training job from its folders to an exported student, as one process a rank.
+"""Run: a training from its folders to an exported student, as one process a rank.
 
     Found -> Trainer -> Loop (steps) -> student exported, kdpipe.json -> measured on all held-out samples
 
-Invariant: running a job again returns its metrics, goes on from its checkpoint, or only measures: whatever is left.
+Invariant: asked for again, a training returns its metrics, goes on from its checkpoint, or only measures: what is left.
 """
 
 import gc
@@ -38,81 +38,83 @@ from kdpipe.stages.student import (
 )
 from kdpipe.stages.student.export import companions, export
 from kdpipe.stages.train.checkpoint import Checkpoints
-from kdpipe.stages.train.job import Found, TrainJob, find
 from kdpipe.stages.train.loop import Loop
 from kdpipe.stages.train.output import Output
 from kdpipe.stages.train.signals import asked_to_stop
 from kdpipe.stages.train.trainer import Trainer
+from kdpipe.stages.train.training import Found, Training, find
 
 FEW_STEPS = 8
 """An epoch of fewer is worth a word: the default batch takes small data in one step."""
 
 
-def train(job: TrainJob, progress: Progress, found: Found | None = None) -> dict[str, object]:
+def train(training: Training, progress: Progress, found: Found | None = None) -> dict[str, object]:
     """Train as one rank of those the environment names (RANK, WORLD_SIZE; alone where it names none); final metrics.
 
     found: what this process has opened already
-    Running a finished job again returns its metrics, an interrupted one goes on from its checkpoint, one whose student
-    was exported is only measured. Raises what check_job raises, CheckFailed for a loss or gradient that is not finite,
+    A finished one returns its metrics, an interrupted one goes on from its checkpoint, one whose student was exported
+    is only measured. Raises what check_training raises, CheckFailed for a loss or gradient that is not finite,
     BusyError where another run is at work in the output, TemporaryError or StoppedError where a signal asked it to
     stop: the state is saved then.
     """
-    device = pick_device(job.device)
-    found = found or find(job)
+    device = pick_device(training.device)
+    found = found or find(training)
     for note in found.notes:
         progress.note(note)
-    output = Output(job.output)
-    with joined(device, cpu_tensors=job.spec.train.fsdp.optimizer_on_cpu) as ranks:
+    output = Output(training.output)
+    with joined(device, cpu_tensors=training.spec.train.fsdp.optimizer_on_cpu) as ranks:
         record = ranks.from_first(lambda: output.finished(found.inputs))
         if record is None or record.metrics is None:
-            record = _complete(job, found, record, ranks, progress)
+            record = _complete(training, found, record, ranks, progress)
         else:
-            progress.note(f"{job.output} holds this run's student already")
-    progress.note(f"the student is in {job.output}; {_next_command(job, found, record)}")
+            progress.note(f"{training.output} holds this run's student already")
+    progress.note(f"the student is in {training.output}; {_next_command(training, found, record)}")
     return {**(record.metrics or {}), "num_steps": record.num_steps, "trained_tokens": record.num_tokens}
 
 
-def _next_command(job: TrainJob, found: Found, record: RunRecord) -> str:
+def _next_command(training: Training, found: Found, record: RunRecord) -> str:
     """How the student is measured; what was held out of its training is the fair choice."""
-    measure = ["kdpipe", "eval", "--student", str(job.output), "--cache"]
+    measure = ["kdpipe", "eval", "--student", str(training.output), "--cache"]
     if not found.rows_are_kept:
         return f"no rows were kept; measure it on a cache of its teacher: {shlex.join([*measure, 'CACHE'])}"
     if record.metrics:
-        return f"measure it on any cache of its teacher: {shlex.join([*measure, str(job.caches[0])])}"
+        return f"measure it on any cache of its teacher: {shlex.join([*measure, str(training.caches[0])])}"
     return (
         "nothing was held out of its training, so measure it on a cache of other texts: "
         f"{shlex.join([*measure, 'OTHER', '--heldout-fraction', '1'])}"
     )
 
 
-def _complete(job: TrainJob, found: Found, record: RunRecord | None, ranks: Ranks, progress: Progress) -> RunRecord:
-    """Whatever is left to do of a job of which `record` is done: steps and export, then the last evaluation."""
-    run = Run(job, found, ranks) if record is None else None
+def _complete(
+    training: Training, found: Found, record: RunRecord | None, ranks: Ranks, progress: Progress
+) -> RunRecord:
+    """Whatever is left to do of a training of which `record` is done: steps and export, then the last evaluation."""
+    run = Run(training, found, ranks) if record is None else None
     try:
-        make_folder(job.output, job.group)  # a student that is refused leaves none
+        make_folder(training.output, training.group)  # a student that is refused leaves none
     except OSError as err:
-        raise disk_error(err, job.output) from err
-    output = Output(job.output)
+        raise disk_error(err, training.output) from err
+    output = Output(training.output)
     with ExitStack() as stack:
-        keep = stack.enter_context(alone_in(job.output)) if ranks.rank == 0 else (lambda: None)
+        keep = stack.enter_context(alone_in(training.output)) if ranks.rank == 0 else (lambda: None)
         if (record := ranks.from_first(lambda: output.finished(found.inputs))) is not None:
             run = None  # the run that was here until now has ended well
         progress.event("accepted")
         asked = stack.enter_context(asked_to_stop(say=ranks.rank == 0))
         if run is not None:
-            run.loop.resume(job.resume, progress)
+            run.loop.resume(training.resume, progress)
             run.steps(progress, asked, keep)
             record = run.save(progress)
             del run  # the exported student takes the place of weights, gradients and moments
             gc.collect()
         assert record is not None
         if record.metrics is None:
-            record = _measured(job, found, record, ranks, progress, asked)
+            record = _measured(training, found, record, ranks, progress, asked)
         return record
 
 
 def _measured(
-    job: TrainJob,
+    training: Training,
     found: Found,
     record: RunRecord,
     ranks: Ranks,
@@ -127,17 +129,19 @@ def _measured(
         (number,) = ranks.largest([float(asked[0]) if asked else 0.0])
         if number:
             kept = "the student is written, only its last evaluation is left"
-            raise stopped(signal.Signals(int(number)).name, where=job.output, kept=kept)
+            raise stopped(signal.Signals(int(number)).name, where=training.output, kept=kept)
 
     if len(heldout):
-        student = found.model.at(job.output)
+        student = found.model.at(training.output)
         dtype = evaluate.run_dtype(student, "auto")
         metrics |= evaluate.score(
             student,
             found.dataset,
             heldout,
             dtype=dtype,
-            batch_tokens=max(job.spec.train.batch_tokens // (ranks.world_size * job.spec.train.grad_accum), 1),
+            batch_tokens=max(
+                training.spec.train.batch_tokens // (ranks.world_size * training.spec.train.grad_accum), 1
+            ),
             device=ranks.device,
             progress=progress,
             ranks=ranks,
@@ -147,18 +151,18 @@ def _measured(
         progress.event("eval", step=record.num_steps, **metrics)
     record = record.model_copy(update={"metrics": metrics})
     if ranks.rank == 0:
-        Output(job.output).update(record)
+        Output(training.output).update(record)
     ranks.barrier()
     return record
 
 
 class Run:
-    """One rank of a run that has steps to take: the trainer made of a job's folders, and its way to an export."""
+    """One rank of a run that has steps to take: the trainer made of a training's folders, and its way to an export."""
 
-    def __init__(self, job: TrainJob, found: Found, ranks: Ranks) -> None:
-        spec, dataset = job.spec.train, found.dataset
+    def __init__(self, training: Training, found: Found, ranks: Ranks) -> None:
+        spec, dataset = training.spec.train, found.dataset
         torch.manual_seed(spec.seed)
-        self.job, self.ranks, self.dataset, self.inputs = job, ranks, dataset, found.inputs
+        self.training, self.ranks, self.dataset, self.inputs = training, ranks, dataset, found.inputs
         if not ranks.agree(digest_json(self.inputs.model_dump(mode="json"))):
             raise TemporaryError("ranks found other inputs than others: did a cache grow just now? run it again")
         check_student(found.model, dataset.teachers[0])
@@ -173,14 +177,14 @@ class Run:
             grad_checkpointing=spec.grad_checkpointing,
             fsdp=spec.fsdp,
         ).train()
-        self.student.examine(exam_text(dataset, np.arange(len(dataset)), self.student.model.config), job.student)
+        self.student.examine(exam_text(dataset, np.arange(len(dataset)), self.student.model.config), training.student)
         if spec.fsdp.compile:
             compile_layers(self.student)
         self.notes = (*found.model.notes, *self.beside.notes)
-        self.training, self.heldout = found.samples
+        self.train_samples, self.heldout = found.samples
         self.batches = PlannedBatches(
-            dataset if job.spec.loss.kd_weight > 0.0 else dataset.without_teachers(),
-            self.training,
+            dataset if training.spec.loss.kd_weight > 0.0 else dataset.without_teachers(),
+            self.train_samples,
             seed=spec.seed,
             batch_tokens=spec.batch_tokens,
             epochs=spec.epochs,
@@ -191,9 +195,9 @@ class Run:
             padded=self.student.padded,
             pin=ranks.device.type == "cuda",
         )
-        self.trainer = Trainer(self.student, self.batches, heads, spec, job.spec.loss, ranks)
-        self.checkpoints = Checkpoints(job.output, spec.keep, ranks.device)
-        self.loop = Loop(self.trainer, self.checkpoints, self.inputs, job.output)
+        self.trainer = Trainer(self.student, self.batches, heads, spec, training.spec.loss, ranks)
+        self.checkpoints = Checkpoints(training.output, spec.keep, ranks.device)
+        self.loop = Loop(self.trainer, self.checkpoints, self.inputs, training.output)
 
     def steps(
         self, progress: Progress, asked: Sequence[signal.Signals] = (), keep: Callable[[], None] = lambda: None
@@ -214,7 +218,7 @@ class Run:
 
     def _introduce(self, progress: Progress) -> None:
         """What is about to be done, and what of it may not be what was meant."""
-        spec, steps = self.job.spec.train, self.batches.steps_per_epoch
+        spec, steps = self.training.spec.train, self.batches.steps_per_epoch
         # Steps from first_step on that stand before this event in the file were made by a run that was interrupted.
         progress.event(
             "start",
@@ -224,7 +228,7 @@ class Run:
             first_step=self.trainer.done + 1,
             dtype=spec.dtype,
         )
-        lengths = self.dataset.num_tokens[self.training]
+        lengths = self.dataset.num_tokens[self.train_samples]
         if self.student.padded:
             progress.note("this model's layers cannot tell packed samples apart: batches are padded")
         if steps <= FEW_STEPS:
@@ -244,7 +248,7 @@ class Run:
 
     def evaluate_now(self, progress: Progress) -> dict[str, float]:
         """Held-out metrics of the student as it is, over the first samples up to train.eval_tokens. Collective."""
-        spec, ranks = self.job.spec.train, self.ranks
+        spec, ranks = self.training.spec.train, self.ranks
         within = np.cumsum(self.dataset.num_tokens[self.heldout]) <= spec.eval_tokens
         samples = self.heldout[: max(int(within.sum()), 1)]
         packer = Packer(self.dataset, padded=self.student.padded, pin=ranks.device.type == "cuda")
@@ -256,7 +260,7 @@ class Run:
 
     def save(self, progress: Progress) -> RunRecord:
         """Export the student with the record of its run, not measured yet. Collective; rank 0 writes."""
-        output, problem = Output(self.job.output), None
+        output, problem = Output(self.training.output), None
         try:
             if self.ranks.rank == 0:
                 output.make_scratch()
@@ -271,7 +275,7 @@ class Run:
             num_skipped=self.trainer.num_skipped,
             metrics=None,
             files={},
-            made_with=self.job.made_with,
+            made_with=self.training.made_with,
         )
         record = self.ranks.from_first(lambda: output.seal(record))
         self.checkpoints.remove()
@@ -282,15 +286,15 @@ class Run:
         (failed,) = self.ranks.largest([float(problem is not None)])
         if not failed:
             return
-        if self.job.spec.train.save_every:
+        if self.training.spec.train.save_every:
             try:
                 self.loop.save(progress)
             except KdpipeError as err:
                 progress.note(f"nor could its state be saved: {err}")
         if problem is None:
-            raise TemporaryError("another rank could not write the student; run it again", where=self.job.output)
+            raise TemporaryError("another rank could not write the student; run it again", where=self.training.output)
         if isinstance(problem, SafetensorError) and (number := re.search(r"\(os error (\d+)\)", str(problem))):
             problem = OSError(int(number[1]), os.strerror(int(number[1])))
         if isinstance(problem, OSError) and problem.errno is not None:
-            raise disk_error(problem, self.job.output) from problem
+            raise disk_error(problem, self.training.output) from problem
         raise problem

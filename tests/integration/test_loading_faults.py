@@ -44,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     from kdpipe.manifests.specs import DataSpec, RunSpec, TrainSpec
     from kdpipe.stages.extract import ExtractSpec, extract
     from kdpipe.stages.train import train
-    from kdpipe.stages.train.job import TrainJob
+    from kdpipe.stages.train.training import Training
 
     folder = tmp_path_factory.mktemp("whole")
     teacher = make_tokenizer(make_model("qwen3", folder / "teacher", vocab_size=304))
@@ -53,8 +53,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     spec = ExtractSpec(teacher=teacher, data=(data,), data_spec=DataSpec(heldout_fraction=0))
     extract(spec, folder / "cache", Silent())
     run = RunSpec(train=TrainSpec(max_steps=1), data=DataSpec(heldout_fraction=0.5))
-    job = TrainJob(student=student, caches=(folder / "cache",), output=folder / "out", spec=run, device="cpu")
-    metrics = train(job, Silent())
+    training = Training(student=student, caches=(folder / "cache",), output=folder / "out", spec=run, device="cpu")
+    metrics = train(training, Silent())
     return Whole(teacher=teacher, student=student, data=data, cache=folder / "cache", metrics=metrics)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import RunSpec, TrainSpec
 from kdpipe.stages.extract import ExtractSpec, extract
-from kdpipe.stages.train.job import TrainJob
+from kdpipe.stages.train.training import Training
 from kdpipe.stages.train import train
 
 def anonymous():
@@ -38,7 +38,7 @@ spec = ExtractSpec(teacher=folder / "teacher", data=(folder / "data.jsonl",), de
 cache = extract(spec, folder / "cache", Silent())
 found["bytes"], found["extract"], peak[0] = cache.num_bytes(), peak[0], 0
 run = RunSpec(train=TrainSpec(batch_tokens=2048, dtype="float32", max_steps=int(sys.argv[2])))
-train(TrainJob(student=folder / "student", caches=(folder / "cache",), output=folder / "out", spec=run), Silent())
+train(Training(student=folder / "student", caches=(folder / "cache",), output=folder / "out", spec=run), Silent())
 found["train"] = peak[0]
 over.set()
 watcher.join()

@@ -15,7 +15,7 @@ from kdpipe.manifests.plan import read_plan
 from kdpipe.manifests.specs import RunSpec, TrainSpec
 from kdpipe.pipeline.launch import launch
 from kdpipe.stages.models.own_code import code_digest
-from kdpipe.stages.train.job import TrainJob
+from kdpipe.stages.train.training import Training
 
 SETS = ("--set", "train.dtype=float32", "train.max_steps=2", "train.batch_tokens=600")
 
@@ -97,7 +97,7 @@ def test_a_finished_run_is_of_the_code_it_ran(main: Main, bench: Bench, tmp_path
 
 def test_every_rank_looks_at_the_digest_itself(bench: Bench, tmp_path: Path) -> None:
     student = make_own_student(tmp_path)
-    job = TrainJob(
+    training = Training(
         student=student,
         caches=(bench.cache,),
         output=tmp_path / "out",
@@ -107,7 +107,7 @@ def test_every_rank_looks_at_the_digest_itself(bench: Bench, tmp_path: Path) -> 
     )
     (student / "modeling_tiny.py").write_text((student / "modeling_tiny.py").read_text() + "# more\n")
     with pytest.raises(StudentError, match="the code has changed"):
-        launch(train_and_record, job, nproc=2)
+        launch(train_and_record, training, nproc=2)
     assert not (tmp_path / "student ran").exists()
 
 

@@ -366,7 +366,7 @@ class FakeForecast:
 
 
 @dataclass(kw_only=True)
-class FakeJob:
+class FakeTraining:
     student: Path
     caches: tuple[Path, ...]
     output: Path
@@ -399,15 +399,15 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
         os.write(1, b"a library says hello\n")
         return Cache.open(folder)
 
-    def train(job: object, progress: object, found: object = None) -> dict[str, object]:
-        calls.append((job, type(progress).__name__))
+    def train(training: object, progress: object, found: object = None) -> dict[str, object]:
+        calls.append((training, type(progress).__name__))
         return {"loss": 1.5}
 
     def evaluate_student(*args: object, **options: object) -> dict[str, float]:
         calls.append((*args, options))
         return {"heldout_kl": 0.25}
 
-    def check_job(job: object, nproc: int) -> object:
+    def check_training(training: object, nproc: int) -> object:
         calls.append(("check", nproc))
         return types.SimpleNamespace(inputs="as found")
 
@@ -415,8 +415,8 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
         "extract": {"ExtractSpec": ExtractSpec, "forecast": forecast, "extract": extract},
         "train": {
             "train": train,
-            "TrainJob": FakeJob,
-            "check_job": check_job,
+            "Training": FakeTraining,
+            "check_training": check_training,
             "__path__": [str(ROOT / "stages" / "train")],
         },
         "evaluate": {"evaluate_student": evaluate_student},
@@ -490,17 +490,17 @@ TRAIN = ("train", "--student", "s", "--cache", "c1", "c2", "--output", "nowhere"
 def test_one_process_trains_in_this_one(main: Main, stages: list) -> None:
     code, out, _ = main(*TRAIN, "--set", "train.lr=0.5", "--json")
     assert (code, json.loads(out)) == (0, {"loss": 1.5})
-    (_, nproc), (job, progress) = stages
-    assert (nproc, job.caches, job.spec.train.lr) == (1, (Path("c1"), Path("c2")), 0.5)
-    assert (job.device, progress) == ("cpu", "ConsoleProgress")
+    (_, nproc), (training, progress) = stages
+    assert (nproc, training.caches, training.spec.train.lr) == (1, (Path("c1"), Path("c2")), 0.5)
+    assert (training.device, progress) == ("cpu", "ConsoleProgress")
 
 
 def test_the_digest_of_own_code_reaches_every_stage_that_loads_it(main: Main, stages: list, cache: Path) -> None:
     flag = ("--trust-remote-code", "ABCDEF012345")
     for line in (("plan", *DATA), ("extract", *DATA, "--cache", cache), TRAIN, ("eval", *RUN[:4])):
         assert main(*line, *flag)[0] == 0
-    (planned,), (extracted, *_), _, (job, _), (*_, evaluated) = stages
-    told = (planned.options.trust, extracted.options.trust, job.trust, evaluated["trust"])
+    (planned,), (extracted, *_), _, (training, _), (*_, evaluated) = stages
+    told = (planned.options.trust, extracted.options.trust, training.trust, evaluated["trust"])
     assert told == ("abcdef012345",) * 4
 
 

@@ -19,14 +19,14 @@ EVAL = ("eval", "--student", "s", "--cache", "c")
 STAGES = {
     "extract": "kdpipe.stages.extract.extract",
     "plan": "kdpipe.stages.extract.forecast",
-    "train": "kdpipe.stages.train.check_job",
+    "train": "kdpipe.stages.train.check_training",
     "eval": "kdpipe.stages.evaluate.evaluate_student",
 }
 
 
 @pytest.fixture
 def given(main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    """What a command gives to its stage, which goes no further: the spec or the job, of eval the options by name."""
+    """What a command gives to its stage, which goes no further: spec or training, of eval the options by name."""
     monkeypatch.chdir(tmp_path)
 
     def of(*words: str) -> Any:

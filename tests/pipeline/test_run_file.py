@@ -56,9 +56,14 @@ def test_every_command_reads_its_part_of_one_file(run: Callable[..., Any], main:
     assert (made.teacher, made.data) == (Path("t"), (Path("d1"), Path("d2")))
     assert (made.dtype, made.engine) == ("float32", "transformers")
     assert (made.data_spec.max_length, made.rows, made.seed, made.batch_tokens) == (77, "all", 5, 64)
-    job = run("train")
-    assert (job.student, job.caches, job.output, job.io) == (Path("s"), (Path("c"),), Path("o"), "pread")
-    assert (job.trust, job.spec.loss.kd_weight, job.spec.train.lr) == ("abcdef012345", 0.5, 0.5)
+    training = run("train")
+    assert (training.student, training.caches, training.output, training.io) == (
+        Path("s"),
+        (Path("c"),),
+        Path("o"),
+        "pread",
+    )
+    assert (training.trust, training.spec.loss.kd_weight, training.spec.train.lr) == ("abcdef012345", 0.5, 0.5)
     measured = run("eval")
     assert (measured["dtype"], measured["batch_tokens"], measured["io"]) == ("float16", 9, "pread")
     assert main("plan", "--config", "run.toml") == (4, "", "E-STUDENT s: no such folder\n"), "it is compared with"

@@ -17,8 +17,8 @@ from kdpipe.manifests.specs import RunSpec
 from kdpipe.stages.ranks import joined
 from kdpipe.stages.train import train
 from kdpipe.stages.train.checkpoint import Checkpoints, file_name
-from kdpipe.stages.train.job import TrainJob, find
 from kdpipe.stages.train.run import Run
+from kdpipe.stages.train.training import Training, find
 
 
 class Recorder(Silent):
@@ -61,24 +61,24 @@ class Seeds(Recorder):
             dist.all_gather_object(self.seeds[-1], torch.initial_seed())
 
 
-def train_and_record(job: TrainJob) -> dict[str, list[float]]:
+def train_and_record(training: Training) -> dict[str, list[float]]:
     """Train as this rank; losses, gradient norms and tokens of every step, and how many seeds the ranks had in all."""
     torch.set_num_threads(1)
     recorder = Seeds()
-    train(job, recorder)
+    train(training, recorder)
     found = {field: recorder.values("step", field) for field in ("loss/mean", "grad_norm", "num_tokens")}
     return found | {"num_seeds": [len({seed for step in recorder.seeds for seed in step})]}
 
 
-def first_gradients(jobs: Mapping[str, TrainJob], folder: Path) -> None:
-    """Gradients of each job's first step, gathered from all ranks, under the model's own names; its sums; its scores.
+def first_gradients(trainings: Mapping[str, Training], folder: Path) -> None:
+    """Gradients of each first step, gathered from all ranks, under the model's own names; its sums; its scores.
 
     Rank 0 saves them as folder/NAME; the scores are those of the evaluation before the first step.
     """
     torch.set_num_threads(1)
     with joined(torch.device("cpu")) as ranks:
-        for name, job in jobs.items():
-            run = Run(job, find(job), ranks)
+        for name, training in trainings.items():
+            run = Run(training, find(training), ranks)
             scores = run.evaluate_now(Silent())
             sums = run.trainer.backward(0, run.batches.num_supervised(0))
             whole = {
@@ -104,18 +104,18 @@ class Logged(Silent):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_on_two_caches(job: TrainJob, other: Path) -> None:
+def train_on_two_caches(training: Training, other: Path) -> None:
     """Train as this rank; the second one has another cache."""
     if os.environ["RANK"] == "1":
-        job = dataclasses.replace(job, caches=(other,))
-    train(job, Silent())
+        training = dataclasses.replace(training, caches=(other,))
+    train(training, Silent())
 
 
-def train_until(job: TrainJob, kill: str) -> None:
+def train_until(training: Training, kill: str) -> None:
     """Train, logging steps to OUTPUT.log; die at the event "step:7", or at the failpoint "checkpoint:named#2"."""
     torch.set_num_threads(1)
     failpoints.arm(kill)
-    train(job, Logged(job.output.with_suffix(".log"), kill))
+    train(training, Logged(training.output.with_suffix(".log"), kill))
 
 
 def read_steps(output: Path) -> dict[int, str]:
@@ -127,24 +127,24 @@ def read_steps(output: Path) -> dict[int, str]:
     return steps
 
 
-def train_logged(job: TrainJob) -> dict[int, float]:
+def train_logged(training: Training) -> dict[int, float]:
     """Train as this rank; the loss of every step it took."""
     torch.set_num_threads(1)
     recorder = Recorder()
-    train(job, recorder)
+    train(training, recorder)
     steps = (int(step) for step in recorder.values("step", "step"))
     return dict(zip(steps, recorder.values("step", "loss/mean"), strict=True))
 
 
-def train_and_keep_tasks(job: TrainJob) -> list[tuple[str, int | None, int]]:
+def train_and_keep_tasks(training: Training) -> list[tuple[str, int | None, int]]:
     """Train as this rank; every task's name, total and what was done of it."""
     torch.set_num_threads(1)
     recorder = Recorder()
-    train(job, recorder)
+    train(training, recorder)
     return recorder.tasks
 
 
-def train_saying_when(job: TrainJob, folder: Path) -> dict[str, object]:
+def train_saying_when(training: Training, folder: Path) -> dict[str, object]:
     """Train as this rank; rank 0 makes the file folder/stepped at the second step."""
 
     class Sayer(Silent):
@@ -153,7 +153,7 @@ def train_saying_when(job: TrainJob, folder: Path) -> dict[str, object]:
                 (folder / "stepped").touch()
 
     torch.set_num_threads(1)
-    return train(job, Sayer() if os.environ["RANK"] == "0" else Silent())
+    return train(training, Sayer() if os.environ["RANK"] == "0" else Silent())
 
 
 def newest_of_two(output: Path) -> list[tuple[int, str]]:

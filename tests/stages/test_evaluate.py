@@ -10,7 +10,7 @@ from tests.models import make_model, make_tokenizer
 from tests.stages import by_hand
 from tests.stages.conftest import STUDENTS
 from tests.stages.ranks import Recorder
-from tests.stages.train.test_train import job_for
+from tests.stages.train.test_train import training_for
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.progress import Progress, Silent
@@ -52,7 +52,7 @@ def test_an_evaluation_on_the_way_takes_the_first_samples_up_to_its_tokens(
     some = heldout[: max(int((lengths.cumsum() <= tokens).sum()), 1)]
     assert len(some) < len(heldout)
     recorder = Recorder()
-    train(job_for(bench, tmp_path, eval_tokens=tokens, eval_every=1, max_steps=2, lr=1e-12), recorder)
+    train(training_for(bench, tmp_path, eval_tokens=tokens, eval_every=1, max_steps=2, lr=1e-12), recorder)
     for name, value in by_hand.scores(bench, some).items():
         assert recorder.values("eval", name)[:2] == pytest.approx([value] * 2, rel=2e-5), name
     assert recorder.values("eval", "num_tokens")[2] == by_hand.scores(bench, heldout)["num_tokens"]
@@ -60,9 +60,9 @@ def test_an_evaluation_on_the_way_takes_the_first_samples_up_to_its_tokens(
 
 def test_a_student_is_measured_on_what_it_held_out_itself(bench: Bench, tmp_path: Path) -> None:
     """Not on what the cache holds out, where nothing else is asked."""
-    job = job_for(bench, tmp_path, max_steps=1)
-    spec = job.spec.model_copy(update={"data": DataSpec(heldout_fraction=0.6)})
-    metrics = train(dataclasses.replace(job, spec=spec), Silent())
+    training = training_for(bench, tmp_path, max_steps=1)
+    spec = training.spec.model_copy(update={"data": DataSpec(heldout_fraction=0.6)})
+    metrics = train(dataclasses.replace(training, spec=spec), Silent())
     cache = Cache.open(bench.cache)
     counts = {share: int(cache.num_supervised()[cache.heldout(share)].sum()) for share in (0.1, 0.25, 0.6)}
     assert len(set(counts.values())) == 3
@@ -73,7 +73,7 @@ def test_a_student_is_measured_on_what_it_held_out_itself(bench: Bench, tmp_path
 
 
 def test_a_student_that_saw_what_is_measured_is_said_so(bench: Bench, tmp_path: Path) -> None:
-    train(job_for(bench, tmp_path, max_steps=1), Silent())
+    train(training_for(bench, tmp_path, max_steps=1), Silent())
     notes = {}
     for share in (None, 0.1, 0.25, 0.3):
         recorder = Recorder()

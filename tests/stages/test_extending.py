@@ -27,7 +27,7 @@ from kdpipe.stages.teacher import ENGINES
 from kdpipe.stages.teacher.engine import Ack, Request
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 from kdpipe.stages.train import train
-from kdpipe.stages.train.job import TrainJob
+from kdpipe.stages.train.training import Training
 
 
 class InMemory:
@@ -98,7 +98,7 @@ def test_a_codec_of_ones_own(bench: Bench, tmp_path: Path, monkeypatch: pytest.M
     for number, folder in enumerate((cache.path, bench.cache)):
         run = RunSpec(train=TrainSpec(lr=1e-3, batch_tokens=600, dtype="float32", max_steps=3))
         output, log = tmp_path / f"out{number}", Recorder()
-        train(TrainJob(student=bench.student, caches=(folder,), output=output, spec=run, device="cpu"), log)
+        train(Training(student=bench.student, caches=(folder,), output=output, spec=run, device="cpu"), log)
         steps.append(log.values("step", "loss/mean"))
     assert steps[0] != steps[1]
     assert steps[0] == pytest.approx(steps[1], rel=2e-3)

@@ -56,8 +56,8 @@ from kdpipe.stages.feed.dataset import of_caches
 from kdpipe.stages.feed.packing import PackedBatch
 from kdpipe.stages.ranks import joined
 from kdpipe.stages.teacher import gate, rows, transformers_engine
-from kdpipe.stages.train.job import find
 from kdpipe.stages.train.run import Run
+from kdpipe.stages.train.training import find
 
 GIB = 1 << 30
 ROWS_A_SAMPLE = 16
@@ -90,10 +90,10 @@ def unverified() -> Iterator[None]:
 
 def timed_feed(run: Run, folder: Path) -> TimedFeed:
     """The run's feed on the cache opened anew: nothing of it was touched yet."""
-    spec = run.job.spec.train
+    spec = run.training.spec.train
     return TimedFeed(
         of_caches([Cache.open(folder)]),
-        run.training,
+        run.train_samples,
         seed=spec.seed,
         batch_tokens=spec.batch_tokens,
         padded=run.student.padded,
@@ -132,7 +132,7 @@ def measure_checkpoints(run: Run, repetitions: int) -> dict[str, list[float]]:
         files = [path for path in run.checkpoints.path(run.trainer.done).iterdir() if path.suffix == ".safetensors"]
         data = np.concatenate([np.fromfile(path, np.uint8) for path in files])
         os.sync()
-        shares["written once"].append(sum(write_once(run.job.output / "plain", data)) / step / SAVE_EVERY)
+        shares["written once"].append(sum(write_once(run.training.output / "plain", data)) / step / SAVE_EVERY)
     return shares
 
 
@@ -337,7 +337,7 @@ def main() -> None:
                 share(f"{case}: a plan, a shard", {"kdpipe": spent.pop("ms")}, unit="ms", digits=1)
                 share(case, spent, unit="share of an extraction")
             with joined(torch.device("cpu")) as ranks:
-                run = Run(sweep.job, find(sweep.job), ranks)
+                run = Run(sweep.training, find(sweep.training), ranks)
                 spent = measure_reading(run, cache, repetitions)
                 share(f"reading rows {width} wide, student 4x256", spent, unit="share of a training epoch")
                 if sizes is TEACHER:

@@ -39,8 +39,8 @@ from kdpipe.stages.feed.packing import PackedBatch
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import joined
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
-from kdpipe.stages.train.job import TrainJob, find
 from kdpipe.stages.train.run import Run
+from kdpipe.stages.train.training import Training, find
 
 STUDENTS = 4
 TEACHER = {
@@ -79,7 +79,7 @@ class Sweep:
         self.spec = ExtractSpec(teacher=teacher, data=(data,), device="cpu")
         self.engine = TransformersEngine(ModelFolder(teacher, TeacherError), dtype="bfloat16", device="cpu")
         self.model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16)
-        self.job = TrainJob(
+        self.training = Training(
             student=student,
             caches=(folder / "cache-0",),
             output=folder / "out",
@@ -148,7 +148,7 @@ def measure(folder: Path, num_samples: int, repetitions: int) -> dict[str, list[
     sweep.extract(0)
     cache = Cache.open(folder / "cache-0")
     with joined(torch.device("cpu")) as ranks:
-        run = Run(sweep.job, find(sweep.job), ranks)
+        run = Run(sweep.training, find(sweep.training), ranks)
         sweep.train(run, 0)  # kernels are compiled for every length of batch
         for repetition in range(1, repetitions + 1):
             times = {}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.conftest import Bench
 from tests.opened import teacher_in
-from tests.stages.train.test_train import job_for
+from tests.stages.train.test_train import training_for
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import DataError, TeacherError, TemporaryError
@@ -28,7 +28,7 @@ from kdpipe.stages.teacher.engine import Ack, Request
 from kdpipe.stages.teacher.head import read_head
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 from kdpipe.stages.train import train
-from kdpipe.stages.train.job import find
+from kdpipe.stages.train.training import find
 
 SERVE = """
 import sys
@@ -181,10 +181,10 @@ def test_what_passes_by_becomes_the_cache_and_is_not_asked_of_the_teacher_again(
 def test_a_student_of_a_ring_is_the_student_of_a_cache_bit_for_bit(bench: Bench, tmp_path: Path) -> None:
     results = []
     for name in ("cache", "ring"):
-        job = job_for(bench, tmp_path / name, max_steps=None, epochs=2, eval_every=2)
-        found = find(job)
+        training = training_for(bench, tmp_path / name, max_steps=None, epochs=2, eval_every=2)
+        found = find(training)
         if name == "cache":
-            results.append(train(job, Silent(), found))
+            results.append(train(training, Silent(), found))
             continue
         ours, theirs = make_ring(1 << 16)
         command = [sys.executable, "-c", SERVE, str(ours), str(bench.teacher), str(bench.cache)]
@@ -193,7 +193,7 @@ def test_a_student_of_a_ring_is_the_student_of_a_cache_bit_for_bit(bench: Bench,
         with RingReader(theirs, patience_s=120) as ring:
             rows = rows_of(ring, Cache.open(bench.cache))
             dataset = Dataset(found.dataset.tables, [replace(found.dataset.teachers[0], rows=rows)])
-            results.append(train(job, Silent(), replace(found, dataset=dataset)))
+            results.append(train(training, Silent(), replace(found, dataset=dataset)))
             ring.finish()
             assert ring.take("the end") is None
         assert teacher.wait(20) == 0

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import Bench
 from tests.stages.student.ways import take, train_in_every_way
-from tests.stages.train.test_train import job_for
+from tests.stages.train.test_train import training_for
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from kdpipe.manifests.specs import FsdpSpec
 from kdpipe.pipeline.launch import launch
 from kdpipe.stages.student.sharding import _offload
-from kdpipe.stages.train.job import TrainJob
+from kdpipe.stages.train.training import Training
 
 PLAIN = FsdpSpec()
 COPIES = FsdpSpec(shard_size=1)
@@ -26,18 +26,22 @@ Found = tuple[dict[str, list[float]], Path]
 
 
 @pytest.fixture(scope="module")
-def job(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainJob]:
+def training(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Training]:
     folder = tmp_path_factory.mktemp("ways")
     steps = {"max_steps": STEPS, "epochs": 9}
-    return lambda name, way, **changes: take(job_for(bench, folder / name, **steps), way, **changes)
+    return lambda name, way, **changes: take(training_for(bench, folder / name, **steps), way, **changes)
 
 
 @pytest.fixture(scope="module")
-def found(job: Callable[..., TrainJob]) -> Found:
+def found(training: Callable[..., Training]) -> Found:
     """What two ranks log, and where the students are."""
-    jobs = {"plain": job("plain", PLAIN), "copies": job("copies", COPIES), "on the cpu": job("on the cpu", ON_CPU)}
-    switched = job("switched", PLAIN)
-    logged = launch(train_in_every_way, jobs, switched, [COPIES, PLAIN, ON_CPU, COPIES], nproc=2)
+    trainings = {
+        "plain": training("plain", PLAIN),
+        "copies": training("copies", COPIES),
+        "on the cpu": training("on the cpu", ON_CPU),
+    }
+    switched = training("switched", PLAIN)
+    logged = launch(train_in_every_way, trainings, switched, [COPIES, PLAIN, ON_CPU, COPIES], nproc=2)
     return logged, switched.output.parent
 
 
@@ -74,21 +78,23 @@ def test_an_optimizer_on_the_cpu_is_asked_of_fsdp(device: str, pinned: bool) -> 
 
 @pytest.mark.slow
 def test_compiled_layers_take_the_steps_of_the_plain_run(bench: Bench, tmp_path: Path) -> None:
-    jobs = {
-        way: take(job_for(bench, tmp_path / way, max_steps=STEPS, epochs=9), spec, grad_checkpointing=way == "all")
+    trainings = {
+        way: take(training_for(bench, tmp_path / way, max_steps=STEPS, epochs=9), spec, grad_checkpointing=way == "all")
         for way, spec in {"plain": PLAIN, "compiled": COMPILED, "all": ALL}.items()
     }
-    logged = launch(train_in_every_way, jobs, jobs["plain"], [], nproc=2)
+    logged = launch(train_in_every_way, trainings, trainings["plain"], [], nproc=2)
     for way in ("compiled", "all"):
         assert_as_plain((logged, tmp_path), way)
         assert logged[f"graphs of {way}"] > logged["graphs of plain"] == [0]
 
 
 @pytest.mark.slow
-def test_two_groups_of_two_ranks_take_the_steps_of_the_plain_run(job: Callable[..., TrainJob], tmp_path: Path) -> None:
-    jobs = {"plain": job("four", PLAIN), "two by two": job("two by two", FsdpSpec(shard_size=2))}
-    switched = job("two by two, then four", PLAIN)
-    logged = launch(train_in_every_way, jobs, switched, [FsdpSpec(shard_size=2), PLAIN, COPIES], nproc=4)
+def test_two_groups_of_two_ranks_take_the_steps_of_the_plain_run(
+    training: Callable[..., Training], tmp_path: Path
+) -> None:
+    trainings = {"plain": training("four", PLAIN), "two by two": training("two by two", FsdpSpec(shard_size=2))}
+    switched = training("two by two, then four", PLAIN)
+    logged = launch(train_in_every_way, trainings, switched, [FsdpSpec(shard_size=2), PLAIN, COPIES], nproc=4)
     assert (logged["mesh of plain"], logged["mesh of two by two"]) == ([4], [2, 2])
     assert logged["two by two"] == pytest.approx(logged["plain"], rel=2e-5)
     assert logged["switched"] == pytest.approx(logged["plain"], rel=2e-5)

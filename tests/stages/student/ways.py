@@ -12,22 +12,22 @@ from torch.distributed.tensor import DTensor
 from kdpipe.manifests.errors import TemporaryError
 from kdpipe.manifests.specs import FsdpSpec
 from kdpipe.stages.ranks import joined
-from kdpipe.stages.train.job import TrainJob, find
 from kdpipe.stages.train.run import Run
+from kdpipe.stages.train.training import Training, find
 
 CPU = torch.device("cpu")
 
 
-def take(job: TrainJob, way: FsdpSpec, **changes: object) -> TrainJob:
-    """The job with its student lying on its ranks in another way."""
-    train = job.spec.train.model_copy(update={"fsdp": way, **changes})
-    return replace(job, spec=job.spec.model_copy(update={"train": train}))
+def take(training: Training, way: FsdpSpec, **changes: object) -> Training:
+    """The training with its student lying on its ranks in another way."""
+    train = training.spec.train.model_copy(update={"fsdp": way, **changes})
+    return replace(training, spec=training.spec.model_copy(update={"train": train}))
 
 
 def train_in_every_way(
-    jobs: Mapping[str, TrainJob], switched: TrainJob, ways: list[FsdpSpec]
+    trainings: Mapping[str, Training], switched: Training, ways: list[FsdpSpec]
 ) -> dict[str, list[float]]:
-    """Loss and gradient norm of every step of each job, from start to export.
+    """Loss and gradient norm of every step of each training, from start to export.
 
     Beside it the number of graphs that torch.compile made, and the mesh of ranks. And of `switched`, which takes a step
     in each of the ways but the last, is asked to stop after it, and goes on from its checkpoint in the next one.
@@ -35,9 +35,9 @@ def train_in_every_way(
     torch.set_num_threads(1)
     with joined(CPU) as ranks:
         found = {}
-        for name, job in jobs.items():
+        for name, training in trainings.items():
             counters.clear()
-            run = Run(job, find(job), ranks)
+            run = Run(training, find(training), ranks)
             found[name] = _trained(run)
             found[f"graphs of {name}"] = [counters["stats"]["unique_graphs"]]
             (first, *_) = run.student.parameters()
@@ -45,9 +45,9 @@ def train_in_every_way(
             found[f"mesh of {name}"] = list(first.device_mesh.shape)
         found["switched"] = []
         for number, way in enumerate(ways, start=1):
-            job = take(switched, way)
+            training = take(switched, way)
             stop = (signal.SIGTERM,) if number < len(ways) else ()
-            found["switched"] += _trained(Run(job, find(job), ranks), stop)
+            found["switched"] += _trained(Run(training, find(training), ranks), stop)
         return found
 
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from tests.conftest import Bench
 from tests.faults.powercut import LostError, Place, PowerCut
 from tests.stages.ranks import Recorder
-from tests.stages.train.test_train import job_for
+from tests.stages.train.test_train import training_for
 
 from kdpipe.manifests.errors import KdpipeError
 from kdpipe.manifests.run import CheckpointRecord, read_run
 from kdpipe.stages.train import checkpoint, train
 from kdpipe.stages.train.checkpoint import CHECKPOINTS, Checkpoints
-from kdpipe.stages.train.job import TrainJob, check_job
+from kdpipe.stages.train.training import Training, check_training
 
 FLUSHES: list[list[Place]] = [
     [("make_folder", "live")],
@@ -44,9 +44,9 @@ accord, in any order, which this one does not."""
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def job_in(bench: Bench, folder: Path) -> TrainJob:
+def training_in(bench: Bench, folder: Path) -> Training:
     (folder).mkdir()
-    return job_for(bench, folder / "new" / "out", max_steps=4, batch_tokens=900, save_every=1, keep=2)
+    return training_for(bench, folder / "new" / "out", max_steps=4, batch_tokens=900, save_every=1, keep=2)
 
 
 @contextmanager
@@ -87,26 +87,26 @@ def newest(output: Path) -> int:
     return found.step if found else 0
 
 
-def train_and_check(job: TrainJob, disk: PowerCut, scratch: Path) -> None:
+def train_and_check(training: Training, disk: PowerCut, scratch: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         promises = Promises(patch, disk, scratch)
-        train(job, Recorder())
+        train(training, Recorder())
         assert promises.steps == [1, 2, 3]
     left = promises.output()
     with kept():
         record = read_run(left)
         assert record is not None
         assert record.num_steps == 4
-        for path in job.output.iterdir():
+        for path in training.output.iterdir():
             if path.name != "events.jsonl":
                 assert (left / path.name).read_bytes() == path.read_bytes(), path.name
         load_file(left / "model.safetensors")
 
 
 def test_no_cut_loses_a_checkpoint_or_the_student(bench: Bench, tmp_path: Path) -> None:
-    job = job_in(bench, tmp_path / "live")
+    training = training_in(bench, tmp_path / "live")
     with PowerCut(tmp_path / "live") as disk:
-        train_and_check(job, disk, tmp_path / "now")
+        train_and_check(training, disk, tmp_path / "now")
     assert sorted(disk.places) == sorted(place for places in (*FLUSHES, EARLY) for place in places)
 
 
@@ -118,15 +118,15 @@ def test_a_run_goes_on_after_a_cut_at_any_flush(stride: int, bench: Bench, tmp_p
         cuts.append(tmp_path / f"cut{len(cuts)}")
         disk.restore(cuts[-1])
 
-    job = job_in(bench, tmp_path / "live")
+    training = training_in(bench, tmp_path / "live")
     with PowerCut(tmp_path / "live", after_flush=cut):
-        train(job, Recorder())
-    weights = (job.output / "model.safetensors").read_bytes()
+        train(training, Recorder())
+    weights = (training.output / "model.safetensors").read_bytes()
     assert len(cuts) > 12
     for left in cuts[::stride]:
         output = left / "new" / "out"
-        again = job_for(bench, output, max_steps=4, batch_tokens=900, save_every=1, keep=2)
-        check_job(again, 1)  # as the command does first: it tidies up after a run that was finished
+        again = training_for(bench, output, max_steps=4, batch_tokens=900, save_every=1, keep=2)
+        check_training(again, 1)  # as the command does first: it tidies up after a run that was finished
         train(again, Recorder())
         assert (output / "model.safetensors").read_bytes() == weights, left.name
         assert not (output / CHECKPOINTS).exists()
@@ -134,11 +134,11 @@ def test_a_run_goes_on_after_a_cut_at_any_flush(stride: int, bench: Bench, tmp_p
 
 @pytest.mark.parametrize("places", FLUSHES, ids=lambda places: "+".join(map("-".join, places)))
 def test_every_flush_is_needed(places: list[Place], bench: Bench, tmp_path: Path) -> None:
-    job = job_in(bench, tmp_path / "live")
+    training = training_in(bench, tmp_path / "live")
 
     def cut() -> None:
         with PowerCut(tmp_path / "live", skip=places) as disk:
-            train_and_check(job, disk, tmp_path / "now")
+            train_and_check(training, disk, tmp_path / "now")
 
     with pytest.raises(LostError):
         cut()

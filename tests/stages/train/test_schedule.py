@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import Bench
 from tests.stages.ranks import Recorder
-from tests.stages.train.test_train import job_for
+from tests.stages.train.test_train import training_for
 
 from kdpipe.manifests.specs import TrainSpec
 from kdpipe.stages.train import train
@@ -45,5 +45,5 @@ def test_a_warm_up_of_all_steps_never_falls() -> None:
 def test_a_step_is_taken_and_logged_at_its_own_rate(bench: Bench, tmp_path: Path) -> None:
     """Four steps without a floor; the optimizer has the rate that is logged, see test_train_steps."""
     recorder = Recorder()
-    train(job_for(bench, tmp_path, lr=2e-3, schedule="linear", warmup_ratio=0.25, max_steps=4), recorder)
+    train(training_for(bench, tmp_path, lr=2e-3, schedule="linear", warmup_ratio=0.25, max_steps=4), recorder)
     assert recorder.values("step", "lr") == pytest.approx([1e-3, 2e-3, 2e-3 * 2 / 3, 2e-3 / 3], rel=1e-12)

@@ -1,6 +1,6 @@
-"""A training job: what it is asked to do, and what is found wrong with it before a rank starts or a file is written.
+"""A training: what it is asked to do, and what is found wrong with it before a rank starts or a file is written.
 
-TrainJob -> find (folders and caches, opened and read once) -> check_job -> the ranks, with what was found
+Training -> find (folders and caches, opened and read once) -> check_training -> the ranks, with what was found
 """
 
 import os
@@ -35,7 +35,7 @@ STATE_BYTES = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainJob:
+class Training:
     """One student to train.
 
     student: folder that from_pretrained loads
@@ -65,7 +65,7 @@ class TrainJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Found:
-    """What a job names, opened: each is asked about once in a process.
+    """What a training names, opened: each is asked about once in a process.
 
     notes: what whoever watches should know of the caches, a line each
     rows_are_kept: the teacher's rows are there when the run has ended, so that more can be measured on them
@@ -83,54 +83,54 @@ class Found:
         return self.dataset.split(self.inputs.heldout_fraction)
 
 
-def find(job: TrainJob) -> Found:
+def find(training: Training) -> Found:
     """Open the student's folder and the caches. Raises what reading them raises."""
-    model = ModelFolder(job.student, StudentError, job.trust)
-    caches = open_caches(job)
+    model = ModelFolder(training.student, StudentError, training.trust)
+    caches = open_caches(training)
     dataset = of_caches(caches)
-    inputs = job.inputs or run_inputs(job, model, dataset)
-    return Found(model=model, dataset=dataset, inputs=inputs, notes=tuple(_notes(job, caches)))
+    inputs = training.inputs or run_inputs(training, model, dataset)
+    return Found(model=model, dataset=dataset, inputs=inputs, notes=tuple(_notes(training, caches)))
 
 
-def check_job(job: TrainJob, nproc: int, found: Found | None = None) -> Found:
+def check_training(training: Training, nproc: int, found: Found | None = None) -> Found:
     """Raises every input error that can be found before a rank is started or a file written.
 
     nproc: ranks in all
     found: what was opened already
     """
-    require_nobody_in(job.output)
-    if job.resume not in ("auto", "never") and not (Path(job.resume) / CHECKPOINT_FILE).exists():
+    require_nobody_in(training.output)
+    if training.resume not in ("auto", "never") and not (Path(training.resume) / CHECKPOINT_FILE).exists():
         raise ConfigError(
             f"no checkpoint here: {CHECKPOINT_FILE} is missing; checkpoints are folders as OUTPUT/{CHECKPOINTS}/000100",
-            where=f"--resume {job.resume}",
+            where=f"--resume {training.resume}",
         )
-    found = found or find(job)
+    found = found or find(training)
     check_student(found.model, found.dataset.teachers[0])
-    for path, plan in zip(job.caches, found.dataset.plans, strict=True):
-        _check_settings(job.spec, path, plan)
+    for path, plan in zip(training.caches, found.dataset.plans, strict=True):
+        _check_settings(training.spec, path, plan)
     require_context(found.model, found.dataset, np.arange(len(found.dataset)))
-    find_divergence(job.spec.loss.divergence).resolve(job.spec.loss.options)
-    training, _ = found.samples
-    if not len(training):
+    find_divergence(training.spec.loss.divergence).resolve(training.spec.loss.options)
+    train_samples, _ = found.samples
+    if not len(train_samples):
         raise ConfigError(
             "every sample is held out, none is left to train on; lower data.heldout_fraction", where="data"
         )
-    require_samples(training, nproc)
-    device = pick_device(job.device)
+    require_samples(train_samples, nproc)
+    device = pick_device(training.device)
     # torchrun over several machines: of its WORLD_SIZE ranks only these are on the GPUs of this one.
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", nproc))
     if device.type == "cuda" and ranks_here > torch.cuda.device_count():
         raise ConfigError(f"{ranks_here} ranks for {torch.cuda.device_count()} GPUs", where="--nproc")
-    _check_fsdp(job.spec.train.fsdp, device, nproc)
-    output = Output(job.output)
+    _check_fsdp(training.spec.train.fsdp, device, nproc)
+    output = Output(training.output)
     output.settle(found.inputs)
     if (record := output.finished(found.inputs)) is None:
-        _require_room(job, found.model, output.require_free())
-    elif job.resume != "auto" and record.metrics is not None:
+        _require_room(training, found.model, output.require_free())
+    elif training.resume != "auto" and record.metrics is not None:
         raise ConfigError(
-            f"it holds this run's student already, so --resume {job.resume} has nothing to do; to train it again "
+            f"it holds this run's student already, so --resume {training.resume} has nothing to do; to train it again "
             "remove the folder or choose another --output, to see its figures leave the option out",
-            where=job.output,
+            where=training.output,
         )
     return found
 
@@ -147,14 +147,14 @@ def _check_fsdp(fsdp: FsdpSpec, device: torch.device, nproc: int) -> None:
         require_compiler(device)
 
 
-def open_caches(job: TrainJob) -> list[Cache]:
-    """The caches of a job. One that grew since the run began, or ended, is what it was then."""
-    then = job.inputs.caches if job.inputs else Output(job.output).began_with(job.resume) or ()
-    began: Sequence[str | None] = then if len(then) == len(job.caches) else [None] * len(job.caches)
-    return [Cache.open(path, io=job.io, fingerprint=one) for path, one in zip(job.caches, began, strict=True)]
+def open_caches(training: Training) -> list[Cache]:
+    """The caches of a training. One that grew since the run began, or ended, is what it was then."""
+    then = training.inputs.caches if training.inputs else Output(training.output).began_with(training.resume) or ()
+    began: Sequence[str | None] = then if len(then) == len(training.caches) else [None] * len(training.caches)
+    return [Cache.open(path, io=training.io, fingerprint=one) for path, one in zip(training.caches, began, strict=True)]
 
 
-def _notes(job: TrainJob, caches: Sequence[Cache]) -> Iterator[str]:
+def _notes(training: Training, caches: Sequence[Cache]) -> Iterator[str]:
     """What may not be as the user thinks. Raises CacheError for caches that hold the same texts."""
     for cache in caches:
         if read_plan(cache.path).num_samples > len(cache):
@@ -164,24 +164,24 @@ def _notes(job: TrainJob, caches: Sequence[Cache]) -> Iterator[str]:
             )
     yield from shared_samples(caches)
     shares = {cache.plan.heldout_fraction for cache in caches}
-    if len(shares) > 1 and heldout_fraction(job.spec) is None:
+    if len(shares) > 1 and heldout_fraction(training.spec) is None:
         yield (
             f"these caches hold out {' and '.join(map(str, sorted(shares)))} of their samples: {max(shares)} is held "
             "out of all, so that no text is held out of one and trained on from another; data.heldout_fraction sets it"
         )
 
 
-def _require_room(job: TrainJob, model: ModelFolder, there: Path) -> None:
+def _require_room(training: Training, model: ModelFolder, there: Path) -> None:
     """The trained student and its checkpoints must fit the disk of a folder. Raises SpaceError."""
-    student, free = num_bytes(job.student), shutil.disk_usage(there).free
-    spec = job.spec.train
+    student, free = num_bytes(training.student), shutil.disk_usage(there).free
+    spec = training.spec.train
     width = {torch.float32: 4}.get(checkpoint_dtype(model), 2)
     kept = (spec.keep + 1) * student // width * STATE_BYTES if spec.save_every else 0
     if student + kept > free:
         raise SpaceError(
             f"the trained student takes {student:,} bytes and its checkpoints {kept:,}, {free:,} are free; free some "
             "room, lower train.keep, or make no checkpoints with train.save_every=0",
-            where=job.output,
+            where=training.output,
         )
 
 
@@ -201,16 +201,16 @@ def _check_settings(spec: RunSpec, cache: Path, plan: Plan) -> None:
             )
 
 
-def run_inputs(job: TrainJob, model: ModelFolder, dataset: Dataset) -> RunInputs:
-    """What the job's result depends on, [data] as the caches were made (the first, where they differ), not as asked."""
-    fraction, made = heldout_fraction(job.spec), dataset.plans[0].settings
+def run_inputs(training: Training, model: ModelFolder, dataset: Dataset) -> RunInputs:
+    """What its result depends on, [data] as the caches were made (the first, where they differ), not as asked."""
+    fraction, made = heldout_fraction(training.spec), dataset.plans[0].settings
     fraction = dataset.heldout_fraction if fraction is None else fraction
     used = {"max_length": made.max_length, "overlong": made.overlong, "supervise": made.supervise}
-    data = job.spec.data.model_copy(update={**used, "heldout_fraction": fraction})
+    data = training.spec.data.model_copy(update={**used, "heldout_fraction": fraction})
     return RunInputs(
         student=model.digest(),
-        tokenizer=digest_tokenizer(job.student),
+        tokenizer=digest_tokenizer(training.student),
         caches=tuple(plan.fingerprint.overall() for plan in dataset.plans),
         heldout_fraction=fraction,
-        spec=job.spec.model_copy(update={"data": data}),
+        spec=training.spec.model_copy(update={"data": data}),
     )
