@@ -18,7 +18,7 @@ FLOORS = (
     {"draws", "ranks"},
     {"prepare", "feed"},
     {"models"},
-    {"loss", "teacher"},
+    {"loss", "teacher", "rollout"},
     {"student", "extract"},
     {"evaluate"},
     {"train"},

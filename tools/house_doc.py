@@ -15,7 +15,7 @@ HEAD = """# The house
 `stages/` does the work; `pipeline/` is the command line. A room imports downwards only. Inside `stages/` there are
 floors, and a stage imports lower floors only (`tests/test_layers.py`):
 
-    draws, ranks  <  prepare, feed  <  models  <  loss, teacher  <  student, extract  <  evaluate  <  train
+    draws, ranks  <  prepare, feed  <  models  <  loss, teacher, rollout  <  student, extract  <  evaluate  <  train
 
 ## The way of a record and of its rows
 
