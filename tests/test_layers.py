@@ -15,9 +15,10 @@ MAY_IMPORT = {
 }
 MANIFESTS_MAY_USE = {"numpy", "ml_dtypes", "pyarrow", "zstandard", "pydantic", "xxhash", "crc32c"}
 FLOORS = (
-    {"draws", "ranks"},
+    {"draws", "ranks", "rows"},
     {"prepare", "feed"},
     {"models"},
+    {"sglang"},
     {"loss", "teacher", "rollout"},
     {"student", "extract"},
     {"evaluate"},

@@ -15,7 +15,8 @@ HEAD = """# The house
 `stages/` does the work; `pipeline/` is the command line. A room imports downwards only. Inside `stages/` there are
 floors, and a stage imports lower floors only (`tests/test_layers.py`):
 
-    draws, ranks  <  prepare, feed  <  models  <  loss, teacher, rollout  <  student, extract  <  evaluate  <  train
+    draws, ranks, rows  <  prepare, feed  <  models  <  sglang  <  loss, teacher, rollout  <  student, extract
+        <  evaluate  <  train  <  live
 
 ## The way of a record and of its rows
 
@@ -26,8 +27,9 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       tokenised                        prepare/tokens.py -> manifests/sample.py           ids and mask
       planned                          extract/reading.py, planning.py, staging.py -> manifests/plan.py,
                                        samples.py, shard_table.py                           PLAN.json and two tables
-      asked of the teacher             extract/requests.py -> teach.py -> teacher/ (sglang/, transformers_engine.py)
-      its rows written in place        teacher/sglang/sink.py -> extract/shelf.py -> manifests/shard.py
+      asked of the teacher             extract/requests.py -> teach.py -> teacher/transformers_engine.py,
+                                       sglang_engine.py -> sglang/
+      its rows written in place        sglang/sink.py -> extract/shelf.py -> manifests/shard.py
       checked, then committed          teacher/gate.py -> manifests/shard.py, claims.py   shards/, commits/
 
     kdpipe train

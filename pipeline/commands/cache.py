@@ -157,8 +157,8 @@ def in_words(found: dict[str, Any]) -> dict[str, object]:
 
 
 def _recomputed(opened: Cache, teacher: Path, run: RunFile, count: int) -> "Recomputed":
+    from kdpipe.manifests.engine import EngineOptions
     from kdpipe.stages.extract.recompute import recompute  # torch takes seconds: only where it is asked for
-    from kdpipe.stages.teacher.engine import EngineOptions
 
     with results_only(), watch("cache verify", EventLog(None)) as progress:
         return recompute(opened, teacher, count, progress, options=EngineOptions.of(run))

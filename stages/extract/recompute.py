@@ -15,6 +15,7 @@ import numpy as np
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.codec import CODECS, as_stored
 from kdpipe.manifests.compare import TOLERANCE, row_distance
+from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.specs import Device
@@ -25,7 +26,7 @@ from kdpipe.stages.extract.teach import teach
 from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.teacher import engine_class
-from kdpipe.stages.teacher.engine import EngineOptions, Request
+from kdpipe.stages.teacher.engine import Request
 from kdpipe.stages.teacher.gate import admit
 
 

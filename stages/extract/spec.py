@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.specs import (
     SHARD_TOKENS,
     DataSpec,
@@ -13,7 +14,6 @@ from kdpipe.manifests.specs import (
     RunFile,
 )
 from kdpipe.stages.models.device import pick_device
-from kdpipe.stages.teacher.engine import EngineOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

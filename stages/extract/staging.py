@@ -61,9 +61,9 @@ from kdpipe.stages.extract.spec import ExtractSpec
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.head import Head
 from kdpipe.stages.models.tokenizer import save_tokenizer
+from kdpipe.stages.rows import as_array
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.head import read_head
-from kdpipe.stages.teacher.rows import as_array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

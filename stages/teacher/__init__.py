@@ -18,7 +18,7 @@ from kdpipe.stages.teacher.engine import TeacherEngine
 
 ENGINES: dict[str, str | type[TeacherEngine]] = {
     "transformers": "kdpipe.stages.teacher.transformers_engine:TransformersEngine",
-    "sglang": "kdpipe.stages.teacher.sglang.teacher:SglangTeacher",
+    "sglang": "kdpipe.stages.teacher.sglang_engine:SglangTeacher",
 }
 """Engines by name, as "module:class" or as the class."""
 
@@ -34,7 +34,7 @@ def engine_class(name: str) -> type[TeacherEngine]:
 
 
 SGLANG_TRIED = {"LlamaForCausalLM", "Qwen3ForCausalLM"}
-"""Architectures whose rows were compared with transformers' (tests/stages/teacher/sglang/test_teacher.py)."""
+"""Architectures whose rows were compared with transformers' (tests/stages/teacher/test_sglang_engine.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,8 +25,8 @@ import torch
 from kdpipe.manifests.compare import TOLERANCE, row_distance
 from kdpipe.manifests.errors import GateError, TeacherError
 from kdpipe.stages.models.head import Head
+from kdpipe.stages.rows import as_tensor, checksum, not_finite
 from kdpipe.stages.teacher.engine import Ack, Request
-from kdpipe.stages.teacher.rows import as_tensor, checksum, not_finite
 
 FLOAT32_SLACK = 1e-3
 OWN_IDS, OTHER_IDS = 4, 3

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.teacher import HeadRecord
 from kdpipe.stages.models.head import Head
+from kdpipe.stages.rows import TORCH_DTYPES
 from kdpipe.stages.teacher.describe import TeacherInfo
-from kdpipe.stages.teacher.rows import TORCH_DTYPES
 
 
 def read_head(info: TeacherInfo) -> Head:

@@ -65,7 +65,7 @@ def register() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from kdpipe.stages.teacher.sglang import sink
+    from kdpipe.stages.sglang import sink
 
     HookRegistry.register(PROCESSOR + "process_batch_result_prefill", on_batch, HookType.BEFORE)
     HookRegistry.register(PROCESSOR + "_append_prefill_hidden_states", on_request, HookType.BEFORE)

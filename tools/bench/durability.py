@@ -51,11 +51,12 @@ from kdpipe.manifests.claims import Claims
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import NO_DIGEST, Commit, Shard, ShardWriter, commit_path, shard_path
+from kdpipe.stages import rows
 from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.dataset import of_caches
 from kdpipe.stages.feed.packing import PackedBatch
 from kdpipe.stages.ranks import joined
-from kdpipe.stages.teacher import gate, rows, transformers_engine
+from kdpipe.stages.teacher import gate, transformers_engine
 from kdpipe.stages.train.run import Run
 from kdpipe.stages.train.training import find
 

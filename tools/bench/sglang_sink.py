@@ -45,7 +45,7 @@ def serve_bare(descriptor: int) -> None:
     import sglang
     import torch
 
-    from kdpipe.stages.teacher.sglang.session import name_semaphores
+    from kdpipe.stages.sglang.session import name_semaphores
 
     os.set_inheritable(descriptor, False)
     name_semaphores()
@@ -99,6 +99,7 @@ class Bench:
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         from tests.models import make_model, make_tokenizer
 
+        from kdpipe.manifests.engine import EngineOptions
         from kdpipe.manifests.errors import TeacherError
         from kdpipe.manifests.progress import Silent
         from kdpipe.manifests.samples import Samples
@@ -106,11 +107,10 @@ class Bench:
         from kdpipe.stages.extract import ExtractSpec
         from kdpipe.stages.extract.staging import staged
         from kdpipe.stages.models.folder import ModelFolder
+        from kdpipe.stages.sglang.arguments import host_environment, server_arguments
+        from kdpipe.stages.sglang.session import Session, members
         from kdpipe.stages.teacher.describe import describe_teacher
-        from kdpipe.stages.teacher.engine import EngineOptions
-        from kdpipe.stages.teacher.sglang.arguments import host_environment, server_arguments
-        from kdpipe.stages.teacher.sglang.session import Session, members
-        from kdpipe.stages.teacher.sglang.teacher import SglangTeacher
+        from kdpipe.stages.teacher.sglang_engine import SglangTeacher
 
         sizes = TEACHER | HEADS | {"hidden_size": options.hidden, "num_hidden_layers": options.layers}
         sizes["intermediate_size"] = options.hidden * 11 // 4
@@ -144,7 +144,8 @@ class Bench:
         bare.mkdir()
         ours, theirs = socket.socketpair()
         model = ModelFolder(teacher, TeacherError)
-        arguments = server_arguments(teacher, describe_teacher(model), options.device, engine_options)
+        longest = describe_teacher(model).max_positions
+        arguments = server_arguments(teacher, dtype, longest, options.device, engine_options)
         environment = host_environment(folder, options.device, engine_options)
         environment.pop("KDPIPE_SINK")
         self.bare = Session(
@@ -192,7 +193,7 @@ class Bench:
 
     def prefill(self) -> float:
         """Seconds of the prompts through kdpipe's engine with nothing asked for."""
-        from kdpipe.stages.teacher.sglang.host import Prompt
+        from kdpipe.stages.sglang.host import Prompt
 
         prompts = [
             Prompt(key=(0, number, 0), token_ids=np.array(ids, np.int32), order=None, scored=())

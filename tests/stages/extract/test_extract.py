@@ -41,7 +41,7 @@ from kdpipe.manifests.specs import DataSpec, Dtype
 from kdpipe.manifests.verify import repair
 from kdpipe.stages.extract import ExtractSpec, extract, forecast, planning, staging
 from kdpipe.stages.models.formula import logit_formula
-from kdpipe.stages.teacher.rows import as_tensor
+from kdpipe.stages.rows import as_tensor
 
 
 def spec_for(folder: Path, teacher: Path, **changes: object) -> ExtractSpec:

@@ -17,8 +17,8 @@ from kdpipe.manifests.samples import Samples
 from kdpipe.stages.extract import ExtractSpec
 from kdpipe.stages.extract.requests import PROBES, shard_requests
 from kdpipe.stages.extract.shards import CANARY_TOKENS
+from kdpipe.stages.rows import checksum
 from kdpipe.stages.teacher.engine import Ack, Request, RowTarget
-from kdpipe.stages.teacher.rows import checksum
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
 

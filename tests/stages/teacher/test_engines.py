@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
+from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import ConfigError
+from kdpipe.stages.sglang.version import TRIED
 from kdpipe.stages.teacher import engine_class, pick_engine
-from kdpipe.stages.teacher.engine import EngineOptions
-from kdpipe.stages.teacher.sglang.teacher import TRIED
 
 
 def test_importing_the_stage_loads_no_torch() -> None:

@@ -14,6 +14,7 @@ from tests.stages.teacher.make_requests import make_request
 
 from kdpipe.manifests.errors import GateError, TeacherError
 from kdpipe.stages.models.head import Head
+from kdpipe.stages.rows import checksum
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Ack, Request
 from kdpipe.stages.teacher.gate import (
@@ -26,7 +27,6 @@ from kdpipe.stages.teacher.gate import (
     rounding,
 )
 from kdpipe.stages.teacher.head import read_head
-from kdpipe.stages.teacher.rows import checksum
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
 DTYPES = ("float32", "bfloat16")

@@ -15,8 +15,8 @@ from tests.opened import teacher_in
 from tests.stages.teacher.make_requests import make_request, pass_the_gate
 
 from kdpipe.manifests.errors import TeacherError
+from kdpipe.stages.rows import TORCH_DTYPES, as_tensor
 from kdpipe.stages.teacher.engine import Request
-from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
 
 

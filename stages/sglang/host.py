@@ -29,8 +29,8 @@ import numpy as np
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.nearest import nearest
-from kdpipe.stages.teacher.sglang.session import name_semaphores
-from kdpipe.stages.teacher.sglang.sink import Order, Sink
+from kdpipe.stages.sglang.session import name_semaphores
+from kdpipe.stages.sglang.sink import Order, Sink
 
 SWITCH = "KDPIPE_SINK"
 """Set to 1 by process.py for its own host only: other SGLang engines of the environment stay as they are."""

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kdpipe.stages.teacher.sglang.session import LOOK_S, SHARED_MEMORY, Session, members, semaphore_prefix
+from kdpipe.stages.sglang.session import LOOK_S, SHARED_MEMORY, Session, members, semaphore_prefix
 
 # The leader starts a child that ignores signals and makes a semaphore and a mapping, and then a grandchild.
 LEADER = """
 import mmap, multiprocessing, os, signal, subprocess, sys, time
-from kdpipe.stages.teacher.sglang.session import name_semaphores
+from kdpipe.stages.sglang.session import name_semaphores
 
 def child(lock, name):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -92,7 +92,7 @@ def test_a_session_ends_with_the_process_that_started_it(tmp_path: Path) -> None
     script.write_text(LEADER)
     own = SHARED_MEMORY / f"sgl_test_{tmp_path.name}_{time.monotonic_ns()}"
     code = (
-        "import sys, time; from pathlib import Path; from kdpipe.stages.teacher.sglang.session import Session\n"
+        "import sys, time; from pathlib import Path; from kdpipe.stages.sglang.session import Session\n"
         f"session = Session([sys.executable, {str(script)!r}, {str(own)!r}], env={{}}, folder=Path({str(folder)!r}))\n"
         "print(session.id, flush=True); time.sleep(600)"
     )

@@ -28,7 +28,7 @@ OWN_NAMES = ("sgl_", "sglang_", "psm_", "torch_")
 END_S = 20.0
 
 
-GUARD = "from kdpipe.stages.teacher.sglang.session import guard; import sys; sys.exit(guard(sys.argv[1:]))"
+GUARD = "from kdpipe.stages.sglang.session import guard; import sys; sys.exit(guard(sys.argv[1:]))"
 LOOK_S = 10.0
 """Longest time between two looks of the guard at the session's shared memory; most of it is made at the start."""
 

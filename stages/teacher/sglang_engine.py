@@ -14,7 +14,6 @@ Cost: about 15 s to start on a CPU; then SGLang's own prefill. Measured by tools
 
 # Shapes: n tokens of one sample, R rows kept of it, K rows probed, E teacher width.
 
-import importlib.metadata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,22 +21,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdpipe.manifests.errors import ConfigError, EngineError, GateError
+from kdpipe.manifests.engine import EngineOptions
+from kdpipe.manifests.errors import EngineError, GateError
 from kdpipe.manifests.specs import SHARD_TOKENS, Device, Dtype
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.head import Head
+from kdpipe.stages.rows import TORCH_DTYPES, checksum
+from kdpipe.stages.sglang.arguments import check_options, server_arguments
+from kdpipe.stages.sglang.host import Answer, Failed, Key, Prompt
+from kdpipe.stages.sglang.process import SglangProcess
+from kdpipe.stages.sglang.sink import Order, Receipt, runs_of
+from kdpipe.stages.sglang.version import sglang_version
 from kdpipe.stages.teacher.canary import compare_rows
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
-from kdpipe.stages.teacher.engine import Ack, Canary, Determinism, EngineOptions, Request
-from kdpipe.stages.teacher.rows import TORCH_DTYPES, checksum
-from kdpipe.stages.teacher.sglang.arguments import check_options, server_arguments
-from kdpipe.stages.teacher.sglang.host import Answer, Failed, Key, Prompt
-from kdpipe.stages.teacher.sglang.process import SglangProcess
-from kdpipe.stages.teacher.sglang.sink import Order, Receipt, runs_of
+from kdpipe.stages.teacher.engine import Ack, Canary, Determinism, Request
 from kdpipe.stages.teacher.transformers_engine import TransformersEngine
-
-TRIED = ("0.5.23",)
-"""Versions of SGLang that the tests ran with."""
 
 PROBE_EVERY = 128
 IN_FLIGHT_TOKENS = 2 * SHARD_TOKENS
@@ -56,27 +54,14 @@ class SglangTeacher:
         self.notes: list[str] = []
         self._folder, self._dtype, self._device, self._options = folder, dtype, device, options
         self._info = describe_teacher(folder, dtype)
-        arguments = server_arguments(folder.place, self._info, device, options)
+        arguments = server_arguments(folder.place, self._dtype, self._info.max_positions, device, options)
         self.process = SglangProcess(folder.path, arguments, device, options)
         self._run = 0
 
     @classmethod
     def version(cls) -> str:
         """Raises ConfigError where SGLang is absent or was not tried."""
-        try:
-            version = importlib.metadata.version("sglang")
-        except importlib.metadata.PackageNotFoundError:
-            raise ConfigError(
-                "sglang is not installed; on a GPU machine: pip install 'kdpipe[sglang]', without a GPU: make sglang",
-                where="--engine sglang",
-            ) from None
-        if version not in TRIED:
-            raise ConfigError(
-                f"sglang {version} is installed, kdpipe was tried with {' and '.join(TRIED)}; install one of these, "
-                "or use --engine transformers",
-                where="--engine sglang",
-            )
-        return f"sglang {version} torch {torch.__version__}"
+        return sglang_version()
 
     @classmethod
     def determinism(cls, device: Device, options: EngineOptions) -> Determinism:

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kdpipe.stages.teacher.rows import as_array, as_tensor, checksum, not_finite
+from kdpipe.stages.rows import as_array, as_tensor, checksum, not_finite
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 

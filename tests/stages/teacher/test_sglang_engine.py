@@ -22,6 +22,7 @@ from tests.models import make_model, make_own, make_tokenizer
 from tests.opened import teacher_in
 from tests.stages.teacher.make_requests import NUMPY_DTYPES, WIDTH, make_request, pass_the_gate
 
+from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import ConfigError, EngineError, KdpipeError, TeacherError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.shard import commit_path
@@ -30,13 +31,13 @@ from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.extract.shards import fill, missing_shards
 from kdpipe.stages.extract.staging import Staged, staged
 from kdpipe.stages.models.own_code import code_digest
+from kdpipe.stages.rows import TORCH_DTYPES, as_tensor
+from kdpipe.stages.sglang.host import SWITCH
+from kdpipe.stages.sglang.session import SHARED_MEMORY, members
 from kdpipe.stages.teacher.describe import describe_teacher
-from kdpipe.stages.teacher.engine import EngineOptions, Request, RowTarget
+from kdpipe.stages.teacher.engine import Request, RowTarget
 from kdpipe.stages.teacher.head import read_head
-from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_tensor
-from kdpipe.stages.teacher.sglang.host import SWITCH
-from kdpipe.stages.teacher.sglang.session import SHARED_MEMORY, members
-from kdpipe.stages.teacher.sglang.teacher import SglangTeacher
+from kdpipe.stages.teacher.sglang_engine import SglangTeacher
 
 pytestmark = pytest.mark.timeout(600)
 SIZES = {"max_position_embeddings": 600}

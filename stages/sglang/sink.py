@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import xxhash
 
-from kdpipe.stages.teacher.rows import as_array
+from kdpipe.stages.rows import as_array
 
 KEY, RUNS_KEY = "kdpipe", "kdpipe_runs"
 OPEN_FILES = 4

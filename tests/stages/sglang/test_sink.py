@@ -10,8 +10,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe.stages.teacher.rows import TORCH_DTYPES, as_array
-from kdpipe.stages.teacher.sglang.sink import OPEN_FILES, Order, Receipt, Sink, runs_of
+from kdpipe.stages.rows import TORCH_DTYPES, as_array
+from kdpipe.stages.sglang.sink import OPEN_FILES, Order, Receipt, Sink, runs_of
 
 WIDTH = 5
 

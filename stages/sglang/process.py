@@ -18,17 +18,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import ConfigError, EngineError, KdpipeError, TeacherError
 from kdpipe.manifests.specs import Device
-from kdpipe.stages.teacher.engine import EngineOptions
-from kdpipe.stages.teacher.sglang.arguments import host_environment
-from kdpipe.stages.teacher.sglang.host import Failed, Ready
-from kdpipe.stages.teacher.sglang.session import Session
+from kdpipe.stages.sglang.arguments import host_environment
+from kdpipe.stages.sglang.host import Failed, Ready
+from kdpipe.stages.sglang.session import Session
 
 START_TIMEOUT_S = 1800.0
 """A large teacher is read from a network disk in this time."""
 
-HOST = "from kdpipe.stages.teacher.sglang.host import main; import sys; main(int(sys.argv[1]))"
+HOST = "from kdpipe.stages.sglang.host import main; import sys; main(int(sys.argv[1]))"
 
 
 class SglangProcess:

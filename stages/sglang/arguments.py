@@ -9,11 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import ConfigError
-from kdpipe.manifests.specs import Device
-from kdpipe.stages.teacher.describe import TeacherInfo
-from kdpipe.stages.teacher.engine import EngineOptions
-from kdpipe.stages.teacher.sglang.host import SWITCH
+from kdpipe.manifests.specs import Device, Dtype
+from kdpipe.stages.sglang.host import SWITCH
 
 CPU_TOKENS = 65536
 """Tokens of KV cache on a CPU, where SGLang would otherwise take a share of the machine's memory."""
@@ -45,14 +44,20 @@ def check_options(options: EngineOptions, device: Device) -> None:
             raise ConfigError(f"'{name}' is set by kdpipe; see kdpipe extract --help", where="--engine-arg")
 
 
-def server_arguments(path: Path, info: TeacherInfo, device: Device, options: EngineOptions) -> dict[str, Any]:
-    """SGLang's ServerArgs, pure. `path` must hold the very code that options.trust allows, where it allows any."""
+def server_arguments(
+    path: Path, dtype: Dtype, max_positions: int | None, device: Device, options: EngineOptions
+) -> dict[str, Any]:
+    """SGLang's ServerArgs, pure.
+
+    path: must hold the very code that options.trust allows, where it allows any
+    max_positions: longest input the model's config allows, None where it names none
+    """
     check_options(options, device)
     given = {name: parsed(value) for name, value in options.arguments}
     arguments: dict[str, Any] = {
         "model_path": str(path),
         "device": device,
-        "dtype": info.dtype,
+        "dtype": dtype,
         "tp_size": options.tp,
         "dp_size": options.dp,
         "ep_size": options.ep,
@@ -75,11 +80,11 @@ def server_arguments(path: Path, info: TeacherInfo, device: Device, options: Eng
             # Of memory that others use too; the cache itself is bounded by max_total_tokens.
             "mem_fraction_static": options.mem_fraction or 0.5,
             "sleep_on_idle": True,
-            "max_total_tokens": max(CPU_TOKENS, 2 * (info.max_positions or 0)),
+            "max_total_tokens": max(CPU_TOKENS, 2 * (max_positions or 0)),
         }
-    if info.max_positions is not None:
+    if max_positions is not None:
         # SGLang keeps six places of the context for itself; the plan has no sample longer than the model's own.
-        arguments["context_length"] = info.max_positions + SPARE_POSITIONS
+        arguments["context_length"] = max_positions + SPARE_POSITIONS
     return {name: value for name, value in (arguments | given).items() if value is not None}
 
 
