@@ -9,18 +9,18 @@ import contextlib
 import hashlib
 import os
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import ClassVar, Final, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from kdpipe.manifests.durable import QUARANTINE, canonical, read_small
+from kdpipe.manifests.durable import QUARANTINE, read_small
 from kdpipe.manifests.errors import CacheError, LayoutError
 from kdpipe.manifests.made_with import last_extraction
+from kdpipe.manifests.prepared import Ancestor, Count, Prepared, SamplesFingerprint, SamplesSettings
 from kdpipe.manifests.record import Record, first_problem
-from kdpipe.manifests.shard_table import NO_SHARDS, SHARDS_FILE, ShardTable, read_shards
-from kdpipe.manifests.specs import MAX_SHARD_TOKENS, Dtype, RowsChoice
+from kdpipe.manifests.shard_table import SHARDS_FILE, ShardTable, read_shards
+from kdpipe.manifests.specs import Dtype, RowsChoice
 from kdpipe.manifests.teacher import HeadRecord
 
 FORMAT_VERSION: Final = 2
@@ -32,25 +32,12 @@ SAMPLES_FILE = "samples.arrow"
 GROWN = "grown"
 FOLDERS = ("shards", "commits", "claims", "tmp", "runs", "teacher")
 
-Count = Annotated[int, Field(ge=0)]
-ShardCount = Annotated[int, Field(ge=0, lt=1 << 31)]
-"""Numbers of shards are int32 in samples.arrow."""
 
-
-class Fingerprint(Record):
+class Fingerprint(SamplesFingerprint):
     """What a cache was made of, each part a digest or a short setting; equal fingerprints mean equal rows."""
 
     teacher: str
     """sha256 of the teacher's config and its weight files' names, sizes and xxh3-128, and of its own code if it ran."""
-    tokenizer: str
-    """sha256 of the tokenizer's definition."""
-    template: str
-    """sha256 of the chat template."""
-    data: str
-    """sha256 over every sample's id, number of tokens, token ids and mask, in order."""
-
-    def overall(self) -> str:
-        return hashlib.sha256(canonical(self.model_dump())).hexdigest()
 
 
 class EngineRecord(Record):
@@ -66,79 +53,34 @@ class EngineRecord(Record):
     """What else was asked of the engine that decides what the rows are: quantization, arguments by its own names."""
 
 
-class Settings(Record):
+class Settings(SamplesSettings):
     """The choices that decide which rows exist."""
 
-    max_length: int
-    overlong: str
-    supervise: str
     rows: RowsChoice
     codec: str
     """A name in kdpipe.manifests.codec.CODECS."""
     dtype: Dtype
     seed: int
     """Fixes which rows the gate probes."""
-    shard_tokens: Annotated[int, Field(ge=1, le=MAX_SHARD_TOKENS)]
-    """Tokens a shard holds at most; a longer sample has one of its own."""
 
 
-class Ancestor(Record):
-    """An earlier plan of a cache that grew: its shards are the first ones and carry its digest."""
-
-    plan: str
-    samples_digest: str
-    shards_digest: str
-    num_shards: ShardCount
-    """Shards it has, those of the plans before it too."""
-
-
-class Plan(Record):
+class Plan(Prepared):
     """PLAN.json, and the shards' bounds, which lie beside it."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    FILE: ClassVar[str] = PLAN_FILE
 
     format_version: Literal[2] = FORMAT_VERSION
     fingerprint: Fingerprint
     settings: Settings
     engine: EngineRecord
     head: HeadRecord
-    num_samples: Count
-    num_tokens: Count
-    num_rows: Count
-    heldout_fraction: float
-    counts: dict[str, int]
-    """What prepare did: samples read, kept, truncated, dropped and why."""
-    samples_digest: str
-    """sha256 of samples.arrow."""
-    shards_digest: str
-    """sha256 of shards.arrow."""
-    num_shards: ShardCount
-    """Shards of the cache, those of the plans before this one too."""
-    vocabulary_digest: str
-    """sha256 of the tokenizer's id-to-token table: what a student's tokenizer must agree with."""
     teacher_files: dict[str, str]
     """xxh3-128 of every file in teacher/, by its name there."""
-    grown_from: tuple[Ancestor, ...]
-    """The plans before this one, oldest first; none in a cache that never grew."""
-    shards: ShardTable = Field(default_factory=lambda: NO_SHARDS, exclude=True)
-    """Of the whole cache; not in PLAN.json but in the shards.arrow of every generation."""
-
-    def to_bytes(self) -> bytes:
-        return canonical(self.model_dump(mode="json"))
-
-    def changed(self, **changes: object) -> "Plan":
-        """This plan with other fields. Unlike model_copy it does not keep the digest of the old ones."""
-        return Plan.model_validate({name: getattr(self, name) for name in Plan.model_fields} | changes)
 
     @cached_property
     def digest(self) -> str:
         """sha256 of PLAN.json; every shard and commit record that it brought carries it."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
-
-    @property
-    def generation(self) -> int:
-        """How often the cache grew."""
-        return len(self.grown_from)
 
     def as_ancestor(self) -> Ancestor:
         """What a plan that follows this one says of it."""
@@ -152,11 +94,6 @@ class Plan(Record):
     def digest_in(self, shard: int) -> str:
         """Digest of the plan that brought a shard."""
         return next((before.plan for before in self.grown_from if shard < before.num_shards), self.digest)
-
-    def brought(self) -> list[range]:
-        """Numbers of the shards that each generation brought."""
-        edges = [0, *(before.num_shards for before in self.grown_from), self.num_shards]
-        return [range(*pair) for pair in pairwise(edges)]
 
 
 def plan_folder(cache: Path, generation: int) -> Path:

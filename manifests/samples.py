@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from kdpipe.manifests.durable import open_regular
 from kdpipe.manifests.errors import CorruptError, LayoutError
-from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Plan, plan_folder
+from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, plan_folder
+from kdpipe.manifests.prepared import Prepared
 from kdpipe.manifests.sample import ID_BYTES, Sample, SampleTokens, num_rows
 from kdpipe.manifests.shard_table import NO_SHARDS, SHARDS_FILE, ShardTable
 from kdpipe.manifests.specs import Io
@@ -155,15 +156,15 @@ class Samples:
     The files are checked against their digests when the first column is asked for.
     """
 
-    def __init__(self, cache: Path, plan: Plan, io: Io = "mmap") -> None:
+    def __init__(self, cache: Path, plan: Prepared, io: Io = "mmap") -> None:
         self.plan, self.folder = plan, cache
         self.paths = [plan_folder(cache, generation) / SAMPLES_FILE for generation in range(plan.generation + 1)]
         brought = plan.brought()
         self._first = [numbers.start for numbers in brought]
         self._good = False
         for path in self.paths:
-            if not path.with_name(PLAN_FILE).exists():
-                raise LayoutError("PLAN.json is missing; put it back from a copy", where=path.parent)
+            if not path.with_name(plan.FILE).exists():
+                raise LayoutError(f"{plan.FILE} is missing; put it back from a copy", where=path.parent)
         self._readers = [
             _open_samples(path, len(numbers), io) for path, numbers in zip(self.paths, brought, strict=True)
         ]
@@ -238,7 +239,7 @@ class Samples:
             with open(open_regular(path), "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != digest:
-                newest = plan_folder(Path(), self.plan.generation) / PLAN_FILE
+                newest = plan_folder(Path(), self.plan.generation) / self.plan.FILE
                 raise CorruptError(f"sha256 {found}, {newest} says {digest}", where=path, hint=SAMPLES_HINT)
         self._good = True
 

@@ -47,7 +47,7 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     incidents: Counter[str] = Counter()
     unread: Counter[str] = Counter()
     num_samples = num_tokens = total_rows = num_heldout = 0
-    read = read_samples(spec, info, tokenizer, lambda incident: incidents.update([incident.kind]), unread, progress)
+    read = read_samples(spec.reading(info), lambda incident: incidents.update([incident.kind]), unread, progress)
     with closing(read):
         for sample in read:
             num_samples += 1

@@ -23,7 +23,6 @@ from kdpipe.manifests import durable
 from kdpipe.manifests.durable import canonical, open_regular, scratch_name
 from kdpipe.manifests.errors import LayoutError
 from kdpipe.manifests.made_with import RUNS
-from kdpipe.manifests.plan import Plan, plan_folder
 from kdpipe.manifests.provenance import digest_json, digest_stream
 from kdpipe.manifests.record import Record, read_record
 from kdpipe.stages.prepare.files import list_files
@@ -61,12 +60,10 @@ class Inputs:
         self._seen: dict[str, tuple[SeenFile, bool]] = {}
 
     @classmethod
-    def of(cls, cache: Path, plan: Plan | None) -> "Inputs":
-        """What is remembered of a plan's; nothing where there is no plan, or what there is cannot be read."""
-        if plan is None:
-            return cls()
+    def of(cls, folder: Path) -> "Inputs":
+        """What is remembered in a plan's folder; nothing where it is missing or cannot be read."""
         try:
-            return cls(read_record(_place(cache, plan), Remembered))
+            return cls(read_record(folder / RUNS / INPUTS_FILE, Remembered))
         except (OSError, LayoutError):
             return cls()
 
@@ -114,10 +111,6 @@ class Inputs:
                 scratch.replace(folder / RUNS / INPUTS_FILE)
             finally:
                 scratch.unlink(missing_ok=True)
-
-
-def _place(cache: Path, plan: Plan) -> Path:
-    return plan_folder(cache, plan.generation) / RUNS / INPUTS_FILE
 
 
 def _seen(name: str, status: os.stat_result, digest: str) -> SeenFile:

@@ -22,6 +22,7 @@ from kdpipe.manifests.plan import (
     Fingerprint,
     Plan,
     Settings,
+    plan_folder,
 )
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json
@@ -31,7 +32,7 @@ from kdpipe.manifests.specs import (
 )
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.present import Present
-from kdpipe.stages.extract.reading import write_samples
+from kdpipe.stages.extract.reading import INCIDENTS, incident_notes, write_samples
 from kdpipe.stages.extract.spec import ExtractSpec
 from kdpipe.stages.models.vocabulary import real_vocab_size, vocabulary_digest
 from kdpipe.stages.teacher import engine_class, pick_engine
@@ -84,7 +85,6 @@ def plan_cache(
     spec: ExtractSpec,
     info: TeacherInfo,
     plan: Plan,
-    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     progress: Progress,
     *,
@@ -97,17 +97,22 @@ def plan_cache(
     """
     present = Present(cache) if (cache / PLAN_FILE).exists() else None
     (folder / "runs").mkdir()
-    written = write_samples(spec, info, tokenizer, folder, progress, plan=plan, present=present)
+    written = write_samples(
+        spec.reading(info),
+        folder,
+        progress,
+        vocab_size=plan.head.vocab_size,
+        shard_tokens=plan.settings.shard_tokens,
+        batch_tokens=plan.engine.batch_tokens,
+        every_row=spec.rows == "all",
+        present=present,
+    )
+    is_new = present is None or len(written.shards) > len(present.plan.shards)
+    for note in incident_notes(written.counts, f"{_log_name(present, is_new=is_new)} in the cache"):
+        progress.note(note)
     plan = plan.changed(
+        **written.fields(),
         fingerprint=plan.fingerprint.model_copy(update={"data": written.data_digest}),
-        num_samples=int(written.shards.num_samples.sum()),
-        num_tokens=int(written.shards.num_tokens.sum()),
-        num_rows=int(written.shards.num_rows.sum()),
-        counts=written.counts,
-        samples_digest=written.samples_digest,
-        shards_digest=written.shards_digest,
-        num_shards=len(written.shards),
-        shards=written.shards,
         teacher_files={} if present is None else present.plan.teacher_files,
         grown_from=() if present is None else present.ancestors(),
     )
@@ -122,6 +127,14 @@ def plan_cache(
     if spec.keep_rows:
         require_room(plan, folder, cache)
     return plan, True
+
+
+def _log_name(present: Present | None, *, is_new: bool) -> str:
+    """Where in the cache the incidents are listed. is_new: the data has samples that are not present"""
+    generation = 0 if present is None else present.plan.generation
+    if present is not None and is_new:
+        return str(plan_folder(Path(), generation + 1) / INCIDENTS)
+    return str(INCIDENTS) + (" and its like in grown/" if generation else "")
 
 
 def plan_without_samples(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,22 +14,48 @@ from transformers import PreTrainedTokenizerBase
 from kdpipe.manifests.errors import (
     DataError,
 )
-from kdpipe.manifests.plan import (
-    SAMPLES_FILE,
-    Plan,
-    plan_folder,
-)
+from kdpipe.manifests.plan import SAMPLES_FILE
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import KEPT, Incident, Sample
 from kdpipe.manifests.samples import SamplesWriter
 from kdpipe.manifests.shard_table import SHARDS_FILE, ShardTable, write_shards
+from kdpipe.manifests.specs import DataSpec
 from kdpipe.stages.extract.present import Present
-from kdpipe.stages.extract.spec import ExtractSpec
+from kdpipe.stages.models.context import Context
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.prepare import prepare
-from kdpipe.stages.teacher.describe import TeacherInfo
 
+INCIDENTS = Path("runs", "prepare.jsonl")
+"""Where, in the folder of the samples, what was cut or left out is listed."""
+TOTALS = ("read", "kept")
+NOT_READ = "not read: "
+"""What counts begin with and what a column's name follows; all else in them is a kind of incident."""
 NAMES, NAME_CHARS = 50, 60
 """Of columns that are not read, as many are named, at such a length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """Data files, and the model that their samples are for.
+
+    data: files and folders
+    spec: how they become samples
+    model: whose tokenizer, chat template and stop ids make them
+    who: what errors call the model: "teacher" or "student"
+    context: the longest sample that it takes; None where it names none
+    workers: processes that tokenise; None: as many as it is worth, up to one a core
+    """
+
+    data: tuple[Path, ...]
+    spec: DataSpec
+    model: ModelFolder
+    who: str
+    context: Context | None
+    workers: int | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.model.tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,60 +71,70 @@ class Written:
     samples_digest: str
     shards_digest: str
 
+    def fields(self) -> dict[str, object]:
+        """As a record of samples has them; data_digest is in its fingerprint."""
+        sums = {name: int(self.shards.columns[name].sum()) for name in ("num_samples", "num_tokens", "num_rows")}
+        digests = {"samples_digest": self.samples_digest, "shards_digest": self.shards_digest}
+        return sums | digests | {"counts": self.counts, "num_shards": len(self.shards), "shards": self.shards}
+
 
 def write_samples(
-    spec: ExtractSpec,
-    info: TeacherInfo,
-    tokenizer: PreTrainedTokenizerBase,
+    reading: Reading,
     folder: Path,
     progress: Progress,
     *,
-    plan: Plan,
-    present: Present | None,
+    vocab_size: int,
+    shard_tokens: int,
+    batch_tokens: int = 0,
+    every_row: bool = False,
+    present: Present | None = None,
 ) -> Written:
     """Write samples.arrow and shards.arrow, those left out that are present, and runs/prepare.jsonl.
 
+    vocab_size: ids that have a row in the head; the rest as in SamplesWriter
     Raises DataError for a token without a row in the head.
     """
     path = folder / SAMPLES_FILE
     writer = SamplesWriter(
         path,
-        shard_tokens=plan.settings.shard_tokens,
-        batch_tokens=plan.engine.batch_tokens,
-        every_row=spec.rows == "all",
+        shard_tokens=shard_tokens,
+        batch_tokens=batch_tokens,
+        every_row=every_row,
         after=None if present is None else present.samples,
     )
     kept = 0
     incidents: Counter[str] = Counter()
     unread: Counter[str] = Counter()
-    with open(folder / "runs" / "prepare.jsonl", "x", encoding="utf-8") as log:
+    with open(folder / INCIDENTS, "x", encoding="utf-8") as log:
 
         def record(incident: Incident) -> None:
             incidents[incident.kind] += 1
             log.write(json.dumps(asdict(incident)) + "\n")
 
-        with closing(read_samples(spec, info, tokenizer, record, unread, progress)) as samples:
+        with closing(read_samples(reading, record, unread, progress)) as samples:
             for sample in samples:
-                _check_ids(sample, plan.head.vocab_size, tokenizer)
+                _check_ids(sample, vocab_size, reading.tokenizer)
                 kept += 1
                 if present is None or not present.take(sample):
                     # The name alone: the same data from another place is the same cache.
                     writer.add(replace(sample, source=os.path.basename(sample.source)))
     brought = writer.close()
-    counts = counts_of(kept, incidents, unread)
-    log_name = _log_name(present, is_new=present is None or len(brought) > 0)
-    for kind, count in sorted(incidents.items()):
-        what = kind.replace("_", " ")
-        progress.note(f"{count} of {counts['read']} samples {what}: see {log_name} in the cache")
     with open(path, "rb") as file:
         samples_digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Written(
         shards=brought if present is None else ShardTable.joined([present.plan.shards, brought]),
-        counts=counts,
+        counts=counts_of(kept, incidents, unread),
         data_digest=writer.data_digest(),
         samples_digest=samples_digest,
         shards_digest=write_shards(folder / SHARDS_FILE, brought),
     )
+
+
+def incident_notes(counts: Mapping[str, int], log: str) -> Iterator[str]:
+    """What was cut or left out, a line a kind. log: where each is listed"""
+    for kind, count in counts.items():
+        if kind not in TOTALS and not kind.startswith(NOT_READ):
+            yield f"{count} of {counts['read']} samples {kind.replace('_', ' ')}: see {log}"
 
 
 def _check_ids(sample: Sample, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -111,44 +147,31 @@ def _check_ids(sample: Sample, vocab_size: int, tokenizer: PreTrainedTokenizerBa
         )
 
 
-def _log_name(present: Present | None, *, is_new: bool) -> str:
-    """Where in the cache the incidents are listed. is_new: the data has samples that are not present"""
-    generation = 0 if present is None else present.plan.generation
-    if present is not None and is_new:
-        return str(plan_folder(Path(), generation + 1) / "runs" / "prepare.jsonl")
-    return "runs/prepare.jsonl" + (" and its like in grown/" if generation else "")
-
-
 def read_samples(
-    spec: ExtractSpec,
-    info: TeacherInfo,
-    tokenizer: PreTrainedTokenizerBase,
-    record: Callable[[Incident], None],
-    unread: Counter[str],
-    progress: Progress,
+    reading: Reading, record: Callable[[Incident], None], unread: Counter[str], progress: Progress
 ) -> Generator[Sample, None, None]:
     """Every sample of the data, its records counted in `unread` by what they hold that is not read.
 
-    Raises DataError for a sample that is longer than the teacher takes.
+    Raises DataError for a sample that is longer than the model takes.
     """
     progress.begin("prepare", total=None, unit="samples")
     prepared = prepare(
-        spec.data,
-        tokenizer,
-        spec.data_spec,
+        reading.data,
+        reading.tokenizer,
+        reading.spec,
         on_incident=record,
-        stop_ids=info.folder.stop_ids,
+        stop_ids=reading.model.stop_ids,
         on_note=progress.note,
         unread=unread,
-        workers=spec.prepare_workers,
+        workers=reading.workers,
     )
     with closing(prepared):
         for sample in prepared:
-            if info.max_positions is not None and len(sample.token_ids) > info.max_positions:
+            context = reading.context
+            if context is not None and len(sample.token_ids) > context.tokens:
                 raise DataError(
-                    f"{len(sample.token_ids)} tokens, the teacher takes {info.max_positions} "
-                    f"(max_position_embeddings); --max-length {info.max_positions} cuts such samples, with "
-                    "--overlong drop it leaves them out",
+                    f"{len(sample.token_ids)} tokens, the {reading.who} takes {context.tokens} ({context.field}); "
+                    f"--max-length {context.tokens} cuts such samples, with --overlong drop it leaves them out",
                     where=f"{sample.source}:{sample.line}",
                 )
             progress.advance(1)
@@ -161,7 +184,7 @@ def read_samples(
 
 def counts_of(num_samples: int, incidents: Counter[str], unread: Counter[str]) -> dict[str, int]:
     dropped = sum(count for kind, count in incidents.items() if kind not in KEPT)
-    left = {f"not read: {name}": count for name, count in _shown(unread).items()}
+    left = {f"{NOT_READ}{name}": count for name, count in _shown(unread).items()}
     return {"read": num_samples + dropped, "kept": num_samples, **dict(sorted(incidents.items())), **left}
 
 

@@ -13,7 +13,10 @@ from kdpipe.manifests.specs import (
     RowsChoice,
     RunFile,
 )
+from kdpipe.stages.extract.reading import Reading
+from kdpipe.stages.models.context import Context
 from kdpipe.stages.models.device import pick_device
+from kdpipe.stages.teacher.describe import TeacherInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +88,18 @@ class ExtractSpec:
         of_places = {"teacher", "data", "group", "options", "check_inputs", "prepare_workers", "keep_rows"}
         chosen = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in of_places}
         return chosen | {"data_spec": self.data_spec.model_dump(mode="json")}
+
+    def reading(self, info: TeacherInfo) -> Reading:
+        """The data, read for this teacher."""
+        longest = info.max_positions
+        return Reading(
+            data=self.data,
+            spec=self.data_spec,
+            model=info.folder,
+            who="teacher",
+            context=None if longest is None else Context(tokens=longest, field="max_position_embeddings", rotary=False),
+            workers=self.prepare_workers,
+        )
 
     def resolved_device(self) -> Device:
         """cpu or cuda. Raises ConfigError where cuda is asked for and there is none."""

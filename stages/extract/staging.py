@@ -137,7 +137,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
     _require_free(cache)
     sweep(scratch_of(cache.absolute().parent, f".{cache.name}.plan"))
     existing = read_plan(cache) if (cache / PLAN_FILE).exists() else None
-    inputs = Inputs() if spec.check_inputs else Inputs.of(cache, existing)
+    inputs = Inputs() if spec.check_inputs or existing is None else Inputs.of(plan_folder(cache, existing.generation))
     wanted = plan_without_samples(spec, info, engine, tokenizer, inputs)
     if existing is not None:
         require_same(wanted, existing, cache)
@@ -154,7 +154,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
             yield Staged(plan=existing, teacher=teacher, read=lambda: read_head(info), cache=cache)
         return
     with _scratch_folder(spec, cache, is_there=existing is not None) as (folder, made), _as_disk_error(cache):
-        plan, is_new = plan_cache(spec, info, wanted, tokenizer, folder, progress, cache=cache)
+        plan, is_new = plan_cache(spec, info, wanted, folder, progress, cache=cache)
         head = read_head(info)
         _prepare_folders(cache if plan.teacher_files else folder)
         if not plan.teacher_files:

@@ -20,7 +20,7 @@ import torch
 
 from kdpipe.manifests.cache import Cache, HeadArrays
 from kdpipe.manifests.errors import CacheError
-from kdpipe.manifests.plan import Plan
+from kdpipe.manifests.prepared import Prepared
 from kdpipe.manifests.row_source import CacheRows, RowSource
 from kdpipe.manifests.sample import SampleTokens, is_heldout
 from kdpipe.manifests.samples import Samples
@@ -77,7 +77,7 @@ class Dataset:
         return Dataset(self.tables)
 
     @property
-    def plans(self) -> tuple[Plan, ...]:
+    def plans(self) -> tuple[Prepared, ...]:
         return tuple(table.plan for table in self.tables)
 
     @property

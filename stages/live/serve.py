@@ -68,7 +68,8 @@ class RingShelf:
     ) -> None:
         self._tee = tee
         self._samples, self._head, self._rings, self._probe_every = samples, head, rings, probe_every
-        self._plan: Plan = samples.plan
+        assert isinstance(samples.plan, Plan), "these samples have a teacher"
+        self._plan = samples.plan
         self._num_rows = samples.column("num_rows")
         self._dtype = DTYPES[TAGS[self._plan.settings.dtype]]
         self._row_bytes = self._plan.head.hidden_size * self._dtype.itemsize

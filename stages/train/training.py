@@ -16,7 +16,8 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError, SpaceError, StudentError
 from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.overlap import shared_samples
-from kdpipe.manifests.plan import Plan, Settings, read_plan
+from kdpipe.manifests.plan import read_plan
+from kdpipe.manifests.prepared import Prepared, SamplesSettings
 from kdpipe.manifests.provenance import digest_tokenizer, num_bytes
 from kdpipe.manifests.run import CHECKPOINT_FILE, RunInputs
 from kdpipe.manifests.running import require_nobody_in
@@ -190,9 +191,9 @@ def heldout_fraction(spec: RunSpec) -> float | None:
     return spec.data.heldout_fraction if "heldout_fraction" in spec.data.model_fields_set else None
 
 
-def _check_settings(spec: RunSpec, cache: Path, plan: Plan) -> None:
+def _check_settings(spec: RunSpec, cache: Path, plan: Prepared) -> None:
     """A run file that says how data was to be prepared must say what the cache was made with."""
-    for field in spec.data.model_fields_set & Settings.model_fields.keys():
+    for field in spec.data.model_fields_set & SamplesSettings.model_fields.keys():
         asked, made = getattr(spec.data, field), getattr(plan.settings, field)
         if asked != made:
             raise ConfigError(
