@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from kdpipe.manifests.errors import DataError
+
 ID_BYTES = 16
 
 
@@ -106,6 +108,26 @@ def content_id(content: object) -> bytes:
     """16 bytes of sha256 over the canonical JSON of a sample's text (messages, prompt, completion)."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:ID_BYTES]
+
+
+def prompt_of(text: SampleTokens, where: object = None) -> np.ndarray:
+    """The token ids that a sample's last answer follows, int32 [any], a view: what a model is given to answer anew.
+
+    They are those before the last run of supervised tokens; all of a sample without any. That is exactly the prompt:
+    the span of an assistant turn begins where the generation prompt ends (stages/prepare/turns.py), and between two
+    answers stands the second one's header, which is no target. A sample that was cut within a question has the prompt
+    of the answer before.
+    Raises DataError, with `where`, for running text: everything in it is a target.
+    """
+    targets = np.flatnonzero(text.supervised)
+    if not len(targets):
+        return text.token_ids
+    begins = targets[np.flatnonzero(np.diff(targets, prepend=-2) > 1)]
+    if begins[-1] <= 1:  # the first token of a sample is never a target
+        raise DataError(
+            "there is no prompt in it, all of its tokens are targets; give prompts (docs/data.md)", where=where
+        )
+    return text.token_ids[: begins[-1]]
 
 
 def row_positions(supervised: np.ndarray, *, every: bool = False) -> np.ndarray:

@@ -44,6 +44,7 @@ class Reading:
     who: what errors call the model: "teacher" or "student"
     context: the longest sample that it takes; None where it names none
     workers: processes that tokenise; None: as many as it is worth, up to one a core
+    prompts: a record without an answer is a sample too, one without rows
     """
 
     data: tuple[Path, ...]
@@ -52,6 +53,7 @@ class Reading:
     who: str
     context: Context | None
     workers: int | None = None
+    prompts: bool = False
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -164,6 +166,7 @@ def read_samples(
         on_note=progress.note,
         unread=unread,
         workers=reading.workers,
+        prompts=reading.prompts,
     )
     with closing(prepared):
         for sample in prepared:

@@ -37,6 +37,7 @@ class ExtractSpec:
     grow: add the data to what the cache holds; otherwise the data must have all of that too
     check_inputs: read every file, also those that have not changed since the plan was made from them
     keep_rows: rows go into shards, which must fit the disk; otherwise the plan is for a teacher beside its students
+    prompts: a record without an answer is a sample too, one without rows: what a student is to answer
     prepare_workers: processes that tokenise the data; None: as many as it is worth, up to one a core
     """
 
@@ -57,6 +58,7 @@ class ExtractSpec:
     check_inputs: bool = False
     prepare_workers: int | None = None
     keep_rows: bool = True
+    prompts: bool = False
 
     @classmethod
     def of(
@@ -99,6 +101,7 @@ class ExtractSpec:
             who="teacher",
             context=None if longest is None else Context(tokens=longest, field="max_position_embeddings", rotary=False),
             workers=self.prepare_workers,
+            prompts=self.prompts,
         )
 
     def resolved_device(self) -> Device:

@@ -12,12 +12,15 @@ column or role and never the text. What else it holds is read, refused or counte
 A conversation takes `system` (or `system_prompt`), `tools` (or `functions`); alpaca and prompt forms also `history`, a
 list of earlier [question, answer], and the answer's thought. A column of another form beside these must say the same
 (TRL's GKD recipes keep the `prompt` beside messages).
+
+Where prompts are asked for, a record that has no answer yet is one: a conversation that ends with the user, a tool or
+an empty assistant turn, a `prompt` or `instruction` alone. Every other record is what it is without them.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.nearest import nearest
@@ -80,43 +83,60 @@ class Chat:
     """A conversation; its completion begins at message `completion_from`, or is the last assistant turn.
 
     unsupervised: numbers of the messages whose own marks say that they are not to be learnt
+    is_prompt: it waits for its next answer, and nothing in it is to be learnt
     """
 
     messages: list[Message]
     tools: list[Any] | None = None
     completion_from: int | None = None
     unsupervised: frozenset[int] = frozenset()
+    is_prompt: bool = False
 
     def content(self) -> object:
         return {"messages": self.messages, "tools": self.tools} if self.tools else {"messages": self.messages}
 
     def emptiness(self) -> tuple[IncidentKind, str] | None:
-        """Why there is nothing to learn: an assistant turn says nothing, thinks nothing and calls no tool."""
+        """Why there is nothing to learn: an assistant turn says nothing, thinks nothing and calls no tool.
+
+        Of a prompt: why there is nothing to answer.
+        """
+        last = self.messages[-1]
+        if self.is_prompt and last["role"] == "user" and not last["content"].strip():
+            return "empty_text", "the prompt is empty"
         turns = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
         for number, index in enumerate(turns, start=1):
-            turn = self.messages[index]
-            says = turn["content"].strip() or turn.get(THOUGHTS[0]) or turn.get("tool_calls")
-            if not says and index not in self.unsupervised:
+            if not _says(self.messages[index]) and index not in self.unsupervised:
                 return "empty_completion", f"assistant turn {number} of {len(turns)} is empty"
         return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """A prompt and its completion as strings: one exchange of a chat, or prompt + glue + completion as running text."""
+    """A prompt and its completion as strings: one exchange of a chat, or prompt + glue + completion as running text.
+
+    completion: None where the prompt waits for one
+    """
 
     prompt: str
-    completion: str
+    completion: str | None
     glue: str = ""
 
+    @property
+    def is_prompt(self) -> bool:
+        return self.completion is None
+
     def chat(self) -> Chat:
-        user, assistant = ({"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion})
-        return Chat(messages=[user, assistant])
+        user = {"role": "user", "content": self.prompt}
+        if self.completion is None:
+            return Chat(messages=[user], is_prompt=True)
+        return Chat(messages=[user, {"role": "assistant", "content": self.completion}])
 
     def content(self) -> object:
         return self.chat().content()
 
     def emptiness(self) -> tuple[IncidentKind, str] | None:
+        if self.completion is None:
+            return self.chat().emptiness()
         return None if self.completion.strip() else ("empty_completion", "the completion is empty")
 
 
@@ -125,6 +145,7 @@ class Text:
     """Running text."""
 
     text: str
+    is_prompt: ClassVar[bool] = False
 
     def content(self) -> object:
         return {"text": self.text}
@@ -136,14 +157,15 @@ class Text:
 Form = Chat | Pair | Text
 
 
-def read_form(record: RawRecord, unread: set[str] | None = None) -> Form:
+def read_form(record: RawRecord, unread: set[str] | None = None, *, prompts: bool = False) -> Form:
     """What a record says, normalised; null columns count as absent. Raises DataError (see the module's invariant).
 
+    prompts: a record without an answer is a prompt, not an error
     The names of columns, and of keys of messages, that hold something and are not read are added to `unread`.
     """
     if record.error is not None:
         raise record.error
-    reading = Reading(place=record.place, unread=set() if unread is None else unread)
+    reading = Reading(place=record.place, unread=set() if unread is None else unread, prompts=prompts)
     reading.unread.update(record.unread)
     check_once(record.fields, "the record", reading)
     for name in record.fields.keys() & RECORD_COLUMNS.keys():
@@ -154,9 +176,9 @@ def read_form(record: RawRecord, unread: set[str] | None = None) -> Form:
     answers = [column for column in ANSWERS if column in left]
     if chat := next((column for column in CHATS if column in left), None):
         form: Form = _conversation(chat, left, reading)
-    elif asked and answers:
-        _one(answers, left, f"the answer to '{asked[0]}'", reading)
-        form = _exchange(asked[0], answers[0], left, reading)
+    elif asked and (answers or (prompts and "text" not in left)):
+        answer = _one(answers, left, f"the answer to '{asked[0]}'", reading)
+        form = _exchange(asked[0], answer, left, reading)
     elif "text" in left:
         chat = "text"
         form = Text(text=text_of(left.pop("text"), "column 'text'", reading))
@@ -202,17 +224,23 @@ def _conversation(column: str, left: dict[str, Any], reading: Reading) -> Chat:
     return _chat([*_system(turns, left, reading), *turns], left, reading)
 
 
-def _exchange(asked: str, answer: str, left: dict[str, Any], reading: Reading) -> Form:
-    prompt, completion = left.pop(asked), left.pop(answer)
+def _exchange(asked: str, answer: str | None, left: dict[str, Any], reading: Reading) -> Form:
+    """A prompt and its answer, or the prompt alone. answer: the column that holds it"""
+    prompt, completion = left.pop(asked), "" if answer is None else left.pop(answer)
     head, glue = _head(prompt, asked, left, reading)
-    tail = _turns(completion, "assistant", answer, reading)
+    tail = [] if answer is None else _turns(completion, "assistant", answer, reading)
     thought = _one([name for name in THOUGHTS if not is_absent(left.get(name))], left, "the thought", reading)
+    if thought and answer is None:
+        raise reading.error(f"column '{thought}': a thought without an answer ({', '.join(ANSWERS)})")
     if thought and isinstance(completion, str):
         tail[0].message[THOUGHTS[0]] = text_of(left.pop(thought), f"column '{thought}'", reading)
     head = [*_system(head, left, reading), *head]
     chat = _chat([*head, *tail], left, reading, completion_from=len(head))
+    if answer is None and not chat.is_prompt:
+        raise reading.error(f"column '{asked}': it ends with an answer; rename it to 'messages'")
     if isinstance(prompt, str) and isinstance(completion, str) and len(head) == 1 and not (chat.tools or thought):
-        return Pair(prompt=head[0].message["content"], completion=completion, glue=glue)
+        said = None if chat.is_prompt else completion
+        return Pair(prompt=head[0].message["content"], completion=said, glue=glue)
     return chat
 
 
@@ -279,16 +307,35 @@ def _one(names: list[str], left: dict[str, Any], what: str, reading: Reading) ->
 
 def _chat(turns: list[Turn], left: dict[str, Any], reading: Reading, completion_from: int | None = None) -> Chat:
     messages = [turn.message for turn in turns]
-    _check_order(messages, reading)
+    last = messages[-1]
+    is_prompt = reading.prompts and (last["role"] in ("user", "tool") or _is_silent(last))
+    _check_order(messages, reading, answered=not is_prompt)
+    if is_prompt and _is_silent(last):
+        messages.pop()
     column = _one([name for name in TOOLS if not is_absent(left.get(name))], left, "the list of tools", reading)
     tools = read_tools(left.pop(column), f"column '{column}'", reading) if column else None
     if column == "functions":
         tools = [{"type": "function", "function": function} for function in tools or ()]
-    unsupervised = frozenset(index for index, turn in enumerate(turns) if not turn.learnt)
-    return Chat(messages=messages, tools=tools or None, completion_from=completion_from, unsupervised=unsupervised)
+    unsupervised = frozenset(index for index in range(len(messages)) if not turns[index].learnt)
+    return Chat(
+        messages=messages,
+        tools=tools or None,
+        completion_from=completion_from,
+        unsupervised=unsupervised,
+        is_prompt=is_prompt,
+    )
 
 
-def _check_order(messages: list[Message], reading: Reading) -> None:
+def _says(message: Message) -> bool:
+    return bool(message["content"].strip() or message.get(THOUGHTS[0]) or message.get("tool_calls"))
+
+
+def _is_silent(message: Message) -> bool:
+    """Whether it is an assistant turn that is still to be written."""
+    return message["role"] == "assistant" and not _says(message)
+
+
+def _check_order(messages: list[Message], reading: Reading, *, answered: bool) -> None:
     before: str | None = None
     for number, message in enumerate(messages, start=1):
         role = message["role"]
@@ -298,19 +345,21 @@ def _check_order(messages: list[Message], reading: Reading) -> None:
                 f"roles out of order: message {number} is {found}, expected {either(NEXT_ROLES[before])}"
             )
         before = role
-    if all(message["role"] != "assistant" for message in messages):
+    if answered and all(message["role"] != "assistant" for message in messages):
         raise reading.error("no assistant turn in the conversation: there is nothing to learn from it")
 
 
 def _settle(left: dict[str, Any], form: Form, column: str, reading: Reading) -> None:
     """Columns beside the form `column`: bookkeeping is noted, what would change the conversation must say the same."""
-    is_text = isinstance(form, Text)
+    no_answer = isinstance(form, Text) or form.is_prompt
     for name, value in left.items():
         fate = RECORD_COLUMNS.get(name)
         if fate is not None and is_absent(value):
             continue
-        if fate is None or (is_text and (fate == NO_WEIGHTS or name in LABELS)):
-            reading.unread.add(name)  # a text has no turns that could be marked: they are labels of a classifier
+        if fate is None or (no_answer and (fate == NO_WEIGHTS or name in LABELS)):
+            reading.unread.add(name)  # nothing that could be marked: they are labels of a classifier
+        elif form.is_prompt and name == "chosen":
+            reading.unread.add(name)
         elif fate != READ:
             raise reading.error(f"column '{name}': {fate}")
         elif name in LABELS or name in MARKS or name in SAMPLE_WEIGHTS:

@@ -38,11 +38,16 @@ VICUNA = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Marked:
-    """A text to tokenise. targets: spans of characters to learn, None for all; plain: add special tokens."""
+    """A text to tokenise.
+
+    targets: spans of characters to learn, None for all
+    plain: add special tokens; of a prompt only those before it
+    """
 
     text: str
     targets: list[Span] | None
     plain: bool
+    is_prompt: bool = False
     findings: tuple[Finding, ...] = ()
 
 
@@ -75,6 +80,10 @@ class ChatMarker:
                 )
         chat = _with_one_thought(turns.without_closing(chat), place, keyed=bool(turns.thought_key))
         findings = [*self._specials(_said(chat))]
+        if chat.is_prompt:
+            text = turns.prompt(chat, place)
+            findings += [*left_out(text, [(0, len(text))], chat, ()), *self._unstopped(text, (), ())]
+            return Marked(text=text, targets=[], plain=False, is_prompt=True, findings=tuple(findings))
         if self._supervise == "all" and not chat.unsupervised:
             text = turns.text(chat, place)
             spans = [(0, len(text))]
@@ -105,6 +114,8 @@ class ChatMarker:
     def of_pair(self, pair: Pair) -> tuple[Finding, ...]:
         """What there is to say of a prompt and its completion as running text."""
         prompt = without_ends(pair.prompt, self._tokenizer.bos_token, None)
+        if pair.completion is None:
+            return tuple(self._specials({"the prompt": prompt}))
         completion = without_ends(pair.completion, None, self._tokenizer.eos_token)
         specials = self._specials({"the prompt": prompt, "the completion": completion})
         return (*specials, *self._unstopped_text(pair.completion))

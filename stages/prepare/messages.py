@@ -63,10 +63,15 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """A record that is being read. unread: names of what it holds and was not read, "messages.id" for a message's."""
+    """A record that is being read.
+
+    unread: names of what it holds and was not read, "messages.id" for a message's
+    prompts: its last answer may be missing
+    """
 
     place: str
     unread: set[str] = field(default_factory=set)
+    prompts: bool = False
 
     def error(self, message: str) -> DataError:
         return DataError(message, where=self.place)
@@ -77,7 +82,8 @@ def read_turns(value: object, column: str, reading: Reading) -> list[Turn]:
     items = rows_of(value, f"column '{column}'", "messages", reading)
     if not items:
         raise reading.error(f"column '{column}': the list of messages is empty")
-    return [_turn(item, f"{column}[{index}]", column, reading) for index, item in enumerate(items)]
+    waits = len(items) - 1 if reading.prompts else None
+    return [_turn(item, f"{column}[{at}]", column, reading, waits=at == waits) for at, item in enumerate(items)]
 
 
 def rows_of(value: object, name: str, what: str, reading: Reading) -> list[Any]:
@@ -216,7 +222,8 @@ def is_absent(value: object) -> bool:
     return value is None or value == ""
 
 
-def _turn(item: object, name: str, column: str, reading: Reading) -> Turn:
+def _turn(item: object, name: str, column: str, reading: Reading, *, waits: bool) -> Turn:
+    """A message as a turn. waits: an answer may be missing"""
     if not isinstance(item, dict):
         raise reading.error(f"{name}: expected an object, found {kind_of(item)}")
     check_once(item, name, reading)
@@ -240,7 +247,7 @@ def _turn(item: object, name: str, column: str, reading: Reading) -> Turn:
             raise reading.error(f"{name}: which is the tool call, '{key}' or 'tool_calls'? Keep one")
         extras["tool_calls"] = _in_openai_shape(_calls(content, where, reading))
         role, content = "assistant", ""
-    if content is None and (extras.get("tool_calls") or extras.get(THOUGHTS[0])):
+    if content is None and (extras.get("tool_calls") or extras.get(THOUGHTS[0]) or (waits and role == "assistant")):
         content = ""
     if content is None:
         raise reading.error(f"{where} is {_found(item, key)}")

@@ -41,25 +41,27 @@ def prepare(
     on_note: Note = unheard,
     unread: Counter[str] | None = None,
     workers: int | None = 1,
+    prompts: bool = False,
 ) -> Generator[Sample, None, None]:
     """The samples in the data files and folders, in order; `on_incident` is told of every record cut or left out.
 
     stop_ids: tokens at which the model's generation ends, beside the tokenizer's end of text
     on_note: is told what a person should know of the files, and the first bad records
     unread: counts records by the columns, and the keys of messages, that they hold and that were not read
+    prompts: a record without an answer is a sample too, of which no token is a target
     workers: processes that do the work; 1 does it in this one, None takes as many as data and cores are worth
 
     Paths and tokenizer are checked at the call, the rest while iterating; closing it ends the processes. Raises
     ConfigError for a tokenizer without a fast backend; DataError for a bad record, a file that cannot be read, or when
     no sample is left at all; TemporaryError for a process that died.
     """
-    preparing = Preparing(tokenizer, spec, stop_ids)
+    preparing = Preparing(tokenizer, spec, stop_ids, prompts)
     files = list_files(paths, on_note)
     batches = _batches(files, on_note)
     count = num_processes(workers, files, tokenizer)
     worked = (preparing(batch) for batch in batches)
     if count > 1:
-        worked = in_processes(count, batches, (tokenizer, spec, stop_ids))
+        worked = in_processes(count, batches, (tokenizer, spec, stop_ids, prompts))
     outcomes = _outcomes(worked, Counter() if unread is None else unread)
     return _stream(outcomes, spec, on_incident, on_note, _named(files))
 

@@ -9,6 +9,7 @@ the token's first character that is not blank (its first character where all are
     prompt + completion, alpaca     as one exchange through the chat template where the tokenizer has one; else the two
                                     strings joined, with the special tokens the tokenizer adds, and its end of text
     text                            as it is, likewise; every token is a target
+    a prompt that waits             the same up to where its answer begins; no token is a target
 
 The first token of a sample is never a target: nothing comes before it. Cost: about 0.3 ms a short chat.
 """
@@ -68,6 +69,9 @@ class Tokenizing:
             return Marked(text=text, targets=None, plain=True, findings=self._marker.of_text(form.text))
         if isinstance(form, Pair) and not self._tokenizer.chat_template:
             prompt = self._without_ends(form.prompt + form.glue, at_end=False)
+            if form.completion is None:
+                found = self._marker.of_pair(form)
+                return Marked(text=prompt, targets=[], plain=True, is_prompt=True, findings=found)
             text = self._without_ends(prompt + form.completion)
             targets = None if self._supervise == "all" else [(len(prompt), len(text))]
             return Marked(text=text, targets=targets, plain=True, findings=self._marker.of_pair(form))
@@ -104,7 +108,9 @@ class Tokenizing:
         num_tokens = len(ids)
         while num_tokens and offsets[num_tokens - 1] == (0, 0):
             num_tokens -= 1  # special tokens that the tokenizer adds at the end stand at no character
-        end_of_text = self._tokenizer.eos_token_id if marked.plain else None
+        if marked.is_prompt:
+            ids = ids[:num_tokens]
+        end_of_text = self._tokenizer.eos_token_id if marked.plain and not marked.is_prompt else None
         if end_of_text is not None and end_of_text not in ids[num_tokens:]:
             ids = [*ids[:num_tokens], end_of_text, *ids[num_tokens:]]
         supervised = np.zeros(len(ids), dtype=np.bool_)

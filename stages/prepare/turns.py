@@ -73,6 +73,11 @@ class Turns:
         """The whole conversation as the template renders it."""
         return self._template.render(chat.messages, chat.tools, place).text
 
+    def prompt(self, chat: Chat, place: str) -> str:
+        """The conversation up to where its next answer begins: what stands before that turn's span once it is there."""
+        text = self._template.render(chat.messages, chat.tools, place, generation_prompt=True).text
+        return text + self.shape.header if self._ignores_flag else text
+
     def text_and_turns(self, chat: Chat, place: str) -> tuple[str, list[Span]]:
         """The conversation's text and the span of every assistant turn in it, in order.
 
@@ -169,8 +174,12 @@ class Turns:
     def _behind_header(self, text: str, at: int) -> int:
         """`at`, moved behind the role's header where a template gives it with the answer only."""
         header = self.shape.header
-        ignores_flag = not self.shape.opening and header.strip() and text.startswith(header, at)
-        return at + len(header) if ignores_flag else at
+        return at + len(header) if self._ignores_flag and text.startswith(header, at) else at
+
+    @property
+    def _ignores_flag(self) -> bool:
+        """Whether the template begins an answer with a header that it does not give as a generation prompt."""
+        return not self.shape.opening and bool(self.shape.header.strip())
 
     def _history_end(self, history: str, text: str, chat: Chat, index: int, after: int) -> int:
         """Where the message before `index` ends in the text, found by its own words and what follows them; or -1.

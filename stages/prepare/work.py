@@ -107,11 +107,14 @@ class Preparing:
     """Prepares records with one tokenizer, by one spec.
 
     stop_ids: tokens at which the model's generation ends, beside the tokenizer's end of text
+    prompts: a record without an answer is a sample without a target
     Raises ConfigError for a tokenizer without a fast backend.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, stop_ids: Collection[int]) -> None:
-        self._spec = spec
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, stop_ids: Collection[int], prompts: bool = False
+    ) -> None:
+        self._spec, self._prompts = spec, prompts
         self._tokenizing = Tokenizing(tokenizer, spec.supervise, stop_ids)
         self._wanted = template_keys(tokenizer.chat_template)
 
@@ -119,7 +122,7 @@ class Preparing:
         worked, prepared = Worked(), []
         try:
             for record in batch:
-                prepared.append(_prepared(parsed(record), self._tokenizing, worked.unread, self._wanted))
+                prepared.append(self._prepared(parsed(record), worked.unread))
         except DataError as err:
             worked.failure = err
         tokens = iter(self._tokenizing.encode([each.marked for each in prepared if each.marked is not None]))
@@ -130,17 +133,16 @@ class Preparing:
             )
         return worked
 
-
-def _prepared(record: RawRecord, tokenizing: Tokenizing, unread: Counter[str], wanted: frozenset[str]) -> Prepared:
-    names: set[str] = set()
-    try:
-        form = read_form(record, names)
-        check_unread(names, wanted, record.place)
-        marked = None if form.emptiness() else tokenizing.mark(form, record.place)
-    except DataError as err:
-        return Prepared(record=record, error=err)
-    unread.update(names)
-    return Prepared(record=record, form=form, marked=marked)
+    def _prepared(self, record: RawRecord, unread: Counter[str]) -> Prepared:
+        names: set[str] = set()
+        try:
+            form = read_form(record, names, prompts=self._prompts)
+            check_unread(names, self._wanted, record.place)
+            marked = None if form.emptiness() else self._tokenizing.mark(form, record.place)
+        except DataError as err:
+            return Prepared(record=record, error=err)
+        unread.update(names)
+        return Prepared(record=record, form=form, marked=marked)
 
 
 def _finish(prepared: Prepared, tokens: Tokens | None, spec: DataSpec) -> tuple[Sample | None, list[Incident]]:
@@ -161,13 +163,16 @@ def _finish(prepared: Prepared, tokens: Tokens | None, spec: DataSpec) -> tuple[
     kept = [each for each in found if not each.dropped]
     if dropped := [each for each in found if each.dropped]:
         return None, [*kept, dropped[0]]
-    num_tokens = len(tokens.token_ids)
+    num_tokens, is_prompt = len(tokens.token_ids), prepared.form.is_prompt
     too_long = num_tokens > spec.max_length
     length = f"{num_tokens} tokens, at most {spec.max_length} are kept"
-    if too_long and spec.overlong == "drop":
-        return None, [*kept, incident("dropped_overlong", length)]
+    if too_long and (is_prompt or spec.overlong == "drop"):
+        # A prompt that was cut is another question.
+        return None, [*kept, incident("dropped_overlong", f"a prompt of {length}" if is_prompt else length)]
+    if not num_tokens:
+        return None, [*kept, incident("empty_text", "no token is left of it")]
     supervised = tokens.supervised[: spec.max_length]
-    if not supervised.any():
+    if not (supervised.any() or is_prompt):
         reason = length if too_long and tokens.supervised.any() else f"none of {num_tokens} tokens is a target"
         return None, [*kept, incident("no_supervised_token", reason)]
     sample = Sample(

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe.manifests.sample import ID_BYTES, content_id, is_heldout, num_rows, row_positions
+from kdpipe.manifests.errors import DataError
+from kdpipe.manifests.sample import (
+    ID_BYTES,
+    SampleTokens,
+    content_id,
+    is_heldout,
+    num_rows,
+    prompt_of,
+    row_positions,
+)
 
 masks = st.lists(st.booleans(), max_size=40).map(lambda mask: np.array(mask, dtype=bool))
 ids = st.lists(st.binary(min_size=ID_BYTES, max_size=ID_BYTES), min_size=1, max_size=50).map(
@@ -73,3 +82,19 @@ def test_text_that_is_no_valid_unicode_has_an_id_too() -> None:
 @given(masks, st.booleans())
 def test_rows_are_counted_as_they_are_placed(supervised: np.ndarray, every: bool) -> None:
     assert num_rows(supervised, every=every) == len(row_positions(supervised, every=every))
+
+
+@pytest.mark.parametrize(
+    ("mask", "length"), [("00000", 5), ("00111", 2), ("00100", 2), ("0011011", 5), ("0010100", 4), ("0101", 3)]
+)
+def test_a_prompt_ends_where_the_last_answer_begins(mask: str, length: int) -> None:
+    ids = np.arange(10, 10 + len(mask), dtype=np.int32)
+    prompt = prompt_of(SampleTokens(ids, np.array([each == "1" for each in mask])))
+    assert prompt.tolist() == ids[:length].tolist()
+    assert prompt.base is ids or prompt is ids
+
+
+def test_running_text_has_no_prompt() -> None:
+    text = SampleTokens(np.arange(4, dtype=np.int32), np.array([False, True, True, True]))
+    with pytest.raises(DataError, match=r"d\.jsonl:3: there is no prompt in it"):
+        prompt_of(text, "d.jsonl:3")

@@ -655,3 +655,94 @@ def test_an_argument_of_nothing_is_an_argument(arguments: dict[str, Any]) -> Non
     chat = form({"messages": turns})
     assert isinstance(chat, Chat)
     assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+def asked(fields: dict[str, Any], unread: set[str] | None = None) -> Chat | Pair | Text:
+    return read_form(RawRecord(source="d.jsonl", line=7, place="d.jsonl:7", fields=fields), unread, prompts=True)
+
+
+SAME_PROMPT: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [user("hi")]},
+    "the seed's form": {"messages": [user("hi"), assistant("")]},
+    "blanks": {"messages": [user("hi"), assistant(" \n")]},
+    "null": {"messages": [user("hi"), assistant(None)]},
+    "no key": {"messages": [user("hi"), {"role": "assistant"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": ""}]},
+    "text of json": {"messages": json.dumps([user("hi"), assistant("")])},
+    "prompt": {"prompt": "hi"},
+    "prompt of messages": {"prompt": [user("hi")]},
+    "prompt of messages and an empty turn": {"prompt": [user("hi"), assistant("")]},
+    "an answer that is null": {"prompt": "hi", "completion": None},
+    "an empty answer": {"prompt": "hi", "response": " "},
+    "an answer of no message": {"prompt": "hi", "completion": [assistant("")]},
+    "instruction": {"instruction": "hi"},
+    "instruction and input": {"instruction": "hi", "input": "", "output": ""},
+    "labels of others": {"prompt": "hi", "label": "0", "labels": [1], "chosen": "x", "rejected": "y", "answer": "z"},
+}
+
+
+@pytest.mark.parametrize("spelling", SAME_PROMPT)
+def test_a_record_without_an_answer_is_the_same_prompt_in_each_spelling(spelling: str) -> None:
+    found = asked(SAME_PROMPT[spelling])
+    assert found.is_prompt
+    assert found.content() == {"messages": [user("hi")]}
+    assert found.emptiness() is None
+
+
+@pytest.mark.parametrize("spelling", SAME_EXCHANGE)
+def test_a_record_with_an_answer_is_what_it_is_where_prompts_are_asked_for(spelling: str) -> None:
+    assert asked(SAME_EXCHANGE[spelling]) == form(SAME_EXCHANGE[spelling])
+    assert not asked(SAME_EXCHANGE[spelling]).is_prompt
+
+
+@pytest.mark.parametrize("spelling", SAME_PROMPT)
+def test_without_the_switch_no_record_is_a_prompt(spelling: str) -> None:
+    try:
+        found = form(SAME_PROMPT[spelling])
+    except DataError:
+        return
+    assert not found.is_prompt
+    assert found.emptiness() is not None
+
+
+def test_a_prompt_keeps_system_tools_history_and_earlier_answers() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    fields = {"prompt": "b", "history": [["a", "A"]], "system": "be brief", "tools": tools}
+    found = asked(fields)
+    assert isinstance(found, Chat)
+    assert found.messages == [SYSTEM, user("a"), assistant("A"), user("b")]
+    assert found.tools == tools
+    last = asked({"messages": [user("a"), {**assistant("A"), "weight": 0}, user("b"), {**assistant(""), "weight": 0}]})
+    assert isinstance(last, Chat)
+    assert last.messages == [user("a"), assistant("A"), user("b")]
+    assert last.unsupervised == {1}
+
+
+def test_of_a_prompt_only_the_last_answer_may_be_missing() -> None:
+    earlier = asked({"messages": [user("a"), assistant(""), user("b"), assistant("")]})
+    assert earlier.emptiness() == ("empty_completion", "assistant turn 1 of 1 is empty")
+    assert asked({"prompt": " "}).emptiness() == ("empty_text", "the prompt is empty")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompt": [user("hi"), assistant("hello")]}, "column 'prompt': it ends with an answer"),
+        ({"prompt": "hi", "reasoning": "hm"}, "column 'reasoning': a thought without an answer"),
+        ({"messages": [SYSTEM]}, "no assistant turn"),
+        ({"messages": [assistant("")]}, "message 1 is 'assistant' at the start"),
+        ({"messages": [user("hi")], "completion": "hello"}, "which is meant, 'completion' or 'messages'?"),
+        ({"messages": [user(None)]}, "'content' is null"),
+        ({"messages": [user("a"), assistant(None), user("b")]}, "'content' is null"),
+        ({"chosen": "x", "rejected": "y"}, "preference data"),
+    ],
+)
+def test_a_prompt_that_is_none_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=re.escape(said)):
+        asked(fields)
+
+
+def test_columns_beside_a_prompt_are_counted() -> None:
+    unread: set[str] = set()
+    asked(SAME_PROMPT["labels of others"], unread)
+    assert unread == {"label", "labels", "chosen", "rejected", "answer"}

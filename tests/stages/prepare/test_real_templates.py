@@ -264,3 +264,41 @@ def test_a_question_without_words_is_found_where_a_template_moves_the_system_pro
 @pytest.mark.parametrize("name", REAL)
 def test_thousands_of_conversations_are_supervised_once_or_said(name: str, models: dict[str, Model]) -> None:
     run_through(models[name], 300, derandomize=False)
+
+
+REPHRASED = ("mistral", "deepseek_r1", "gpt_oss")
+"""They show a conversation otherwise once its answer is there: system prompt moved, thoughts left out."""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_prompt_is_what_its_answer_follows(name: str, models: dict[str, Model]) -> None:
+    """As transformers gives it with add_generation_prompt; and the beginning of the whole, where that is shown so."""
+    real, tokenizer, tokenizing = models[name]
+    seen = 0
+
+    @settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(records())
+    def through(record: Record) -> None:
+        nonlocal seen
+        tools = record.get("tools")
+        messages = [{key: value for key, value in each.items() if key != "weight"} for each in record["messages"]]
+        try:
+            whole = tokenizing.mark(Chat(messages=messages, tools=tools), "x:1")
+        except DataError:
+            return
+        if not (whole.targets and {each.kind for each in whole.findings} <= KEPT):
+            return
+        seen += 1
+        asked = [*messages[:-1], {"role": "assistant", "content": None}] if seen % 2 else messages[:-1]
+        form = read_form(
+            RawRecord(source="x", line=1, place="x", fields={"messages": asked, "tools": tools}), prompts=True
+        )
+        assert isinstance(form, Chat)
+        prompt = tokenizing.mark(form, "x:1").text
+        given = {"tools": tools, "strftime_now": FIXED_DATE.strftime}
+        written = real.write(messages[:-1])
+        assert prompt == tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=True, **given)
+        assert prompt == whole.text[: whole.targets[-1][0]] or name in REPHRASED
+
+    through()
+    assert seen > 5

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdpipe.manifests.errors import ConfigError, DataError
+from kdpipe.manifests.sample import Incident, Sample, SampleTokens, prompt_of
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.stages.prepare import prepare
 from kdpipe.stages.prepare.forms import Chat
@@ -387,3 +388,72 @@ def test_a_slow_tokenizer_is_refused(base: Any, write: Write) -> None:
 
     with pytest.raises(ConfigError, match=r"slow: this tokenizer has no fast \(Rust\) backend"):
         prepare([write([{"text": "a"}])], Slow(), DataSpec(), on_incident=print)
+
+
+def prompts(paths: list[Path], tokenizer: Any, **spec: Any) -> tuple[list[Sample], list[Incident]]:
+    incidents: list[Incident] = []
+    found = prepare(paths, tokenizer, DataSpec(**spec), on_incident=incidents.append, prompts=True)
+    return list(found), incidents
+
+
+def before_answer(sample: Sample) -> np.ndarray:
+    return prompt_of(SampleTokens(sample.token_ids, sample.supervised))
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_prompt_has_the_text_before_its_answer(marked: bool, kit: Any, write: Write, run: Run) -> None:
+    for name in kit.names:
+        tokenizer = kit.train()
+        tokenizer.chat_template = kit.template(name, marked=marked)
+        whole = turns("Hello there", "Hi", "What is it?", "Paris.", system=None)
+        asked = {"messages": whole["messages"][:-1]}
+        [sample] = run(write([whole]), tokenizer).samples
+        [prompt], _ = prompts([write([asked], "asked.jsonl")], tokenizer)
+        # A tokenizer may take blanks at an end together: "\n\n" of "assistant\n\n", and "\n", "\n" before an answer.
+        assert tokenizer.decode(prompt.token_ids) == tokenizer.decode(before_answer(sample))
+        assert not prompt.supervised.any()
+
+
+@pytest.mark.parametrize("special", [{}, {"adds_bos": True}, {"adds_bos": True, "adds_eos": True}])
+def test_a_prompt_without_a_template_is_its_text_and_what_begins_one(
+    special: dict[str, bool], kit: Any, write: Write, run: Run
+) -> None:
+    tokenizer = kit.train(**special)
+    records = [{"prompt": "What is it?"}, {"instruction": "Say", "input": "it"}, {"prompt": "<s>Hello"}]
+    found, _ = prompts([write(records)], tokenizer)
+    begin = [tokenizer.bos_token_id] if special else []
+    texts = ["What is it?", "Say\n\nit\n\n", "Hello" if special else "<s>Hello"]
+    assert [each.token_ids.tolist() for each in found] == [
+        [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts
+    ]
+    answered = [{**record, "output": "Paris"} for record in records]
+    whole = run(write(answered, "whole.jsonl"), tokenizer).samples
+    for prompt, sample in zip(found, whole, strict=True):
+        assert tokenizer.decode(prompt.token_ids) == tokenizer.decode(before_answer(sample))
+
+
+def test_a_prompt_is_never_cut(chatml: Any, kit: Any, write: Write) -> None:
+    path = write([{"prompt": "word " * 30}, {"prompt": "word"}, {"prompt": "a", "completion": "word " * 30}])
+    for overlong, kept in (("truncate", 2), ("drop", 1)):
+        found, incidents = prompts([path], chatml, max_length=20, overlong=overlong)
+        assert len(found) == kept
+        assert incidents[0].kind == "dropped_overlong"
+        assert "a prompt of " in incidents[0].detail
+    with pytest.raises(DataError, match="none of the 1 records read can be used: 1 empty_text"):
+        prompts([write([{"prompt": "<s>"}])], kit.train(adds_bos=True))
+
+
+@pytest.mark.parametrize("supervise", ["assistant", "last", "completion", "all"])
+def test_nothing_of_a_prompt_is_a_target_whatever_is_supervised(supervise: str, chatml: Any, write: Write) -> None:
+    record = {"messages": [*turns("Hello", "Hi")["messages"], {"role": "user", "content": "And?"}]}
+    [sample], _ = prompts([write([record])], chatml, supervise=supervise)
+    assert not sample.supervised.any()
+
+
+def test_what_is_wrong_with_a_prompt_is_said(chatml: Any, write: Write) -> None:
+    records = [{"prompt": "a <|im_end|> b"}, {"prompt": "a"}]
+    with pytest.raises(DataError, match="special token in text, and --strict is given"):
+        prompts([write(records)], chatml, strict=True)
+    rendered = {"prompt": "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"}
+    with pytest.raises(DataError, match="went through a chat template already"):
+        prompts([write([rendered])], chatml)
