@@ -4,6 +4,7 @@
     writer:  slot = ring.reserve(num_bytes, who); slot.array[:] = ...; ring.publish(slot, key)       ... ring.finish()
     reader:  with ring.take(who) as message: use(message.array)                                      None: the end
              ring.ask(keys) says what it wants next, in this order; the writer has them in ring.asked
+             ring.tell(key, data) says what a key means that the writer cannot know; the writer has it in ring.told
 
 The payload lies in a memfd, allocated in full and sealed against another size; turns go over a SOCK_SEQPACKET pair, a
 descriptor of 64 bytes a message, and a credit back when its slot is free again. The system call orders the memory.
@@ -36,7 +37,7 @@ from kdpipe.manifests.errors import CorruptError, KdpipeError, TemporaryError, e
 PACKET = struct.Struct("<4sIQqQQQ16x")
 """Magic, kind, number of the message, key, place, bytes, xxh3-64 of them; both ways. 64 bytes."""
 MAGIC = b"kdr1"
-HELLO, ROWS, FREED, ASKED, END, FAILED = range(1, 7)
+HELLO, ROWS, FREED, ASKED, END, FAILED, TOLD = range(1, 8)
 MAX_MESSAGES = 64
 """Messages on their way at a time: a socket's buffer holds some 270 of 64 bytes at the system's default."""
 MAX_WORDS, MAX_CHARS = 1 << 15, 4000
@@ -312,10 +313,11 @@ class RingWriter(_Side):
     """The side that fills the ring.
 
     asked: keys that the reader has asked for and nobody has taken from here, oldest first
+    told: what the reader said of a key, until somebody takes it from here
     ended: the reader has said that it asks for nothing more
     """
 
-    _kinds = (FREED, ASKED, END)
+    _kinds = (FREED, ASKED, TOLD, END)
 
     def __init__(self, end: RingEnd, *, peer: str = "the student", patience_s: float = PATIENCE_S) -> None:
         super().__init__(end, peer=peer, patience_s=patience_s, writable=True)
@@ -323,6 +325,8 @@ class RingWriter(_Side):
         self._by_number: dict[int, _Extent] = {}
         self._next = 0
         self.asked: deque[int] = deque()
+        self.told: dict[int, bytes] = {}
+        self._telling = b""
         self.ended = False
         self._path = f"/proc/{os.getpid()}/fd/{self._memory}"
 
@@ -384,11 +388,15 @@ class RingWriter(_Side):
         return last if last + size <= first else None
 
     def _take_in(self, packet: Packet) -> None:
-        kind, number, count, *_ = packet
+        kind, number, key, _, _, is_last = packet
         if kind == FREED:
             self._release(number)
         elif kind == ASKED:
-            self.asked.extend(np.frombuffer(self._buffer, np.int64, count, PACKET.size).tolist())
+            self.asked.extend(np.frombuffer(self._buffer, np.int64, number, PACKET.size).tolist())
+        elif kind == TOLD:
+            self._telling += bytes(self._buffer[PACKET.size : PACKET.size + number])
+            if is_last:
+                self.told[key], self._telling = self._telling, b""
         else:
             self.ended = True
 
@@ -464,7 +472,13 @@ class RingReader(_Side):
         wanted = np.ascontiguousarray(keys, np.int64)
         for first in range(0, len(wanted), MOST_ASKED):
             some = wanted[first : first + MOST_ASKED]
-            self._send(ASKED, 0, len(some), words=some.tobytes())
+            self._send(ASKED, len(some), words=some.tobytes())
+
+    def tell(self, key: int, data: bytes) -> None:
+        """Say what a key means, before it is asked for: a text of the student's own, for one."""
+        for first in range(0, max(len(data), 1), MAX_WORDS):
+            some = data[first : first + MAX_WORDS]
+            self._send(TOLD, len(some), key, digest=int(first + len(some) == len(data)), words=some)
 
     def finish(self) -> None:
         """Say that nothing more will be asked for."""

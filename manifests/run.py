@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import field_validator
+from pydantic import JsonValue, field_validator
 
 from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.record import Record, read_record
@@ -58,6 +58,8 @@ class RunInputs(Record):
     """Fingerprint of every cache trained on."""
     heldout_fraction: float
     spec: RunSpec
+    rollouts: dict[str, JsonValue] = {}  # noqa: RUF012 - pydantic copies it
+    """How the student wrote answers of its own; {} where it wrote none."""
 
     def difference(self, other: "RunInputs", *, but: tuple[str, ...] = ()) -> str | None:
         """The first key in which the other differs and both values, in words; None where none does."""
@@ -113,6 +115,8 @@ class CheckpointRecord(Record):
     num_skipped: int
     lr_factor: float
     """1, halved with each step left out under train.on_nonfinite = "halve"."""
+    batches: dict[str, JsonValue] = {}  # noqa: RUF012 - pydantic copies it
+    """What the next steps depend on beside their number: {} where they are planned."""
     files: tuple[WrittenFile, ...]
 
 

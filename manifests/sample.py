@@ -16,6 +16,8 @@ import numpy as np
 from kdpipe.manifests.errors import DataError
 
 ID_BYTES = 16
+IGNORED = -100
+"""The label of a token that is left out of the cross entropy, as in torch and transformers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -98,10 +100,23 @@ class SampleView:
 
 
 class SampleTokens(NamedTuple):
-    """What is known of a sample without its rows: token_ids int32 [n], supervised bool [n]."""
+    """What is known of a sample without its rows: token_ids int32 [n], supervised bool [n].
+
+    imitated: its targets are learnt by cross entropy too; False for an answer that the student wrote itself
+    """
 
     token_ids: np.ndarray
     supervised: np.ndarray
+    imitated: bool = True
+
+    def to_bytes(self) -> bytes:
+        """Four bytes a token, for another process: an id is below 2^31, the highest bit says that it is supervised."""
+        return (self.token_ids.astype(np.uint32) | self.supervised.astype(np.uint32) << np.uint32(31)).tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "SampleTokens":
+        words = np.frombuffer(data, np.uint32)
+        return cls((words & np.uint32(2**31 - 1)).astype(np.int32), (words >> np.uint32(31)).astype(bool))
 
 
 def content_id(content: object) -> bytes:

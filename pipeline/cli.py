@@ -30,6 +30,7 @@ COMMANDS = {
     "extract": "Run a teacher once over the data and keep its hidden states in a cache.",
     "train": "Train a student from one or more caches.",
     "stream": "Train a student beside its teacher, its rows through shared memory.",
+    "onpolicy": "Train a student on answers that it writes itself, scored by its teacher.",
     "eval": "Measure a student on the held-out rows of a cache.",
     "cache": "Look at a cache or check every byte of it.",
 }

@@ -7,8 +7,8 @@ its keys, --config and --set, and is given the whole as `run`.
 import grp
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from types import UnionType
@@ -30,11 +30,17 @@ class Reads:
     options: keys, and tables for all their keys, that have an option, in the order of --help
     others: keys and tables that have none; --set reaches both
     needs: keys without which there is nothing to do
+    renamed: options that have another name here: {"data.paths": "--prompts"}
     """
 
     options: tuple[str, ...]
     others: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def flag(self, key: str) -> str:
+        """The name of a key's option."""
+        return self.renamed.get(key) or str(flag_of(key).name)
 
     def of_options(self) -> list[str]:
         """The keys that have an option."""
@@ -104,11 +110,49 @@ READS = {
             "engine.quantization",
             "engine.args",
             "loss.preset",
-            "live",
+            "live.tee",
+            "live.ring_mib",
+            "live.teacher_cores",
             "train.device",
         ),
         others=("teacher", "engine", "student", "cache.seed", "loss", "train"),
         needs=("teacher.path", "student.path", "data.paths", "train.output"),
+    ),
+    "onpolicy": Reads(
+        options=(
+            "teacher.path",
+            "student.path",
+            "data.paths",
+            "train.output",
+            "live.lmbda",
+            "live.beta",
+            "live.samples_per_prompt",
+            "live.max_new_tokens",
+            "live.temperature",
+            "live.top_p",
+            "live.top_k",
+            "live.overlap",
+            "live.max_staleness",
+            "cache.path",
+            "engine.name",
+            "train.nproc",
+            "data",
+            "teacher.dtype",
+            "teacher.trust_remote_code",
+            "engine.batch_tokens",
+            "engine.tp",
+            "engine.dp",
+            "engine.quantization",
+            "engine.args",
+            "loss.preset",
+            "live.ring_mib",
+            "live.teacher_cores",
+            "cache.io",
+            "train.device",
+        ),
+        others=("teacher", "engine", "student", "cache.seed", "loss", "train"),
+        needs=("teacher.path", "student.path", "data.paths", "train.output"),
+        renamed={"data.paths": "--prompts"},
     ),
     "eval": Reads(
         options=("eval.student", "cache.path", "eval", "cache.io", "student.trust_remote_code"),
@@ -160,11 +204,11 @@ class KeyOption(click.Option):
     Its value stays a text: what the key takes is said once, in its spec, which reads and refuses it.
     """
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, name: str | None = None) -> None:
         entry, flag = fields()[key], flag_of(key)
         kinds = [kind for kind in _alternatives(entry.annotation) if kind is not type(None)]
         choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-        name, shown = str(flag.name), entry.get_default(call_default_factory=True)
+        name, shown = name or str(flag.name), entry.get_default(call_default_factory=True)
         default = f"  [default: {shown}]" if isinstance(shown, str | int | float) and kinds != [bool] else ""
         super().__init__(
             [f"{name}/--no-{name[2:]}" if kinds == [bool] else name],
@@ -196,13 +240,17 @@ class RunCommand(Command):
     def __init__(self, name: str, *, params: Sequence[click.Parameter] = (), within: str = "", **rest: Any) -> None:
         self.title = f"{within} {name}".lstrip()
         self.reads = READS[self.title]
-        super().__init__(name, params=[*map(KeyOption, self.reads.of_options()), *params, CONFIG, SETS], **rest)
+        super().__init__(
+            name,
+            params=[*(KeyOption(key, self.reads.flag(key)) for key in self.reads.of_options()), *params, CONFIG, SETS],
+            **rest,
+        )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         left = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             given = dict(_given({key: ctx.params.pop(key) for key in self.reads.of_options()}))
-            ctx.meta[TYPED] = [str(flag_of(key).name) for key in given]
+            ctx.meta[TYPED] = [self.reads.flag(key) for key in given]
             ctx.params["run"] = self._read(ctx, ctx.params.pop("config"), ctx.params.pop("sets"), given)
         return left
 
@@ -218,7 +266,7 @@ class RunCommand(Command):
         for key in self.reads.needs:
             table, _, leaf = key.partition(".")
             if not getattr(getattr(run, table), leaf):
-                raise click.UsageError(f"option '{flag_of(key).name}' is missing, or {key} of a run file", ctx)
+                raise click.UsageError(f"option '{self.reads.flag(key)}' is missing, or {key} of a run file", ctx)
         return run
 
 
@@ -242,8 +290,9 @@ def typed() -> list[str]:
 
 
 def readers(key: str) -> str:
-    """The commands that read a key: "kdpipe train"."""
-    return " or ".join(f"kdpipe {name}" for name, reads in READS.items() if reads.includes(key))
+    """The commands that read a key: "kdpipe train, stream or onpolicy"."""
+    *names, last = [name for name, reads in READS.items() if reads.includes(key)]
+    return f"kdpipe {', '.join(names)} or {last}" if names else f"kdpipe {last}"
 
 
 class Part(click.ParamType):

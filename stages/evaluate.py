@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -87,6 +88,15 @@ def summary(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
+class Measures(Protocol):
+    """Figures beside those of a data set's own answers."""
+
+    def measure(
+        self, student: Student, heads: Sequence[TeacherHead], ranks: Ranks | None, batch_tokens: int
+    ) -> dict[str, float]:
+        """On held-out samples. Collective where there are ranks."""
+
+
 def score(
     student: ModelFolder,
     dataset: Dataset,
@@ -98,11 +108,13 @@ def score(
     progress: Progress,
     ranks: Ranks | None = None,
     stop: Callable[[], None] = lambda: None,
+    own: Measures | None = None,
 ) -> dict[str, float]:
     """Metrics of the student in a folder on some samples: what `kdpipe eval` and the end of `kdpipe train` both say.
 
     ranks: those that share the work, each with its part of the weights; None where there is one
     stop: called after each batch, may raise
+    own: measures more; there need be no samples then
     Raises StudentError, CorruptError; CheckFailed where a figure is not finite. Collective where there are ranks.
     """
     precision = getattr(torch, dtype)
@@ -110,14 +122,17 @@ def score(
         model = load_sharded(student, ranks, stored=precision, computed=precision)
     else:
         model = Student(student.load(precision, device))
-    model.examine(exam_text(dataset, samples, model.model.config), student.path)
+    texts = samples if len(samples) else np.arange(len(dataset))
+    model.examine(exam_text(dataset, texts, model.model.config), student.path)
     teachers = [load_teacher_head(teacher, device) for teacher in dataset.teachers]
     packer = Packer(dataset, padded=model.padded, pin=device.type == "cuda")
     rank, world_size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)
     feed = batches(dataset, packer, samples, batch_tokens, rank=rank, world_size=world_size)
     progress.begin("eval", total=int(dataset.num_tokens[samples].sum()), unit="tokens")
     progress.advance(0, f"in {dtype}")
-    metrics = measure(model, teachers, feed, device, progress, stop)
+    metrics = measure(model, teachers, feed, device, progress, stop) if len(samples) else {}
+    if own is not None:
+        metrics |= own.measure(model, teachers, ranks, batch_tokens)
     progress.end()
     if not all(math.isfinite(value) for value in metrics.values()):
         raise CheckFailed("its logits are not finite; are its weights?", where=student.path)

@@ -1,14 +1,37 @@
-"""[live]: a teacher at work beside its students."""
+"""[live]: a teacher at work beside its students, and answers that a model writes."""
 
 from pathlib import Path
 from typing import Annotated
 
-from kdpipe.manifests.specs.base import Count, Flag, Spec
+from pydantic import Field, JsonValue
+
+from kdpipe.manifests.specs.base import Count, Flag, Fraction, Spec
 
 
 class LiveSpec(Spec):
-    """[live]: a teacher at work beside its students."""
+    """[live]: a teacher at work beside its students, and answers that a model writes."""
 
+    lmbda: Fraction = 0.5
+    """Share of the samples that the student answers itself, drawn one by one at each step (GKD's lambda). The others
+    have the data's answer; a record without one is always answered by the student."""
+    beta: Fraction | None = None
+    """Train on the generalised Jensen-Shannon divergence of GKD: 0 is the forward KL, 1 the reverse KL. loss.divergence
+    decides when not given."""
+    samples_per_prompt: Count = 1
+    """Answers that are written to each prompt."""
+    max_new_tokens: Count = 512
+    """Longest answer in tokens. One that is cut there has no end of turn, and none is added."""
+    temperature: Annotated[float, Field(ge=0.0, le=1e3)] = 1.0
+    """Of the answers that are written: logits are divided by it; 0 takes the most likely token each time."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Least probability of the most likely tokens together among which one is drawn."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Most likely tokens among which one is drawn; 0: all."""
+    overlap: Annotated[int, Field(ge=0)] = 0
+    """Steps whose answers are written ahead, so that the teacher scores them while the student trains; they are so
+    many optimizer steps old when their turn comes."""
+    max_staleness: Annotated[int | None, Field(ge=0)] = None
+    """Optimizer steps that an answer may be old when it is trained on; 0 when not given, 4 with an overlap."""
     tee: Annotated[Path | None, Flag(takes="FOLDER")] = None
     """Keep the rows that pass by as the shards of a cache in this folder, for further epochs and students."""
     ring_mib: Count = 256
@@ -16,3 +39,8 @@ class LiveSpec(Spec):
     must hold the rows of the longest sample."""
     teacher_cores: Count | None = None
     """On a CPU: cores that are the teacher's alone, the others are the student's; half of them when not given."""
+
+    def rollouts(self) -> dict[str, JsonValue]:
+        """What decides which answers a student writes, as JSON values."""
+        of_places = {"tee", "ring_mib", "teacher_cores", "beta"}
+        return self.model_dump(mode="json", exclude=of_places)

@@ -169,7 +169,8 @@ def _explain(err: ValidationError) -> str:
         for table in tables:
             model = model.model_fields[table].annotation
         known = sorted(model.model_fields)
-        meant = full_keys(leaf) or near(leaf, known) or misspelt_keys(leaf)
+        within = sorted(full_keys(leaf), key=lambda other: not _within(other, ".".join(tables)))
+        meant = within or near(leaf, known) or misspelt_keys(leaf)
         hint = f"; did you mean '{meant[0]}'?" if meant else ""
         return f"unknown key '{key}'{hint} (known here: {', '.join(known)})"
     if first["type"] == "literal_error":

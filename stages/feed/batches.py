@@ -33,8 +33,14 @@ class Batches(Protocol):
     def num_tokens(self, first: int, after: int) -> int | None:
         """Tokens of the steps `first` to `after` over all ranks; None where that is not known beforehand."""
 
+    def told(self, step: int) -> dict[str, float]:
+        """Further figures of a step that was made, for its event."""
+
     def state(self) -> dict[str, JsonValue]:
         """What a checkpoint must keep so that the same steps follow; {} where they are functions of the step."""
+
+    def resume(self, state: dict[str, JsonValue]) -> None:
+        """Go on from a checkpoint's `state`."""
 
 
 class PlannedBatches:
@@ -75,19 +81,30 @@ class PlannedBatches:
     def num_tokens(self, first: int, after: int) -> int:
         return self._num_tokens_before(after) - self._num_tokens_before(first)
 
+    def told(self, step: int) -> dict[str, float]:
+        return {}
+
     def state(self) -> dict[str, JsonValue]:
         return {}
+
+    def resume(self, state: dict[str, JsonValue]) -> None:
+        """There is nothing that the step does not say."""
 
     def samples(self, step: int) -> np.ndarray:
         """Samples of a step, those of all ranks."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[within]
 
+    def num_samples_before(self, step: int) -> int:
+        """Samples of all steps before, those that came again counted again."""
+        epochs, within = divmod(step, self.steps_per_epoch)
+        return epochs * len(self._samples) + sum(len(cut) for cut in self._epoch(epochs)[:within])
+
     def step(self, step: int) -> Iterator[PackedBatch]:
         """Exactly grad_accum micro-batches; the rows of the next step are asked for before the first is packed."""
         for each in (step, step + 1):
             self.read_ahead(each)
-        for samples in self._mine(step):
+        for samples in self.mine(step):
             yield self._packer.pack(samples) if len(samples) else self._packer.empty()
 
     def read_ahead(self, step: int) -> None:
@@ -95,7 +112,7 @@ class PlannedBatches:
         if self._wanted_to < step < self.num_steps:
             self._wanted_to = step
             for teacher in self._dataset.teachers:
-                teacher.rows.want(np.concatenate(self._mine(step)))
+                teacher.rows.want(np.concatenate(self.mine(step)))
 
     def _num_tokens_before(self, step: int) -> int:
         epochs, within = divmod(step, self.steps_per_epoch)
@@ -111,7 +128,7 @@ class PlannedBatches:
             self._cuts[epoch] = cut_steps(order, self._dataset.num_tokens[order], self._batch_tokens)
         return self._cuts[epoch]
 
-    def _mine(self, step: int) -> list[np.ndarray]:
+    def mine(self, step: int) -> list[np.ndarray]:
         """This rank's samples of a step, by micro-batch."""
         samples = self.samples(step)
         bins = deal(samples, self._dataset.num_tokens[samples], self._world_size * self._grad_accum)

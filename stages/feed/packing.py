@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdpipe.manifests.sample import row_positions
+from kdpipe.manifests.sample import IGNORED, row_positions
 from kdpipe.stages.feed.dataset import Dataset
 
 ROWS_A_SAMPLE = 2**32
@@ -33,7 +33,7 @@ class PackedBatch:
         () where padded
     attention_mask: bool [S, L] where padded, None where packed
     row_positions: int64 [R], places in the flattened [S*L] whose next token is supervised
-    labels: int64 [R], that next token
+    labels: int64 [R], that next token; IGNORED where cross entropy is to leave it out
     keys: int64 [R], of each row a number that no other row of the run has: what a sampled loss draws by
     teacher_rows: of each teacher [R, E] in its dtype; valid until the next batch is made
     """
@@ -97,6 +97,8 @@ class Packer:
         rows = row_positions(supervised)
         counts = np.add.reduceat(supervised.astype(np.int64), firsts)
         labels = ids[rows + 1]
+        if not all(text.imitated for text in texts):
+            labels[~np.repeat([text.imitated for text in texts], counts)] = IGNORED
         positions = np.arange(len(ids)) - np.repeat(firsts, lengths)
         shape, mask = (1, len(ids)), None
         if self._padded:

@@ -8,6 +8,7 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import StudentError
 from kdpipe.manifests.ring import RingReader
 from kdpipe.manifests.row_source import RingRows
+from kdpipe.manifests.sample import SampleTokens
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.stages.feed.dataset import Dataset, of_plan
 from kdpipe.stages.models.folder import ModelFolder
@@ -16,6 +17,9 @@ from kdpipe.stages.train.training import Found, Training, run_inputs
 
 class NoRows:
     """Where a training is looked at before there is a teacher: nothing is asked for."""
+
+    def tell(self, index: int, text: SampleTokens) -> None:
+        raise AssertionError("nobody is there to tell")
 
     def want(self, samples: np.ndarray) -> None:
         raise AssertionError("no rows are read before the run")

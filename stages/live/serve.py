@@ -2,6 +2,8 @@
 
     ring.asked -> request -> engine -> gate -> slot published        one ring a student's rank
 
+A key is a sample of the plan, or a text that its ring was told of: an answer that the student wrote itself.
+
 Invariant: nothing is published that the gate has not let through; what a rank asked for reaches it in its order.
 Cost: the teacher's pass; rows are written into shared memory once, by the engine itself.
 """
@@ -15,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import TeacherError
+from kdpipe.manifests.errors import TeacherError, TemporaryError
 from kdpipe.manifests.plan import Plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.ring import PATIENCE_S, RingWriter, Slot, look_at_all, wait_for_any
+from kdpipe.manifests.sample import SampleTokens, num_rows
 from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.stages.extract.requests import sample_request
@@ -70,7 +73,6 @@ class RingShelf:
         self._samples, self._head, self._rings, self._probe_every = samples, head, rings, probe_every
         assert isinstance(samples.plan, Plan), "these samples have a teacher"
         self._plan = samples.plan
-        self._num_rows = samples.column("num_rows")
         self._dtype = DTYPES[TAGS[self._plan.settings.dtype]]
         self._row_bytes = self._plan.head.hidden_size * self._dtype.itemsize
         self._under_way: deque[tuple[RingWriter, Slot]] = deque()
@@ -107,17 +109,29 @@ class RingShelf:
     def accept(self, request: Request, ack: Ack) -> None:
         ring, slot = self._under_way.popleft()
         check_identity([request], [ack], self._head)
-        if self._tee is not None:
+        if self._tee is not None and request.sample < self._plan.num_samples:
             self._tee.keep(request.sample, request.target.array)
         ring.publish(slot, request.sample, ack.checksum)
         self._num_served += 1
 
     def _can_start(self, ring: RingWriter) -> bool:
-        return bool(ring.asked) and ring.has_room(int(self._num_rows[ring.asked[0]]) * self._row_bytes)
+        return bool(ring.asked) and ring.has_room(self._num_rows(ring.asked[0], ring) * self._row_bytes)
+
+    def _num_rows(self, key: int, ring: RingWriter) -> int:
+        return num_rows(self._text(key, ring).supervised, every=self._plan.settings.rows == "all")
+
+    def _text(self, key: int, ring: RingWriter) -> SampleTokens:
+        """Raises TemporaryError for a key that means nothing here."""
+        if key < self._plan.num_samples:
+            return self._samples.tokens(key)
+        if key not in ring.told:
+            raise TemporaryError("it was asked for and never told of; run the same command again", where=f"text {key}")
+        return SampleTokens.from_bytes(ring.told[key])
 
     def _again(self, ring: RingWriter) -> bool:
         """Publish what a ring asks for next from what was kept; whether it was."""
-        rows = None if self._tee is None else self._tee.rows(ring.asked[0])
+        planned = ring.asked[0] < self._plan.num_samples
+        rows = self._tee.rows(ring.asked[0]) if self._tee is not None and planned else None
         if rows is None:
             return False
         sample = ring.asked.popleft()
@@ -127,12 +141,12 @@ class RingShelf:
         return True
 
     def _request(self, ring: RingWriter) -> Request:
-        sample = ring.asked.popleft()
-        num_rows = int(self._num_rows[sample])
-        slot = ring.reserve(num_rows * self._row_bytes, f"sample {sample}")
+        key = ring.asked.popleft()
+        text, num_rows = self._text(key, ring), self._num_rows(key, ring)
+        ring.told.pop(key, None)
+        slot = ring.reserve(num_rows * self._row_bytes, f"sample {key}")
         self._under_way.append((ring, slot))
-        text = self._samples.tokens(sample)
-        return sample_request(self._plan, sample, text, self._probe_every, self.place(sample, num_rows))
+        return sample_request(self._plan, key, text, self._probe_every, self.place(key, num_rows))
 
 
 def serve_plan(

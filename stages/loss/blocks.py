@@ -20,9 +20,10 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
+from kdpipe.manifests.sample import IGNORED
 from kdpipe.stages.loss.divergences import find
 from kdpipe.stages.loss.pointwise import Distributions, normalised, one_hot
-from kdpipe.stages.loss.problem import IGNORED, Problem
+from kdpipe.stages.loss.problem import Problem
 from kdpipe.stages.models.head import Finish
 
 VALUES = ("kd", "ce", "z", "teacher_entropy")

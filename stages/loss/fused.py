@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.sample import IGNORED
 from kdpipe.stages.loss.blocks import VALUES, Formula, block_step
 from kdpipe.stages.loss.gradients import StudentGradients
 from kdpipe.stages.loss.layout import Layout, row_blocks
 from kdpipe.stages.loss.memory import keep_heap, release_scratch, scratch, zeros
-from kdpipe.stages.loss.problem import IGNORED, RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose_tensors
+from kdpipe.stages.loss.problem import RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose_tensors
 
 
 def fused_distill_loss(

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import kdpipe.stages.loss.pointwise as pointwise
+from kdpipe.manifests.sample import IGNORED
 from kdpipe.stages.loss.head import Side
 from kdpipe.stages.loss.layout import row_blocks, rows_per_block
 from kdpipe.stages.loss.pointwise import Distributions, normalised
-from kdpipe.stages.loss.problem import IGNORED, checked_labels, shared_vocab
+from kdpipe.stages.loss.problem import checked_labels, shared_vocab
 from kdpipe.stages.models.head import Head
 
 CHUNK_TOKENS = 256

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.sample import IGNORED
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.draws import uniform
 from kdpipe.stages.loss.divergences import Divergence, find, is_number
 from kdpipe.stages.loss.head import Side
 from kdpipe.stages.models.head import Head
 
-IGNORED = -100  # the label of a token without cross-entropy, as in torch and transformers
 LABEL_DTYPES = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 TEMPERATURES = (1e-3, 1e3)
 TOP_K = 10

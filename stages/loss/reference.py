@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdpipe.manifests.sample import IGNORED
 from kdpipe.stages.loss.head import Side
-from kdpipe.stages.loss.problem import IGNORED, RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose_tensors
+from kdpipe.stages.loss.problem import RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose_tensors
 from kdpipe.stages.models.head import Head
 
 

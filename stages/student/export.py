@@ -102,9 +102,9 @@ def trained_stops(samples: list[SampleTokens], tokenizer: PreTrainedTokenizerBas
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     ends: Counter[int] = Counter()
-    for ids, supervised in samples:
-        last = supervised & ~np.append(supervised[1:], False)
-        ends.update(int(each) for each in ids[last] if int(each) in special)
+    for text in samples:
+        last = text.supervised & ~np.append(text.supervised[1:], False)
+        ends.update(int(each) for each in text.token_ids[last] if int(each) in special)
     return tuple(each for each, count in ends.most_common() if count >= STOP_SHARE * ends.total())
 
 

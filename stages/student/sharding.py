@@ -139,7 +139,8 @@ def _fully_shard(
             fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
     before(student)
     fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    register_fsdp_forward_method(student, "examined")
+    for inside in ("examined", "written"):
+        register_fsdp_forward_method(student, inside)
     for module in student.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -21,8 +21,11 @@ from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed.dataset import Teacher
 from kdpipe.stages.feed.packing import PackedBatch
 from kdpipe.stages.loss import Head, Side, TokenMetrics, distill, pose, token_metrics
-from kdpipe.stages.models.backbone import packed_hidden
+from kdpipe.stages.models.backbone import backbone, packed_hidden
 from kdpipe.stages.models.formula import logit_formula
+from kdpipe.stages.rollout.decode import Way, decode, trial
+from kdpipe.stages.rollout.sampling import Sampling
+from kdpipe.stages.rollout.writer import Answer, Prompt
 from kdpipe.stages.student.exam import examine
 
 LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked")
@@ -69,6 +72,8 @@ class Student(torch.nn.Module):
         self.model = model
         self._formula = logit_formula(model.config)
         self._padded: bool | None = None
+        self._text = np.zeros(0, np.int32)
+        self._way: Way | None = None
 
     @property
     def padded(self) -> bool:
@@ -77,13 +82,38 @@ class Student(torch.nn.Module):
 
     def examine(self, text: np.ndarray, folder: Path) -> None:
         """Find out how its samples share a batch; see exam.examine. Collective where the student is sharded."""
-        training = self.training
+        training, self._text = self.training, text
         self.eval()
         with torch.no_grad():
             self._padded = self.examined(text, folder)
         self.train(training)
         if isinstance(self, FSDPModule):
             self.reshard()  # parameters() would give an optimizer the root's whole parameters, which are made anew
+
+    def write(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, vocab_size: int) -> list[Answer]:
+        """Answers with the weights as they are, of tokens below vocab_size. Collective where the student is sharded.
+
+        Every rank holds all weights, in the dtype of the pass, for as long as it writes: to gather them for each token
+        anew would take longer than to write.
+        """
+        sharded = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            with torch.no_grad():
+                return self.written(prompts, sampling, seed, vocab_size)
+        finally:
+            for module in sharded:
+                module.set_reshard_after_forward(module is not self, recurse=False)
+                module.reshard()
+
+    def written(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, vocab_size: int) -> list[Answer]:
+        """A forward method to FSDP: parameters are whole inside."""
+        if self._way is None:
+            self._way = trial(self.model, self._text)
+        if not prompts:  # the others wait for this rank's part of the weights
+            backbone(self.model)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
+        return decode(self.model, self.head, prompts, sampling, seed, way=self._way, vocab_size=vocab_size)
 
     def examined(self, text: np.ndarray, folder: Path) -> bool:
         """A forward method to FSDP: parameters are whole inside."""

@@ -48,6 +48,7 @@ class Loop:
         self.trainer.resume(
             step=record.step, num_tokens=record.num_tokens, num_skipped=record.num_skipped, lr_factor=record.lr_factor
         )
+        self.trainer.batches.resume(record.batches)
         self.checkpoints.load(self.trainer.state(), path)
         self.checkpoints.forget(after=record.step)
         progress.note(f"going on from the checkpoint of step {record.step}")
@@ -72,7 +73,7 @@ class Loop:
         progress.begin("train", total=trainer.batches.num_tokens(trainer.done, trainer.num_steps), unit="tokens")
         while trainer.done < trainer.num_steps:
             fields = trainer.step()
-            progress.event("step", step=trainer.done, **fields)
+            progress.event("step", step=trainer.done, **fields, **trainer.batches.told(trainer.done - 1))
             where = f"step {trainer.done}/{trainer.num_steps}"
             progress.advance(int(fields["num_tokens"]), f"{where} loss {fields['loss/mean']:.4f}")
             keep()
@@ -89,6 +90,7 @@ class Loop:
             num_tokens=trainer.num_tokens,
             num_skipped=trainer.num_skipped,
             lr_factor=trainer.lr_factor,
+            batches=trainer.batches.state(),
             files=(),
         )
         self.checkpoints.save(trainer.state(), record)

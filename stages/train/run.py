@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -24,7 +24,7 @@ from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.run import Metrics, RunRecord
 from kdpipe.manifests.running import alone_in
 from kdpipe.stages import evaluate
-from kdpipe.stages.feed.batches import PlannedBatches
+from kdpipe.stages.feed.batches import Batches, PlannedBatches
 from kdpipe.stages.feed.packing import Packer
 from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.ranks import Ranks, joined
@@ -122,7 +122,6 @@ def _measured(
     asked: Sequence[signal.Signals],
 ) -> RunRecord:
     """The exported student measured on all held-out samples as `kdpipe eval` does it; the record with its metrics."""
-    _, heldout = found.samples
     metrics: Metrics = {}
 
     def stop() -> None:
@@ -131,13 +130,13 @@ def _measured(
             kept = "the student is written, only its last evaluation is left"
             raise stopped(signal.Signals(int(number)).name, where=training.output, kept=kept)
 
-    if len(heldout):
+    if found.is_measured:
         student = found.model.at(training.output)
         dtype = evaluate.run_dtype(student, "auto")
         metrics |= evaluate.score(
             student,
             found.dataset,
-            heldout,
+            found.measured,
             dtype=dtype,
             batch_tokens=max(
                 training.spec.train.batch_tokens // (ranks.world_size * training.spec.train.grad_accum), 1
@@ -146,6 +145,7 @@ def _measured(
             progress=progress,
             ranks=ranks,
             stop=stop,
+            own=found.own,
         )
         metrics |= {"dtype": dtype}
         progress.event("eval", step=record.num_steps, **metrics)
@@ -154,6 +154,19 @@ def _measured(
         Output(training.output).update(record)
     ranks.barrier()
     return record
+
+
+def _in_words(metrics: Mapping[str, float]) -> str:
+    """The figures that say most, of the data's own answers where it has any."""
+    if "heldout_kl" in metrics:
+        return (
+            f"held-out KL {metrics['heldout_kl']:.4f}, top-1 agreement {metrics['top1_agreement']:.3f}, over "
+            f"{metrics['num_tokens']:,} tokens"
+        )
+    return (
+        f"KL(student || teacher) {metrics['rollout_reverse_kl']:.4f} over {metrics['rollout_tokens']:,} tokens of its "
+        "own answers to held-out prompts"
+    )
 
 
 class Run:
@@ -181,8 +194,8 @@ class Run:
         if spec.fsdp.compile:
             compile_layers(self.student)
         self.notes = (*found.model.notes, *self.beside.notes)
-        self.train_samples, self.heldout = found.samples
-        self.batches = PlannedBatches(
+        self.train_samples, self.heldout, self.is_measured = found.samples[0], found.measured, found.is_measured
+        self.planned = PlannedBatches(
             dataset if training.spec.loss.kd_weight > 0.0 else dataset.without_teachers(),
             self.train_samples,
             seed=spec.seed,
@@ -195,6 +208,13 @@ class Run:
             padded=self.student.padded,
             pin=ranks.device.type == "cuda",
         )
+        self.heads, self.own = heads, found.own
+        self.batches: Batches = self.planned
+        if found.own is not None:
+            stop_ids = frozenset(self.beside.stop_ids)
+            self.batches = found.own.batches(
+                self.planned, self.student, heads[0].vocab_size, stop_ids=stop_ids, ranks=ranks, seed=spec.seed
+            )
         self.trainer = Trainer(self.student, self.batches, heads, spec, training.spec.loss, ranks)
         self.checkpoints = Checkpoints(training.output, spec.keep, ranks.device)
         self.loop = Loop(self.trainer, self.checkpoints, self.inputs, training.output)
@@ -206,19 +226,16 @@ class Run:
         self._introduce(progress)
         for note in self.notes:
             progress.note(note)
-        self.batches.read_ahead(self.trainer.done)  # while it is measured, before its first step
-        if self.trainer.done == 0 and len(self.heldout):
-            before = self.evaluate_now(progress)
-            progress.note(
-                f"before training: held-out KL {before['heldout_kl']:.4f}, top-1 agreement "
-                f"{before['top1_agreement']:.3f}, over {before['num_tokens']:,} tokens"
-            )
-        evaluation = (lambda: self.evaluate_now(progress)) if len(self.heldout) else None
+        if self.own is None:
+            self.planned.read_ahead(self.trainer.done)  # while it is measured, before its first step
+        if self.trainer.done == 0 and self.is_measured:
+            progress.note(f"before training: {_in_words(self.evaluate_now(progress))}")
+        evaluation = (lambda: self.evaluate_now(progress)) if self.is_measured else None
         self.loop.run(progress, asked=asked, keep=keep, evaluate=evaluation)
 
     def _introduce(self, progress: Progress) -> None:
         """What is about to be done, and what of it may not be what was meant."""
-        spec, steps = self.training.spec.train, self.batches.steps_per_epoch
+        spec, steps = self.training.spec.train, self.planned.steps_per_epoch
         # Steps from first_step on that stand before this event in the file were made by a run that was interrupted.
         progress.event(
             "start",
@@ -241,7 +258,7 @@ class Run:
                 f"train.batch_tokens={spec.batch_tokens} is less than most samples have: a step takes one sample, of "
                 f"{int(lengths.mean()):,} tokens on average"
             )
-        if not len(self.heldout):
+        if not self.is_measured:
             progress.note("no sample is held out: nothing will be measured (data.heldout_fraction)")
         if self.trainer.done < self.trainer.num_steps:
             progress.note("the first step takes longer than the others: what it needs is made and read then")
@@ -249,12 +266,16 @@ class Run:
     def evaluate_now(self, progress: Progress) -> dict[str, float]:
         """Held-out metrics of the student as it is, over the first samples up to train.eval_tokens. Collective."""
         spec, ranks = self.training.spec.train, self.ranks
-        within = np.cumsum(self.dataset.num_tokens[self.heldout]) <= spec.eval_tokens
-        samples = self.heldout[: max(int(within.sum()), 1)]
-        packer = Packer(self.dataset, padded=self.student.padded, pin=ranks.device.type == "cuda")
         share = max(spec.batch_tokens // (ranks.world_size * spec.grad_accum), 1)
-        feed = evaluate.batches(self.dataset, packer, samples, share, rank=ranks.rank, world_size=ranks.world_size)
-        metrics = evaluate.measure(self.student, self.trainer.heads, feed, ranks.device, Silent())
+        metrics: dict[str, float] = {}
+        if len(self.heldout):
+            within = np.cumsum(self.dataset.num_tokens[self.heldout]) <= spec.eval_tokens
+            samples = self.heldout[: max(int(within.sum()), 1)]
+            packer = Packer(self.dataset, padded=self.student.padded, pin=ranks.device.type == "cuda")
+            feed = evaluate.batches(self.dataset, packer, samples, share, rank=ranks.rank, world_size=ranks.world_size)
+            metrics |= evaluate.measure(self.student, self.heads, feed, ranks.device, Silent())
+        if self.own is not None:
+            metrics |= self.own.measure(self.student, self.heads, ranks, share)
         progress.event("eval", step=self.trainer.done, **metrics, dtype=spec.dtype)
         return metrics
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,12 +23,20 @@ from kdpipe.manifests.provenance import digest_tokenizer, num_bytes
 from kdpipe.manifests.run import CHECKPOINT_FILE, RunInputs
 from kdpipe.manifests.running import require_nobody_in
 from kdpipe.manifests.specs import FsdpSpec, Io, RunSpec
-from kdpipe.stages.feed.batches import require_samples
+from kdpipe.stages.evaluate import Measures
+from kdpipe.stages.feed.batches import Batches, PlannedBatches, require_samples
 from kdpipe.stages.feed.dataset import Dataset, of_caches
 from kdpipe.stages.loss import find_divergence
 from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.student import check_student, checkpoint_dtype, require_compiler, require_context
+from kdpipe.stages.ranks import Ranks
+from kdpipe.stages.student import (
+    Student,
+    check_student,
+    checkpoint_dtype,
+    require_compiler,
+    require_context,
+)
 from kdpipe.stages.train.checkpoint import CHECKPOINTS
 from kdpipe.stages.train.output import Output
 
@@ -64,6 +73,22 @@ class Training:
     inputs: RunInputs | None = None
 
 
+class OwnAnswering(Measures, Protocol):
+    """Of a run whose student writes answers of its own: what its steps train on, and what more is measured."""
+
+    def batches(
+        self,
+        planned: PlannedBatches,
+        student: Student,
+        vocab_size: int,
+        *,
+        stop_ids: frozenset[int],
+        ranks: Ranks,
+        seed: int,
+    ) -> Batches:
+        """Instead of the planned ones. stop_ids: tokens that the student is trained to end its answers with"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Found:
     """What a training names, opened: each is asked about once in a process.
@@ -77,11 +102,22 @@ class Found:
     inputs: RunInputs
     notes: tuple[str, ...] = ()
     rows_are_kept: bool = True
+    own: OwnAnswering | None = None
 
     @property
     def samples(self) -> tuple[np.ndarray, np.ndarray]:
         """(training, held-out) sample indices."""
         return self.dataset.split(self.inputs.heldout_fraction)
+
+    @property
+    def measured(self) -> np.ndarray:
+        """The held-out samples that have an answer to measure on."""
+        _, heldout = self.samples
+        return heldout[self.dataset.num_supervised[heldout] > 0]
+
+    @property
+    def is_measured(self) -> bool:
+        return bool(len(self.measured)) or (self.own is not None and bool(len(self.samples[1])))
 
 
 def find(training: Training) -> Found:

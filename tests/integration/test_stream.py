@@ -4,42 +4,18 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from tests.conftest import Bench
-
-SETS = ["train.dtype=float32", "train.batch_tokens=300", "train.lr=1e-2", "train.epochs=2", "train.save_every=3"]
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def started(*words: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "kdpipe.pipeline.cli", *map(str, words)]
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process: subprocess.Popen[str], timeout_s: float = 180.0) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=timeout_s)
-    return process.returncode, out, err
+from tests.integration.running import SETS, ended, started, steps_of, wait_for
 
 
 def streaming(bench: Bench, output: Path, *more: object) -> list[object]:
     data = ["--data", bench.data, "--max-length", 128, "--heldout-fraction", 0.25]
     models = ["--teacher", bench.teacher, "--student", bench.student]
     return ["stream", *models, *data, "--output", output, "--set", *SETS, "--json", *more]
-
-
-@pytest.fixture(scope="module")
-def offline(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights of the student of a cache."""
-    output = tmp_path_factory.mktemp("offline") / "out"
-    words = ["--student", bench.student, "--cache", bench.cache, "--output", output, "--set", *SETS]
-    code, _, err = ended(started("train", *words, "--nproc", "1"))
-    assert code == 0, err
-    return (output / "model.safetensors").read_bytes()
 
 
 def teachers_of(output: Path) -> list[int]:
@@ -53,21 +29,6 @@ def teachers_of(output: Path) -> list[int]:
         if "kdpipe.pipeline.teacher_role" in words and str(output.parent / f".{output.name}.stream") in words:
             found.append(int(entry.name))
     return found
-
-
-def steps_of(output: Path) -> int:
-    try:
-        lines = (output / "events.jsonl").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(json.loads(line)["kind"] == "step" for line in lines if line.endswith("}"))
-
-
-def wait_for(what, timeout_s: float = 60.0) -> None:
-    until = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < until, "it did not come"
-        time.sleep(0.01)
 
 
 def kill_at(bench: Bench, output: Path, step: int, whom: str) -> tuple[int, str]:

@@ -116,10 +116,13 @@ REFUSED = {
         "extract does not read 'train'",
     ),
     "a key that is an option": (["eval", *RUN[:4], "--set", "train.dtype=float32"], "give --dtype instead"),
-    "a key that is not compared": (["train", *RUN, "--set", "data.strict=true"], "for kdpipe plan or kdpipe extract"),
+    "a key that is not compared": (
+        ["train", *RUN, "--set", "data.strict=true"],
+        "for kdpipe plan, extract, stream or onpolicy",
+    ),
     "another command's key as an option": (
         ["extract", *DATA, "--cache", "c", "--lr", "1"],
-        "no option '--lr': it is a key of the run file for kdpipe train or kdpipe stream; see",
+        "no option '--lr': it is a key of the run file for kdpipe train, stream or onpolicy; see",
     ),
     "an unknown choice": (["plan", *DATA, "--overlong", "cut"], "truncate"),
     "an unknown key": (["train", "--student", "s", "--cache", "c", "--output", "o", "--set", "train.lrr=1"], "'lr'"),

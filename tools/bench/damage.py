@@ -262,7 +262,7 @@ class Kdpipe(Format):
         rows = [dataset.teachers[0].rows.rows(index) for index in range(len(cache))]
         train, heldout = dataset.split(None)
         return {
-            **joined([(*pair, some.view(np.uint16)) for pair, some in zip(tokens, rows, strict=True)]),
+            **joined([(ids, mask, some.view(np.uint16)) for (ids, mask, _), some in zip(tokens, rows, strict=True)]),
             "num_tokens": dataset.num_tokens,
             "num_supervised": dataset.num_supervised,
             "split": np.concatenate([train, [-1], heldout]),

@@ -126,7 +126,7 @@ def measure_checkpoints(run: Run, repetitions: int) -> dict[str, list[float]]:
     """Of every checkpoint: its time over that of SAVE_EVERY steps, and so for its bytes written once and flushed."""
     shares: dict[str, list[float]] = {"kdpipe": [], "written once": []}
     for repetition in range(repetitions):
-        step = statistics.mean(seconds(partial(take_step, run, step)) for step in range(run.batches.steps_per_epoch))
+        step = statistics.mean(seconds(partial(take_step, run, step)) for step in range(run.planned.steps_per_epoch))
         run.trainer.done = repetition + 1
         os.sync()
         shares["kdpipe"].append(seconds(partial(run.loop.save, Silent())) / step / SAVE_EVERY)

@@ -110,7 +110,7 @@ class Sweep:
     def train(self, run: Run, epoch: int) -> tuple[float, float]:
         """Seconds of an epoch's steps from the cache, and of the same steps on batches that lie in memory."""
         cached = memory = 0.0
-        for step in range(run.batches.steps_per_epoch):
+        for step in range(run.planned.steps_per_epoch):
             held = [hold(batch) for batch in run.batches.step(step)]
             for from_cache in (True, False) if (step + epoch) % 2 else (False, True):
                 if from_cache:

@@ -108,7 +108,10 @@ def test_rows_run_through_all_caches(cache: Cache, tmp_path: Path) -> None:
         source, view = both.teachers[0].rows, which[within]
         source.want(np.array([index]))
         assert source.rows(index).tobytes() == view.rows.tobytes()
-        assert [part.tobytes() for part in both.tokens(index)] == [view.token_ids.tobytes(), view.supervised.tobytes()]
+        assert [part.tobytes() for part in both.tokens(index)[:2]] == [
+            view.token_ids.tobytes(),
+            view.supervised.tobytes(),
+        ]
     assert both.num_tokens.tolist() == [*cache.num_tokens(), *other.num_tokens()]
     assert both.num_supervised.tolist() == [*cache.num_supervised(), *other.num_supervised()]
     training, heldout = both.split(0.4)

@@ -1,0 +1,132 @@
+"""Live runs: both roles started, joined by rings and ended together, whatever the student makes of the rows.
+
+planned (a plan of the samples) -> checked -> run_live: teacher's process + the student's ranks -> metrics
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.ring import RingEnd, RingReader, make_ring
+from kdpipe.manifests.shard import DTYPES, TAGS
+from kdpipe.manifests.specs import RunFile
+from kdpipe.pipeline.progress import EventLog, watch
+from kdpipe.pipeline.teacher_role import teacher_beside
+from kdpipe.pipeline.training import choose_device, choose_nproc, launch_training, train_rank
+
+if TYPE_CHECKING:
+    from kdpipe.stages.train import Found, Training
+
+MIB = 1 << 20
+
+FedBy = Callable[["Training", RingReader, "Found | None"], "Found"]
+"""What a rank's training names, with the rows of a ring; picklable, as it goes to the ranks."""
+
+
+def choose_ranks(run: RunFile, command: str) -> tuple[str, int]:
+    """The student's device, and how many ranks it has. Raises ConfigError under torchrun."""
+    if "RANK" in os.environ:
+        raise ConfigError("it starts its ranks itself, with --nproc", where=f"kdpipe {command}")
+    device, gpus = choose_device(run.train.device)
+    return device, choose_nproc(run.train.nproc, device, gpus)
+
+
+def planned(run: RunFile, folder: Path, command: str, *, keep_rows: bool, prompts: bool = False) -> Cache:
+    """The plan of the samples. prompts: records without an answer are samples too"""
+    from kdpipe.stages.extract import ExtractSpec
+    from kdpipe.stages.extract.staging import staged
+
+    spec = replace(ExtractSpec.of(run), keep_rows=keep_rows, prompts=prompts)
+    with watch(command, EventLog(None)) as progress, staged(spec, folder, progress) as found:
+        return found.publish()
+
+
+def plan_folder_of(output: Path, command: str) -> Path:
+    """Beside the output: of a plan that goes when the run is finished."""
+    return output.absolute().parent / f".{output.name}.{command}"
+
+
+def forget(folder: Path) -> None:
+    """Of `plan_folder_of`, when the run is finished."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_live(
+    run: RunFile,
+    training: "Training",
+    found: "Found",
+    plan: Cache,
+    nproc: int,
+    fed_by: FedBy,
+    *,
+    command: str,
+    most_rows: int,
+) -> dict[str, object]:
+    """Both roles at work; the student's metrics.
+
+    most_rows: of the longest sample
+    """
+    size = run.live.ring_mib * MIB
+    longest = most_rows * plan.plan.head.hidden_size * DTYPES[TAGS[plan.plan.head.dtype]].itemsize
+    if longest > size:
+        raise ConfigError(
+            f"{run.live.ring_mib} MiB do not hold the rows of the longest sample; take {-(-longest // MIB)} or more",
+            where="live.ring_mib",
+        )
+    theirs, ours = zip(*(make_ring(size) for _ in range(nproc)), strict=True)
+    try:
+        with teacher_beside(run, plan.path, theirs, cores=_teachers_cores(run, training.device)):
+            try:
+                if nproc == 1:
+                    return live_rank(training, ours, fed_by, command, found)
+                return launch_training(training, nproc, ours, fed_by, command, rank=live_rank)
+            finally:
+                for end in ours:
+                    end.close()
+    finally:
+        for end in theirs:
+            end.close()
+
+
+def live_rank(
+    training: "Training", ends: Sequence[RingEnd], fed_by: FedBy, command: str, found: "Found | None" = None
+) -> dict[str, object]:
+    """One rank's work, with its own of the readers' ends; its metrics, with the share of time each side waited.
+
+    found: what this process has opened already
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    for number, end in enumerate(ends):
+        if number != rank:
+            end.close()
+    with RingReader(ends[rank]) as ring:
+        metrics = train_rank(training, fed_by(training, ring, found), command=command)
+        ring.finish()
+        ring.take("the end")
+        return metrics | {"share_waiting": round(ring.share_waiting(), 3)}
+
+
+def _teachers_cores(run: RunFile, student_device: str) -> list[int]:
+    """The cores that are the teacher's alone, where both roles compute on a CPU; this process keeps the others.
+
+    Two runtimes that spin on the same cores are ten times slower than one.
+    """
+    import torch
+
+    from kdpipe.stages.models.device import pick_device
+
+    cores = sorted(os.sched_getaffinity(0))
+    if "cuda" in (pick_device(run.engine.device).type, student_device) or len(cores) < 2:
+        return []
+    count = run.live.teacher_cores or len(cores) // 2
+    if count >= len(cores):
+        raise ConfigError(f"{count} of {len(cores)} cores leave the student none", where="live.teacher_cores")
+    os.sched_setaffinity(0, cores[count:])
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(cores) - count)
+    return cores[:count]

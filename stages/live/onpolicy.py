@@ -1,0 +1,185 @@
+"""On-policy: a training whose student writes answers of its own beside a teacher that scores them.
+
+find_onpolicy(training, run) -> Found, before there is a teacher; fed_by(ring, found, run) -> with one at work
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import CacheError, ConfigError
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.ring import RingReader
+from kdpipe.manifests.row_source import CacheRows, RingRows
+from kdpipe.manifests.sample import prompt_of
+from kdpipe.manifests.shard import DTYPES, TAGS
+from kdpipe.manifests.specs import LiveSpec, RunFile
+from kdpipe.stages.draws import mixed_seed
+from kdpipe.stages.evaluate import measure
+from kdpipe.stages.feed.batches import Batches, PlannedBatches
+from kdpipe.stages.feed.dataset import Dataset
+from kdpipe.stages.feed.order import cut_steps
+from kdpipe.stages.feed.packing import PackedBatch, Packer
+from kdpipe.stages.live.answers import LiveRows, OwnAnswers, ToldRows, joined
+from kdpipe.stages.live.beside import NoRows, find_beside
+from kdpipe.stages.live.rollouts import RolloutBatches, sampling_of
+from kdpipe.stages.models.context import context_of
+from kdpipe.stages.ranks import Ranks
+from kdpipe.stages.rollout.sampling import Sampling
+from kdpipe.stages.rollout.writer import Answer, Prompt
+from kdpipe.stages.student import Student, TeacherHead
+from kdpipe.stages.train.training import Found, Training
+
+MEASURED_PROMPTS = 128
+"""Held-out prompts that the student answers in each evaluation, the first by content."""
+MEASURED = 0x6D656173
+"""Keeps the draws of an evaluation apart from those of steps: they are the same in each, so that it is comparable."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StudentWriter:
+    """Writer: the student itself, with the weights that it has now."""
+
+    student: Student
+    vocab_size: int
+
+    def write(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[Answer]:
+        return self.student.write(prompts, sampling, seed, self.vocab_size)
+
+
+class OnPolicy:
+    """OwnAnswering of `kdpipe onpolicy`."""
+
+    def __init__(self, live: LiveSpec, dataset: OwnAnswers, heldout: np.ndarray, stop_ids: frozenset[int]) -> None:
+        self._live, self._dataset, self._seed, self._stop_ids = live, dataset, 0, stop_ids
+        self._heldout = heldout[:MEASURED_PROMPTS]
+
+    def batches(
+        self,
+        planned: PlannedBatches,
+        student: Student,
+        vocab_size: int,
+        *,
+        stop_ids: frozenset[int],
+        ranks: Ranks,
+        seed: int,
+    ) -> Batches:
+        self._stop_ids |= stop_ids
+        return RolloutBatches(
+            planned,
+            self._dataset,
+            StudentWriter(student, vocab_size),
+            ranks,
+            self._live,
+            seed=seed,
+            stop_ids=self._stop_ids,
+            padded=student.padded,
+            pin=ranks.device.type == "cuda",
+        )
+
+    def measure(
+        self, student: Student, heads: Sequence[TeacherHead], ranks: Ranks | None, batch_tokens: int
+    ) -> dict[str, float]:
+        """KL in both directions and agreement on the student's own answers to held-out prompts; {} without any."""
+        rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
+        mine = self._heldout[rank::world_size]
+        if not len(self._heldout):
+            return {}
+        prompts = [prompt_of(self._dataset.tokens(int(sample))) for sample in mine]
+        answers = student.write(
+            [Prompt(key=int(sample), token_ids=prompt) for sample, prompt in zip(mine, prompts, strict=True)],
+            sampling_of(self._live, self._stop_ids),
+            mixed_seed(self._seed, MEASURED),
+            heads[0].vocab_size,
+        )
+        # Far from the indices of any step.
+        indices = (1 << 48) + mine
+        for index, prompt, answer in zip(indices.tolist(), prompts, answers, strict=True):
+            self._dataset.add(index, joined(prompt, answer.token_ids, imitated=True))
+        packer = Packer(self._dataset, padded=student.padded, pin=student.model.device.type == "cuda")
+        feed = self._feed(packer, indices, batch_tokens, -(-len(self._heldout) // world_size))
+        found = measure(student, heads, feed, student.model.device, Silent())
+        self._dataset.drop(indices.tolist())
+        return {
+            "rollout_kl": found["heldout_kl"],
+            "rollout_reverse_kl": found["heldout_reverse_kl"],
+            "rollout_top1_agreement": found["top1_agreement"],
+            "rollout_tokens": found["num_tokens"],
+        }
+
+    def _feed(
+        self, packer: Packer, indices: np.ndarray, batch_tokens: int, count: int
+    ) -> Iterator[tuple[PackedBatch, int]]:
+        """A batch a sample where samples are long; equally many on every rank."""
+        for teacher in self._dataset.teachers:
+            teacher.rows.want(indices)
+        lengths = np.array([len(self._dataset.tokens(index).token_ids) for index in indices.tolist()], dtype=np.int64)
+        cuts = cut_steps(indices, lengths, batch_tokens) if len(indices) else []
+        for number in range(count):
+            samples = cuts[number] if number < len(cuts) else indices[:0]
+            yield (packer.pack(samples) if len(samples) else packer.empty()), 0
+
+
+def find_onpolicy(training: Training, run: RunFile) -> Found:
+    """What a training names, opened before there is a teacher; training.caches is the folder of the plan alone."""
+    found = find_beside(training)
+    if training.inputs is None:
+        inputs = found.inputs.model_copy(update={"rollouts": run.live.rollouts()})
+        found = replace(found, inputs=inputs)
+    return _answering(found, NoRows(), run)
+
+
+def check_prompts(found: Found, live: LiveSpec) -> None:
+    """Every sample must have a prompt, and room for the longest answer. Raises DataError, ConfigError."""
+    texts = (found.dataset.tokens(sample) for sample in range(len(found.dataset)))
+    lengths = np.array([len(prompt_of(text, found.dataset.names)) for text in texts])
+    context = context_of(found.model.config)
+    if context is not None and lengths.max() + live.max_new_tokens > context.tokens:
+        raise ConfigError(
+            f"the longest prompt has {lengths.max():,} tokens and an answer up to {live.max_new_tokens:,}, the student "
+            f"reads {context.tokens:,} ({context.field}); lower it, or data.max_length",
+            where="live.max_new_tokens",
+        )
+
+
+def fed_by(ring: RingReader, found: Found, run: RunFile) -> Found:
+    """The same with a teacher at work on what the student writes."""
+    (teacher,) = found.dataset.teachers
+    rows = RingRows(ring, width=teacher.record.hidden_size, dtype=DTYPES[TAGS[teacher.record.dtype]])
+    cached = [Cache.open(path, io=run.cache.io) for path in run.cache.path]
+    source = LiveRows(ring, rows, CacheRows(cached), places_in(cached, found.dataset))
+    return _answering(found, source, run)
+
+
+def _answering(found: Found, rows: ToldRows, run: RunFile) -> Found:
+    dataset = OwnAnswers(found.dataset, rows)
+    _, heldout = found.samples
+    return replace(found, dataset=dataset, own=OnPolicy(run.live, dataset, heldout, found.model.stop_ids))
+
+
+def places_in(caches: Sequence[Cache], dataset: Dataset) -> np.ndarray:
+    """int64 [N]: where each sample of a data set is in some caches, one after the other; -1 for nowhere.
+
+    Raises CacheError for a cache of another teacher, and for one that has none of the samples.
+    """
+    places, first = np.full(len(dataset), -1, dtype=np.int64), 0
+    (plan,), (table,) = dataset.plans, dataset.tables
+    wanted = {identity: number for number, identity in enumerate(table.identities())}
+    for cache in caches:
+        for part in ("teacher", "tokenizer", "template"):
+            if getattr(plan.fingerprint, part) != getattr(cache.plan.fingerprint, part):
+                raise CacheError(f"its {part} is not that of --teacher; leave the cache out", where=cache.path)
+        cache.require_complete()
+        there = [
+            (wanted[identity], first + number)
+            for number, identity in enumerate(cache.samples.identities())
+            if identity in wanted
+        ]
+        if not there:
+            raise CacheError("it has none of these samples; leave it out, or extract them", where=cache.path)
+        for number, place in there:
+            places[number] = place
+        first += len(cache)
+    return places
