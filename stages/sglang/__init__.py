@@ -2,7 +2,8 @@
 
     arguments  what it is started with
     process    started, asked, listened to, ended
-    host       the other end: the only module that imports sglang
+    host       the other end, in which a sglang.Engine runs and its plugin is registered
+    prefill    rows of a prompt, as a teacher asks for them
     sink       rows out of its scheduler, straight to their place
     session    that nothing of it is left
 

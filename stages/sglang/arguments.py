@@ -22,7 +22,7 @@ SPARE_POSITIONS = 16
 OURS = {
     "model_path", "device", "dtype", "tp_size", "dp_size", "pp_size", "ep_size", "quantization", "mem_fraction_static",
     "enable_deterministic_inference", "disable_radix_cache", "skip_tokenizer_init", "enable_return_hidden_states",
-    "trust_remote_code",
+    "trust_remote_code", "custom_weight_loader", "weight_version",
 }  # fmt: skip
 """Arguments that this file decides; each has an option of its own, or rows would be wrong with another value."""
 
@@ -45,12 +45,18 @@ def check_options(options: EngineOptions, device: Device) -> None:
 
 
 def server_arguments(
-    path: Path, dtype: Dtype, max_positions: int | None, device: Device, options: EngineOptions
+    path: Path,
+    dtype: Dtype,
+    max_positions: int | None,
+    device: Device,
+    options: EngineOptions,
+    own: dict[str, Any],
 ) -> dict[str, Any]:
     """SGLang's ServerArgs, pure.
 
     path: must hold the very code that options.trust allows, where it allows any
-    max_positions: longest input the model's config allows, None where it names none
+    max_positions: longest text the model's config allows, None where it names none
+    own: what those need who will ask it
     """
     check_options(options, device)
     given = {name: parsed(value) for name, value in options.arguments}
@@ -64,10 +70,7 @@ def server_arguments(
         "quantization": options.quantization,
         "mem_fraction_static": options.mem_fraction,
         "enable_deterministic_inference": options.deterministic,
-        # A prefix found in the radix cache has no hidden states; ids come from the plan, text never goes in.
-        "disable_radix_cache": True,
-        "skip_tokenizer_init": True,
-        "enable_return_hidden_states": True,
+        "skip_tokenizer_init": True,  # ids go in and come out
         "log_level": "warning",
         "random_seed": 0,
         "trust_remote_code": True if options.trust else None,
@@ -85,7 +88,7 @@ def server_arguments(
     if max_positions is not None:
         # SGLang keeps six places of the context for itself; the plan has no sample longer than the model's own.
         arguments["context_length"] = max_positions + SPARE_POSITIONS
-    return {name: value for name, value in (arguments | given).items() if value is not None}
+    return {name: value for name, value in (arguments | own | given).items() if value is not None}
 
 
 def parsed(value: str) -> Any:

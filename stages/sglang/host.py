@@ -1,16 +1,15 @@
-"""The process that SGLang lives in, and the plugin that SGLang loads: the only file that imports sglang.
+"""The process that SGLang lives in, and the plugin that SGLang loads.
 
 `main` runs in a process that process.py starts, with a socket between the two. SGLang kills its parent and
-everything under it when one of its processes fails; here that is this host, and the extraction sees a closed socket
-instead of its own death. When the extraction dies, the guard of session.py ends host and engine.
+everything under it when one of its processes fails; here that is this host, and the process that asked sees a closed
+socket instead of its own death. When that process dies, the guard of session.py ends host and engine.
+What is asked of the engine is a `Message` of another module (prefill.py, writing.py, weights.py).
 
 The plugin (entry point `sglang.srt.plugins`) puts the sink around the method that turns a prefill's hidden states into
 lists of floats. The method is private: `check_target` compares its signature before the engine starts, and a run goes
 on only with receipts from the sink. In an engine that the host did not start the plugin does nothing.
 Written for SGLang 0.5.23, from its source.
 """
-
-# Shapes: n prompt tokens.
 
 import asyncio
 import inspect
@@ -23,9 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any
-
-import numpy as np
+from typing import Any, Protocol
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.nearest import nearest
@@ -44,45 +41,30 @@ SIGNATURE = (
 )  # fmt: skip
 
 
-Key = tuple[int, int, int]
-"""Number of the run it belongs to, sample, and position of the prompt's last token in it."""
+class Message(Protocol):
+    """Something asked of the engine; it goes to the host as a pickle, what it returns comes back as one.
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """One request on its way to SGLang.
-
-    key: by which its answer is known
-    token_ids: int32 [n]
-    order: what the sink writes; None where only the log-probability is asked for
-    scored: ids whose log-probability after the prompt is reported; empty for none
+    number: of the exchange that it belongs to; an answer bears it too, by which late answers are known
+    who: what an error names
     """
 
-    key: Key
-    token_ids: np.ndarray
-    order: Order | None
-    scored: tuple[int, ...]
+    @property
+    def number(self) -> int: ...
 
+    @property
+    def who(self) -> str: ...
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What SGLang made of a prompt.
-
-    receipt: the sink's, as floats; None where there was no order, or the engine answered with something else
-    logprobs: log p(id | token_ids) of the scored ids, by the engine's own logits
-    """
-
-    key: Key
-    receipt: list[float] | None
-    logprobs: tuple[float, ...]
+    async def ask(self, engine: Any) -> Any:
+        """The answer; `engine` is a sglang.Engine, on whose event loop this runs beside other messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """The engine did not start, or a request raised. `option`: the one at fault, where that is known."""
+    """The engine did not start, or a message raised. `option`: the one at fault, where that is known."""
 
     message: str
     option: str = ""
+    number: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +155,7 @@ def main(descriptor: int) -> None:
     name_semaphores()
     link = Connection(descriptor)
     arguments = link.recv()
-    answers: SimpleQueue[Answer | Failed] = SimpleQueue()
+    answers: SimpleQueue[Any] = SimpleQueue()
     running: Future[Any] = Future()
     threading.Thread(target=_receive, args=(link, running, answers), daemon=True).start()
     try:
@@ -195,49 +177,30 @@ def main(descriptor: int) -> None:
     engine.loop.run_forever()
 
 
-def _receive(link: Connection, running: "Future[Any]", answers: "SimpleQueue[Answer | Failed]") -> None:
-    """Prompts to the engine's event loop, without ever waiting for it."""
+def _receive(link: Connection, running: "Future[Any]", answers: "SimpleQueue[Any]") -> None:
+    """Messages to the engine's event loop, without ever waiting for it."""
     try:
         while True:
-            prompts: list[Prompt] = link.recv()
+            messages: list[Message] = link.recv()
             engine = running.result()
-            for prompt in prompts:
-                asyncio.run_coroutine_threadsafe(_ask(engine, prompt, answers), engine.loop)
+            for message in messages:
+                asyncio.run_coroutine_threadsafe(_ask(engine, message, answers), engine.loop)
     except (EOFError, OSError):
-        return  # the extraction is gone: session.guard ends this process and all it started
+        return  # the other side is gone: session.guard ends this process and all it started
 
 
-def _send(link: Connection, answers: "SimpleQueue[Answer | Failed]") -> None:
+def _send(link: Connection, answers: "SimpleQueue[Any]") -> None:
     """Answers back, in the order in which they came."""
     while True:
         try:
             link.send(answers.get())
         except OSError:
-            return  # the extraction is gone, which _receive sees too
+            return  # the other side is gone, which _receive sees too
 
 
-async def _ask(engine: Any, prompt: Prompt, answers: "SimpleQueue[Answer | Failed]") -> None:
+async def _ask(engine: Any, message: Message, answers: "SimpleQueue[Any]") -> None:
     try:
-        result = await engine.async_generate(
-            input_ids=prompt.token_ids.tolist(),
-            # One new token: with none SGLang runs nothing. At temperature 1 log-probabilities are the model's own.
-            sampling_params={"max_new_tokens": 1, "temperature": 1.0}
-            | ({"custom_params": prompt.order.to_params()} if prompt.order else {}),
-            return_hidden_states=prompt.order is not None,
-            return_logprob=bool(prompt.scored),
-            token_ids_logprob=list(prompt.scored) or None,
-        )
-        answers.put(_answer(prompt, result["meta_info"]))
-    except Exception as err:  # the process boundary again; the request's failure is the other side's to judge
+        answers.put(await message.ask(engine))
+    except Exception as err:  # the process boundary again; the failure is the other side's to judge
         traceback.print_exc()
-        answers.put(Failed(message=f"sample {prompt.key[1]}: {type(err).__name__}: {err}"))
-
-
-def _answer(prompt: Prompt, info: dict[str, Any]) -> Answer:
-    states = info.get("hidden_states") or []
-    is_receipt = len(states) == 1 and states[0] and not isinstance(states[0][0], list)
-    return Answer(
-        key=prompt.key,
-        receipt=states[0] if is_receipt else None,
-        logprobs=tuple(logprob for logprob, *_ in info["output_token_ids_logprobs"][0]) if prompt.scored else (),
-    )
+        answers.put(Failed(message=f"{message.who}: {type(err).__name__}: {err}", number=message.number))

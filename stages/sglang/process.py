@@ -1,6 +1,6 @@
 """The process that SGLang lives in, as this process sees it: started, asked, listened to, ended.
 
-    SglangProcess --messages--> host (host.py)          what is asked of it is not known here: rows today
+    SglangProcess --messages--> host (host.py)          what is asked of it is not known here
                   <--answers---
 
 Invariant: a silent, dead or confused engine is an error that says who waits for it, never a wait without end; after
@@ -8,21 +8,22 @@ Invariant: a silent, dead or confused engine is an error that says who waits for
 Cost: about 15 s to start on a CPU.
 """
 
+import itertools
 import shutil
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from kdpipe.manifests.engine import EngineOptions
-from kdpipe.manifests.errors import ConfigError, EngineError, KdpipeError, TeacherError
+from kdpipe.manifests.errors import CheckFailed, ConfigError, EngineError, KdpipeError, TeacherError
 from kdpipe.manifests.specs import Device
 from kdpipe.stages.sglang.arguments import host_environment
-from kdpipe.stages.sglang.host import Failed, Ready
+from kdpipe.stages.sglang.host import Failed, Message, Ready
 from kdpipe.stages.sglang.session import Session
 
 START_TIMEOUT_S = 1800.0
@@ -36,7 +37,7 @@ class SglangProcess:
 
     model: the folder it runs, for messages
     arguments: SGLang's own
-    in_work: whether something was asked of it whose answers are kept: what an error then advises
+    advice: what an error says of the work that was done, and what to do
     """
 
     def __init__(self, model: Path, arguments: dict[str, Any], device: Device, options: EngineOptions) -> None:
@@ -45,7 +46,8 @@ class SglangProcess:
         self._link: Connection | None = None
         self._folder: Path | None = None
         self._ready = False
-        self.in_work = False
+        self.advice = "nothing was written"
+        self._numbers = itertools.count(1)
 
     @property
     def folder(self) -> Path:
@@ -86,7 +88,7 @@ class SglangProcess:
         assert isinstance(message, Ready)
         self._ready = True
 
-    def send(self, messages: Sequence[Any], who: str) -> None:
+    def send(self, messages: Sequence[Message], who: str) -> None:
         """Ask something; who: what an error names. Raises EngineError where it is gone."""
         assert self._link is not None
         if messages:
@@ -103,13 +105,35 @@ class SglangProcess:
             while not self._link.poll(1.0):
                 if time.monotonic() > until:
                     raise EngineError(
-                        f"SGLang gave no sign for {timeout_s:g} s{self._log_kept()}{self._advice()}, with a longer "
+                        f"SGLang gave no sign for {timeout_s:g} s{self._log_kept()}; {self.advice}, with a longer "
                         "--engine-timeout if it was only slow",
                         where=who(),
                     )
             return self._link.recv()
         except (EOFError, OSError):
             raise self._gone(who()) from None
+
+    def next_number(self) -> int:
+        """Of an exchange."""
+        return next(self._numbers)
+
+    def exchange(self, messages: Sequence[Message], timeout_s: float, who: str) -> Iterator[Any]:
+        """Ask, and yield the answers as they come; those of exchanges that were given up are passed over.
+
+        messages: of one number, which no other exchange has
+        Raises EngineError where it is gone or silent, CheckFailed for a message that it could not answer.
+        """
+        self.start()
+        self.send(messages, who)
+        left = len(messages)
+        while left:
+            answer = self.receive(timeout_s, lambda: who)
+            if answer.number != messages[0].number:
+                continue
+            if isinstance(answer, Failed):
+                raise CheckFailed(f"SGLang refused it: {answer.message}", where=who)
+            left -= 1
+            yield answer
 
     def end(self) -> None:
         """End SGLang and everything it started."""
@@ -129,11 +153,7 @@ class SglangProcess:
 
     def _gone(self, who: str) -> KdpipeError:
         """The error for a host that is no longer there."""
-        return EngineError(f"SGLang died{self._log_kept()}{self._advice()}", where=who)
-
-    def _advice(self) -> str:
-        kept = "; finished shards are kept, run the same command again"
-        return kept if self.in_work else "; nothing was written"
+        return EngineError(f"SGLang died{self._log_kept()}; {self.advice}", where=who)
 
     def _given(self) -> str:
         """The options that may be at fault, for a message."""

@@ -28,7 +28,8 @@ from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.head import Head
 from kdpipe.stages.rows import TORCH_DTYPES, checksum
 from kdpipe.stages.sglang.arguments import check_options, server_arguments
-from kdpipe.stages.sglang.host import Answer, Failed, Key, Prompt
+from kdpipe.stages.sglang.host import Failed
+from kdpipe.stages.sglang.prefill import ARGUMENTS, Answer, Key, Prompt
 from kdpipe.stages.sglang.process import SglangProcess
 from kdpipe.stages.sglang.sink import Order, Receipt, runs_of
 from kdpipe.stages.sglang.version import sglang_version
@@ -54,7 +55,7 @@ class SglangTeacher:
         self.notes: list[str] = []
         self._folder, self._dtype, self._device, self._options = folder, dtype, device, options
         self._info = describe_teacher(folder, dtype)
-        arguments = server_arguments(folder.place, self._dtype, self._info.max_positions, device, options)
+        arguments = server_arguments(folder.place, self._dtype, self._info.max_positions, device, options, ARGUMENTS)
         self.process = SglangProcess(folder.path, arguments, device, options)
         self._run = 0
 
@@ -86,7 +87,7 @@ class SglangTeacher:
         """Run the batches; see TeacherEngine.run. SGLang batches by itself: a planned batch is only sent together."""
         self.process.start()
         self._run += 1  # answers to a run that was given up may still be on their way
-        self.process.in_work = True
+        self.process.advice = "finished shards are kept, run the same command again"
         probes = ProbeFile(self.process.folder / f"probes-{self._run}")
         ahead = iter(batches)
         waiting: deque[Request] = deque()
@@ -131,6 +132,8 @@ class SglangTeacher:
             return f"sample {late[0]} and {len(late) - 1} more"
 
         message = self.process.receive(self._options.timeout_s, who)
+        while isinstance(message, Failed) and message.number != self._run:
+            message = self.process.receive(self._options.timeout_s, who)
         if isinstance(message, Failed):
             raise GateError(f"SGLang refused a request: {message.message}", where=who())
         assert isinstance(message, Answer)

@@ -1,7 +1,7 @@
 """A plugin for SGLang that makes it lie, die or hang: put this folder on PYTHONPATH, and KDPIPE_FAULT names a file.
 
 The file's text is the fault, read anew for every batch; an absent or empty file is none. The faults are done inside the
-engine, to the batch's hidden states and to the arguments of the method that the sink goes around.
+engine, to a batch and its hidden states, before the method is called that the sink goes around.
 """
 
 import os
@@ -35,6 +35,11 @@ def on_batch(processor: Any, batch: Any, result: Any) -> None:
         time.sleep(3600)
     if hidden is None:
         return
+    if name == "drop":
+        result.extend_input_len_per_req = [length - 1 for length in result.extend_input_len_per_req]
+    if name == "silent":
+        for request in batch.reqs:
+            request.sampling_params.custom_params = None
     if name == "second rank" and rank() > 0:
         hidden.zero_()
     if name == "nan":
@@ -50,16 +55,6 @@ def on_batch(processor: Any, batch: Any, result: Any) -> None:
             at += first
 
 
-def on_request(processor: Any, **arguments: Any) -> tuple[tuple[Any], dict[str, Any]] | None:
-    """Before the rows of one request are handed to the sink."""
-    if fault() == "drop":
-        arguments["extend_input_len"] -= 1
-        return (processor,), arguments
-    if fault() == "silent":
-        arguments["req"].sampling_params.custom_params = None
-    return None
-
-
 def register() -> None:
     if "KDPIPE_FAULT" not in os.environ:
         return
@@ -68,7 +63,6 @@ def register() -> None:
     from kdpipe.stages.sglang import sink
 
     HookRegistry.register(PROCESSOR + "process_batch_result_prefill", on_batch, HookType.BEFORE)
-    HookRegistry.register(PROCESSOR + "_append_prefill_hidden_states", on_request, HookType.BEFORE)
     own = sink.write_all
 
     def misplaced(descriptor: int, data: memoryview, offset: int) -> None:

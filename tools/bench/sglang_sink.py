@@ -107,6 +107,7 @@ class Bench:
         from kdpipe.stages.extract import ExtractSpec
         from kdpipe.stages.extract.staging import staged
         from kdpipe.stages.models.folder import ModelFolder
+        from kdpipe.stages.sglang import prefill
         from kdpipe.stages.sglang.arguments import host_environment, server_arguments
         from kdpipe.stages.sglang.session import Session, members
         from kdpipe.stages.teacher.describe import describe_teacher
@@ -145,7 +146,7 @@ class Bench:
         ours, theirs = socket.socketpair()
         model = ModelFolder(teacher, TeacherError)
         longest = describe_teacher(model).max_positions
-        arguments = server_arguments(teacher, dtype, longest, options.device, engine_options)
+        arguments = server_arguments(teacher, dtype, longest, options.device, engine_options, prefill.ARGUMENTS)
         environment = host_environment(folder, options.device, engine_options)
         environment.pop("KDPIPE_SINK")
         self.bare = Session(
@@ -193,7 +194,7 @@ class Bench:
 
     def prefill(self) -> float:
         """Seconds of the prompts through kdpipe's engine with nothing asked for."""
-        from kdpipe.stages.sglang.host import Prompt
+        from kdpipe.stages.sglang.prefill import Prompt
 
         prompts = [
             Prompt(key=(0, number, 0), token_ids=np.array(ids, np.int32), order=None, scored=())

@@ -1,6 +1,5 @@
 """The real SGLang, on CPU, against transformers: rows, order, chunks, ranks; what it starts is gone afterwards."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -18,6 +17,7 @@ import pytest
 import torch
 import transformers
 from tests.conftest import Bench
+from tests.engines import FAULTS, engines_end, hosts
 from tests.models import make_model, make_own, make_tokenizer
 from tests.opened import teacher_in
 from tests.stages.teacher.make_requests import NUMPY_DTYPES, WIDTH, make_request, pass_the_gate
@@ -32,8 +32,7 @@ from kdpipe.stages.extract.shards import fill, missing_shards
 from kdpipe.stages.extract.staging import Staged, staged
 from kdpipe.stages.models.own_code import code_digest
 from kdpipe.stages.rows import TORCH_DTYPES, as_tensor
-from kdpipe.stages.sglang.host import SWITCH
-from kdpipe.stages.sglang.session import SHARED_MEMORY, members
+from kdpipe.stages.sglang.session import members
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.engine import Request, RowTarget
 from kdpipe.stages.teacher.head import read_head
@@ -44,51 +43,10 @@ SIZES = {"max_position_embeddings": 600}
 LENGTHS = (1, 2, 3, 17, 600, 64, 128, 129, 300, 5, 511, 40, 1, 255, 600, 31, 90, 2, 470, 12)
 
 
-MARK = "KDPIPE_TESTED_BY"
-"""In the environment of the engines that this process starts: those of another worker are not its business."""
-
-
 @pytest.fixture(autouse=True)
-def nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(MARK, str(os.getpid()))
-    before = abandoned()
-    yield
-    assert hosts() == []
-    until = time.monotonic() + 20
-    while abandoned() - before and time.monotonic() < until:  # another test's file, not mapped yet or not any more
-        time.sleep(0.2)
-    assert abandoned() <= before
-
-
-def hosts() -> list[str]:
-    """Processes of engines that this process started, by the switch and the mark in their environment."""
-    found = []
-    for entry in processes():
-        with contextlib.suppress(OSError):
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            ours = f"{SWITCH}=1".encode() in environment and f"{MARK}={os.getpid()}".encode() in environment
-            if ours and (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
-                found.append(entry.name)
-    return found
-
-
-def abandoned() -> set[Path]:
-    """What lies in /dev/shm and no living process has mapped: what another test is at work with is not left behind."""
-    mapped, left = set[int](), set[Path]()
-    for entry in processes():
-        with contextlib.suppress(OSError):
-            # "address perms offset dev inode path": a semaphore is mapped under the name it had before its own.
-            lines = (entry / "maps").read_text().splitlines()
-            mapped |= {int(line.split()[4]) for line in lines if f"{SHARED_MEMORY}/" in line}
-    for path in SHARED_MEMORY.iterdir():
-        with contextlib.suppress(OSError):
-            if path.stat().st_ino not in mapped:
-                left.add(path)
-    return left
-
-
-def processes() -> list[Path]:
-    return [entry for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+def nothing_left_behind() -> Iterator[None]:
+    with engines_end():
+        yield
 
 
 def requests_into(path: Path, lengths: Sequence[int], dtype: str) -> list[Request]:
@@ -215,9 +173,7 @@ def fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file whose text is the fault of the engines that are started from here on."""
     file = tmp_path / "fault"
     monkeypatch.setenv("KDPIPE_FAULT", str(file))
-    plugin = Path(__file__).parents[3] / "faults"
-    assert (plugin / "kdpipe_faults.py").is_file()
-    monkeypatch.setenv("PYTHONPATH", str(plugin), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
     return file
 
 
