@@ -179,9 +179,9 @@ class _Side:
             self.fail(err)
         self.close()
 
-    def share_waiting(self) -> float:
-        """Of the time since the start."""
-        return self.waited_s / max(time.monotonic() - self._started, 1e-9)
+    def share(self, seconds: float) -> float:
+        """Of the time since the start: of `waited_s`, for one."""
+        return seconds / max(time.monotonic() - self._started, 1e-9)
 
     def fail(self, err: BaseException) -> None:
         """Tell the other side why there will be no more; it raises the same error."""
@@ -367,7 +367,7 @@ class RingWriter(_Side):
 
     def finish(self, who: str = "the end") -> None:
         """Tell the reader that there is no more, and wait until it has freed all it was given."""
-        self._send(END, self._next)
+        self._send(END, self._next, int(self.waited_s * 1000))
         while self._used:
             self._take_in(self._receive(who))
 
@@ -430,6 +430,7 @@ class RingReader(_Side):
     """The side that reads it.
 
     verify: check every message's digest
+    peer_waited_s: seconds that the writer spent waiting, known at the end
     """
 
     _kinds = (ROWS, END)
@@ -441,6 +442,7 @@ class RingReader(_Side):
         self._verify = verify
         self._held: set[int] = set()
         self._ended = False
+        self.peer_waited_s = 0.0
 
     def take(self, who: str) -> Message | None:
         """The next message, None after the last; who: what it is for, in errors.
@@ -452,7 +454,7 @@ class RingReader(_Side):
             return None
         kind, number, key, offset, num_bytes, digest = self._receive(who)
         if kind == END:
-            self._ended = True
+            self._ended, self.peer_waited_s = True, key / 1000
             return None
         array = self._bytes[offset : offset + num_bytes]
         message = Message(key, array, number, self)
@@ -506,6 +508,10 @@ def look_at_all(rings: Sequence[RingWriter], who: str) -> None:
 def wait_for_any(rings: Sequence[RingWriter], who: str, patience_s: float = PATIENCE_S) -> None:
     """Wait until one of them has something to take in. Raises TemporaryError after `patience_s` of silence."""
     began = time.monotonic()
-    while not select.select(rings, [], [], LOOK_S)[0]:
-        if time.monotonic() - began >= patience_s:
-            raise TemporaryError(f"no sign for {patience_s:g} s; run the same command again", where=who)
+    try:
+        while not select.select(rings, [], [], LOOK_S)[0]:
+            if time.monotonic() - began >= patience_s:
+                raise TemporaryError(f"no sign for {patience_s:g} s; run the same command again", where=who)
+    finally:
+        for ring in rings:
+            ring.waited_s += time.monotonic() - began

@@ -108,7 +108,8 @@ def live_rank(
         metrics = train_rank(training, fed_by(training, ring, found), command=command)
         ring.finish()
         ring.take("the end")
-        return metrics | {"share_waiting": round(ring.share_waiting(), 3)}
+        waited = {"share_waiting": ring.waited_s, "teacher_share_waiting": ring.peer_waited_s}
+        return metrics | {name: round(ring.share(seconds), 3) for name, seconds in waited.items()}
 
 
 def _teachers_cores(run: RunFile, student_device: str) -> list[int]:

@@ -68,6 +68,12 @@ class Ranks:
         dist.all_reduce(values)
         return [float(value) for value in values.tolist()]
 
+    def each(self, value: T) -> list[T]:
+        """What every rank has, in the order of the ranks."""
+        found: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found  # type: ignore[return-value]
+
     def agree(self, digest: str) -> bool:
         """Whether every rank has the same digest, in hexadecimal."""
         numbers = [float(byte) for byte in bytes.fromhex(digest)]

@@ -109,4 +109,4 @@ def _fed_by(training: "Training", ring: RingReader, found: "Found | None", *, ru
     """What a rank trains on."""
     from kdpipe.stages.live.onpolicy import fed_by, find_onpolicy
 
-    return fed_by(ring, found or find_onpolicy(training, run), run)
+    return fed_by(ring, found or find_onpolicy(training, run), training, run)

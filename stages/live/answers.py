@@ -20,6 +20,10 @@ from kdpipe.stages.feed.dataset import Dataset
 class ToldRows(RowSource, Protocol):
     """Rows of texts that it is told of."""
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that were spent waiting for rows."""
+
     def tell(self, index: int, text: SampleTokens) -> None:
         """What an index means, before its rows are wanted."""
 
@@ -42,6 +46,10 @@ class OwnAnswers(Dataset):
         self._texts[index] = text
         self._rows.tell(index, text)
 
+    @property
+    def waited_s(self) -> float:
+        return self._rows.waited_s
+
     def drop(self, indices: Iterable[int]) -> None:
         for index in indices:
             self._texts.pop(index, None)
@@ -55,6 +63,10 @@ class LiveRows:
 
     def __init__(self, ring: RingReader, rows: RingRows, cached: CacheRows, places: np.ndarray) -> None:
         self._ring, self._rows, self._cached, self._places = ring, rows, cached, places
+
+    @property
+    def waited_s(self) -> float:
+        return self._ring.waited_s
 
     def tell(self, index: int, text: SampleTokens) -> None:
         self._ring.tell(index, text.to_bytes())

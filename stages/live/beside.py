@@ -18,6 +18,8 @@ from kdpipe.stages.train.training import Found, Training, run_inputs
 class NoRows:
     """Where a training is looked at before there is a teacher: nothing is asked for."""
 
+    waited_s = 0.0
+
     def tell(self, index: int, text: SampleTokens) -> None:
         raise AssertionError("nobody is there to tell")
 

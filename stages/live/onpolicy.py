@@ -1,10 +1,11 @@
 """On-policy: a training whose student writes answers of its own beside a teacher that scores them.
 
-find_onpolicy(training, run) -> Found, before there is a teacher; fed_by(ring, found, run) -> with one at work
+find_onpolicy(training, run) -> Found, before there is a teacher; fed_by(ring, found, ...) -> with one at work
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +17,6 @@ from kdpipe.manifests.row_source import CacheRows, RingRows
 from kdpipe.manifests.sample import prompt_of
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.manifests.specs import LiveSpec, RunFile
-from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.evaluate import measure
 from kdpipe.stages.feed.batches import Batches, PlannedBatches
 from kdpipe.stages.feed.dataset import Dataset
@@ -24,8 +24,10 @@ from kdpipe.stages.feed.order import cut_steps
 from kdpipe.stages.feed.packing import PackedBatch, Packer
 from kdpipe.stages.live.answers import LiveRows, OwnAnswers, ToldRows, joined
 from kdpipe.stages.live.beside import NoRows, find_beside
+from kdpipe.stages.live.rollout_log import RolloutLog
 from kdpipe.stages.live.rollouts import RolloutBatches, sampling_of
 from kdpipe.stages.models.context import context_of
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.rollout.sampling import Sampling
 from kdpipe.stages.rollout.writer import Answer, Prompt
@@ -52,9 +54,11 @@ class StudentWriter:
 class OnPolicy:
     """OwnAnswering of `kdpipe onpolicy`."""
 
-    def __init__(self, live: LiveSpec, dataset: OwnAnswers, heldout: np.ndarray, stop_ids: frozenset[int]) -> None:
-        self._live, self._dataset, self._seed, self._stop_ids = live, dataset, 0, stop_ids
-        self._heldout = heldout[:MEASURED_PROMPTS]
+    def __init__(
+        self, live: LiveSpec, dataset: OwnAnswers, heldout: np.ndarray, model: ModelFolder, output: Path
+    ) -> None:
+        self._live, self._dataset, self._model, self._output = live, dataset, model, output
+        self._stop_ids, self._heldout = model.stop_ids, heldout[:MEASURED_PROMPTS]
 
     def batches(
         self,
@@ -73,6 +77,7 @@ class OnPolicy:
             StudentWriter(student, vocab_size),
             ranks,
             self._live,
+            RolloutLog(self._output, ranks.rank, self._model.tokenizer.decode),
             seed=seed,
             stop_ids=self._stop_ids,
             padded=student.padded,
@@ -91,7 +96,7 @@ class OnPolicy:
         answers = student.write(
             [Prompt(key=int(sample), token_ids=prompt) for sample, prompt in zip(mine, prompts, strict=True)],
             sampling_of(self._live, self._stop_ids),
-            mixed_seed(self._seed, MEASURED),
+            MEASURED,
             heads[0].vocab_size,
         )
         # Far from the indices of any step.
@@ -128,7 +133,7 @@ def find_onpolicy(training: Training, run: RunFile) -> Found:
     if training.inputs is None:
         inputs = found.inputs.model_copy(update={"rollouts": run.live.rollouts()})
         found = replace(found, inputs=inputs)
-    return _answering(found, NoRows(), run)
+    return _answering(found, NoRows(), training, run)
 
 
 def check_prompts(found: Found, live: LiveSpec) -> None:
@@ -144,19 +149,19 @@ def check_prompts(found: Found, live: LiveSpec) -> None:
         )
 
 
-def fed_by(ring: RingReader, found: Found, run: RunFile) -> Found:
+def fed_by(ring: RingReader, found: Found, training: Training, run: RunFile) -> Found:
     """The same with a teacher at work on what the student writes."""
     (teacher,) = found.dataset.teachers
     rows = RingRows(ring, width=teacher.record.hidden_size, dtype=DTYPES[TAGS[teacher.record.dtype]])
     cached = [Cache.open(path, io=run.cache.io) for path in run.cache.path]
     source = LiveRows(ring, rows, CacheRows(cached), places_in(cached, found.dataset))
-    return _answering(found, source, run)
+    return _answering(found, source, training, run)
 
 
-def _answering(found: Found, rows: ToldRows, run: RunFile) -> Found:
+def _answering(found: Found, rows: ToldRows, training: Training, run: RunFile) -> Found:
     dataset = OwnAnswers(found.dataset, rows)
     _, heldout = found.samples
-    return replace(found, dataset=dataset, own=OnPolicy(run.live, dataset, heldout, found.model.stop_ids))
+    return replace(found, dataset=dataset, own=OnPolicy(run.live, dataset, heldout, found.model, training.output))
 
 
 def places_in(caches: Sequence[Cache], dataset: Dataset) -> np.ndarray:

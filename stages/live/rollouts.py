@@ -24,9 +24,10 @@ from kdpipe.stages.draws import mixed_seed, uniform
 from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.packing import PackedBatch, Packer
 from kdpipe.stages.live.answers import OwnAnswers, joined
+from kdpipe.stages.live.rollout_log import Rollout, RolloutLog
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.rollout.sampling import Sampling
-from kdpipe.stages.rollout.writer import Answer, Prompt, Writer
+from kdpipe.stages.rollout.writer import Prompt, Writer
 
 DRAW = 0x6C6D626461
 """Keeps the draw of who answers apart from other draws of the same seed and step."""
@@ -38,32 +39,26 @@ def of_student(samples: np.ndarray, step: int, seed: int, lmbda: float) -> np.nd
     return (numbers < lmbda).numpy()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Rollout:
-    """One answer of the student's own.
-
-    index: in OwnAnswers; sample: whose prompt it answers; version: optimizer steps of the weights that wrote it
-    """
-
-    index: int
-    sample: int
-    number: int
-    version: int
-    answer: Answer
-
-
 @dataclass(slots=True, eq=False)
 class _Step:
     """A step that was written: this rank's micro-batches, and figures over all ranks."""
 
     batches: list[np.ndarray]
     rollouts: list[Rollout]
-    version: int
-    seconds: float
+    seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
 
 
-SUMS = ("num_supervised", "num_answers", "num_written", "num_ended", "entropy")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Wanted:
+    """An answer that is to be written; as in Rollout."""
+
+    index: int
+    sample: int
+    number: int
+
+
+SUMS = ("num_supervised", "num_answers", "num_written", "num_ended", "entropy", "version")
 
 
 class RolloutBatches:
@@ -80,6 +75,7 @@ class RolloutBatches:
         writer: Writer,
         ranks: Ranks,
         live: LiveSpec,
+        log: RolloutLog,
         *,
         seed: int,
         stop_ids: frozenset[int],
@@ -91,7 +87,10 @@ class RolloutBatches:
         self._live, self._seed = live, seed
         self._sampling = sampling_of(live, stop_ids)
         self._packer = Packer(dataset, padded=padded, pin=pin)
+        self._log, self._is_new, self._next = log, True, 0
+        self._ahead: dict[int, dict[int, Rollout]] = {}
         self._steps: dict[int, _Step] = {}
+        self._waited_s = 0.0
         self._made: _Step | None = None
 
     def num_supervised(self, step: int) -> int:
@@ -101,7 +100,8 @@ class RolloutBatches:
 
     def step(self, step: int) -> Iterator[PackedBatch]:
         self._ready(step)
-        self._made = made = self._steps.pop(step)
+        made = self._made = self._steps.pop(step)
+        self._next = step + 1
         for samples in made.batches:
             yield self._packer.pack(samples) if len(samples) else self._packer.empty()
         self._dataset.drop(each.index for each in made.rollouts)
@@ -112,45 +112,69 @@ class RolloutBatches:
     def told(self, step: int) -> dict[str, float]:
         """Of the rollouts of the step that was made last."""
         assert self._made is not None
-        return figures(self._made.sums, self._made.seconds, step - self._made.version)
+        before, self._waited_s = self._waited_s, self._dataset.waited_s
+        waited = {"wait/teacher/seconds": self._waited_s - before}
+        return waited | figures(self._made.sums, self._made.seconds, step)
 
     def state(self) -> dict[str, JsonValue]:
-        return {}
+        """The steps that were made, and how long each rank's file is. Collective."""
+        return {"step": self._next, "lengths": self._ranks.each(self._log.length())}
 
     def resume(self, state: dict[str, JsonValue]) -> None:
-        """Rollouts are written again, with the weights of then."""
+        """What was written ahead of the checkpoint's steps is taken up; what later weights wrote is cut off."""
+        lengths, step = state["lengths"], state["step"]
+        assert isinstance(lengths, list)
+        assert isinstance(step, int)
+        rank = self._ranks.rank
+        self._log.cut(int(str(lengths[rank])) if rank < len(lengths) else 0)
+        if rank == 0:
+            for other in range(self._ranks.world_size, len(lengths)):  # of ranks that there are no more
+                self._log.of_rank(other).cut(int(str(lengths[other])))
+        self._ranks.barrier()
+        self._next, self._is_new, self._ahead = step, False, self._log.ahead(step)
 
     def _ready(self, step: int) -> None:
         """Write the answers of a step, and of those that are to be ahead of it. Collective."""
+        if self._is_new:
+            self._log.cut(0)
+            self._is_new = False
         for each in range(step, min(step + self._live.overlap + 1, self.num_steps)):
             if each not in self._steps:
                 self._steps[each] = self._written(each, version=step)
 
     def _written(self, step: int, version: int) -> _Step:
         started = time.perf_counter()
-        first, place = self._first(step), {int(each): at for at, each in enumerate(self._planned.samples(step))}
-        made = _Step(batches=[], rollouts=[], version=version, seconds=0.0)
-        for samples in self._planned.mine(step):
-            asked = self._asked(samples, step)
-            prompts = [(int(sample), number) for sample in samples[asked] for number in range(self._count)]
-            indices = [first + place[sample] * self._count + number for sample, number in prompts]
-            answers = self._writer.write(
-                [
-                    Prompt(key=index, token_ids=prompt_of(self._dataset.tokens(sample)))
-                    for index, (sample, _) in zip(indices, prompts, strict=True)
-                ],
-                self._sampling,
-                self._seed,
-            )
-            rollouts = [
-                Rollout(index=index, sample=sample, number=number, version=version, answer=answer)
-                for index, (sample, number), answer in zip(indices, prompts, answers, strict=True)
-            ]
+        asked = [(samples, self._wanted(samples, step)) for samples in self._planned.mine(step)]
+        known = self._ahead.pop(step, {})
+        lacks = any(each.index not in known for _, wanted in asked for each in wanted)
+        (write,) = self._ranks.largest([float(lacks)])  # ranks that hold parts of the weights write together
+        made = _Step(batches=[], rollouts=[])
+        for samples, wanted in asked:
+            rollouts = self._write(wanted, version) if write else [known[each.index] for each in wanted]
             made.batches.append(self._in_order(samples, rollouts))
             made.rollouts += rollouts
+            if write:
+                self._log.write(step, rollouts)
         made.seconds = time.perf_counter() - started
         made.sums = self._over_all_ranks(made)
         return made
+
+    def _wanted(self, samples: np.ndarray, step: int) -> list[_Wanted]:
+        """The answers that take the place of samples, in order."""
+        first, place = self._first(step), {int(each): at for at, each in enumerate(self._planned.samples(step))}
+        return [
+            _Wanted(index=first + place[sample] * self._count + number, sample=sample, number=number)
+            for sample in samples[self._asked(samples, step)].tolist()
+            for number in range(self._count)
+        ]
+
+    def _write(self, wanted: Sequence[_Wanted], version: int) -> list[Rollout]:
+        prompts = [Prompt(key=each.index, token_ids=prompt_of(self._dataset.tokens(each.sample))) for each in wanted]
+        answers = self._writer.write(prompts, self._sampling, self._seed)
+        return [
+            Rollout(index=each.index, sample=each.sample, number=each.number, version=version, answer=answer)
+            for each, answer in zip(wanted, answers, strict=True)
+        ]
 
     def _asked(self, samples: np.ndarray, step: int) -> np.ndarray:
         """Which samples the student answers: those drawn, and those that the data has no answer to."""
@@ -186,14 +210,20 @@ class RolloutBatches:
             "num_answers": float(len(lengths)),
             "num_written": float(sum(lengths)),
             "num_ended": float(sum(each.answer.ended for each in made.rollouts)),
+            "version": float(sum(each.version for each in made.rollouts)),
             "entropy": float(sum(float(each.answer.entropies.sum()) for each in made.rollouts)),
         }
         total = torch.tensor([own[name] for name in SUMS], dtype=torch.float64, device=self._ranks.device)
-        longest, shortest, seconds = self._ranks.largest(
-            [float(max(lengths, default=0)), -float(min(lengths, default=1 << 40)), made.seconds]
+        longest, shortest, oldest, made.seconds = self._ranks.largest(
+            [
+                float(max(lengths, default=0)),
+                -float(min(lengths, default=1 << 40)),
+                -float(min((each.version for each in made.rollouts), default=1 << 40)),
+                made.seconds,
+            ]
         )
-        made.seconds = seconds
-        return dict(zip(SUMS, self._ranks.sums(total), strict=True)) | {"longest": longest, "shortest": -shortest}
+        further = {"longest": longest, "shortest": -shortest, "oldest": -oldest}
+        return dict(zip(SUMS, self._ranks.sums(total), strict=True)) | further
 
     def _supervised(self, batch: np.ndarray) -> int:
         planned = batch[batch < len(self._dataset)]
@@ -211,21 +241,21 @@ def sampling_of(live: LiveSpec, stop_ids: frozenset[int]) -> Sampling:
     )
 
 
-def figures(sums: dict[str, float], seconds: float, staleness: int) -> dict[str, float]:
+def figures(sums: dict[str, float], seconds: float, step: int) -> dict[str, float]:
     """What a step's event says of its rollouts; nothing where there were none."""
     count, written = sums["num_answers"], sums["num_written"]
     if not count:
         return {"rollout/num_answers": 0}
     return {
-        "rollout/num_answers": count,
-        "rollout/num_tokens": written,
+        "rollout/num_answers": int(count),
+        "rollout/num_tokens": int(written),
         "rollout/seconds": seconds,
         "rollout/tokens_per_second": written / max(seconds, 1e-9),
         "rollout/entropy/mean": sums["entropy"] / written,
-        "response_length/min": sums["shortest"],
+        "response_length/min": int(sums["shortest"]),
         "response_length/mean": written / count,
-        "response_length/max": sums["longest"],
+        "response_length/max": int(sums["longest"]),
         "response_length/clip_ratio": 1.0 - sums["num_ended"] / count,
-        "staleness/mean": float(staleness),
-        "staleness/max": float(staleness),
+        "staleness/mean": step - sums["version"] / count,
+        "staleness/max": step - sums["oldest"],
     }

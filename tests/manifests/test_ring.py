@@ -240,7 +240,7 @@ def test_the_time_that_a_side_waits_is_counted() -> None:
     with RingReader(theirs) as ring:
         assert read(ring) == 1
         assert 0.2 < ring.waited_s <= 20
-        assert 0.5 < ring.share_waiting() <= 1.0
+        assert 0.5 < ring.share(ring.waited_s) <= 1.0
     assert ended(child) == 0
 
 

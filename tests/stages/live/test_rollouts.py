@@ -1,0 +1,201 @@
+"""A student that writes answers of its own: what each step trains on, and what it is worth."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import Bench
+from tests.stages.live.test_serve import serving
+from tests.stages.ranks import Recorder
+from tests.stages.train.test_train import training_for
+from transformers import AutoModelForCausalLM
+
+from kdpipe.manifests.errors import CacheError, ConfigError, TemporaryError
+from kdpipe.manifests.sample import prompt_of
+from kdpipe.manifests.specs import LossSpec, RunFile
+from kdpipe.stages.live.onpolicy import check_prompts, fed_by, find_onpolicy
+from kdpipe.stages.live.rollouts import of_student
+from kdpipe.stages.ranks import joined
+from kdpipe.stages.train import Found, Training, train
+from kdpipe.stages.train.run import Run
+
+REVERSE = LossSpec(divergence="reverse_kl")
+
+
+def run_file(**live: object) -> RunFile:
+    given = {"lmbda": 1.0, "max_new_tokens": 10} | live
+    cache = given.pop("cache", ())
+    return RunFile.model_validate({"live": given, "cache": {"path": cache}})
+
+
+@contextmanager
+def beside(bench: Bench, training: Training, run: RunFile) -> Iterator[Found]:
+    """What the training is given with a teacher at work."""
+    with serving(bench, 1, num_bytes=1 << 20) as (reader,):
+        yield fed_by(reader, find_onpolicy(training, run), training, run)
+        reader.finish()
+        assert reader.take("the end") is None
+
+
+def trained(bench: Bench, training: Training, run: RunFile, recorder: Recorder | None = None) -> Recorder:
+    recorder = recorder or Recorder()
+    with beside(bench, training, run) as found:
+        train(training, recorder, found)
+    return recorder
+
+
+def rollouts(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "rollouts-00000.jsonl").read_text().splitlines()]
+
+
+def of(recorder: Recorder, kind: str) -> list[dict]:
+    return [fields for name, fields in recorder.events if name == kind]
+
+
+def weights(output: Path) -> bytes:
+    return (output / "model.safetensors").read_bytes()
+
+
+def test_who_answers_is_drawn_sample_by_sample_and_a_function_of_seed_and_step() -> None:
+    samples = np.arange(4000)
+    drawn = of_student(samples, 3, 7, 0.3)
+    assert abs(drawn.mean() - 0.3) < 5 * (0.21 / 4000) ** 0.5
+    assert np.array_equal(drawn[::7], of_student(samples[::7], 3, 7, 0.3)), "whatever else is in the step"
+    assert not np.array_equal(drawn, of_student(samples, 4, 7, 0.3))
+    assert not np.array_equal(drawn, of_student(samples, 3, 8, 0.3))
+    assert of_student(samples, 3, 7, 1.0).all()
+    assert not of_student(samples, 3, 7, 0.0).any()
+    assert (of_student(samples, 3, 7, 0.5) | ~drawn).all(), "a larger share holds the smaller one"
+
+
+def test_gradients_are_those_of_dense_logits_on_the_answers_that_were_written(bench: Bench, tmp_path: Path) -> None:
+    training = training_for(bench, tmp_path, loss=REVERSE, grad_accum=2)
+    run_spec = run_file(samples_per_prompt=2)
+    tmp_path.mkdir(exist_ok=True)
+    with beside(bench, training, run_spec) as found, joined(torch.device("cpu")) as ranks:
+        run = Run(training, found, ranks)
+        count = run.batches.num_supervised(0)
+        sums = run.trainer.backward(0, count)
+        gradients = {name: parameter.grad.full_tensor() for name, parameter in run.student.model.named_parameters()}
+        planned = run.planned.samples(0)
+        prompts = {int(each): prompt_of(found.dataset.tokens(int(each))) for each in planned}
+    written = rollouts(tmp_path)
+    assert sorted((each["sample"], each["number"]) for each in written) == sorted(
+        (int(each), number) for each in planned for number in (0, 1)
+    )
+    assert len({tuple(each["token_ids"]) for each in written}) > len(planned), "two answers to a prompt differ"
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (bench.student, bench.teacher)
+    )
+    total, size = torch.zeros((), dtype=torch.float64), found.dataset.teachers[0].record.vocab_size
+    for each in written:
+        prompt = prompts[each["sample"]]
+        ids = torch.tensor([*prompt.tolist(), *each["token_ids"]])[None]
+        rows = slice(len(prompt) - 1, -1)
+        ours = student(ids).logits[0, rows, :size].double().log_softmax(-1)
+        with torch.no_grad():
+            theirs = teacher(ids).logits[0, rows, :size].double().log_softmax(-1)
+        total = total + (ours.exp() * (ours - theirs)).sum()
+    assert sum(len(each["token_ids"]) for each in written) == count
+    assert sums["kd"] == pytest.approx(float(total.detach()), rel=1e-5)
+    (total / count).backward()
+    for name, parameter in student.named_parameters():
+        own = gradients[name]
+        error = (own - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-12)
+        assert error < 1e-4, (name, error)
+
+
+def test_a_run_that_is_stopped_goes_on_with_the_answers_it_had_written(bench: Bench, tmp_path: Path) -> None:
+    """Two steps ahead, so that answers of older weights are waiting when it is stopped."""
+    run = run_file(overlap=2, lmbda=0.7)
+    changes = {"max_steps": 9, "save_every": 2}
+    whole = trained(bench, training_for(bench, tmp_path / "whole", loss=REVERSE, **changes), run)
+    assert [step["staleness/max"] for step in of(whole, "step")] == [0, 1, 2, 2, 2, 2, 2, 2, 2]
+
+    class Stopped(Recorder):
+        def event(self, kind: str, **fields: object) -> None:
+            super().event(kind, **fields)
+            if kind == "step" and fields["step"] == 5:
+                raise KeyboardInterrupt
+
+    stopped = training_for(bench, tmp_path / "stopped", loss=REVERSE, **changes)
+    with pytest.raises((KeyboardInterrupt, TemporaryError)):
+        trained(bench, stopped, run, Stopped())
+    log = tmp_path / "stopped" / "rollouts-00000.jsonl"
+    with open(log, "a") as file:
+        file.write('{"step": 8, "torn')
+    again = trained(bench, stopped, run)
+    assert of(again, "resume")
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    assert log.read_bytes() == (tmp_path / "whole" / "rollouts-00000.jsonl").read_bytes()
+
+
+def test_an_answer_that_was_cut_has_a_row_for_each_token_and_no_end(bench: Bench, tmp_path: Path) -> None:
+    training = training_for(bench, tmp_path, max_steps=1)
+    recorder = trained(bench, training, run_file(max_new_tokens=3))
+    (step,), written = of(recorder, "step"), [each for each in rollouts(tmp_path) if each["step"] == 0]
+    assert step["num_supervised"] == sum(len(each["token_ids"]) for each in written)
+    assert step["response_length/max"] == 3
+    cut = [each for each in written if not each["ended"]]
+    assert step["response_length/clip_ratio"] == pytest.approx(len(cut) / len(written))
+    assert all(len(each["token_ids"]) == 3 for each in cut)
+
+
+def test_cross_entropy_is_taken_on_the_datas_answers_alone(bench: Bench, tmp_path: Path) -> None:
+    mixed = LossSpec(divergence="reverse_kl", kd_weight=0.25)
+    own = trained(bench, training_for(bench, tmp_path / "own", max_steps=2, loss=mixed), run_file())
+    for step in of(own, "step"):
+        assert step["ce/mean"] == 0.0
+        assert step["loss/mean"] == pytest.approx(0.25 * step["kd/mean"])
+    both = trained(bench, training_for(bench, tmp_path / "both", max_steps=2, loss=mixed), run_file(lmbda=0.5))
+    assert all(step["ce/mean"] > 0.0 for step in of(both, "step"))
+
+
+def test_rows_that_a_cache_has_are_not_asked_of_the_teacher(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdpipe.stages.live import answers
+
+    wanted: list[int] = []
+    own = answers.RingRows.want
+    monkeypatch.setattr(
+        answers.RingRows, "want", lambda self, samples: (wanted.extend(samples.tolist()), own(self, samples))
+    )
+    students = []
+    for name, cache in (("ring", ()), ("cache", (bench.cache,))):
+        wanted.clear()
+        trained(bench, training_for(bench, tmp_path / name, max_steps=4), run_file(lmbda=0.5, cache=cache))
+        assert any(each < 60 for each in wanted) == (name == "ring")
+        assert any(each >= 60 for each in wanted)
+        students.append(weights(tmp_path / name))
+    assert students[0] == students[1]
+
+
+def test_a_cache_of_another_teacher_is_refused(bench: Bench, families: dict[str, Bench], tmp_path: Path) -> None:
+    training = training_for(bench, tmp_path / "out")
+    other = next(iter(families.values())).cache
+    with (
+        pytest.raises(CacheError, match="is not that of --teacher"),
+        pytest.raises(TemporaryError),
+        beside(bench, training, run_file(cache=(other,))),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("live", "error", "says"),
+    [({"max_new_tokens": 4096}, ConfigError, "the student reads"), ({}, None, "")],
+)
+def test_a_prompt_and_its_longest_answer_must_fit(
+    bench: Bench, tmp_path: Path, live: dict, error: type[Exception] | None, says: str
+) -> None:
+    found = find_onpolicy(training_for(bench, tmp_path), run_file(**live))
+    if error is None:
+        check_prompts(found, run_file(**live).live)
+    else:
+        with pytest.raises(error, match=says):
+            check_prompts(found, run_file(**live).live)
