@@ -55,7 +55,9 @@ class RunInputs(Record):
     tokenizer: str = ""
     """sha256 over the student's tokenizer files, which are exported with it; "" in records of before they counted."""
     caches: tuple[str, ...]
-    """Fingerprint of every cache trained on."""
+    """Fingerprint of every cache trained on; none without a teacher."""
+    data: str = ""
+    """sha256 over the samples trained on without a teacher; "" where caches hold them."""
     heldout_fraction: float
     spec: RunSpec
     rollouts: dict[str, JsonValue] = {}  # noqa: RUF012 - pydantic copies it

@@ -31,12 +31,14 @@ class Reads:
     others: keys and tables that have none; --set reaches both
     needs: keys without which there is nothing to do
     renamed: options that have another name here: {"data.paths": "--prompts"}
+    sections: tables whose options --help shows apart, by what it says over them
     """
 
     options: tuple[str, ...]
     others: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    sections: Mapping[str, str] = field(default_factory=dict)
 
     def flag(self, key: str) -> str:
         """The name of a key's option."""
@@ -82,6 +84,7 @@ READS = {
         options=(
             "student.path",
             "cache.path",
+            "data.paths",
             "train.output",
             "train.nproc",
             "train.device",
@@ -89,9 +92,11 @@ READS = {
             "cache.io",
             "student",
             "train.group",
+            "data",
         ),
-        others=("data.heldout_fraction", "data.max_length", "data.overlong", "data.supervise", "loss", "train"),
-        needs=("student.path", "cache.path", "train.output"),
+        others=("loss", "train"),
+        needs=("student.path", "train.output"),
+        sections={"data": "With --data, in place of --cache"},
     ),
     "stream": Reads(
         options=(
@@ -250,14 +255,27 @@ class RunCommand(Command):
         left = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             given = dict(_given({key: ctx.params.pop(key) for key in self.reads.of_options()}))
-            ctx.meta[TYPED] = [self.reads.flag(key) for key in given]
-            ctx.params["run"] = self._read(ctx, ctx.params.pop("config"), ctx.params.pop("sets"), given)
+            sets = ctx.params.pop("sets")
+            ctx.meta[TYPED] = [*given, *map(_key_of, sets)]
+            ctx.params["run"] = self._read(ctx, ctx.params.pop("config"), sets, given)
         return left
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options, those of a section after the others."""
+        rows: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            table, _, leaf = str(param.name).partition(".")
+            title = self.reads.sections.get(table, "Options") if leaf != "paths" else "Options"
+            if (record := param.get_help_record(ctx)) is not None:
+                rows.setdefault(title, []).append(record)
+        for title, records in rows.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
     def _read(self, ctx: click.Context, config: Path | None, sets: tuple[str, ...], given: dict[str, Any]) -> RunFile:
         """Raises ConfigError, also for a key of --set that this command does not read; UsageError for one it needs."""
         run = load(config, sets, given)
-        for key in (each.partition("=")[0].strip() for each in sets):
+        for key in map(_key_of, sets):
             if not self.reads.includes(key):
                 leaf = str(flag_of(key).name) if key in fields() else f"--{key}"
                 own = any(leaf in param.opts for param in self.params)
@@ -268,6 +286,11 @@ class RunCommand(Command):
             if not getattr(getattr(run, table), leaf):
                 raise click.UsageError(f"option '{self.reads.flag(key)}' is missing, or {key} of a run file", ctx)
         return run
+
+
+def _key_of(override: str) -> str:
+    """The key of a --set."""
+    return override.partition("=")[0].strip()
 
 
 def _given(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -285,7 +308,7 @@ TYPED = f"{__name__}.typed"
 
 
 def typed() -> list[str]:
-    """The options of the run file's keys that this command line has: ["--teacher", "--tp"]."""
+    """The run file's keys that this command line has, by option or by --set: ["teacher.path", "engine.tp"]."""
     return list(click.get_current_context().meta[TYPED])
 
 

@@ -32,6 +32,16 @@ def train_rank(training: "Training", found: "Found | None" = None, *, command: s
         return train(training, progress, found)
 
 
+def find_data(training: "Training") -> "Found":
+    """A training without a teacher with its data prepared; rank 0 shows the progress."""
+    from kdpipe.stages.train import find
+
+    if os.environ.get("RANK", "0") != "0":
+        return find(training)
+    with watch("train", EventLog(None), where=training.output, kept=lambda: "nothing was trained") as progress:
+        return find(training, progress)
+
+
 def kept(output: Path) -> str:
     """What of a training is there that a second signal, or one that came before it could save, has ended."""
     from kdpipe.stages.train.checkpoint import newest_record  # loads torch

@@ -1,4 +1,4 @@
-"""Evaluate: a student against the teacher on held-out rows of a cache, with no teacher in memory.
+"""Evaluate: a student against the teacher on held-out rows of a cache, with no teacher in memory; or alone.
 
 All figures are means per supervised token, in nats, at temperature 1 over the real vocabulary; sums are taken over all
 ranks and divided once.
@@ -37,6 +37,9 @@ from kdpipe.stages.student import (
     require_context,
 )
 
+ALONE = ("heldout_ce", "perplexity", "num_tokens")
+"""Metrics of a student without a teacher."""
+
 
 def batches(
     dataset: Dataset, packer: Packer, samples: np.ndarray, batch_tokens: int, *, rank: int = 0, world_size: int = 1
@@ -70,14 +73,15 @@ def measure(
     student.train()
     if dist.is_initialized():
         dist.all_reduce(total)
-    return summary(dict(zip((field.name for field in fields(TokenMetrics)), total.tolist(), strict=True)))
+    names = (field.name for field in fields(TokenMetrics))
+    return summary(dict(zip(names, total.tolist(), strict=True)), taught=bool(teachers))
 
 
-def summary(sums: dict[str, float]) -> dict[str, float]:
-    """Means per supervised token from sums."""
+def summary(sums: dict[str, float], *, taught: bool) -> dict[str, float]:
+    """Means per supervised token from sums; without a teacher those of the student alone."""
     count = max(sums["num_tokens"], 1.0)
     ce = sums["ce"] / count
-    return {
+    found = {
         "heldout_kl": sums["forward_kl"] / count,
         "heldout_reverse_kl": sums["reverse_kl"] / count,
         "top1_agreement": sums["top1_agree"] / count,
@@ -86,6 +90,7 @@ def summary(sums: dict[str, float]) -> dict[str, float]:
         "teacher_ce": sums["teacher_ce"] / count,
         "num_tokens": int(sums["num_tokens"]),
     }
+    return found if taught else {name: found[name] for name in ALONE}
 
 
 class Measures(Protocol):
@@ -119,9 +124,9 @@ def score(
     """
     precision = getattr(torch, dtype)
     if ranks is not None and ranks.world_size > 1:
-        model = load_sharded(student, ranks, stored=precision, computed=precision)
+        model = load_sharded(student, ranks, stored=precision, computed=precision, vocab_size=dataset.vocab_size)
     else:
-        model = Student(student.load(precision, device))
+        model = Student(student.load(precision, device), dataset.vocab_size)
     texts = samples if len(samples) else np.arange(len(dataset))
     model.examine(exam_text(dataset, texts, model.model.config), student.path)
     teachers = [load_teacher_head(teacher, device) for teacher in dataset.teachers]
@@ -166,7 +171,7 @@ def evaluate_student(
     """
     opened = Cache.open(cache, io=io)
     dataset, model = of_caches([opened]), ModelFolder(student, StudentError, trust)
-    check_student(model, dataset.teachers[0])
+    check_student(model, *dataset.teachers)
     record = read_run(student)
     if record is not None:
         trained = record.inputs.heldout_fraction

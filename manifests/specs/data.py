@@ -18,7 +18,7 @@ class DataSpec(Spec):
     """Share of the samples kept out of training for evaluation, chosen by each sample's content."""
     bad_records: Literal["stop", "skip"] = "stop"
     """A record that cannot be read ends the command, which shows the first ten, or is left out, counted and listed in
-    CACHE/runs/prepare.jsonl."""
+    prepare.jsonl, in CACHE/runs or OUTPUT."""
     max_bad: Fraction = 0.01
     """Share of the records that may be left out as bad; more of them is an error."""
     strict: bool = False

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs.base import Count, Flag, Fraction, Spec
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -18,6 +19,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 LOSS_OPTIONS = ("alpha", "beta", "forward_share", "k", "power", "samples")
 """Keys of loss.options over all divergences; each takes its own, as docs/losses.md says."""
+
+
+ALONE = ("kd_weight", "chunk_tokens", "label_smoothing", "z_loss", "head_grad_fp32")
+"""Keys of [loss] that mean something without a teacher."""
 
 
 class LossSpec(Spec):
@@ -43,6 +48,21 @@ class LossSpec(Spec):
     """Sum the head's gradient over chunks in float32; false saves memory and is as exact up to some 16 chunks."""
     options: dict[str, float] = {}  # noqa: RUF012 - pydantic copies it
     """Options of the divergence, such as beta of jsd."""
+
+    def without_teacher(self) -> "LossSpec":
+        """This loss on data that have no teacher's rows: cross-entropy alone.
+
+        Raises ConfigError where more was given than that can take.
+        """
+        given = sorted(self.model_fields_set - set(ALONE), key=lambda key: (key != "preset", key))
+        more = given[:1] or (["kd_weight"] if "kd_weight" in self.model_fields_set and self.kd_weight else [])
+        if more:
+            raise ConfigError(
+                f"{getattr(self, more[0])!r} is for a teacher's rows, which data alone do not have: leave it out and "
+                "train on cross-entropy, or have the rows, by kdpipe extract and --cache or by kdpipe stream",
+                where=f"loss.{more[0]}",
+            )
+        return self.model_copy(update={"kd_weight": 0.0})
 
     @model_validator(mode="before")
     @classmethod

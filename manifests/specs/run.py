@@ -33,6 +33,10 @@ class RunSpec(Spec):
     loss: LossSpec = LossSpec()
     train: TrainSpec = TrainSpec()
 
+    def without_teacher(self) -> "RunSpec":
+        """The same with a loss that needs none. Raises ConfigError for one that does."""
+        return self.model_copy(update={"loss": self.loss.without_teacher()})
+
 
 class RunFile(Spec):
     """A whole run file."""

@@ -13,7 +13,7 @@ from kdpipe.manifests.durable import QUARANTINE
 from kdpipe.manifests.errors import CheckFailed, ConfigError, DriftError, IncompleteError, KdpipeError
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.made_with import repair as way_out
-from kdpipe.manifests.specs import RunFile
+from kdpipe.manifests.specs import RunFile, flag_of
 from kdpipe.manifests.verify import Finding, Level, collect_garbage, examine, repair
 from kdpipe.pipeline.options import PATH, Command, Finite, RunCommand, json_option, typed
 from kdpipe.pipeline.output import results_only, show
@@ -91,8 +91,8 @@ def verify(
     teacher = run.teacher.path
     if recompute is not None and teacher is None:
         raise ConfigError("--recompute and --teacher go together", where="--recompute")
-    if recompute is None and (useless := sorted(set(typed()) - {"--io"})):
-        raise ConfigError("it is of use with --recompute N alone", where=useless[0])
+    if recompute is None and (useless := sorted(set(typed()) - {"cache.io"})):
+        raise ConfigError("it is of use with --recompute N alone", where=flag_of(useless[0]).name)
     levels: dict[Level, bool] = {"quick": quick, "full": full, "deep": deep}
     asked = [level for level, is_asked in levels.items() if is_asked]
     if len(asked) > 1:

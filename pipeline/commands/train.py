@@ -1,14 +1,29 @@
-"""kdpipe train: a student from caches, in this process or in one process a GPU."""
+"""kdpipe train: a student from caches, or from data alone, in this process or in one process a GPU."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import click
 
-from kdpipe.manifests.specs import RunFile
-from kdpipe.pipeline.options import RunCommand, group_for, json_option, require_not_swapped, resume_option, this_command
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.specs import RunFile, flag_of
+from kdpipe.pipeline.options import (
+    RunCommand,
+    group_for,
+    json_option,
+    require_not_swapped,
+    resume_option,
+    this_command,
+    typed,
+    within,
+)
 from kdpipe.pipeline.output import results_only, show
-from kdpipe.pipeline.training import choose_device, choose_nproc, launch_training, train_rank
+from kdpipe.pipeline.training import choose_device, choose_nproc, find_data, launch_training, train_rank
+
+OF_CACHES = ("data.heldout_fraction", "data.max_length", "data.overlong", "data.supervise")
+"""Keys of [data] that a cache is asked about too."""
 
 
 @click.command("train", cls=RunCommand)
@@ -17,38 +32,73 @@ from kdpipe.pipeline.training import choose_device, choose_nproc, launch_trainin
 def command(run: RunFile, resume: str, as_json: bool) -> None:
     """Train a student from one or more caches; the teacher is not needed.
 
+    With --data in place of --cache there is no teacher at all: cross-entropy on the data (SFT), prepared with the
+    student's own tokenizer and chat template; its answers may be a teacher's, by kdpipe generate.
+
     Prints the final metrics. Events go to OUTPUT/events.jsonl. Under torchrun it is one rank of that launch.
     Interrupted? The same command again goes on from its last checkpoint. Ctrl-C, SIGTERM, SIGUSR2 and SIGHUP finish the
     step, save and exit (130 for Ctrl-C, 75 for the others); a second one ends it at once.
 
     \b
     kdpipe train --student models/small --cache /scratch/cache --output runs/a --set train.lr=3e-4 loss.temperature=2
+    kdpipe train --student models/small --data chat.jsonl --output runs/sft
     """
-    student, caches, output = run.student.path, run.cache.path, run.train.output
+    student, output = run.student.path, run.train.output
     assert student is not None, "RunCommand has asked for it"
     assert output is not None, "RunCommand has asked for it"
+    caches, data = _sources(run)
     require_not_swapped(student, caches)
-    from kdpipe.stages.train import Training, check_training  # torch takes seconds: not for --help or a misspelt option
+    spec = run.training() if caches else run.training().without_teacher()
+    from kdpipe.stages.train import (  # torch takes seconds: not for --help or a misspelt option
+        Training,
+        check_training,
+        samples_beside,
+    )
 
     device, gpus = choose_device(run.train.device)
     nproc = choose_nproc(run.train.nproc, device, gpus)
     training = Training(
         student=student,
         caches=caches,
+        data=data,
+        workers=run.data.workers,
         output=output,
-        spec=run.training(),
+        spec=spec,
         device=device,
         io=run.cache.io,
         trust=run.student.trust_remote_code,
         resume=resume,
         group=group_for(run.train.group, output),
-        made_with=this_command(student=student, cache=caches, output=output),
+        made_with=this_command(student=student, cache=caches or None, data=data or None, output=output),
     )
-    with results_only():
-        found = check_training(training, nproc)
+    is_first = os.environ.get("RANK", "0") == "0"
+    with results_only(), samples_beside(output) if data and is_first else nullcontext():
+        found = check_training(training, nproc, find_data(training) if data else None)
         if nproc == 1 or "RANK" in os.environ:
             metrics = train_rank(training, found)
         else:
             metrics = launch_training(replace(training, inputs=found.inputs), nproc)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first:
         show(metrics, as_json=as_json)
+
+
+def _sources(run: RunFile) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The caches, or else the data files, to train on: a run file may have the data that its cache was made of.
+
+    Raises ConfigError where the command line says both, or what is of use with the other alone.
+    """
+    caches, data = run.cache.path, run.data.paths
+    if not caches and not data:
+        raise click.UsageError("option '--cache' (a teacher's rows) or '--data' (no teacher) is missing")
+    if caches and "data.paths" in typed():
+        way = "" if "cache.path" in typed() else ": --set cache.path=[] leaves out the run file's cache"
+        raise ConfigError(
+            "--cache trains on a teacher's rows, with the samples that they were made for; --data trains on data "
+            f"alone, by cross-entropy and without a teacher; take one of the two{way}",
+            where="--data",
+        )
+    table, other, but = ("data", "--data", OF_CACHES) if caches else ("cache", "--cache", ("cache.path",))
+    for key in typed():
+        if within(key, table) and key not in but:
+            raise ConfigError(f"it is of use with {other} alone; leave it out", where=flag_of(key).name)
+    return (caches, ()) if caches else ((), data)

@@ -83,12 +83,15 @@ class Inputs:
                     self._seen[name] = (found, is_old and stat.S_ISREG(before.st_mode))
         return self._seen[name][0].digest
 
-    def asked(self, teacher: Path, data: Sequence[Path], choices: Mapping[str, object]) -> str:
-        """The digest of all that decides which samples there are. choices: all of it that is in no file"""
+    def asked(self, model: Path, data: Sequence[Path], choices: Mapping[str, object]) -> str:
+        """The digest of all that decides which samples there are.
+
+        model: whose tokenizer makes them; choices: all of it that is in no file
+        """
         return digest_json(
             {
                 "data": [[path.suffix.lower(), self.digest(path)] for path in list_files(data)],
-                "teacher": {path.name: self.digest(path) for path in _small_files(teacher)},
+                "teacher": {path.name: self.digest(path) for path in _small_files(model)},
                 "choices": choices,
                 "versions": [_own_version(), transformers.__version__],
             }

@@ -56,10 +56,13 @@ class Dataset:
     """Samples of some tables under one running index.
 
     teachers: () for cross-entropy alone
+    vocab_size: ids that their tokenizer makes, where no teacher says how many
     """
 
-    def __init__(self, tables: Sequence[Samples], teachers: Sequence[Teacher] = ()) -> None:
-        self.tables, self.teachers = tuple(tables), tuple(teachers)
+    def __init__(
+        self, tables: Sequence[Samples], teachers: Sequence[Teacher] = (), *, vocab_size: int | None = None
+    ) -> None:
+        self.tables, self.teachers, self.vocab_size = tuple(tables), tuple(teachers), vocab_size
         self._first = [0, *accumulate(table.plan.num_samples for table in tables)]
         self.num_tokens = np.concatenate([table.column("num_tokens") for table in tables]).astype(np.int64)
         self.num_supervised = np.concatenate([table.column("num_supervised") for table in tables]).astype(np.int64)
@@ -74,7 +77,7 @@ class Dataset:
 
     def without_teachers(self) -> "Dataset":
         """The same samples, whose rows nobody asks for."""
-        return Dataset(self.tables)
+        return Dataset(self.tables, vocab_size=self.vocab_size)
 
     @property
     def plans(self) -> tuple[Prepared, ...]:

@@ -30,7 +30,8 @@ HEAD_ROWS = 8192
 class TokenMetrics:
     """Sums over the labelled tokens at temperature 1, in nats: fp64 scalars on the inputs' device, ready to all-reduce.
 
-    top1_agree counts tokens whose most likely token is the same in both models; num_tokens counts the tokens."""
+    top1_agree counts tokens whose most likely token is the same in both models; num_tokens counts the tokens. Without a
+    teacher what has to do with one is nan."""
 
     forward_kl: Tensor
     reverse_kl: Tensor
@@ -44,28 +45,34 @@ class TokenMetrics:
 def token_metrics(
     student_hidden: Tensor,
     student: Head,
-    teacher_hidden: Tensor,
-    teacher: Head,
+    teacher_hidden: Tensor | None,
+    teacher: Head | None,
     labels: Tensor,
     *,
     vocab_size: int | None = None,
 ) -> TokenMetrics:
-    """Sums for student_hidden [T, D] and teacher_hidden [T, E] against labels [T]; heads are cut to vocab_size rows."""
-    students, teachers = Side(student_hidden, student), Side(teacher_hidden, teacher)
-    vocab = shared_vocab(students, [teachers], vocab_size)
+    """Sums for student_hidden [T, D] and teacher_hidden [T, E] against labels [T]; heads are cut to vocab_size rows.
+
+    teacher_hidden, teacher: None where there is no teacher, then the cross-entropy alone is measured
+    """
+    students, teachers = Side(student_hidden, student), []
+    if teacher_hidden is not None and teacher is not None:
+        teachers.append(Side(teacher_hidden, teacher))
+    vocab = shared_vocab(students, teachers, vocab_size)
     num_tokens, device = student_hidden.shape[0], student_hidden.device
     labels = checked_labels(labels, num_tokens, vocab)
     size = max(1, min(CHUNK_TOKENS, num_tokens))
     block_rows = min(rows_per_block(vocab, device, compiled=False), size)
-    logits = torch.empty(2, size, vocab, dtype=torch.float32, device=device)
+    logits = torch.empty(1 + len(teachers), size, vocab, dtype=torch.float32, device=device)
     totals = torch.zeros(5, num_tokens, dtype=torch.float32, device=device)
     for start in range(0, num_tokens, size):
         stop = min(start + size, num_tokens)
-        student_logits = wide_logits(students, start, stop, logits[0])
-        teacher_logits = wide_logits(teachers, start, stop, logits[1])
+        finished = [
+            wide_logits(side, start, stop, out) for side, out in zip((students, *teachers), logits, strict=True)
+        ]
         for block in row_blocks(stop - start, block_rows):
             tokens = slice(start + block.start, start + block.stop)
-            totals[:, tokens] = measured(student_logits[block], teacher_logits[block], labels[tokens])
+            totals[:, tokens] = measured(*(each[block] for each in finished), labels=labels[tokens])
     labelled = labels != IGNORED
     forward, reverse, agree, ce, teacher_ce = totals.double().where(labelled, 0.0).sum(1)
     return TokenMetrics(
@@ -86,18 +93,22 @@ def wide_logits(side: Side, start: int, stop: int, out: Tensor) -> Tensor:
     return side.head.finish.apply(logits, side.head.bias)
 
 
-def measured(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """The five metrics [5, R] of a block of finished logits [R, V]."""
+def measured(student_logits: Tensor, teacher_logits: Tensor | None = None, *, labels: Tensor) -> Tensor:
+    """The five metrics [5, R] of a block of finished logits [R, V]; without a teacher all but the fourth are nan."""
     log_p_student, p_student, _ = normalised(student_logits)
+    target = labels.clamp_min(0)[:, None]
+    ce = -log_p_student.gather(1, target)[:, 0]
+    if teacher_logits is None:
+        nothing = torch.full_like(ce, torch.nan)
+        return torch.stack([nothing, nothing, nothing, ce, nothing])
     log_p_teacher, p_teacher, _ = normalised(teacher_logits)
     both = Distributions(log_p_teacher, p_teacher, log_p_student, p_student)
-    target = labels.clamp_min(0)[:, None]
     return torch.stack(
         [
             pointwise.forward_kl(both)[0],
             pointwise.reverse_kl(both)[0],
             (log_p_student.argmax(-1) == log_p_teacher.argmax(-1)).float(),
-            -log_p_student.gather(1, target)[:, 0],
+            ce,
             -log_p_teacher.gather(1, target)[:, 0],
         ]
     )

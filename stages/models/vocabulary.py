@@ -5,13 +5,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kdpipe.manifests.errors import TeacherError
+from kdpipe.manifests.errors import InputError, TeacherError
 
 
-def real_vocab_size(path: Path, tokenizer: PreTrainedTokenizerBase, head_rows: int) -> int:
+def real_vocab_size(
+    path: Path, tokenizer: PreTrainedTokenizerBase, head_rows: int, error: type[InputError] = TeacherError
+) -> int:
     """Ids the tokenizer can make, counted from 0: at most the rows of the head, which a checkpoint may pad.
 
-    Raises TeacherError where ordinary tokens have no row in the head. Added tokens beyond it are left out: Gemma 3 1B
+    Raises `error` where ordinary tokens have no row in the head. Added tokens beyond it are left out: Gemma 3 1B
     lists an image token that its text model has no row for.
     """
     ids = set(tokenizer.get_vocab().values())
@@ -19,7 +21,7 @@ def real_vocab_size(path: Path, tokenizer: PreTrainedTokenizerBase, head_rows: i
     if size > head_rows:
         ordinary = max(ids - set(tokenizer.added_tokens_decoder), default=-1) + 1
         if ordinary > head_rows:
-            raise TeacherError(
+            raise error(
                 f"the tokenizer makes ids up to {ordinary - 1}, the lm_head has {head_rows} rows; "
                 "is it the tokenizer of another model?",
                 where=path,

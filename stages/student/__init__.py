@@ -4,6 +4,7 @@ from kdpipe.stages.student.check import (
     check_student,
     check_student_of,
     checkpoint_dtype,
+    own_vocab_size,
     require_compiler,
     require_context,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "exam_text",
     "load_sharded",
     "load_teacher_head",
+    "own_vocab_size",
     "reduce_gradients",
     "require_compiler",
     "require_context",

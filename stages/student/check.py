@@ -23,15 +23,24 @@ IDS = ("pad_token_id", "eos_token_id")
 """Config fields that name ids which end up in a batch or end a text."""
 
 
-def check_student(model: ModelFolder, teacher: Teacher) -> None:
-    """Whether the student can learn from the teacher's rows.
+def check_student(model: ModelFolder, *teachers: Teacher) -> None:
+    """Whether the student can learn from the teachers' rows; without any, from samples of its own tokenizer.
 
     Raises StudentError for a folder without config or weights, a tokenizer that is not the teacher's, a vocabulary too
     small for its ids, ids outside of it, a generation config that does not load.
     """
-    _check_model(model, teacher.record.vocab_size, "the cache's")
-    if vocabulary_digest(model.tokenizer) != teacher.vocabulary_digest:
-        _check_tokens(model, _kept_tokenizer(teacher), teacher.where)
+    if not teachers:
+        _check_model(model, own_vocab_size(model), "its tokenizer's")
+    for teacher in teachers:
+        _check_model(model, teacher.record.vocab_size, "the cache's")
+        if vocabulary_digest(model.tokenizer) != teacher.vocabulary_digest:
+            _check_tokens(model, _kept_tokenizer(teacher), teacher.where)
+
+
+def own_vocab_size(model: ModelFolder) -> int:
+    """Ids of the student's own tokenizer that it has an output for. Raises StudentError as real_vocab_size does."""
+    head_rows = model.config.get_text_config().vocab_size
+    return real_vocab_size(model.path, model.tokenizer, head_rows, StudentError)
 
 
 def check_student_of(folder: Path, teacher: Path, trust: str | None = None) -> str:

@@ -50,10 +50,12 @@ def load_sharded(
     computed: torch.dtype,
     grad_checkpointing: bool = False,
     fsdp: FsdpSpec = WHOLE_ROW,
+    vocab_size: int | None = None,
 ) -> Student:
     """The student of a folder, its weights `stored` over the ranks, its forward pass in another dtype. Collective.
 
     fsdp: how it lies on them; its layers are compiled later, by `compile_layers`
+    vocab_size: as in Student
     folder.notes has a line more where rank 0 had to read it whole.
     Raises what ModelFolder raises; PeerError where another rank could not read its part.
     """
@@ -63,7 +65,7 @@ def load_sharded(
         model = ranks.together(lambda: _whole_on_first(folder, model, stored, rank=ranks.rank))
     if grad_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    student = Student(model)
+    student = Student(model, vocab_size)
     mesh, offload = ranks.mesh(fsdp.shard_size), _offload(fsdp, ranks.device)
     if whole_only:
         return shard(student, mesh, computed, ranks.device, offload)

@@ -65,11 +65,12 @@ class Student(torch.nn.Module):
     """A causal LM that answers with losses: `student(batch, teachers, loss)` and `student.measure(batch, teachers)`.
 
     It is examined first; `padded` says then that its layers cannot tell packed samples apart: batches must be padded.
+    vocab_size: ids that its data can have, where no teacher says how many; the rows of its head when not given
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._vocab_size = model, vocab_size
         self._formula = logit_formula(model.config)
         self._padded: bool | None = None
         self._text = np.zeros(0, np.int32)
@@ -144,14 +145,14 @@ class Student(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor] | TokenMetrics:
         """The loss of the batch with its gradients, and LOSS_SUMS [8] for reading; metrics where loss is None.
 
-        A batch without teacher rows is for a loss of cross-entropy alone.
+        A batch without teacher rows is for a loss of cross-entropy alone, for which no teacher is needed.
         seed: a sampled divergence draws by it; another one for every step. scale: multiplies the loss, not LOSS_SUMS
         """
-        hidden, head, (teacher,) = self.hidden(batch), self.head(), teachers
+        hidden, head = self.hidden(batch), self.head()
+        vocab_size = teachers[0].vocab_size if teachers else self._vocab_size
         if loss is None:
-            return token_metrics(
-                hidden, head, batch.teacher_rows[0], teacher.head, batch.labels, vocab_size=teacher.vocab_size
-            )
+            rows, theirs = (batch.teacher_rows[0], teachers[0].head) if teachers else (None, None)
+            return token_metrics(hidden, head, rows, theirs, batch.labels, vocab_size=vocab_size)
         # Rows whose teacher nobody asked for are not in the batch: the loss is cross-entropy alone then.
         sides = [Side(rows, teacher.head) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
         problem = pose(
@@ -159,7 +160,7 @@ class Student(torch.nn.Module):
             sides,
             batch.labels,
             loss=loss,
-            vocab_size=teacher.vocab_size,
+            vocab_size=vocab_size,
             keys=batch.keys,
             seed=seed,
             loss_scale=scale,

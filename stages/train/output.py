@@ -27,7 +27,9 @@ from kdpipe.stages.train.checkpoint import (
 )
 
 EVENTS = "events.jsonl"
-FILES = {EVENTS, RUNNING_FILE}
+INCIDENTS = "prepare.jsonl"
+"""What of the data was cut or left out, where the run has prepared them itself."""
+FILES = {EVENTS, INCIDENTS, RUNNING_FILE}
 FOLDERS = {UNFINISHED, CHECKPOINTS}
 """What an interrupted run leaves in its output."""
 
@@ -47,6 +49,14 @@ class Output:
         if record is None and resume != "never":
             record = newest_record(self.path if resume == "auto" else Path(resume))
         return None if record is None else record.inputs.caches
+
+    def goes_on(self) -> RunInputs | None:
+        """Those of the run in it that is not finished and has something to go on from; None where there is none."""
+        record = read_run(self.path) or read_run(self.scratch)
+        if record is not None:
+            return record.inputs if record.metrics is None else None
+        checkpoint = newest_record(self.path)
+        return None if checkpoint is None else checkpoint.inputs
 
     def finished(self, inputs: RunInputs) -> RunRecord | None:
         """The record of the run with these inputs, if its student is there. Raises ConfigError for another run's."""
@@ -89,6 +99,15 @@ class Output:
             if not ours or path.is_symlink():
                 raise ConfigError(f"it holds other things ({path.name}); choose another --output", where=self.path)
         return there
+
+    def list_incidents(self, path: Path) -> None:
+        """Keep the list at `path` of what was cut or left out of the data; none where there was nothing."""
+        try:
+            (self.path / INCIDENTS).unlink(missing_ok=True)
+            if path.stat().st_size:
+                shutil.copyfile(path, self.path / INCIDENTS)
+        except OSError as err:
+            raise disk_error(err, self.path) from err
 
     def make_scratch(self) -> None:
         """An empty folder for what is not finished. Raises OSError."""

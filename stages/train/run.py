@@ -24,6 +24,7 @@ from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.run import Metrics, RunRecord
 from kdpipe.manifests.running import alone_in
 from kdpipe.stages import evaluate
+from kdpipe.stages.extract.reading import INCIDENTS
 from kdpipe.stages.feed.batches import Batches, PlannedBatches
 from kdpipe.stages.feed.packing import Packer
 from kdpipe.stages.models.device import pick_device
@@ -75,6 +76,8 @@ def train(training: Training, progress: Progress, found: Found | None = None) ->
 def _next_command(training: Training, found: Found, record: RunRecord) -> str:
     """How the student is measured; what was held out of its training is the fair choice."""
     measure = ["kdpipe", "eval", "--student", str(training.output), "--cache"]
+    if not found.dataset.teachers:
+        return f"measure it against a teacher with its tokenizer, on a cache: {shlex.join([*measure, 'CACHE'])}"
     if not found.rows_are_kept:
         return f"no rows were kept; measure it on a cache of its teacher: {shlex.join([*measure, 'CACHE'])}"
     if record.metrics:
@@ -102,6 +105,8 @@ def _complete(
         progress.event("accepted")
         asked = stack.enter_context(asked_to_stop(say=ranks.rank == 0))
         if run is not None:
+            if training.data and ranks.rank == 0:
+                output.list_incidents(found.dataset.tables[0].folder / INCIDENTS)
             run.loop.resume(training.resume, progress)
             run.steps(progress, asked, keep)
             record = run.save(progress)
@@ -163,6 +168,8 @@ def _in_words(metrics: Mapping[str, float]) -> str:
             f"held-out KL {metrics['heldout_kl']:.4f}, top-1 agreement {metrics['top1_agreement']:.3f}, over "
             f"{metrics['num_tokens']:,} tokens"
         )
+    if "heldout_ce" in metrics:
+        return f"held-out cross-entropy {metrics['heldout_ce']:.4f}, over {metrics['num_tokens']:,} tokens"
     return (
         f"KL(student || teacher) {metrics['rollout_reverse_kl']:.4f} over {metrics['rollout_tokens']:,} tokens of its "
         "own answers to held-out prompts"
@@ -178,7 +185,7 @@ class Run:
         self.training, self.ranks, self.dataset, self.inputs = training, ranks, dataset, found.inputs
         if not ranks.agree(digest_json(self.inputs.model_dump(mode="json"))):
             raise TemporaryError("ranks found other inputs than others: did a cache grow just now? run it again")
-        check_student(found.model, dataset.teachers[0])
+        check_student(found.model, *dataset.teachers)
         # As they are now: what is exported is what was trained, whatever becomes of the folder meanwhile.
         self.beside = companions(found.model, dataset, checkpoint_dtype(found.model))
         heads = [load_teacher_head(teacher, ranks.device) for teacher in dataset.teachers]
@@ -189,6 +196,7 @@ class Run:
             computed=getattr(torch, spec.dtype),
             grad_checkpointing=spec.grad_checkpointing,
             fsdp=spec.fsdp,
+            vocab_size=dataset.vocab_size,
         ).train()
         self.student.examine(exam_text(dataset, np.arange(len(dataset)), self.student.model.config), training.student)
         if spec.fsdp.compile:

@@ -68,7 +68,7 @@ class Trainer:
         count = self.batches.num_supervised(step)
         sums = self.backward(step, count)
         num_tokens = int(sums.pop("num_tokens"))
-        logged = _means(sums, count)
+        logged = _means(sums, count, taught=bool(self.heads))
         norm = self._clip()
         lr = self.lr_factor * learning_rate(step, self.num_steps, self.spec)
         if np.isfinite(logged["loss/mean"]) and np.isfinite(norm):
@@ -147,10 +147,13 @@ class Trainer:
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def _means(sums: dict[str, float], count: int) -> dict[str, float]:
-    """What a step logs of its LOSS_SUMS over `count` tokens; without a teacher nothing was ranked."""
+def _means(sums: dict[str, float], count: int, *, taught: bool) -> dict[str, float]:
+    """What a step logs of its LOSS_SUMS over `count` tokens; nothing was ranked where no teacher was asked.
+
+    taught: the run has a teacher
+    """
     ranked = sums["num_ranked"]
-    logged = {f"{name}/mean": sums[name] / count for name in ("loss", "kd", "ce", "z")}
+    logged = {f"{name}/mean": sums[name] / count for name in ("loss", *(["kd"] if taught else []), "ce", "z")}
     if ranked:
         logged["teacher_entropy/mean"] = sums["teacher_entropy"] / count
         logged |= {"top1_agreement": sums["top1_agree"] / ranked, "top_k_mass": sums["top_k_mass"] / ranked}

@@ -1,6 +1,6 @@
 """A training: what it is asked to do, and what is found wrong with it before a rank starts or a file is written.
 
-Training -> find (folders and caches, opened and read once) -> check_training -> the ranks, with what was found
+Training -> find (folders, caches or data, opened and read once) -> check_training -> the ranks, with what was found
 """
 
 import os
@@ -19,14 +19,17 @@ from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.overlap import shared_samples
 from kdpipe.manifests.plan import read_plan
 from kdpipe.manifests.prepared import Prepared, SamplesSettings
+from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.provenance import digest_tokenizer, num_bytes
-from kdpipe.manifests.run import CHECKPOINT_FILE, RunInputs
+from kdpipe.manifests.run import CHECKPOINT_FILE, RunInputs, read_run
 from kdpipe.manifests.running import require_nobody_in
 from kdpipe.manifests.specs import FsdpSpec, Io, RunSpec
 from kdpipe.stages.evaluate import Measures
+from kdpipe.stages.extract.reading import Reading, incident_notes
 from kdpipe.stages.feed.batches import Batches, PlannedBatches, require_samples
 from kdpipe.stages.feed.dataset import Dataset, of_caches
 from kdpipe.stages.loss import find_divergence
+from kdpipe.stages.models.context import context_of
 from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import Ranks
@@ -34,12 +37,15 @@ from kdpipe.stages.student import (
     Student,
     check_student,
     checkpoint_dtype,
+    own_vocab_size,
     require_compiler,
     require_context,
 )
 from kdpipe.stages.train.checkpoint import CHECKPOINTS
-from kdpipe.stages.train.output import Output
+from kdpipe.stages.train.output import INCIDENTS, Output
+from kdpipe.stages.train.samples import open_samples, prepare_samples
 
+SILENT = Silent()
 STATE_BYTES = 12
 """Of a parameter in a checkpoint: fp32 weight and two moments."""
 
@@ -49,7 +55,9 @@ class Training:
     """One student to train.
 
     student: folder that from_pretrained loads
-    caches: caches of one teacher
+    caches: caches of one teacher; none where data are trained on without one
+    data: data files and folders, where there is no cache; spec.data says how they become samples
+    workers: processes that tokenise them; None: as many as it is worth, up to one a core
     output: folder the trained student is written to
     device: "auto", "cpu" or "cuda"
     io: how the caches are read
@@ -64,6 +72,8 @@ class Training:
     caches: tuple[Path, ...]
     output: Path
     spec: RunSpec
+    data: tuple[Path, ...] = ()
+    workers: int | None = None
     device: str = "auto"
     io: Io = "mmap"
     trust: str | None = None
@@ -93,7 +103,7 @@ class OwnAnswering(Measures, Protocol):
 class Found:
     """What a training names, opened: each is asked about once in a process.
 
-    notes: what whoever watches should know of the caches, a line each
+    notes: what whoever watches should know of the caches or the data, a line each
     rows_are_kept: the teacher's rows are there when the run has ended, so that more can be measured on them
     """
 
@@ -120,13 +130,40 @@ class Found:
         return bool(len(self.measured)) or (self.own is not None and bool(len(self.samples[1])))
 
 
-def find(training: Training) -> Found:
-    """Open the student's folder and the caches. Raises what reading them raises."""
+def find(training: Training, progress: Progress = SILENT) -> Found:
+    """Open the student's folder and the caches, or prepare the data. Raises what reading them raises."""
     model = ModelFolder(training.student, StudentError, training.trust)
+    if not training.caches:
+        return _find_data(training, model, progress)
     caches = open_caches(training)
     dataset = of_caches(caches)
     inputs = training.inputs or run_inputs(training, model, dataset)
     return Found(model=model, dataset=dataset, inputs=inputs, notes=tuple(_notes(training, caches)))
+
+
+def _find_data(training: Training, model: ModelFolder, progress: Progress) -> Found:
+    """Without a teacher; what can be refused before the data are read is."""
+    if training.inputs is None:
+        require_nobody_in(training.output)
+        check_student(model)
+        if read_run(training.output) is None:
+            Output(training.output).require_free()
+        reading = Reading(
+            data=training.data,
+            spec=training.spec.data,
+            model=model,
+            who="student",
+            context=context_of(model.config),
+            workers=training.workers,
+        )
+        table = prepare_samples(reading, training.output, progress, vocab_size=own_vocab_size(model))
+    else:
+        table = open_samples(training.output, training.inputs.data)
+    dataset = Dataset([table], vocab_size=own_vocab_size(model))
+    listed = incident_notes(table.plan.counts, str(training.output / INCIDENTS))
+    notes = (f"no teacher: cross-entropy on {len(dataset):,} samples of the data, loss.kd_weight is 0", *listed)
+    inputs = training.inputs or run_inputs(training, model, dataset)
+    return Found(model=model, dataset=dataset, inputs=inputs, notes=notes, rows_are_kept=False)
 
 
 def check_training(training: Training, nproc: int, found: Found | None = None) -> Found:
@@ -141,9 +178,11 @@ def check_training(training: Training, nproc: int, found: Found | None = None) -
             f"no checkpoint here: {CHECKPOINT_FILE} is missing; checkpoints are folders as OUTPUT/{CHECKPOINTS}/000100",
             where=f"--resume {training.resume}",
         )
+    if not training.caches and training.spec.loss.kd_weight:
+        raise ConfigError("data without a teacher's rows are trained on with 0", where="loss.kd_weight")
     found = found or find(training)
-    check_student(found.model, found.dataset.teachers[0])
-    for path, plan in zip(training.caches, found.dataset.plans, strict=True):
+    check_student(found.model, *found.dataset.teachers)
+    for path, plan in zip(training.caches, found.dataset.plans, strict=bool(training.caches)):
         _check_settings(training.spec, path, plan)
     require_context(found.model, found.dataset, np.arange(len(found.dataset)))
     find_divergence(training.spec.loss.divergence).resolve(training.spec.loss.options)
@@ -240,6 +279,7 @@ def _check_settings(spec: RunSpec, cache: Path, plan: Prepared) -> None:
 
 def run_inputs(training: Training, model: ModelFolder, dataset: Dataset) -> RunInputs:
     """What its result depends on, [data] as the caches were made (the first, where they differ), not as asked."""
+    taught = bool(dataset.teachers)
     fraction, made = heldout_fraction(training.spec), dataset.plans[0].settings
     fraction = dataset.heldout_fraction if fraction is None else fraction
     used = {"max_length": made.max_length, "overlong": made.overlong, "supervise": made.supervise}
@@ -247,7 +287,8 @@ def run_inputs(training: Training, model: ModelFolder, dataset: Dataset) -> RunI
     return RunInputs(
         student=model.digest(),
         tokenizer=digest_tokenizer(training.student),
-        caches=tuple(plan.fingerprint.overall() for plan in dataset.plans),
+        caches=tuple(plan.fingerprint.overall() for plan in dataset.plans) if taught else (),
+        data="" if taught else dataset.plans[0].fingerprint.data,
         heldout_fraction=fraction,
         spec=training.spec.model_copy(update={"data": data}),
     )

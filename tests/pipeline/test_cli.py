@@ -1,5 +1,6 @@
 """The command line: what it loads, what it refuses in one line, what it hands to the stages."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -87,6 +88,7 @@ def test_every_command_teaches_its_use() -> None:
 ROOT = Path(__file__).parents[2]
 DATA = ("--teacher", "t", "--data", "d")
 RUN = ("--student", "s", "--cache", "c", "--output", "o")
+SFT = ("--student", "s", "--data", "d", "--output", "o")
 REFUSED = {
     "a misspelt command": (["extrct"], "did you mean 'extract'"),
     "a misspelt option": (["extract", *DATA, "--cach", "c"], "--cache"),
@@ -116,10 +118,28 @@ REFUSED = {
         "extract does not read 'train'",
     ),
     "a key that is an option": (["eval", *RUN[:4], "--set", "train.dtype=float32"], "give --dtype instead"),
-    "a key that is not compared": (
-        ["train", *RUN, "--set", "data.strict=true"],
-        "for kdpipe plan, extract, stream or onpolicy",
+    "a key that is not compared": (["train", *RUN, "--set", "data.strict=true"], "--strict: it is of use with --data"),
+    "an option of data with a cache": (["train", *RUN, "--bad-records", "skip"], "--bad-records: it is of use with"),
+    "an option of caches with data": (["train", *SFT, "--io", "pread"], "--io: it is of use with --cache alone"),
+    "data and a cache": (
+        ["train", *RUN, "--data", "d"],
+        "E-CONFIG --data: --cache trains on a teacher's rows, with the samples that they were made for; --data trains",
     ),
+    "data by --set and a cache": (["train", *RUN, "--set", "data.paths=['d']"], "take one of the two"),
+    "neither data nor a cache": (
+        ["train", "--student", "s", "--output", "o"],
+        "kdpipe train: option '--cache' (a teacher's rows) or '--data' (no teacher) is missing; see",
+    ),
+    "a weight for rows that there are none of": (
+        ["train", *SFT, "--set", "loss.kd_weight=0.5"],
+        "E-CONFIG loss.kd_weight: 0.5 is for a teacher's rows, which data alone do not have: leave it out",
+    ),
+    "a preset for rows that there are none of": (["train", *SFT, "--loss-preset", "trl"], "loss.preset: 'trl' is for"),
+    "a divergence without a teacher": (["train", *SFT, "--set", "loss.divergence=forward_kl"], "'forward_kl' is for"),
+    "a temperature without a teacher": (["train", *SFT, "--set", "loss.temperature=1"], "loss.temperature: 1.0 is for"),
+    "a scale without a teacher": (["train", *SFT, "--set", "loss.scale_t2=false"], "loss.scale_t2: False is for"),
+    "a divergence's option without a teacher": (["train", *SFT, "--set", "loss.options.beta=0.5"], "loss.options: {'b"),
+    "data that are not there": (["train", *SFT, "--device", "cpu"], "E-STUDENT s: no such folder"),
     "another command's key as an option": (
         ["extract", *DATA, "--cache", "c", "--lr", "1"],
         "no option '--lr': it is a key of the run file for kdpipe train, stream or onpolicy; see",
@@ -372,6 +392,8 @@ class FakeForecast:
 class FakeTraining:
     student: Path
     caches: tuple[Path, ...]
+    data: tuple[Path, ...]
+    workers: int | None
     output: Path
     spec: RunSpec
     device: str
@@ -410,7 +432,11 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
         calls.append((*args, options))
         return {"heldout_kl": 0.25}
 
-    def check_training(training: object, nproc: int) -> object:
+    def find(training: object, progress: object = None) -> object:
+        calls.append(("find", training))
+        return "found"
+
+    def check_training(training: object, nproc: int, found: object = None) -> object:
         calls.append(("check", nproc))
         return types.SimpleNamespace(inputs="as found")
 
@@ -420,6 +446,8 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
             "train": train,
             "Training": FakeTraining,
             "check_training": check_training,
+            "find": find,
+            "samples_beside": contextlib.nullcontext,
             "__path__": [str(ROOT / "stages" / "train")],
         },
         "evaluate": {"evaluate_student": evaluate_student},
@@ -505,6 +533,39 @@ def test_the_digest_of_own_code_reaches_every_stage_that_loads_it(main: Main, st
     (planned,), (extracted, *_), _, (training, _), (*_, evaluated) = stages
     told = (planned.options.trust, extracted.options.trust, training.trust, evaluated["trust"])
     assert told == ("abcdef012345",) * 4
+
+
+def test_data_in_place_of_a_cache_are_trained_on_by_cross_entropy(main: Main, stages: list, tmp_path: Path) -> None:
+    line = ("train", "--student", "s", "--output", "o", "--device", "cpu")
+    flags = ("--data", "d", "e", "--max-length", "77", "--prepare-workers", "3", "--set", "loss.z_loss=0.5")
+    assert main(*line, *flags)[0] == 0
+    (_, found), _, (training, _) = stages
+    assert found is training
+    assert (training.caches, training.data, training.workers) == ((), (Path("d"), Path("e")), 3)
+    assert (training.spec.data.max_length, training.spec.loss.kd_weight, training.spec.loss.z_loss) == (77, 0.0, 0.5)
+    assert training.made_with.paths.keys() == {"student", "data", "output"}
+
+
+def test_a_run_files_data_are_those_of_its_cache(
+    main: Main, stages: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("[data]\npaths = 'd'\nstrict = true\n[cache]\npath = 'c'\nseed = 3\n")
+    line = ("train", "--config", run_file, "--student", "s", "--output", "o", "--device", "cpu")
+    assert main(*line)[0] == 0
+    assert (stages[-1][0].caches, stages[-1][0].data) == ((Path("c"),), ())
+    assert "take one of the two: --set cache.path=[] leaves out the run file's cache" in main(*line, "--data", "e")[2]
+    assert main(*line, "--data", "e", "--set", "cache.path=[]")[0] == 0
+    assert (stages[-1][0].caches, stages[-1][0].data) == ((), (Path("e"),))
+
+
+def test_the_help_of_train_shows_the_options_of_data_apart(main: Main) -> None:
+    general, _, of_data = main("train", "--help")[1].partition("With --data, in place of --cache:")
+    for option in ("--max-length", "--bad-records", "--prepare-workers"):
+        assert option in of_data
+        assert option not in general
+    assert "--data FILE..." in general
 
 
 def test_a_loss_preset_is_where_the_loss_starts(main: Main, stages: list) -> None:

@@ -39,6 +39,17 @@ def test_metrics_are_sums_over_the_labelled_tokens(dtype: torch.dtype) -> None:
     assert float(found.num_tokens) == int(kept.sum())
 
 
+def test_without_a_teacher_the_cross_entropy_is_measured_alone() -> None:
+    """The same bits as beside a teacher; what has to do with one is no number."""
+    inputs = make_inputs(1031, teacher_rows=264)
+    student, teacher = Head(inputs.student_head, inputs.student_bias), Head(inputs.teacher_head)
+    alone = token_metrics(inputs.student_hidden, student, None, None, inputs.labels, vocab_size=251)
+    both = token_metrics(inputs.student_hidden, student, inputs.teacher_hidden, teacher, inputs.labels, vocab_size=251)
+    assert (float(alone.ce), float(alone.num_tokens)) == (float(both.ce), float(both.num_tokens))
+    for name in ("forward_kl", "reverse_kl", "top1_agree", "teacher_ce"):
+        assert getattr(alone, name).isnan(), name
+
+
 def test_a_head_that_is_widened_in_parts_is_whole() -> None:
     inputs = make_inputs(23, HEAD_ROWS * 2 + 5)
     found = token_metrics(
