@@ -31,6 +31,7 @@ COMMANDS = {
     "train": "Train a student from one or more caches.",
     "stream": "Train a student beside its teacher, its rows through shared memory.",
     "onpolicy": "Train a student on answers that it writes itself, scored by its teacher.",
+    "generate": "Have a model write answers to prompts, as data for extract.",
     "eval": "Measure a student on the held-out rows of a cache.",
     "cache": "Look at a cache or check every byte of it.",
 }

@@ -21,7 +21,7 @@ FLOORS = (
     {"sglang"},
     {"loss", "teacher", "rollout"},
     {"student", "extract"},
-    {"evaluate"},
+    {"evaluate", "generate"},
     {"train"},
     {"live"},
 )

@@ -16,7 +16,7 @@ HEAD = """# The house
 floors, and a stage imports lower floors only (`tests/test_layers.py`):
 
     draws, ranks, rows  <  prepare, feed  <  models  <  sglang  <  loss, teacher, rollout  <  student, extract
-        <  evaluate  <  train  <  live
+        <  evaluate, generate  <  train  <  live
 
 ## The way of a record and of its rows
 
@@ -46,6 +46,11 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       asked for ahead of its step      feed/batches.py -> manifests/row_source.py -> ring.py
       answered                         live/serve.py -> teacher/, gate.py -> manifests/ring.py, live/tee.py
       a row of the batch               manifests/ring.py -> row_source.py -> feed/packing.py, as from a cache
+
+    kdpipe generate
+      a record as the prompt it holds  prepare/samples.py -> forms.py, turns.py            ids up to the answer
+      answered, a window at a time     generate/run.py -> rollout/local.py -> decode.py, sampling.py
+      a record of the same form        generate/answers.py -> file.py                     data for kdpipe extract
 
 What a new part plugs into: an engine is a `TeacherEngine` (`stages/teacher/engine.py`) and an entry of `ENGINES`; rows
 from elsewhere are a `RowSource` (`manifests/row_source.py`) in a `Dataset`; steps of another kind are `Batches`

@@ -3,9 +3,17 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue
 
 from kdpipe.manifests.specs.base import Count, Flag, Fraction, Spec
+
+LEAST_TEMPERATURE = 1e-3
+
+
+def _temperature(value: float) -> float:
+    if 0.0 < value < LEAST_TEMPERATURE:
+        raise ValueError(f"expected 0 (the most likely token each time) or at least {LEAST_TEMPERATURE}")
+    return value
 
 
 class LiveSpec(Spec):
@@ -21,7 +29,7 @@ class LiveSpec(Spec):
     """Answers that are written to each prompt."""
     max_new_tokens: Count = 512
     """Longest answer in tokens. One that is cut there has no end of turn, and none is added."""
-    temperature: Annotated[float, Field(ge=0.0, le=1e3)] = 1.0
+    temperature: Annotated[float, Field(ge=0.0, le=1e3), AfterValidator(_temperature)] = 1.0
     """Of the answers that are written: logits are divided by it; 0 takes the most likely token each time."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Least probability of the most likely tokens together among which one is drawn."""

@@ -68,6 +68,11 @@ LABELS = ("label", "kto_tag")
 """Names under which KTO says whether the answer is good."""
 SAMPLE_WEIGHTS = ("weight", "loss_weight", "sample_weight")
 
+CUT = "finish_reason"
+"""The column that says why an answer ends, as OpenAI's API does: "length" where it was cut before it came to an end."""
+PROVENANCE = "kdpipe"
+"""The column in which `kdpipe generate` says where a record comes from."""
+
 RECORD_COLUMNS: dict[str, str] = {
     **dict.fromkeys(CHATS, READ),
     "prompt": READ,
@@ -85,6 +90,8 @@ RECORD_COLUMNS: dict[str, str] = {
     **dict.fromkeys(LABELS, READ),
     **dict.fromkeys(MARKS, READ),
     **dict.fromkeys(SAMPLE_WEIGHTS, READ),
+    CUT: READ,
+    PROVENANCE: READ,
     **dict.fromkeys(MEDIA, NO_MEDIA),
     "documents": "give documents in the text of a message",
     "chat_template": "one chat template renders all records, that of the teacher's tokenizer",

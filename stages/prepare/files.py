@@ -17,6 +17,8 @@ from kdpipe.manifests.nearest import nearest
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 DATASET_FILES = ("dataset_info.json", "dataset_infos.json")  # what Hugging Face writes beside data files
+SIDECAR = ".jsonl.json"
+"""Ending of what `kdpipe generate` writes of a file of its answers beside it."""
 CACHE_FILES = ("cache-*.arrow", "tmp*.arrow")  # what its datasets keeps of maps and shuffles
 SPLITS = {
     "train": "train",
@@ -112,7 +114,9 @@ def _expand_folder(path: Path, note: Note) -> list[Path]:
         return [_whole(path / name) for name in _saved_files(path / "state.json")]
     children = sorted(child for child in path.iterdir() if not child.name.startswith("."))
     named = [c for c in children if c.suffix.lower() in SUFFIXES and c.name not in DATASET_FILES and not c.is_dir()]
-    files = [c for c in named if not any(fnmatch(c.name, pattern) for pattern in CACHE_FILES)]
+    there = {child.name for child in named}
+    sidecars = [c for c in named if c.name.endswith(SIDECAR) and c.name.removesuffix(".json") in there]
+    files = [c for c in named if c not in sidecars and not any(fnmatch(c.name, pattern) for pattern in CACHE_FILES)]
     folders = [child.name for child in children if child.is_dir()]
     if not files:
         inside = f"; its folders ({_listed(folders)}) are not searched, name one of them" if folders else ""
@@ -129,7 +133,7 @@ def _expand_folder(path: Path, note: Note) -> list[Path]:
         ("folders, not searched", folders),
         (
             "files, not read",
-            [c.name for c in children if c.is_file() and c not in files and c.name not in DATASET_FILES],
+            [c.name for c in children if c.is_file() and c not in (*files, *sidecars) and c.name not in DATASET_FILES],
         ),
     ):
         if names:

@@ -19,7 +19,7 @@ an empty assistant turn, a `prompt` or `instruction` alone. Every other record i
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from kdpipe.manifests.errors import DataError
@@ -28,11 +28,13 @@ from kdpipe.manifests.sample import IncidentKind
 from kdpipe.stages.prepare.columns import (
     ANSWERS,
     CHATS,
+    CUT,
     JSON_COLUMNS,
     LABELS,
     MARKS,
     NO_WEIGHTS,
     OTHER_NAMES,
+    PROVENANCE,
     READ,
     RECORD_COLUMNS,
     SAMPLE_WEIGHTS,
@@ -84,6 +86,7 @@ class Chat:
 
     unsupervised: numbers of the messages whose own marks say that they are not to be learnt
     is_prompt: it waits for its next answer, and nothing in it is to be learnt
+    is_cut: its last answer does not end where its text does, so no end of it is to be learnt
     """
 
     messages: list[Message]
@@ -91,6 +94,7 @@ class Chat:
     completion_from: int | None = None
     unsupervised: frozenset[int] = frozenset()
     is_prompt: bool = False
+    is_cut: bool = False
 
     def content(self) -> object:
         return {"messages": self.messages, "tools": self.tools} if self.tools else {"messages": self.messages}
@@ -120,6 +124,7 @@ class Pair:
     prompt: str
     completion: str | None
     glue: str = ""
+    is_cut: bool = False
 
     @property
     def is_prompt(self) -> bool:
@@ -129,7 +134,7 @@ class Pair:
         user = {"role": "user", "content": self.prompt}
         if self.completion is None:
             return Chat(messages=[user], is_prompt=True)
-        return Chat(messages=[user, {"role": "assistant", "content": self.completion}])
+        return Chat(messages=[user, {"role": "assistant", "content": self.completion}], is_cut=self.is_cut)
 
     def content(self) -> object:
         return self.chat().content()
@@ -185,7 +190,24 @@ def read_form(record: RawRecord, unread: set[str] | None = None, *, prompts: boo
     else:
         raise _unrecognised(record)
     _settle(left, form, chat or asked[0], reading)
+    if not isinstance(form, Text) and not form.is_prompt and record.fields.get(CUT) == "length":
+        return replace(form, is_cut=True)
     return form
+
+
+def prompt_in(form: Form, place: str) -> Form:
+    """What a record's last answer follows, as a prompt; a prompt itself. Raises DataError for running text."""
+    if isinstance(form, Text):
+        raise DataError(
+            "running text has no prompt, every token of it is learnt; give prompts, instructions or messages",
+            where=place,
+        )
+    if form.is_prompt:
+        return form
+    if isinstance(form, Pair):
+        return replace(form, completion=None, is_cut=False)
+    unsupervised = form.unsupervised - {len(form.messages) - 1}
+    return Chat(messages=form.messages[:-1], tools=form.tools, unsupervised=unsupervised, is_prompt=True)
 
 
 def _is_null(name: str, value: object) -> bool:
@@ -360,6 +382,11 @@ def _settle(left: dict[str, Any], form: Form, column: str, reading: Reading) -> 
             reading.unread.add(name)  # nothing that could be marked: they are labels of a classifier
         elif form.is_prompt and name == "chosen":
             reading.unread.add(name)
+        elif name == PROVENANCE and isinstance(value, dict):
+            continue
+        elif name in (CUT, PROVENANCE):
+            if isinstance(form, Text) or not isinstance(value, str):
+                reading.unread.add(name)
         elif fate != READ:
             raise reading.error(f"column '{name}': {fate}")
         elif name in LABELS or name in MARKS or name in SAMPLE_WEIGHTS:

@@ -41,13 +41,14 @@ class Marked:
     """A text to tokenise.
 
     targets: spans of characters to learn, None for all
-    plain: add special tokens; of a prompt only those before it
+    plain: add special tokens
+    is_open: it goes on behind its end, so no special token is added there
     """
 
     text: str
     targets: list[Span] | None
     plain: bool
-    is_prompt: bool = False
+    is_open: bool = False
     findings: tuple[Finding, ...] = ()
 
 
@@ -83,7 +84,7 @@ class ChatMarker:
         if chat.is_prompt:
             text = turns.prompt(chat, place)
             findings += [*left_out(text, [(0, len(text))], chat, ()), *self._unstopped(text, (), ())]
-            return Marked(text=text, targets=[], plain=False, is_prompt=True, findings=tuple(findings))
+            return Marked(text=text, targets=[], plain=False, is_open=True, findings=tuple(findings))
         if self._supervise == "all" and not chat.unsupervised:
             text = turns.text(chat, place)
             spans = [(0, len(text))]
@@ -91,12 +92,16 @@ class ChatMarker:
         else:
             text, spans = turns.text_and_turns(chat, place)
             learnt = self._learnt(chat)
+            if chat.is_cut:
+                spans[-1] = _without_end(text, spans[-1], chat.messages[-1])
             targets = [spans[turn] for turn in learnt]
             if self._supervise == "all":
                 targets = _all_but(text, spans, chat)
             findings += _spilled(text, spans, chat, targets, everything=self._supervise == "all")
         findings += left_out(text, spans, chat, learnt)
-        findings += self._unstopped(text, spans, learnt)
+        findings += self._unstopped(
+            text, spans, [turn for turn in learnt if not (chat.is_cut and turn == len(spans) - 1)]
+        )
         return Marked(text=text, targets=targets, plain=False, findings=tuple(findings))
 
     def of_text(self, text: str) -> tuple[Finding, ...]:
@@ -118,7 +123,7 @@ class ChatMarker:
             return tuple(self._specials({"the prompt": prompt}))
         completion = without_ends(pair.completion, None, self._tokenizer.eos_token)
         specials = self._specials({"the prompt": prompt, "the completion": completion})
-        return (*specials, *self._unstopped_text(pair.completion))
+        return (*specials, *(() if pair.is_cut else self._unstopped_text(pair.completion)))
 
     def _finder(self, chat: Chat | None, place: str) -> Turns:
         """The turns of the template that transformers takes for the conversation."""
@@ -209,6 +214,16 @@ def without_ends(text: str, begin: str | None, end: str | None) -> str:
     while end and text.rstrip().endswith(end):
         text = text.rstrip().removesuffix(end)
     return text
+
+
+def _without_end(text: str, span: Span, message: Message) -> Span:
+    """The span of an answer that was cut, up to where its words end; as it is where that cannot be told."""
+    words = message["content"] if message["content"].strip() else message.get("reasoning_content") or ""
+    said = None if message.get("tool_calls") or not words.strip() else position(text, words, span, last=True)
+    if said is None:
+        return span
+    blanks = words[len(words.rstrip()) :]
+    return span[0], said[1] + (len(blanks) if text.startswith(blanks, said[1]) else 0)
 
 
 def _said(chat: Chat) -> dict[str, object]:

@@ -11,6 +11,7 @@ Cost: at most BATCH_RECORDS records, or BATCH_CHARS characters and one record, a
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from kdpipe.manifests.sample import STRICT, Incident, IncidentKind, Sample
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.stages.prepare.bad_records import LOOK_AHEAD, BadRecords
 from kdpipe.stages.prepare.files import Note, list_files, unheard
+from kdpipe.stages.prepare.forms import Chat, Pair
 from kdpipe.stages.prepare.pool import in_processes, num_processes
 from kdpipe.stages.prepare.sources import RawRecord, raw_records
 from kdpipe.stages.prepare.work import Outcome, Preparing, Worked
@@ -63,7 +65,50 @@ def prepare(
     if count > 1:
         worked = in_processes(count, batches, (tokenizer, spec, stop_ids, prompts))
     outcomes = _outcomes(worked, Counter() if unread is None else unread)
-    return _stream(outcomes, spec, on_incident, on_note, _named(files))
+    return _only_samples(_stream(outcomes, spec, on_incident, on_note, _named(files)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Asked:
+    """A prompt of the data: its tokens, which end with the generation prompt, and the form that it was written in."""
+
+    sample: Sample
+    form: Chat | Pair
+
+
+def prompts(
+    paths: Sequence[Path],
+    tokenizer: "PreTrainedTokenizerBase",
+    spec: DataSpec,
+    *,
+    on_incident: Callable[[Incident], None],
+    stop_ids: Collection[int] = (),
+    on_note: Note = unheard,
+    unread: Counter[str] | None = None,
+) -> Generator[Asked, None, None]:
+    """What the last answer of every record follows, whether it is there or still to be written; else as `prepare`.
+
+    Raises DataError for running text too.
+    """
+    preparing = Preparing(tokenizer, spec, stop_ids, asking=True)
+    files = list_files(paths, on_note)
+    worked = (preparing(batch) for batch in _batches(files, on_note))
+    outcomes = _outcomes(worked, Counter() if unread is None else unread)
+    with closing(_stream(outcomes, spec, on_incident, on_note, _named(files))) as kept:
+        for each in kept:
+            assert isinstance(each.form, Chat | Pair), "running text is refused"
+            yield Asked(sample=_sample_of(each), form=each.form)
+
+
+def _only_samples(kept: Generator[Outcome, None, None]) -> Generator[Sample, None, None]:
+    with closing(kept):
+        for each in kept:
+            yield _sample_of(each)
+
+
+def _sample_of(outcome: Outcome) -> Sample:
+    assert outcome.sample is not None, "only samples are kept"
+    return outcome.sample
 
 
 def _outcomes(worked: Generator[Worked, None, None], unread: Counter[str]) -> Generator[Outcome, None, None]:
@@ -81,7 +126,8 @@ def _stream(
     on_incident: Callable[[Incident], None],
     on_note: Note,
     where: str,
-) -> Generator[Sample, None, None]:
+) -> Generator[Outcome, None, None]:
+    """Those that are samples."""
     with closing(outcomes):
         yield from _samples(outcomes, spec, on_incident, on_note, where)
 
@@ -92,7 +138,7 @@ def _samples(
     on_incident: Callable[[Incident], None],
     on_note: Note,
     where: str,
-) -> Iterator[Sample]:
+) -> Iterator[Outcome]:
     num_read = num_samples = 0
     counts: Counter[IncidentKind] = Counter()
     bad = BadRecords()
@@ -111,7 +157,7 @@ def _samples(
             on_incident(incident)
         if outcome.sample is not None:
             num_samples += 1
-            yield outcome.sample
+            yield outcome
     if bad.num > spec.max_bad * num_read:
         raise bad.too_many(num_read, spec.max_bad, where, on_note)
     if not num_read:

@@ -71,10 +71,11 @@ class Tokenizing:
             prompt = self._without_ends(form.prompt + form.glue, at_end=False)
             if form.completion is None:
                 found = self._marker.of_pair(form)
-                return Marked(text=prompt, targets=[], plain=True, is_prompt=True, findings=found)
+                return Marked(text=prompt, targets=[], plain=True, is_open=True, findings=found)
             text = self._without_ends(prompt + form.completion)
             targets = None if self._supervise == "all" else [(len(prompt), len(text))]
-            return Marked(text=text, targets=targets, plain=True, findings=self._marker.of_pair(form))
+            findings = self._marker.of_pair(form)
+            return Marked(text=text, targets=targets, plain=True, is_open=form.is_cut, findings=findings)
         return self._marker.mark(form.chat() if isinstance(form, Pair) else form, place)
 
     def _without_ends(self, text: str, *, at_end: bool = True) -> str:
@@ -108,9 +109,9 @@ class Tokenizing:
         num_tokens = len(ids)
         while num_tokens and offsets[num_tokens - 1] == (0, 0):
             num_tokens -= 1  # special tokens that the tokenizer adds at the end stand at no character
-        if marked.is_prompt:
+        if marked.is_open:
             ids = ids[:num_tokens]
-        end_of_text = self._tokenizer.eos_token_id if marked.plain and not marked.is_prompt else None
+        end_of_text = self._tokenizer.eos_token_id if marked.plain and not marked.is_open else None
         if end_of_text is not None and end_of_text not in ids[num_tokens:]:
             ids = [*ids[:num_tokens], end_of_text, *ids[num_tokens:]]
         supervised = np.zeros(len(ids), dtype=np.bool_)

@@ -16,7 +16,7 @@ import numpy as np
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.sample import Incident, IncidentKind, Sample, content_id
 from kdpipe.manifests.specs import DataSpec
-from kdpipe.stages.prepare.forms import Form, check_unread, read_form, template_keys
+from kdpipe.stages.prepare.forms import Form, check_unread, prompt_in, read_form, template_keys
 from kdpipe.stages.prepare.sources import RawRecord, parsed
 from kdpipe.stages.prepare.tokens import Marked, Tokenizing, Tokens
 
@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of a record: a sample, or an incident or error that says why none; other incidents beside it."""
+    """What became of a record: a sample, or an incident or error that says why none; other incidents beside it.
+
+    form: the prompt that it is, where prompts are asked for; it is not sent to another process
+    """
 
     place: str
     sample: Sample | None
     incidents: tuple[Incident, ...]
     error: DataError | None
+    form: Form | None = None
 
 
 @dataclass(slots=True)
@@ -108,13 +112,20 @@ class Preparing:
 
     stop_ids: tokens at which the model's generation ends, beside the tokenizer's end of text
     prompts: a record without an answer is a sample without a target
+    asking: every record is the prompt that its last answer follows
     Raises ConfigError for a tokenizer without a fast backend.
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, stop_ids: Collection[int], prompts: bool = False
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        spec: DataSpec,
+        stop_ids: Collection[int],
+        prompts: bool = False,
+        *,
+        asking: bool = False,
     ) -> None:
-        self._spec, self._prompts = spec, prompts
+        self._spec, self._prompts, self._asking = spec, prompts or asking, asking
         self._tokenizing = Tokenizing(tokenizer, spec.supervise, stop_ids)
         self._wanted = template_keys(tokenizer.chat_template)
 
@@ -129,7 +140,13 @@ class Preparing:
         for each in prepared:
             sample, incidents = _finish(each, next(tokens) if each.marked else None, self._spec)
             worked.outcomes.append(
-                Outcome(place=each.record.place, sample=sample, incidents=tuple(incidents), error=each.error)
+                Outcome(
+                    place=each.record.place,
+                    sample=sample,
+                    incidents=tuple(incidents),
+                    error=each.error,
+                    form=each.form if self._asking else None,
+                )
             )
         return worked
 
@@ -138,6 +155,7 @@ class Preparing:
         try:
             form = read_form(record, names, prompts=self._prompts)
             check_unread(names, self._wanted, record.place)
+            form = prompt_in(form, record.place) if self._asking else form
             marked = None if form.emptiness() else self._tokenizing.mark(form, record.place)
         except DataError as err:
             return Prepared(record=record, error=err)
