@@ -20,9 +20,10 @@ def backbone(model: nn.Module) -> nn.Module:
     """The module whose last_hidden_state enters the lm_head: the decoder, seen through a wrapper of peft."""
     inner: Any = getattr(model, "get_base_model", lambda: model)()
     found: nn.Module = inner.get_decoder()
-    if found is not inner:
+    if found is not inner and found is not inner.get_output_embeddings():
         return found
-    # Llama4ForCausalLM names its backbone as its multimodal parent does, so transformers does not find it by name.
+    # Llama4ForCausalLM names its backbone as its multimodal parent does, so transformers does not find it by name; the
+    # `decoder` of ModernBertDecoderForCausalLM is its lm_head.
     return next(child for child in inner.children() if isinstance(child, PreTrainedModel))
 
 

@@ -39,7 +39,8 @@ NOTES: dict[Way, str] = {
 class LocalWriter:
     """Writer: answers of a causal LM in this process; the bits of an answer depend on what is written with it.
 
-    notes: what the user should know of how it is asked
+    way: how the model is asked
+    notes: what the user should know of that
     """
 
     def __init__(self, folder: ModelFolder, *, dtype: torch.dtype, device: torch.device, text: np.ndarray) -> None:
@@ -54,8 +55,8 @@ class LocalWriter:
         self._head = Head(weight=layer.weight, bias=bias, softcap=formula.softcap, scale=formula.scale)
         self._vocab_size = real_vocab_size(folder.path, folder.tokenizer, len(layer.weight))
         self._require_own(text)
-        self._way = trial(self._model, text)
-        self.notes = [NOTES[self._way]] if NOTES[self._way] else []
+        self.way = trial(self._model, text)
+        self.notes = [NOTES[self.way]] if NOTES[self.way] else []
 
     @staticmethod
     def version() -> str:
@@ -70,14 +71,14 @@ class LocalWriter:
     ) -> list[Answer]:
         """One answer a prompt, in order. on_answers: told of answers, and the tokens in them, as they are finished."""
         found: dict[int, Answer] = {}
-        for batch in batches([len(prompt.token_ids) for prompt in prompts], sampling.max_new_tokens, self._way):
+        for batch in batches([len(prompt.token_ids) for prompt in prompts], sampling.max_new_tokens, self.way):
             written = decode(
                 self._model,
                 lambda: self._head,
                 [prompts[each] for each in batch],
                 sampling,
                 seed,
-                way=self._way,
+                way=self.way,
                 vocab_size=self._vocab_size,
             )
             found.update(zip(batch, written, strict=True))

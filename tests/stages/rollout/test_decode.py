@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.families import make_family
 from tests.models import make_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kdpipe.stages.models.head import Head
 from kdpipe.stages.rollout.decode import Way, batches, decode, trial
@@ -61,7 +61,17 @@ def test_greedy_answers_are_those_of_transformers(model: PreTrainedModel, way: W
         assert answer.ended == (answer.token_ids[-1] in (7, 9))
 
 
-@pytest.mark.parametrize(("family", "expected"), [("qwen3", "padded"), ("gemma2", "padded"), ("mamba", "whole")])
+WAYS: dict[str, Way] = {
+    "qwen3": "padded",
+    "gemma2": "padded",
+    "mamba": "padded",  # a state, and no positions
+    "rwkv": "alone",
+    "bart": "alone",
+    "recurrent_gemma": "whole",  # its state is out of reach
+}
+
+
+@pytest.mark.parametrize(("family", "expected"), WAYS.items())
 def test_a_model_is_asked_in_a_way_that_gives_its_own_answers(family: str, expected: Way, tmp_path: Path) -> None:
     make_family(family, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -111,3 +121,31 @@ def test_batches_hold_no_more_than_the_memory_that_was_meant() -> None:
     assert sorted(each for batch in found for each in batch) == [0, 1, 2, 3, 4]
     assert found[0] == [3]
     assert list(batches(lengths, 1000, "alone")) == [[3], [1], [2], [0], [4]]
+
+
+def test_a_model_with_states_and_attention_goes_on_with_some_of_its_texts() -> None:
+    """Defect: layers without attention had no batch_select_indices, so the first answer that ended was the last."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "granitemoehybrid",
+        vocab_size=304,
+        hidden_size=48,
+        num_hidden_layers=2,
+        layer_types=["mamba", "attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mamba_n_heads=4,
+        mamba_d_head=24,
+        mamba_d_state=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        shared_intermediate_size=32,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20.0)
+    assert trial(model, np.arange(20, 60)) == "padded"
+    sampling = Sampling(max_new_tokens=12, stop_ids=frozenset(range(0, 300, 6)))
+    found = answers(model, prompts(), sampling)
+    assert len({len(answer.token_ids) for answer in found}) > 2
+    assert ids(found) == ids(answers(model, prompts(), sampling, "whole"))
