@@ -186,6 +186,8 @@ def _no_cache(folder: Path) -> str:
     """What is said of a folder that is no cache: what it is, where that shows."""
     if (folder / "config.json").exists():
         return "this is a model, not a cache: PLAN.json is missing; name a folder that kdpipe extract made"
+    if folder.is_file():
+        return "this is a file, a cache is a folder; make one of data with kdpipe extract, or train on them with --data"
     if not folder.exists():
         return "no cache here: there is no such folder, so PLAN.json is missing; make one with: kdpipe extract"
     return "no cache here: PLAN.json is missing; make one with: kdpipe extract"

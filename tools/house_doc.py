@@ -34,6 +34,7 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
 
     kdpipe train
       opened and checked               train/training.py -> models/folder.py, student/check.py, feed/dataset.py
+      --data: prepared, no rows        train/samples.py -> extract/reading.py -> prepare/  manifests/prepared.py
       in the order of the epoch        feed/order.py -> batches.py
       ids from samples.arrow, rows     feed/packing.py <- manifests/samples.py, row_source.py <- cache.py <- shard.py
       through the student              train/trainer.py -> student/student.py -> models/backbone.py

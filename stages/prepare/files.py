@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.nearest import nearest
+from kdpipe.manifests.places import kind_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 DATASET_FILES = ("dataset_info.json", "dataset_infos.json")  # what Hugging Face writes beside data files
@@ -107,6 +108,9 @@ def _check_regular(path: Path) -> None:
 
 
 def _expand_folder(path: Path, note: Note) -> list[Path]:
+    if kind := kind_of(path):
+        way = "--cache trains on one" if kind == "cache" else "name the files or folders of your data"
+        raise DataError(f"this is a {kind}, whose files are no data; {way}", where=path)
     if (path / "dataset_dict.json").exists():
         splits = sorted(str(child) for child in path.iterdir() if (child / "state.json").exists())
         raise DataError(f"a saved dataset with several splits; name one of them: {', '.join(splits)}", where=path)

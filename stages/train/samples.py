@@ -41,6 +41,7 @@ def prepare_samples(reading: Reading, output: Path, progress: Progress, *, vocab
     Raises the errors of data and tokenizer, SpaceError.
     """
     place = samples_folder(output)
+    sweep(scratch_of(place.parent, place.name))
     existing = read_prepared(place)
     inputs = Inputs() if existing is None else Inputs.of(place)
     wanted = _without_samples(reading)
@@ -135,8 +136,7 @@ def _without_samples(reading: Reading) -> Prepared:
 
 @contextlib.contextmanager
 def _scratch_folder(place: Path) -> Iterator[Path]:
-    """A folder of this process alone, gone when the block ends; what killed processes left is swept."""
-    sweep(scratch_of(place.parent, place.name))
+    """A folder of this process alone, gone when the block ends; it is held, so that nobody sweeps it."""
     folder = scratch_name(place.parent, place.name)
     (folder / INCIDENTS).parent.mkdir(parents=True)
     held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

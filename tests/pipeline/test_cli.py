@@ -196,6 +196,12 @@ def test_bad_input_is_one_line_with_the_way_out(
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
 
 
+def test_a_file_where_a_cache_belongs_is_told_to_be_data(main: Main, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text("{}")
+    err = main("train", "--student", "s", "--cache", tmp_path / "chats.jsonl", "--output", "o")[2]
+    assert "this is a file, a cache is a folder; make one of data with kdpipe extract, or train on them with --d" in err
+
+
 def test_a_model_where_a_cache_belongs_is_told_from_an_empty_folder(main: Main, tmp_path: Path) -> None:
     assert "no cache here: PLAN.json is missing" in main("cache", "info", tmp_path)[2]
     (tmp_path / "config.json").write_text("{}")

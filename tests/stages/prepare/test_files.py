@@ -161,3 +161,18 @@ def test_a_file_that_is_named_twice_is_refused(again: str, tmp_path: Path) -> No
         second.hardlink_to(file)
     with pytest.raises(DataError, match=r"the same file as \S+a\.jsonl: its samples would count twice"):
         list_files([file, second])
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("PLAN.json", "samples.arrow"), "this is a cache, whose files are no data; --cache trains on one"),
+        (
+            ("config.json", "model.safetensors", "vocab.json"),
+            "this is a model, whose files are no data; name the files",
+        ),
+    ],
+)
+def test_a_cache_or_a_model_is_not_read_as_data(names: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=re.escape(says)):
+        list_files([folder_of(tmp_path, *names)])

@@ -165,6 +165,13 @@ def test_two_ranks_take_the_same_steps_as_one(bench: Bench, tmp_path: Path) -> N
     assert len(one["loss/mean"]) == STEPS
     assert two["num_tokens"] == one["num_tokens"]
     assert two["loss/mean"] == pytest.approx(one["loss/mean"], rel=2e-6)
+    first, second = (read_run(tmp_path / name) for name in ("one", "two"))
+    assert first is not None
+    assert second is not None
+    assert first.metrics is not None
+    assert second.metrics is not None
+    for name in ("heldout_ce", "num_tokens"):
+        assert float(second.metrics[name]) == pytest.approx(float(first.metrics[name]), rel=1e-5)
 
 
 def test_a_rank_whose_samples_are_gone_or_others_says_so(bench: Bench, tmp_path: Path) -> None:
@@ -190,6 +197,20 @@ def test_killed_it_goes_on_bit_for_bit_without_reading_the_data_again(
     assert apart(train_until, training, "") == 0
     assert read_steps(tmp_path / "out") == read_steps(tmp_path / "whole")
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_the_same_samples_by_another_rank_of_torchrun_are_left_in_place(bench: Bench, tmp_path: Path) -> None:
+    """Each prepares them, and what one has put in place another may have opened."""
+    training = training_for(bench, tmp_path / "out")
+    find(training)
+    place = samples_folder(training.output)
+    there = place.stat().st_ino
+    (place / "runs" / "inputs.json").unlink()
+    find(training)
+    assert place.stat().st_ino == there
+    find(dataclasses.replace(training, data=(write_chats(tmp_path / "other.jsonl", 9),)))
+    assert place.stat().st_ino != there
+    assert [entry.name for entry in tmp_path.glob(".*")] == [place.name]
 
 
 def test_data_that_changed_since_the_run_began_are_refused(bench: Bench, apart: Apart, tmp_path: Path) -> None:
