@@ -42,7 +42,8 @@ kdpipe eval    --config run.toml
 
 Paths are relative to the folder where the command runs. `--set table.key=value` overrides a key of the file, an option
 of the command line overrides both. An unknown key is an error that names the nearest known one, and so is `--set` of a
-key that the command does not read. In training `[data]` must agree with the cache, save for `heldout_fraction`.
+key that the command does not read. In training `[data]` must agree with the cache, save for `heldout_fraction`;
+data of a file without `[teacher]` and `[cache]` are trained on alone, by cross-entropy.
 """
 
 

@@ -97,6 +97,12 @@ def _sources(run: RunFile) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
             f"alone, by cross-entropy and without a teacher; take one of the two{way}",
             where="--data",
         )
+    if not caches and run.teacher.path is not None and "data.paths" not in typed():
+        raise ConfigError(
+            f"the run file names a teacher ({run.teacher.path}) and no cache of its rows: make one with kdpipe "
+            "extract, or train beside the teacher with kdpipe stream; --data trains on data alone",
+            where="--cache",
+        )
     table, other, but = ("data", "--data", OF_CACHES) if caches else ("cache", "--cache", ("cache.path",))
     for key in typed():
         if within(key, table) and key not in but:

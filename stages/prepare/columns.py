@@ -6,7 +6,7 @@ conversation in a way that cannot be honoured. Any other name is bookkeeping: it
 
 READ = "read"
 
-NO_MEDIA = "images, audio and files cannot be given to the teacher; leave such records out"
+NO_MEDIA = "images, audio and files cannot be given to the model; leave such records out"
 NO_TEMPLATE_ARGUMENTS = "one chat template with its own defaults renders all records; leave such records out"
 NO_WEIGHTS = "tokens cannot be weighted or marked one by one; give each message a 'weight' of 0 or 1"
 
@@ -94,7 +94,7 @@ RECORD_COLUMNS: dict[str, str] = {
     PROVENANCE: READ,
     **dict.fromkeys(MEDIA, NO_MEDIA),
     "documents": "give documents in the text of a message",
-    "chat_template": "one chat template renders all records, that of the teacher's tokenizer",
+    "chat_template": "one chat template renders all records, that of the model's tokenizer",
     **dict.fromkeys(("chat_template_kwargs", "enable_thinking", "reasoning_effort"), NO_TEMPLATE_ARGUMENTS),
     **dict.fromkeys(("loss_mask", "label_mask", "assistant_masks", "completion_mask", *OTHER_MARKS), NO_WEIGHTS),
 }

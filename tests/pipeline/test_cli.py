@@ -566,6 +566,20 @@ def test_a_run_files_data_are_those_of_its_cache(
     assert (stages[-1][0].caches, stages[-1][0].data) == ((), (Path("e"),))
 
 
+def test_a_run_file_of_a_teacher_is_not_trained_from_without_one_unasked(
+    main: Main, stages: list, tmp_path: Path
+) -> None:
+    run_file = tmp_path / "run.toml"
+    line = ("train", "--config", run_file, "--student", "s", "--output", tmp_path / "o", "--device", "cpu")
+    run_file.write_text("[data]\npaths = 'd'\n")
+    assert main(*line)[0] == 0
+    run_file.write_text("[teacher]\npath = 't'\n[data]\npaths = 'd'\n")
+    code, _, err = main(*line)
+    assert (code, err.count("\n")) == (4, 1)
+    assert "E-CONFIG --cache: the run file names a teacher (t) and no cache of its rows: make one with" in err
+    assert main(*line, "--data", "d")[0] == 0
+
+
 def test_the_help_of_train_shows_the_options_of_data_apart(main: Main) -> None:
     general, _, of_data = main("train", "--help")[1].partition("With --data, in place of --cache:")
     for option in ("--max-length", "--bad-records", "--prepare-workers"):
