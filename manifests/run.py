@@ -16,6 +16,8 @@ from kdpipe.manifests.specs import RunSpec
 
 RUN_FILE = "kdpipe.json"
 CHECKPOINT_FILE = "checkpoint.json"
+ROLLOUTS = "rollouts-*.jsonl"
+"""Files of the answers that the student wrote itself, one for each rank."""
 
 METRICS = (
     "heldout_kl",

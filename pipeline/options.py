@@ -138,6 +138,7 @@ READS = {
             "live.top_k",
             "live.overlap",
             "live.max_staleness",
+            "live.tee",
             "cache.path",
             "engine.name",
             "train.nproc",

@@ -77,7 +77,8 @@ def main(arguments: Sequence[str]) -> int:
 
         run = RunFile.model_validate_json(text)
         spec = ExtractSpec.of(run)
-        serve_plan(spec, Cache.open(Path(plan)), rings, Notes(), keep=run.live.tee is not None)
+        assert run.train.output is not None, "the command has asked for it"
+        serve_plan(spec, Cache.open(Path(plan)), rings, Notes(), tee=run.live.tee, output=run.train.output)
     except Exception as err:
         # The boundary of the process: nobody above could say it.
         said = answered(err) or kept(crash_of(err))

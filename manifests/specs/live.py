@@ -41,7 +41,8 @@ class LiveSpec(Spec):
     max_staleness: Annotated[int | None, Field(ge=0)] = None
     """Optimizer steps that an answer may be old when it is trained on; 0 when not given, 4 with an overlap."""
     tee: Annotated[Path | None, Flag(takes="FOLDER")] = None
-    """Keep the rows that pass by as the shards of a cache in this folder, for further epochs and students."""
+    """Keep the rows that pass by as the shards of a cache in this folder, for further epochs and students; on-policy
+    those of the student's own answers."""
     ring_mib: Count = 256
     """Shared memory between the teacher and each rank of the student, in MiB: rows that are ready before their step. It
     must hold the rows of the longest sample."""

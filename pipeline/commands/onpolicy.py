@@ -12,6 +12,7 @@ from kdpipe.manifests.specs import LossSpec, RunFile
 from kdpipe.pipeline.live_run import choose_ranks, forget, plan_folder_of, planned, run_live
 from kdpipe.pipeline.options import RunCommand, json_option, require_not_swapped, resume_option, this_command
 from kdpipe.pipeline.output import results_only, show
+from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.pipeline.training import train_rank
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     answer; the teacher scores both in a process of its own, through the same checks as extract. Prompts come from any
     data file: a conversation up to its last answer, one that ends with a question, or a column `prompt`. --beta 1 is
     the reverse KL, the usual choice where the student writes all (--lmbda 1). Rows of the data's answers that a
-    finished cache of this teacher has are read from it (--cache). Interrupted? The same command again goes on.
+    finished cache of this teacher has are read from it (--cache). With --tee the student's answers and their rows are
+    kept as a cache, from which further students train offline. Interrupted? The same command again goes on.
     Prints the metrics of train, and rollout_kl, rollout_reverse_kl and rollout_top1_agreement: those of the student's
     own answers to held-out prompts.
 
@@ -45,6 +47,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     require_not_swapped(student, ())
     run = _checked(run)
     device, nproc = choose_ranks(run, "onpolicy")
+    from kdpipe.stages.live.kept import require_free, seal
     from kdpipe.stages.live.onpolicy import check_prompts, find_onpolicy  # torch takes seconds: not for --help
     from kdpipe.stages.train import Training, check_training
     from kdpipe.stages.train.output import Output
@@ -68,12 +71,17 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         check_prompts(found, run.live)
         training = replace(training, inputs=found.inputs)
         record = Output(output).finished(found.inputs)
+        if run.live.tee is not None and record is None:
+            require_free(run.live.tee, output)
         if record is not None and record.metrics is not None:
             metrics = train_rank(training, found, command="onpolicy")
         else:
             most_rows = max(int(plan.samples.column("num_rows").max()), run.live.max_new_tokens)
             fed = partial(_fed_by, run=run)
             metrics = run_live(run, training, found, plan, nproc, fed, command="onpolicy", most_rows=most_rows)
+        if run.live.tee is not None:
+            with watch("onpolicy", EventLog(None)) as progress:
+                seal(plan, output, run.live.tee, progress)
         forget(folder)
     show(metrics, as_json=as_json)
 

@@ -120,12 +120,17 @@ def write_samples(
                 if present is None or not present.take(sample):
                     # The name alone: the same data from another place is the same cache.
                     writer.add(replace(sample, source=os.path.basename(sample.source)))
+    return finish(writer, folder, counts_of(kept, incidents, unread), present)
+
+
+def finish(writer: SamplesWriter, folder: Path, counts: dict[str, int], present: Present | None = None) -> Written:
+    """Close a folder's samples.arrow and write its shards.arrow; what there is now."""
     brought = writer.close()
-    with open(path, "rb") as file:
+    with open(folder / SAMPLES_FILE, "rb") as file:
         samples_digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Written(
         shards=brought if present is None else ShardTable.joined([present.plan.shards, brought]),
-        counts=counts_of(kept, incidents, unread),
+        counts=counts,
         data_digest=writer.data_digest(),
         samples_digest=samples_digest,
         shards_digest=write_shards(folder / SHARDS_FILE, brought),

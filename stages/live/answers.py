@@ -16,6 +16,9 @@ from kdpipe.manifests.row_source import CacheRows, RingRows, RowSource
 from kdpipe.manifests.sample import SampleTokens
 from kdpipe.stages.feed.dataset import Dataset
 
+MEASURED = 1 << 48
+"""Indices from here on are answers of an evaluation."""
+
 
 class ToldRows(RowSource, Protocol):
     """Rows of texts that it is told of."""

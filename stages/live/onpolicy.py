@@ -22,7 +22,7 @@ from kdpipe.stages.feed.batches import Batches, PlannedBatches
 from kdpipe.stages.feed.dataset import Dataset
 from kdpipe.stages.feed.order import cut_steps
 from kdpipe.stages.feed.packing import PackedBatch, Packer
-from kdpipe.stages.live.answers import LiveRows, OwnAnswers, ToldRows, joined
+from kdpipe.stages.live.answers import MEASURED, LiveRows, OwnAnswers, ToldRows, joined
 from kdpipe.stages.live.beside import NoRows, find_beside
 from kdpipe.stages.live.rollout_log import RolloutLog
 from kdpipe.stages.live.rollouts import RolloutBatches, sampling_of
@@ -36,7 +36,7 @@ from kdpipe.stages.train.training import Found, Training
 
 MEASURED_PROMPTS = 128
 """Held-out prompts that the student answers in each evaluation, the first by content."""
-MEASURED = 0x6D656173
+MEASURED_SEED = 0x6D656173
 """Keeps the draws of an evaluation apart from those of steps: they are the same in each, so that it is comparable."""
 
 
@@ -96,11 +96,10 @@ class OnPolicy:
         answers = student.write(
             [Prompt(key=int(sample), token_ids=prompt) for sample, prompt in zip(mine, prompts, strict=True)],
             sampling_of(self._live, self._stop_ids),
-            MEASURED,
+            MEASURED_SEED,
             heads[0].vocab_size,
         )
-        # Far from the indices of any step.
-        indices = (1 << 48) + mine
+        indices = MEASURED + mine
         for index, prompt, answer in zip(indices.tolist(), prompts, answers, strict=True):
             self._dataset.add(index, joined(prompt, answer.token_ids, imitated=True))
         packer = Packer(self._dataset, padded=student.padded, pin=student.model.device.type == "cuda")

@@ -18,9 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kdpipe.manifests.errors import CorruptError
+from kdpipe.manifests.run import ROLLOUTS
 from kdpipe.stages.rollout.writer import Answer
-
-NAMES = "rollouts-*.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -42,7 +41,7 @@ class RolloutLog:
     """One rank's file, opened by its first use. text: what token ids say"""
 
     def __init__(self, output: Path, rank: int, text: Callable[[Sequence[int]], str]) -> None:
-        self._output, self._path, self._text = output, output / NAMES.replace("*", f"{rank:05d}"), text
+        self._output, self._path, self._text = output, output / ROLLOUTS.replace("*", f"{rank:05d}"), text
 
     def of_rank(self, rank: int) -> "RolloutLog":
         return RolloutLog(self._output, rank, self._text)
@@ -90,7 +89,7 @@ class RolloutLog:
     def ahead(self, step: int) -> dict[int, dict[int, Rollout]]:
         """Of all ranks: the rollouts of `step` and of steps after it, by step and index."""
         found: dict[int, dict[int, Rollout]] = {}
-        for path in sorted(self._output.glob(NAMES)):
+        for path in sorted(self._output.glob(ROLLOUTS)):
             with open(path, "rb") as file:
                 for record in map(json.loads, file):
                     if record["step"] >= step:

@@ -28,6 +28,7 @@ from kdpipe.stages.extract.requests import sample_request
 from kdpipe.stages.extract.shards import try_out
 from kdpipe.stages.extract.spec import ExtractSpec
 from kdpipe.stages.extract.teach import teach
+from kdpipe.stages.live.kept import Kept, kept_folder
 from kdpipe.stages.live.tee import Tee
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.head import Head
@@ -45,14 +46,16 @@ def serve(
     rings: Sequence[RingWriter],
     progress: Progress,
     tee: Tee | None = None,
+    kept: Kept | None = None,
 ) -> None:
     """Answer until every reader has said that it asks for nothing more.
 
     samples: what the keys in the rings are indices of
-    tee: keeps what passes by, and has what passed before
+    tee: keeps the planned samples' rows that pass by, and has what passed before
+    kept: keeps those of texts that the rings were told of
     Raises the errors of the engine and the gate, TemporaryError where a reader is gone, and the error that one left.
     """
-    shelf = RingShelf(samples, head, rings, engine.probe_every, tee)
+    shelf = RingShelf(samples, head, rings, engine.probe_every, tee, kept)
     teach(engine, shelf.batches(), shelf, admit, progress)
     for ring in rings:
         ring.finish()
@@ -68,14 +71,15 @@ class RingShelf:
         rings: Sequence[RingWriter],
         probe_every: int,
         tee: Tee | None = None,
+        kept: Kept | None = None,
     ) -> None:
-        self._tee = tee
+        self._tee, self._kept = tee, kept
         self._samples, self._head, self._rings, self._probe_every = samples, head, rings, probe_every
         assert isinstance(samples.plan, Plan), "these samples have a teacher"
         self._plan = samples.plan
         self._dtype = DTYPES[TAGS[self._plan.settings.dtype]]
         self._row_bytes = self._plan.head.hidden_size * self._dtype.itemsize
-        self._under_way: deque[tuple[RingWriter, Slot]] = deque()
+        self._under_way: deque[tuple[RingWriter, Slot, SampleTokens]] = deque()
         self._num_served = 0
 
     @property
@@ -102,14 +106,17 @@ class RingShelf:
 
     def place(self, sample: int, num_rows: int) -> RowTarget:
         """Of the request that was made last."""
-        _, slot = self._under_way[-1]
+        _, slot, _ = self._under_way[-1]
         array = slot.array.view(self._dtype).reshape(num_rows, self._plan.head.hidden_size)
         return RowTarget(array=array, path=Path(slot.path), offset=slot.offset)
 
     def accept(self, request: Request, ack: Ack) -> None:
-        ring, slot = self._under_way.popleft()
+        ring, slot, text = self._under_way.popleft()
         check_identity([request], [ack], self._head)
-        if self._tee is not None and request.sample < self._plan.num_samples:
+        if request.sample >= self._plan.num_samples:
+            if self._kept is not None:
+                self._kept.keep(request.sample, text, request.target.array, ack.checksum)
+        elif self._tee is not None:
             self._tee.keep(request.sample, request.target.array)
         ring.publish(slot, request.sample, ack.checksum)
         self._num_served += 1
@@ -145,17 +152,24 @@ class RingShelf:
         text, num_rows = self._text(key, ring), self._num_rows(key, ring)
         ring.told.pop(key, None)
         slot = ring.reserve(num_rows * self._row_bytes, f"sample {key}")
-        self._under_way.append((ring, slot))
+        self._under_way.append((ring, slot, text))
         return sample_request(self._plan, key, text, self._probe_every, self.place(key, num_rows))
 
 
 def serve_plan(
-    spec: ExtractSpec, cache: Cache, rings: Sequence[RingWriter], progress: Progress, *, keep: bool = False
+    spec: ExtractSpec,
+    cache: Cache,
+    rings: Sequence[RingWriter],
+    progress: Progress,
+    *,
+    tee: Path | None = None,
+    output: Path,
 ) -> None:
     """A teacher's whole life beside its students: opened, tried on the first samples, asked until nobody asks more.
 
     cache: the plan whose samples are asked for; none of its rows need be there
-    keep: the rows become its shards
+    tee: where rows are kept: in this cache as its shards, or for another one the answers that students wrote
+    output: of the students' run
     Raises as serve, and the errors of opening a teacher.
     """
     plan, teacher = cache.plan, ModelFolder(spec.teacher, TeacherError, spec.options.trust)
@@ -166,7 +180,8 @@ def serve_plan(
     try:
         try_out(engine, plan.engine, head, cache.samples, progress)
         with ExitStack() as stack:
-            tee = stack.enter_context(Tee(cache, progress)) if keep else None
-            serve(engine, head, cache.samples, rings, progress, tee)
+            shards = stack.enter_context(Tee(cache, progress)) if tee == cache.path else None
+            kept = stack.enter_context(Kept(kept_folder(tee, output))) if tee is not None and shards is None else None
+            serve(engine, head, cache.samples, rings, progress, shards, kept)
     finally:
         engine.close()

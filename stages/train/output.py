@@ -15,7 +15,7 @@ from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, fsync_
 from kdpipe.manifests.errors import ConfigError, CorruptError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.places import require_outside
-from kdpipe.manifests.run import ELASTIC, RUN_FILE, CheckpointRecord, RunInputs, RunRecord, read_run
+from kdpipe.manifests.run import ELASTIC, ROLLOUTS, RUN_FILE, CheckpointRecord, RunInputs, RunRecord, read_run
 from kdpipe.manifests.running import RUNNING_FILE
 from kdpipe.stages.train.checkpoint import (
     CHECKPOINTS,
@@ -95,7 +95,8 @@ class Output:
         if there != self.path.absolute() or not any(self.path.iterdir()):
             require_outside(self.path, option="--output")
         for path in sorted(self.path.glob("*")):
-            ours = path.is_file() if path.name in FILES else path.name in FOLDERS and path.is_dir()
+            is_file = path.name in FILES or path.match(ROLLOUTS)
+            ours = path.is_file() if is_file else path.name in FOLDERS and path.is_dir()
             if not ours or path.is_symlink():
                 raise ConfigError(f"it holds other things ({path.name}); choose another --output", where=self.path)
         return there

@@ -1,11 +1,15 @@
 """kdpipe onpolicy as a user runs it: the student's own answers, scored by a teacher in a process of its own."""
 
 import json
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.conftest import Bench
-from tests.integration.running import SETS, ended, started
+from tests.integration.running import SETS, ended, started, steps_of, wait_for
+
+from kdpipe.manifests.cache import Cache
 
 
 def asked(bench: Bench, output: Path, *more: object) -> list[object]:
@@ -39,3 +43,64 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_its_own_answers
     assert max(abs(step["loss/mean"]) for step in steps) < 1e-6
     assert json.loads(out)["rollout_reverse_kl"] == pytest.approx(0.0, abs=1e-5)
     assert all(step["rollout/num_answers"] > 0 for step in steps)
+
+
+def test_answers_are_kept_as_a_cache_from_which_a_second_student_trains(bench: Bench, tmp_path: Path) -> None:
+    words = asked(bench, tmp_path / "out", "--lmbda", 0.6, "--tee", tmp_path / "kept")
+    code, _, err = ended(started(*words))
+    assert code == 0, err
+    cache = Cache.open(tmp_path / "kept")
+    written = [json.loads(line) for line in (tmp_path / "out" / "rollouts-00000.jsonl").read_text().splitlines()]
+    assert len(cache) == len(written)
+    for view, each in zip(cache, sorted(written, key=lambda each: each["index"]), strict=True):
+        assert view.token_ids[view.supervised].tolist() == each["token_ids"]
+        assert len(view.rows) == len(each["token_ids"])
+    assert ended(started("cache", "verify", tmp_path / "kept", "--recompute", 5, "--teacher", bench.teacher))[0] == 0
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["kept", "out"]
+    second = ["--student", bench.student, "--cache", tmp_path / "kept", "--output", tmp_path / "second"]
+    code, _, err = ended(started("train", *second, "--set", *SETS))
+    assert code == 0, err
+    code, _, err = ended(started(*words))
+    assert code == 0, err
+    assert "already" in err
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_weights(bench: Bench, tmp_path: Path) -> None:
+    """Two steps ahead, the answers kept: every file of the run counts."""
+    more = ["--lmbda", 0.7, "--overlap", 2]
+    weights, logs, rows = [], [], []
+    for name, kills in (("whole", ()), ("killed", (2, 4, 7))):
+        output, kept = tmp_path / name, tmp_path / f"kept-{name}"
+        for step in kills:
+            process = started(*asked(bench, output, *more, "--tee", kept))
+            wait_for(lambda: steps_of(output) >= step or process.poll() is not None)  # noqa: B023
+            process.kill()
+            code, _, err = ended(process)
+            assert code == -signal.SIGKILL, err
+        code, _, err = ended(started(*asked(bench, output, *more, "--tee", kept)))
+        assert code == 0, err
+        weights.append((output / "model.safetensors").read_bytes())
+        logs.append((output / "rollouts-00000.jsonl").read_bytes())
+        rows.append([path.read_bytes() for path in sorted((kept / "shards").iterdir())])
+    assert weights[0] == weights[1]
+    assert logs[0] == logs[1]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_ranks_write_what_one_writes(bench: Bench, tmp_path: Path) -> None:
+    """The same prompts get answers by the same numbers; sums over ranks are rounded otherwise, so they part in time."""
+    found = []
+    for nproc in (1, 2):
+        output = tmp_path / str(nproc)
+        code, _, err = ended(started(*asked(bench, output, "--lmbda", 1, "--nproc", nproc)))
+        assert code == 0, err
+        lines = [json.loads(line) for path in output.glob("rollouts-*.jsonl") for line in path.open()]
+        found.append({each["index"]: each for each in lines})
+        assert len(list(output.glob("rollouts-*.jsonl"))) == nproc
+    one, two = found
+    assert one.keys() == two.keys()
+    same = [one[index]["token_ids"] == two[index]["token_ids"] for index in one]
+    assert np.mean(same) > 0.9
+    assert all(one[index]["token_ids"] == two[index]["token_ids"] for index in one if one[index]["step"] == 0)
