@@ -131,6 +131,7 @@ READS = {
             "train.output",
             "live.lmbda",
             "live.beta",
+            "live.seq_kd",
             "live.samples_per_prompt",
             "live.max_new_tokens",
             "live.temperature",

@@ -25,6 +25,9 @@ class LiveSpec(Spec):
     beta: Fraction | None = None
     """Train on the generalised Jensen-Shannon divergence of GKD: 0 is the forward KL, 1 the reverse KL. loss.divergence
     decides when not given."""
+    seq_kd: bool = False
+    """The answers of the samples that the student does not answer itself are the teacher's, written before the first
+    step, instead of the data's: sequence-level distillation."""
     samples_per_prompt: Count = 1
     """Answers that are written to each prompt."""
     max_new_tokens: Count = 512

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -32,7 +33,8 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     answer; the teacher scores both in a process of its own, through the same checks as extract. Prompts come from any
     data file: a conversation up to its last answer, one that ends with a question, or a column `prompt`. --beta 1 is
     the reverse KL, the usual choice where the student writes all (--lmbda 1). Rows of the data's answers that a
-    finished cache of this teacher has are read from it (--cache). With --tee the student's answers and their rows are
+    finished cache of this teacher has are read from it (--cache); with --seq-kd those answers are the teacher's, written
+    first (kdpipe generate does the same for several runs). With --tee the student's answers and their rows are
     kept as a cache, from which further students train offline. Interrupted? The same command again goes on.
     Prints the metrics of train, and rollout_kl, rollout_reverse_kl and rollout_top1_agreement: those of the student's
     own answers to held-out prompts.
@@ -54,6 +56,9 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
 
     folder = plan_folder_of(output, "onpolicy")
     with results_only():
+        data = run.data.paths
+        if run.live.seq_kd and run.live.lmbda < 1.0:
+            run = _answered_by_teacher(run, answers_of(folder))
         plan = planned(run, folder, "onpolicy", keep_rows=False, prompts=True)
         training = Training(
             student=student,
@@ -64,7 +69,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
             trust=run.student.trust_remote_code,
             resume=resume,
             made_with=this_command(
-                teacher=run.teacher.path, student=student, prompts=run.data.paths, output=output, cache=run.cache.path
+                teacher=run.teacher.path, student=student, prompts=data, output=output, cache=run.cache.path
             ),
         )
         found = check_training(training, nproc, find_onpolicy(training, run))
@@ -83,6 +88,8 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
             with watch("onpolicy", EventLog(None)) as progress:
                 seal(plan, output, run.live.tee, progress)
         forget(folder)
+        for path in (answers_of(folder), answers_of(folder).with_suffix(".jsonl.json")):
+            path.unlink(missing_ok=True)
     show(metrics, as_json=as_json)
 
 
@@ -111,6 +118,32 @@ def _checked(run: RunFile) -> RunFile:
             f"temperature 0 writes the same answer {live.samples_per_prompt} times", where="live.samples_per_prompt"
         )
     return run.model_copy(update={"live": live, "loss": loss})
+
+
+def answers_of(folder: Path) -> Path:
+    """Beside the plan's folder: the teacher's answers, until the run is finished."""
+    return folder.with_name(f"{folder.name}.answers.jsonl")
+
+
+def _answered_by_teacher(run: RunFile, out: Path) -> RunFile:
+    """The run with the teacher's answers for its data, written where they are not there yet."""
+    from kdpipe.stages.generate import GenerateSpec, generate
+
+    assert run.teacher.path is not None, "RunCommand has asked for it"
+    spec = GenerateSpec(
+        model=run.teacher.path,
+        prompts=run.data.paths,
+        out=out,
+        sampling=run.live.model_copy(update={"samples_per_prompt": 1}),
+        seed=run.train.seed,
+        data_spec=run.samples(),
+        dtype=run.teacher.dtype,
+        device=run.engine.device,
+        trust=run.teacher.trust_remote_code,
+    )
+    with watch("onpolicy", EventLog(None), where=out) as progress:
+        generate(spec, progress)
+    return run.model_copy(update={"data": run.data.model_copy(update={"paths": (out,)})})
 
 
 def _fed_by(training: "Training", ring: RingReader, found: "Found | None", *, run: RunFile) -> "Found":

@@ -104,3 +104,18 @@ def test_two_ranks_write_what_one_writes(bench: Bench, tmp_path: Path) -> None:
     same = [one[index]["token_ids"] == two[index]["token_ids"] for index in one]
     assert np.mean(same) > 0.9
     assert all(one[index]["token_ids"] == two[index]["token_ids"] for index in one if one[index]["step"] == 0)
+
+
+def test_answers_that_the_student_does_not_write_are_the_teachers_with_seq_kd(bench: Bench, tmp_path: Path) -> None:
+    """As if they had been written by kdpipe generate before."""
+    answers, weights = tmp_path / "answers.jsonl", []
+    words = ["--model", bench.teacher, "--prompts", bench.data, "--out", answers, "--max-new-tokens", 12]
+    assert ended(started("generate", *words, "--max-length", 128))[0] == 0
+    for name, prompts, more in (("at once", bench.data, ["--seq-kd"]), ("in two", answers, [])):
+        given = asked(bench, tmp_path / name, "--lmbda", 0.5, *more)
+        given[given.index("--prompts") + 1] = prompts
+        code, _, err = ended(started(*given))
+        assert code == 0, err
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"answers.jsonl", "answers.jsonl.json", "at once", "in two"}
