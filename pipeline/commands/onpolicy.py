@@ -33,9 +33,9 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     answer; the teacher scores both in a process of its own, through the same checks as extract. Prompts come from any
     data file: a conversation up to its last answer, one that ends with a question, or a column `prompt`. --beta 1 is
     the reverse KL, the usual choice where the student writes all (--lmbda 1). Rows of the data's answers that a
-    finished cache of this teacher has are read from it (--cache); with --seq-kd those answers are the teacher's, written
-    first (kdpipe generate does the same for several runs). With --tee the student's answers and their rows are
-    kept as a cache, from which further students train offline. Interrupted? The same command again goes on.
+    finished cache of this teacher has are read from it (--cache). With --seq-kd the answers that the student does not
+    write are the teacher's, written first. With --tee the student's answers and their rows are kept as a cache, from
+    which further students train offline. Interrupted? The same command again goes on.
     Prints the metrics of train, and rollout_kl, rollout_reverse_kl and rollout_top1_agreement: those of the student's
     own answers to held-out prompts.
 
