@@ -144,7 +144,7 @@ def find(training: Training, progress: Progress = SILENT) -> Found:
 def _find_data(training: Training, model: ModelFolder, progress: Progress) -> Found:
     """Without a teacher; what can be refused before the data are read is."""
     if training.inputs is None:
-        require_nobody_in(training.output)
+        _check_start(training)
         check_student(model)
         if read_run(training.output) is None:
             Output(training.output).require_free()
@@ -172,12 +172,7 @@ def check_training(training: Training, nproc: int, found: Found | None = None) -
     nproc: ranks in all
     found: what was opened already
     """
-    require_nobody_in(training.output)
-    if training.resume not in ("auto", "never") and not (Path(training.resume) / CHECKPOINT_FILE).exists():
-        raise ConfigError(
-            f"no checkpoint here: {CHECKPOINT_FILE} is missing; checkpoints are folders as OUTPUT/{CHECKPOINTS}/000100",
-            where=f"--resume {training.resume}",
-        )
+    _check_start(training)
     if not training.caches and training.spec.loss.kd_weight:
         raise ConfigError("data without a teacher's rows are trained on with 0", where="loss.kd_weight")
     found = found or find(training)
@@ -209,6 +204,16 @@ def check_training(training: Training, nproc: int, found: Found | None = None) -
             where=training.output,
         )
     return found
+
+
+def _check_start(training: Training) -> None:
+    """Raises BusyError where another run is at work in the output, ConfigError for a --resume that is no checkpoint."""
+    require_nobody_in(training.output)
+    if training.resume not in ("auto", "never") and not (Path(training.resume) / CHECKPOINT_FILE).exists():
+        raise ConfigError(
+            f"no checkpoint here: {CHECKPOINT_FILE} is missing; checkpoints are folders as OUTPUT/{CHECKPOINTS}/000100",
+            where=f"--resume {training.resume}",
+        )
 
 
 def _check_fsdp(fsdp: FsdpSpec, device: torch.device, nproc: int) -> None:

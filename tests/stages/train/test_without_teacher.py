@@ -284,6 +284,8 @@ def test_what_does_not_fit_the_student_is_refused_before_its_data_are_read(
         check_training(dataclasses.replace(training, student=small), 1)
     with pytest.raises(ConfigError, match=r"it holds other things \(letter.txt\)"):
         check_training(training, 1)
+    with pytest.raises(ConfigError, match=r"--resume nowhere: no checkpoint here"):
+        find(dataclasses.replace(training, output=tmp_path / "other", resume="nowhere"))
     with pytest.raises(ConfigError, match=r"loss.kd_weight"):
         check_training(dataclasses.replace(training, spec=RunSpec()), 1)
 
