@@ -26,6 +26,7 @@ from kdpipe.manifests.specs import DataSpec, LiveSpec
 from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.generate import GenerateSpec, generate, run
 from kdpipe.stages.generate.file import AnswersFile
+from kdpipe.stages.prepare.files import list_files
 
 NUM_CHATS = 11
 Lines = list[dict[str, Any]]
@@ -170,6 +171,32 @@ def test_torn_anywhere_it_ends_with_the_same_bytes(spec: GenerateSpec) -> None:
         os.truncate(spec.out, size)
         generate(spec, Silent())
         assert spec.out.read_bytes() == whole
+
+
+def test_a_run_that_goes_on_writes_whole_windows(spec: GenerateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed together decides the last bits."""
+    generate(spec, Silent())
+    kept = spec.out.read_text().splitlines(keepends=True)
+    spec.out.write_text("".join(kept[: 2 * WINDOW + 3]))
+    asked: list[list[int]] = []
+    own = run.LocalWriter.write
+
+    def write(self: Any, prompts: Any, *rest: Any) -> Any:
+        asked.append([prompt.key for prompt in prompts])
+        return own(self, prompts, *rest)
+
+    monkeypatch.setattr(run.LocalWriter, "write", write)
+    generate(spec, Silent())
+    keys = [record["kdpipe"]["key"] for record in lines(spec.out)]
+    assert asked == [keys[start : start + WINDOW] for start in range(2 * WINDOW, len(keys), WINDOW)]
+
+
+def test_a_folder_of_answers_is_data(spec: GenerateSpec) -> None:
+    generate(spec, Silent())
+    assert {path.name for path in spec.out.parent.iterdir()} == {"answers.jsonl", "answers.jsonl.json"}
+    said: list[str] = []
+    assert list_files([spec.out.parent], said.append) == [spec.out]
+    assert said == []
 
 
 def test_a_finished_file_is_left_alone(spec: GenerateSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.sample import content_id
-from kdpipe.stages.prepare.forms import Chat, Pair, Text, read_form
+from kdpipe.stages.prepare.forms import Chat, Pair, Text, prompt_in, read_form
 from kdpipe.stages.prepare.json_stream import parse_object
 from kdpipe.stages.prepare.sources import RawRecord
 
@@ -746,3 +746,33 @@ def test_columns_beside_a_prompt_are_counted() -> None:
     unread: set[str] = set()
     asked(SAME_PROMPT["labels of others"], unread)
     assert unread == {"label", "labels", "chosen", "rejected", "answer"}
+
+
+@pytest.mark.parametrize("spelling", SAME_EXCHANGE)
+def test_what_a_record_answers_is_its_prompt(spelling: str) -> None:
+    found = prompt_in(asked(SAME_EXCHANGE[spelling]), "d.jsonl:7")
+    assert found.is_prompt
+    assert found.content() == {"messages": asked(SAME_EXCHANGE[spelling]).content()["messages"][:-1]}  # type: ignore[index]
+    assert prompt_in(found, "d.jsonl:7") == found
+
+
+def test_a_prompt_within_a_record_keeps_its_tools_and_marks() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    messages = [user("a"), {**assistant("A"), "weight": 0}, user("b"), {**assistant("B"), "weight": 0}]
+    found = prompt_in(asked({"messages": messages, "tools": tools, "finish_reason": "length"}), "d.jsonl:7")
+    assert isinstance(found, Chat)
+    assert (len(found.messages), found.tools, found.unsupervised, found.is_cut) == (3, tools, {1}, False)
+    with pytest.raises(DataError, match=r"d\.jsonl:7: running text has no prompt"):
+        prompt_in(form({"text": "running"}), "d.jsonl:7")
+
+
+@pytest.mark.parametrize(("reason", "is_cut"), [("length", True), ("stop", False), (None, False), (3, False)])
+def test_an_answer_is_cut_where_its_record_says_so(reason: Any, is_cut: bool) -> None:
+    for fields in ({"messages": [user("hi"), assistant("hello")]}, {"prompt": "hi", "completion": "hello"}):
+        unread: set[str] = set()
+        raw = RawRecord(source="d", line=7, place="d:7", fields={**fields, "finish_reason": reason, "kdpipe": {"a": 1}})
+        found = read_form(raw, unread)
+        assert isinstance(found, Chat | Pair)
+        assert found.is_cut == is_cut
+        assert found.content() == {"messages": [user("hi"), assistant("hello")]}
+        assert unread == ({"finish_reason"} if reason == 3 else set())
