@@ -5,7 +5,8 @@ planned (a plan of the samples) -> checked -> run_live: teacher's process + the 
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,11 +106,21 @@ def live_rank(
         if number != rank:
             end.close()
     with RingReader(ends[rank]) as ring:
-        metrics = train_rank(training, fed_by(training, ring, found), command=command)
+        with _closing(fed_by(training, ring, found)) as fed:
+            metrics = train_rank(training, fed, command=command)
         ring.finish()
         ring.take("the end")
         waited = {"share_waiting": ring.waited_s, "teacher_share_waiting": ring.peer_waited_s}
         return metrics | {name: round(ring.share(seconds), 3) for name, seconds in waited.items()}
+
+
+@contextmanager
+def _closing(found: "Found") -> Iterator["Found"]:
+    try:
+        yield found
+    finally:
+        if found.own is not None:
+            found.own.close()
 
 
 def _teachers_cores(run: RunFile, student_device: str) -> list[int]:

@@ -1,7 +1,7 @@
 """[live]: a teacher at work beside its students, and answers that a model writes."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
@@ -43,6 +43,13 @@ class LiveSpec(Spec):
     many optimizer steps old when their turn comes."""
     max_staleness: Annotated[int | None, Field(ge=0)] = None
     """Optimizer steps that an answer may be old when it is trained on; 0 when not given, 4 with an overlap."""
+    rollout_engine: Literal["transformers", "sglang"] = "transformers"
+    """What writes the student's answers: the student itself, in its own process, or SGLang beside it, which is given
+    the student's weights after every step and, with an overlap, writes while the student trains."""
+    rollout_tp: Count = 1
+    """Tensor parallelism of SGLang that writes the student's answers, in GPUs."""
+    rollout_mem_fraction: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
+    """Share of each GPU's memory for the weights and KV cache of SGLang that writes the student's answers."""
     tee: Annotated[Path | None, Flag(takes="FOLDER")] = None
     """Keep the rows that pass by as the shards of a cache in this folder, for further epochs and students; on-policy
     those of the student's own answers."""
@@ -54,5 +61,5 @@ class LiveSpec(Spec):
 
     def rollouts(self) -> dict[str, JsonValue]:
         """What decides which answers a student writes, as JSON values."""
-        of_places = {"tee", "ring_mib", "teacher_cores", "beta"}
+        of_places = {"tee", "ring_mib", "teacher_cores", "beta", "rollout_tp", "rollout_mem_fraction"}
         return self.model_dump(mode="json", exclude=of_places)

@@ -4,19 +4,20 @@ find_onpolicy(training, run) -> Found, before there is a teacher; fed_by(ring, f
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import CacheError, ConfigError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.ring import RingReader
 from kdpipe.manifests.row_source import CacheRows, RingRows
 from kdpipe.manifests.sample import prompt_of
 from kdpipe.manifests.shard import DTYPES, TAGS
-from kdpipe.manifests.specs import LiveSpec, RunFile
+from kdpipe.manifests.specs import Device, LiveSpec, RunFile
 from kdpipe.stages.evaluate import measure
 from kdpipe.stages.feed.batches import Batches, PlannedBatches
 from kdpipe.stages.feed.dataset import Dataset
@@ -26,12 +27,13 @@ from kdpipe.stages.live.answers import MEASURED, LiveRows, OwnAnswers, ToldRows,
 from kdpipe.stages.live.beside import NoRows, find_beside
 from kdpipe.stages.live.rollout_log import RolloutLog
 from kdpipe.stages.live.rollouts import RolloutBatches, sampling_of
+from kdpipe.stages.live.writers import EngineWriter, RunWriter, StudentWriter
 from kdpipe.stages.models.context import context_of
-from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import Ranks
-from kdpipe.stages.rollout.sampling import Sampling
-from kdpipe.stages.rollout.writer import Answer, Prompt
+from kdpipe.stages.rollout.sglang_writer import SglangWriter
+from kdpipe.stages.rollout.writer import Prompt
 from kdpipe.stages.student import Student, TeacherHead
+from kdpipe.stages.student.export import taught_stops
 from kdpipe.stages.train.training import Found, Training
 
 MEASURED_PROMPTS = 128
@@ -40,49 +42,51 @@ MEASURED_SEED = 0x6D656173
 """Keeps the draws of an evaluation apart from those of steps: they are the same in each, so that it is comparable."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StudentWriter:
-    """Writer: the student itself, with the weights that it has now."""
-
-    student: Student
-    vocab_size: int
-
-    def write(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[Answer]:
-        return self.student.write(prompts, sampling, seed, self.vocab_size)
-
-
 class OnPolicy:
     """OwnAnswering of `kdpipe onpolicy`."""
 
-    def __init__(
-        self, live: LiveSpec, dataset: OwnAnswers, heldout: np.ndarray, model: ModelFolder, output: Path
-    ) -> None:
-        self._live, self._dataset, self._model, self._output = live, dataset, model, output
-        self._stop_ids, self._heldout = model.stop_ids, heldout[:MEASURED_PROMPTS]
+    def __init__(self, run: RunFile, found: Found, dataset: OwnAnswers, output: Path) -> None:
+        self._run, self._dataset, self._model, self._output = run, dataset, found.model, output
+        self._stop_ids = found.model.stop_ids | set(taught_stops(found.dataset, found.model.tokenizer))
+        _, heldout = found.samples
+        self._heldout = heldout[:MEASURED_PROMPTS]
+        self._writer: RunWriter | None = None
 
-    def batches(
-        self,
-        planned: PlannedBatches,
-        student: Student,
-        vocab_size: int,
-        *,
-        stop_ids: frozenset[int],
-        ranks: Ranks,
-        seed: int,
-    ) -> Batches:
-        self._stop_ids |= stop_ids
+    def batches(self, planned: PlannedBatches, student: Student, vocab_size: int, ranks: Ranks, seed: int) -> Batches:
+        self._writer = self._made_writer(student, vocab_size, ranks)
         return RolloutBatches(
             planned,
             self._dataset,
-            StudentWriter(student, vocab_size),
+            self._writer,
             ranks,
-            self._live,
+            self._run.live,
             RolloutLog(self._output, ranks.rank, self._model.tokenizer.decode),
             seed=seed,
             stop_ids=self._stop_ids,
             padded=student.padded,
             pin=ranks.device.type == "cuda",
         )
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _made_writer(self, student: Student, vocab_size: int, ranks: Ranks) -> RunWriter:
+        live, dtype = self._run.live, self._run.train.dtype
+        if live.rollout_engine == "transformers":
+            return StudentWriter(student, vocab_size)
+        options = EngineOptions(
+            tp=live.rollout_tp,
+            mem_fraction=live.rollout_mem_fraction,
+            timeout_s=self._run.engine.timeout,
+            trust=self._run.student.trust_remote_code,
+        )
+        device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
+
+        def make() -> SglangWriter:
+            return SglangWriter(self._model, dtype=dtype, device=device, options=options, vocab_size=vocab_size)
+
+        return EngineWriter(student, ranks, make, self._dataset.tokens(0).token_ids, dtype)
 
     def measure(
         self, student: Student, heads: Sequence[TeacherHead], ranks: Ranks | None, batch_tokens: int
@@ -95,7 +99,7 @@ class OnPolicy:
         prompts = [prompt_of(self._dataset.tokens(int(sample))) for sample in mine]
         answers = student.write(
             [Prompt(key=int(sample), token_ids=prompt) for sample, prompt in zip(mine, prompts, strict=True)],
-            sampling_of(self._live, self._stop_ids),
+            sampling_of(self._run.live, self._stop_ids),
             MEASURED_SEED,
             heads[0].vocab_size,
         )
@@ -159,8 +163,7 @@ def fed_by(ring: RingReader, found: Found, training: Training, run: RunFile) -> 
 
 def _answering(found: Found, rows: ToldRows, training: Training, run: RunFile) -> Found:
     dataset = OwnAnswers(found.dataset, rows)
-    _, heldout = found.samples
-    return replace(found, dataset=dataset, own=OnPolicy(run.live, dataset, heldout, found.model, training.output))
+    return replace(found, dataset=dataset, own=OnPolicy(run, found, dataset, training.output))
 
 
 def places_in(caches: Sequence[Cache], dataset: Dataset) -> np.ndarray:

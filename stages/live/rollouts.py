@@ -11,8 +11,9 @@ Cost: writing. With overlap the teacher scores the answers of a later step while
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,9 +26,10 @@ from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.packing import PackedBatch, Packer
 from kdpipe.stages.live.answers import OwnAnswers, joined
 from kdpipe.stages.live.rollout_log import Rollout, RolloutLog
+from kdpipe.stages.live.writers import RunWriter
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.rollout.sampling import Sampling
-from kdpipe.stages.rollout.writer import Prompt, Writer
+from kdpipe.stages.rollout.writer import Prompt
 
 DRAW = 0x6C6D626461
 """Keeps the draw of who answers apart from other draws of the same seed and step."""
@@ -58,6 +60,16 @@ class _Wanted:
     number: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Begun:
+    """A step whose answers are being written; results: of each micro-batch, in order."""
+
+    batches: list[np.ndarray]
+    results: list[Callable[[], list[Rollout]]]
+    is_new: bool
+    started: float
+
+
 SUMS = ("num_supervised", "num_answers", "num_written", "num_ended", "entropy", "version")
 
 
@@ -65,14 +77,14 @@ class RolloutBatches:
     """Batches whose samples are answered by the data or by the student, on one rank.
 
     planned: the steps and their samples
-    writer: the student's; asked on every rank for that rank's prompts
+    writer: asked on every rank for that rank's prompts
     """
 
     def __init__(
         self,
         planned: PlannedBatches,
         dataset: OwnAnswers,
-        writer: Writer,
+        writer: RunWriter,
         ranks: Ranks,
         live: LiveSpec,
         log: RolloutLog,
@@ -89,7 +101,10 @@ class RolloutBatches:
         self._packer = Packer(dataset, padded=padded, pin=pin)
         self._log, self._is_new, self._next = log, True, 0
         self._ahead: dict[int, dict[int, Rollout]] = {}
+        self._pending: dict[int, _Begun] = {}
         self._steps: dict[int, _Step] = {}
+        self._followed: dict[str, float] = {}
+        self._begun_at = -1
         self._waited_s = 0.0
         self._made: _Step | None = None
 
@@ -113,7 +128,8 @@ class RolloutBatches:
         """Of the rollouts of the step that was made last."""
         assert self._made is not None
         before, self._waited_s = self._waited_s, self._dataset.waited_s
-        waited = {"wait/teacher/seconds": self._waited_s - before}
+        waited = {"wait/teacher/seconds": self._waited_s - before} | self._followed
+        self._followed = {}
         return waited | figures(self._made.sums, self._made.seconds, step)
 
     def state(self) -> dict[str, JsonValue]:
@@ -134,30 +150,49 @@ class RolloutBatches:
         self._next, self._is_new, self._ahead = step, False, self._log.ahead(step)
 
     def _ready(self, step: int) -> None:
-        """Write the answers of a step, and of those that are to be ahead of it. Collective."""
+        """Have the answers of a step, and those begun that are to be ahead of it. Collective."""
+        if step in self._steps and step == self._begun_at:
+            return
         if self._is_new:
             self._log.cut(0)
             self._is_new = False
-        for each in range(step, min(step + self._live.overlap + 1, self.num_steps)):
-            if each not in self._steps:
-                self._steps[each] = self._written(each, version=step)
+        for each in sorted(self._pending):  # what an engine wrote while the last step was trained on
+            self._collect(each)
+        begun = [
+            each for each in range(step, min(step + self._live.overlap + 1, self.num_steps)) if each not in self._steps
+        ]
+        for each in begun:
+            self._begin(each, version=step)
+            if each == step or not self._writer.is_apart:
+                self._collect(each)
+        self._begun_at = step
 
-    def _written(self, step: int, version: int) -> _Step:
+    def _begin(self, step: int, version: int) -> None:
+        """Ask for the answers of a step, unless they were written before the run was interrupted."""
         started = time.perf_counter()
         asked = [(samples, self._wanted(samples, step)) for samples in self._planned.mine(step)]
         known = self._ahead.pop(step, {})
         lacks = any(each.index not in known for _, wanted in asked for each in wanted)
         (write,) = self._ranks.largest([float(lacks)])  # ranks that hold parts of the weights write together
+        if write:
+            self._followed |= self._writer.follow(version)
+        results = [self._write(wanted, version) if write else partial(_known, known, wanted) for _, wanted in asked]
+        batches = [samples for samples, _ in asked]
+        self._pending[step] = _Begun(batches=batches, results=results, is_new=bool(write), started=started)
+
+    def _collect(self, step: int) -> None:
+        """The answers of a step that was begun; their teacher is told of them."""
+        begun = self._pending.pop(step)
         made = _Step(batches=[], rollouts=[])
-        for samples, wanted in asked:
-            rollouts = self._write(wanted, version) if write else [known[each.index] for each in wanted]
+        for samples, result in zip(begun.batches, begun.results, strict=True):
+            rollouts = result()
             made.batches.append(self._in_order(samples, rollouts))
             made.rollouts += rollouts
-            if write:
+            if begun.is_new:
                 self._log.write(step, rollouts)
-        made.seconds = time.perf_counter() - started
+        made.seconds = time.perf_counter() - begun.started
         made.sums = self._over_all_ranks(made)
-        return made
+        self._steps[step] = made
 
     def _wanted(self, samples: np.ndarray, step: int) -> list[_Wanted]:
         """The answers that take the place of samples, in order."""
@@ -168,12 +203,12 @@ class RolloutBatches:
             for number in range(self._count)
         ]
 
-    def _write(self, wanted: Sequence[_Wanted], version: int) -> list[Rollout]:
+    def _write(self, wanted: Sequence[_Wanted], version: int) -> Callable[[], list[Rollout]]:
         prompts = [Prompt(key=each.index, token_ids=prompt_of(self._dataset.tokens(each.sample))) for each in wanted]
-        answers = self._writer.write(prompts, self._sampling, self._seed)
-        return [
+        answers = self._writer.start(prompts, self._sampling, self._seed)
+        return lambda: [
             Rollout(index=each.index, sample=each.sample, number=each.number, version=version, answer=answer)
-            for each, answer in zip(wanted, answers, strict=True)
+            for each, answer in zip(wanted, answers(), strict=True)
         ]
 
     def _asked(self, samples: np.ndarray, step: int) -> np.ndarray:
@@ -231,6 +266,10 @@ class RolloutBatches:
         return int(self._dataset.num_supervised[planned].sum()) + own
 
 
+def _known(known: dict[int, Rollout], wanted: Sequence[_Wanted]) -> list[Rollout]:
+    return [known[each.index] for each in wanted]
+
+
 def sampling_of(live: LiveSpec, stop_ids: frozenset[int]) -> Sampling:
     return Sampling(
         temperature=live.temperature,
@@ -246,12 +285,13 @@ def figures(sums: dict[str, float], seconds: float, step: int) -> dict[str, floa
     count, written = sums["num_answers"], sums["num_written"]
     if not count:
         return {"rollout/num_answers": 0}
-    return {
+    # An engine does not measure the entropy; no distribution that is drawn from has one of 0.
+    entropy = {"rollout/entropy/mean": sums["entropy"] / written} if sums["entropy"] else {}
+    return entropy | {
         "rollout/num_answers": int(count),
         "rollout/num_tokens": int(written),
         "rollout/seconds": seconds,
         "rollout/tokens_per_second": written / max(seconds, 1e-9),
-        "rollout/entropy/mean": sums["entropy"] / written,
         "response_length/min": int(sums["shortest"]),
         "response_length/mean": written / count,
         "response_length/max": int(sums["longest"]),

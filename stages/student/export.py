@@ -108,6 +108,11 @@ def trained_stops(samples: list[SampleTokens], tokenizer: PreTrainedTokenizerBas
     return tuple(each for each, count in ends.most_common() if count >= STOP_SHARE * ends.total())
 
 
+def taught_stops(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Special tokens that the answers of a data set end with, most frequent first."""
+    return trained_stops(_sampled(dataset), tokenizer)
+
+
 def _sampled(dataset: Dataset) -> list[SampleTokens]:
     """Runs of samples from all over the data set."""
     starts = [place * len(dataset) // RUNS for place in range(RUNS)]

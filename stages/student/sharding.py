@@ -141,7 +141,7 @@ def _fully_shard(
             fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
     before(student)
     fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    for inside in ("examined", "written"):
+    for inside in ("examined", "written", "scored"):
         register_fsdp_forward_method(student, inside)
     for module in student.modules():
         if isinstance(module, FSDPModule):

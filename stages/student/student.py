@@ -8,13 +8,14 @@ leave the backbone, logits never exist outside the fused loss. Weights, sums of 
 # Shapes: L tokens of a batch, R supervised rows, D student width, E teacher width, V vocabulary.
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from kdpipe.manifests.specs import LossSpec
@@ -115,6 +116,37 @@ class Student(torch.nn.Module):
         if not prompts:  # the others wait for this rank's part of the weights
             backbone(self.model)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
         return decode(self.model, self.head, prompts, sampling, seed, way=self._way, vocab_size=vocab_size)
+
+    @torch.no_grad()
+    def logprobs(self, text: np.ndarray) -> np.ndarray:
+        """Log-probability of each token of a text but the first: int32 [n] -> float32 [n-1]. Collective."""
+        training = self.training
+        self.eval()
+        found = self.scored(torch.from_numpy(text.astype(np.int64)).to(self.model.device)).cpu().numpy()
+        self.train(training)
+        if isinstance(self, FSDPModule):
+            self.reshard()
+        return found
+
+    def weights(self, dtype: torch.dtype, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight as it is now, whole, on the CPU, by the model's own name. Collective where it is sharded.
+
+        keep: on this rank; the others only send their parts
+        """
+        if isinstance(self, FSDPModule):
+            self.reshard()  # what the last pass put together lies in memory that the next one takes
+        for name, parameter in self.model.named_parameters():
+            part = parameter.detach()
+            whole = part.full_tensor() if isinstance(part, DTensor) else part
+            if keep:
+                yield name, whole.to("cpu", dtype)
+
+    def scored(self, ids: torch.Tensor) -> torch.Tensor:
+        """A forward method to FSDP: parameters are whole inside."""
+        hidden = backbone(self.model)(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
+        head = self.head()
+        logits = head.entries(hidden.to(head.weight.dtype), 0, len(head.weight))
+        return logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
 
     def examined(self, text: np.ndarray, folder: Path) -> bool:
         """A forward method to FSDP: parameters are whole inside."""

@@ -219,10 +219,7 @@ class Run:
         self.heads, self.own = heads, found.own
         self.batches: Batches = self.planned
         if found.own is not None:
-            stop_ids = frozenset(self.beside.stop_ids)
-            self.batches = found.own.batches(
-                self.planned, self.student, heads[0].vocab_size, stop_ids=stop_ids, ranks=ranks, seed=spec.seed
-            )
+            self.batches = found.own.batches(self.planned, self.student, heads[0].vocab_size, ranks, spec.seed)
         self.trainer = Trainer(self.student, self.batches, heads, spec, training.spec.loss, ranks)
         self.checkpoints = Checkpoints(training.output, spec.keep, ranks.device)
         self.loop = Loop(self.trainer, self.checkpoints, self.inputs, training.output)

@@ -91,12 +91,13 @@ class OwnAnswering(Measures, Protocol):
         planned: PlannedBatches,
         student: Student,
         vocab_size: int,
-        *,
-        stop_ids: frozenset[int],
         ranks: Ranks,
         seed: int,
     ) -> Batches:
-        """Instead of the planned ones. stop_ids: tokens that the student is trained to end its answers with"""
+        """Instead of the planned ones."""
+
+    def close(self) -> None:
+        """End what was started for it. Running it twice is fine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
