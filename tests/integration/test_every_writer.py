@@ -39,10 +39,20 @@ def verdict(folder: Path) -> str:
     return way if all(same) else f"WRONG {way}: {same}"
 
 
-@pytest.mark.parametrize("family", ["llama", "mamba", "cohere2", "bert", "modernbert-decoder"])
-def test_an_odd_family_writes_its_own_answers_or_is_refused(family: str, tmp_path: Path) -> None:
+ODD = {
+    "mamba": "padded",
+    "cohere2": "padded",  # its logits are scaled
+    "bert-generation": "a token sees the tokens after it",
+    "bert": "does something between them that kdpipe does not know",
+    "modernbert-decoder": "does something between them that kdpipe does not know",  # its `decoder` is its head
+}
+
+
+@pytest.mark.parametrize(("family", "expected"), ODD.items())
+def test_an_odd_family_writes_its_own_answers_or_is_refused(family: str, expected: str, tmp_path: Path) -> None:
     found = verdict(make_tokenizer(make_family(family, tmp_path / family)))
-    assert found in ("padded", "alone", "whole") or found.startswith("refused: E-TEACHER"), found
+    assert expected in found
+    assert found == expected or found.startswith("refused: E-TEACHER")
 
 
 @pytest.mark.slow

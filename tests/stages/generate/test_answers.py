@@ -71,6 +71,7 @@ def test_a_thought_that_was_written_is_read_again_with_its_ids(qwen3: PreTrained
     answer = written(qwen3, THOUGHT)
     record = record_of(qwen3, asked, answer)
     assert record["kdpipe"]["read_again"] == "same"
+    assert record["messages"][-1] == {"role": "assistant", "content": THOUGHT.removesuffix("<|im_end|>")}
     assert learnt(qwen3, write([record])) == answer.token_ids.tolist()
 
 
@@ -156,3 +157,12 @@ def test_an_answer_that_extract_leaves_out_says_why(chatml: PreTrainedTokenizerF
         ('[{"type": "text", "text": 3}]<|im_end|>', "bad_record"),
     ):
         assert record_of(chatml, asked, written(chatml, text))["kdpipe"]["read_again"] == verdict
+
+
+def test_a_cut_completion_is_not_said_to_lack_its_end(base: PreTrainedTokenizerFast, write: Write) -> None:
+    base.eos_token = None
+    for reason, kinds in (("stop", ["no_stop_token"]), ("length", [])):
+        incidents: list[Any] = []
+        path = write([{"prompt": "a", "completion": " b", "finish_reason": reason}])
+        assert len(list(prepare([path], base, DataSpec(), on_incident=incidents.append))) == 1
+        assert [incident.kind for incident in incidents] == kinds

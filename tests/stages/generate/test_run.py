@@ -317,6 +317,17 @@ def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused(spec: GenerateSp
         generate(replace(spec, sampling=LiveSpec(max_new_tokens=500)), Silent())
 
 
+def test_no_id_is_written_that_is_no_token(spec: GenerateSpec, tmp_path: Path) -> None:
+    folder = make_tokenizer(make_model("llama", tmp_path / "padded", vocab_size=400))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[350:] *= 50.0
+    model.save_pretrained(folder)
+    made = generate(replace(spec, model=folder, sampling=LiveSpec(max_new_tokens=4, temperature=0.0)), Silent())
+    assert made["num_answers"] == NUM_CHATS
+    assert sum(map(bool, said(spec.out))) > NUM_CHATS // 2  # an id without a token has no text
+
+
 def test_a_model_that_cannot_write_is_refused(spec: GenerateSpec, made: Path, tmp_path: Path) -> None:
     folder = make_tokenizer(make_model("llama", tmp_path / "nan", vocab_size=304))
     model = AutoModelForCausalLM.from_pretrained(folder)
