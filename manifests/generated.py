@@ -48,7 +48,10 @@ class WritingRecord(Record):
     dtype: Dtype
     device: Device
     engine: str
-    """What wrote them, with its versions."""
+    version: str
+    """Of what wrote them."""
+    arguments: dict[str, str]
+    """What else was asked of the engine that decides the answers."""
 
 
 class GeneratedRecord(Record):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import RunFile
 from kdpipe.pipeline.options import PATH, RunCommand, json_option, this_command
@@ -46,7 +47,8 @@ def command(run: RunFile, out: Path | None, seed: int, as_json: bool) -> None:
         data_spec=run.samples(),
         dtype=run.teacher.dtype,
         device=run.engine.device,
-        trust=run.teacher.trust_remote_code,
+        engine=run.engine.name,
+        options=EngineOptions.of(run),
         made_with=this_command(model=model, prompts=prompts, out=out),
     )
     with results_only(), watch("generate", EventLog(None), where=out, kept=lambda: _kept(out)) as progress:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.ring import RingReader
 from kdpipe.manifests.specs import LossSpec, RunFile
@@ -139,7 +140,8 @@ def _answered_by_teacher(run: RunFile, out: Path) -> RunFile:
         data_spec=run.samples(),
         dtype=run.teacher.dtype,
         device=run.engine.device,
-        trust=run.teacher.trust_remote_code,
+        engine="transformers",
+        options=EngineOptions(trust=run.teacher.trust_remote_code),
     )
     with watch("onpolicy", EventLog(None), where=out) as progress:
         generate(spec, progress)

@@ -10,7 +10,7 @@ Cost: the writer's; prompts and their forms are in memory.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from kdpipe.manifests.durable import canonical, disk_error, make_folder, write_once
+from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import ConfigError, DataError, TeacherError
 from kdpipe.manifests.generated import SIDECAR_ENDING, GeneratedRecord, SamplingRecord, WritingRecord
 from kdpipe.manifests.made_with import MadeWith
@@ -38,8 +39,10 @@ from kdpipe.stages.prepare.files import list_files
 from kdpipe.stages.prepare.samples import Asked, prompts
 from kdpipe.stages.rollout.local import LocalWriter
 from kdpipe.stages.rollout.sampling import Sampling
+from kdpipe.stages.rollout.sglang_writer import SglangWriter
 from kdpipe.stages.rollout.writer import Prompt
 from kdpipe.stages.rows import TORCH_DTYPES
+from kdpipe.stages.teacher import engine_class, pick_engine
 from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
 
 WINDOW: dict[Device, int] = {"cpu": 64, "cuda": 256}
@@ -58,6 +61,7 @@ class GenerateSpec:
     sampling: how answers are drawn, and how many to a prompt
     seed: another one gives other answers
     data_spec: how records become prompts
+    engine: "auto", or a name in kdpipe.stages.teacher.ENGINES; options: how it is run
     made_with: the command, for people
     """
 
@@ -69,7 +73,8 @@ class GenerateSpec:
     data_spec: DataSpec = field(default_factory=DataSpec)
     dtype: DtypeChoice = "auto"
     device: DeviceChoice = "auto"
-    trust: str | None = None
+    engine: str = "auto"
+    options: EngineOptions = field(default_factory=EngineOptions)
     made_with: MadeWith | None = None
 
 
@@ -80,10 +85,13 @@ def generate(spec: GenerateSpec, progress: Progress) -> dict[str, object]:
     where another run writes it, SpaceError.
     """
     _check_places(spec)
-    model = ModelFolder(spec.model, TeacherError, spec.trust)
+    model = ModelFolder(spec.model, TeacherError, spec.options.trust)
     info = describe_teacher(model, spec.dtype)
     device: Device = "cuda" if pick_device(spec.device).type == "cuda" else "cpu"
-    writing = _writing(spec, info, device)
+    choice = pick_engine(spec.engine, architecture=info.architecture, device=device)
+    if spec.engine == "auto" and device == "cuda":
+        progress.note(f"engine {choice.name}: {choice.reason}")
+    writing = _writing(spec, info, device, choice.name)
     sidecar = spec.out.with_name(spec.out.name + SIDECAR_ENDING)
     there = _found(spec.out, sidecar, writing)
     if there is not None and count_lines(spec.out) == there.num_answers:
@@ -100,7 +108,7 @@ def generate(spec: GenerateSpec, progress: Progress) -> dict[str, object]:
     if there is None:
         _write_sidecar(sidecar, record, writing)
     with AnswersFile(spec.out) as file:
-        _write_answers(file, asked, record, info, progress)
+        _write_answers(file, asked, record, info, spec.options, progress)
     made = summary(spec.out, record)
     _report(made, progress)
     return made
@@ -144,8 +152,10 @@ def _check_places(spec: GenerateSpec) -> None:
             )
 
 
-def _writing(spec: GenerateSpec, info: TeacherInfo, device: Device) -> WritingRecord:
-    model, wanted = info.folder, spec.sampling
+def _writing(spec: GenerateSpec, info: TeacherInfo, device: Device, engine: str) -> WritingRecord:
+    """Raises ConfigError for options that the engine does not have."""
+    model, wanted, kind = info.folder, spec.sampling, engine_class(engine)
+    kind.determinism(device, spec.options)
     tokenizer = model.tokenizer
     data = [[path.suffix.lower(), digest_file(path)] for path in list_files(spec.prompts)]
     return WritingRecord(
@@ -167,7 +177,9 @@ def _writing(spec: GenerateSpec, info: TeacherInfo, device: Device) -> WritingRe
         seed=spec.seed,
         dtype=info.dtype,
         device=device,
-        engine=LocalWriter.version(),
+        engine=engine,
+        version=kind.version(),
+        arguments=spec.options.identity(),
     )
 
 
@@ -263,17 +275,18 @@ def _note_incidents(incidents: Sequence[Incident], counts: dict[str, int], progr
 
 
 def _write_answers(
-    file: AnswersFile, asked: Sequence[Asked], record: GeneratedRecord, info: TeacherInfo, progress: Progress
+    file: AnswersFile,
+    asked: Sequence[Asked],
+    record: GeneratedRecord,
+    info: TeacherInfo,
+    options: EngineOptions,
+    progress: Progress,
 ) -> None:
     writing, total = record.writing, record.num_answers
     window, per_prompt = WINDOW[writing.device], writing.sampling.samples_per_prompt
     done = file.keep(window, total, _keys(len(asked), per_prompt))
     if done == total:
         return
-    text = np.concatenate([each.sample.token_ids for each in asked[:TRIED_TOKENS]])[:TRIED_TOKENS]
-    writer = LocalWriter(info.folder, dtype=TORCH_DTYPES[writing.dtype], device=pick_device(writing.device), text=text)
-    for note in (*info.folder.notes, *writer.notes):
-        progress.note(note)
     sampling = Sampling(
         temperature=writing.sampling.temperature,
         top_p=writing.sampling.top_p,
@@ -282,8 +295,6 @@ def _write_answers(
         stop_ids=frozenset(writing.sampling.stop_ids),
     )
     answers = Answers(info.folder.tokenizer, info.folder.stop_ids)
-    progress.begin("generate", total=total, unit="answers")
-    progress.advance(done)
     num_tokens = 0
 
     def told(num_answers: int, tokens: int) -> None:
@@ -291,23 +302,49 @@ def _write_answers(
         num_tokens += tokens
         progress.advance(num_answers, f"{num_tokens:,} tokens")
 
-    for start in range(done, total, window):
-        places = [divmod(each, per_prompt) for each in range(start, min(start + window, total))]
-        wanted = [Prompt(key=_key(*place), token_ids=asked[place[0]].sample.token_ids) for place in places]
-        written = writer.write(wanted, sampling, writing.seed, told)
-        file.append(
-            [
-                answers.record(
-                    asked[prompt],
-                    answer,
-                    source=Path(asked[prompt].sample.source).name,
-                    number=number,
-                    key=_key(prompt, number),
-                )
-                for (prompt, number), answer in zip(places, written, strict=True)
-            ]
-        )
-    progress.end()
+    text = np.concatenate([each.sample.token_ids for each in asked[:TRIED_TOKENS]])[:TRIED_TOKENS]
+    with closing(_writer(writing, info.folder, options, text, told)) as writer:
+        for note in (*info.folder.notes, *writer.notes):
+            progress.note(note)
+        progress.begin("generate", total=total, unit="answers")
+        progress.advance(done)
+        for start in range(done, total, window):
+            places = [divmod(each, per_prompt) for each in range(start, min(start + window, total))]
+            wanted = [Prompt(key=_key(*place), token_ids=asked[place[0]].sample.token_ids) for place in places]
+            written = writer.write(wanted, sampling, writing.seed)
+            if writing.engine != "transformers":
+                told(len(written), sum(len(answer.token_ids) for answer in written))
+            file.append(
+                [
+                    answers.record(
+                        asked[prompt],
+                        answer,
+                        source=Path(asked[prompt].sample.source).name,
+                        number=number,
+                        key=_key(prompt, number),
+                    )
+                    for (prompt, number), answer in zip(places, written, strict=True)
+                ]
+            )
+        progress.end()
+
+
+def _writer(
+    writing: WritingRecord,
+    model: ModelFolder,
+    options: EngineOptions,
+    text: np.ndarray,
+    told: Callable[[int, int], None],
+) -> LocalWriter | SglangWriter:
+    if writing.engine == "sglang":
+        return SglangWriter(model, dtype=writing.dtype, device=writing.device, options=options)
+    return LocalWriter(
+        model,
+        dtype=TORCH_DTYPES[writing.dtype],
+        device=pick_device(writing.device),
+        text=text,
+        on_answers=told,
+    )
 
 
 def _keys(num_prompts: int, per_prompt: int) -> Iterator[int]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,12 +42,22 @@ class LocalWriter:
     notes: what the user should know of that
     """
 
-    def __init__(self, folder: ModelFolder, *, dtype: torch.dtype, device: torch.device, text: np.ndarray) -> None:
-        """Load the model and try it. text: int32 [any], ids of prompts. Raises TeacherError for one that cannot write.
+    def __init__(
+        self,
+        folder: ModelFolder,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        text: np.ndarray,
+        on_answers: Callable[[int, int], None] = lambda num_answers, num_tokens: None,
+    ) -> None:
+        """Load the model and try it.
 
-        The folder's error class is raised for what is wrong with its files.
+        text: int32 [any], ids of prompts
+        on_answers: told of answers, and of the tokens in them, as they are finished
+        Raises TeacherError for one that cannot write; the folder's error class for what is wrong with its files.
         """
-        self._folder = folder
+        self._folder, self._on_answers = folder, on_answers
         self._model = folder.load(dtype, device).eval().requires_grad_(False)
         formula, layer = logit_formula(folder.config), self._model.get_output_embeddings()
         bias = getattr(layer, "bias", None)
@@ -58,18 +67,8 @@ class LocalWriter:
         self.way = trial(self._model, text)
         self.notes = [NOTES[self.way]] if NOTES[self.way] else []
 
-    @staticmethod
-    def version() -> str:
-        return f"transformers {transformers.__version__} torch {torch.__version__}"
-
-    def write(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        seed: int,
-        on_answers: Callable[[int, int], None] = lambda num_answers, num_tokens: None,
-    ) -> list[Answer]:
-        """One answer a prompt, in order. on_answers: told of answers, and the tokens in them, as they are finished."""
+    def write(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[Answer]:
+        """One answer a prompt, in order."""
         found: dict[int, Answer] = {}
         for batch in batches([len(prompt.token_ids) for prompt in prompts], sampling.max_new_tokens, self.way):
             written = decode(
@@ -82,8 +81,11 @@ class LocalWriter:
                 vocab_size=self._vocab_size,
             )
             found.update(zip(batch, written, strict=True))
-            on_answers(len(batch), sum(len(answer.token_ids) for answer in written))
+            self._on_answers(len(batch), sum(len(answer.token_ids) for answer in written))
         return [found[number] for number in range(len(prompts))]
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
     @torch.no_grad()
     def _require_own(self, text: np.ndarray) -> None:
