@@ -140,8 +140,8 @@ def _answered_by_teacher(run: RunFile, out: Path) -> RunFile:
         data_spec=run.samples(),
         dtype=run.teacher.dtype,
         device=run.engine.device,
-        engine="transformers",
-        options=EngineOptions(trust=run.teacher.trust_remote_code),
+        engine=run.engine.name,
+        options=EngineOptions.of(run),
     )
     with watch("onpolicy", EventLog(None), where=out) as progress:
         generate(spec, progress)
