@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 
 import torch
 import xxhash
+from safetensors import safe_open
 
 from kdpipe.manifests.errors import CheckFailed, SpaceError
 from kdpipe.manifests.specs import Dtype
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.rows import TORCH_DTYPES
 from kdpipe.stages.sglang.process import SglangProcess
 from kdpipe.stages.sglang.sink import write_all
@@ -55,7 +57,7 @@ class Updates:
         self._process, self._dtype, self._num_ranks = process, TORCH_DTYPES[dtype], num_ranks
         self._timeout_s = timeout_s
         self._held: dict[str, int] = {}
-        self._names: Set[str] = frozenset()
+        self._shapes: dict[str, torch.Size] = {}
         self.version: int | None = None
         self.broken = ""
 
@@ -72,6 +74,7 @@ class Updates:
         held, self._held = self._held, {}
         self.broken = f"the update to version {version} was not finished"
         given: dict[str, int] = {}
+        shapes: dict[str, torch.Size] = {}
         with _shared_memory() as memory:
             bucket = _Bucket(memory=memory, version=version, every=not (changed_only and held))
             for name, tensor in tensors:
@@ -79,15 +82,18 @@ class Updates:
                 digest = xxhash.xxh3_64_intdigest(data.numpy().data)
                 if name in given:
                     raise CheckFailed(f"'{name}' is given twice", where=bucket.who)
-                given[name] = digest
+                given[name], shapes[name] = digest, tensor.shape
+                if self._shapes.get(name, tensor.shape) != tensor.shape:  # SGLang would stretch it, or fill it up
+                    was, found = list(self._shapes[name]), list(tensor.shape)
+                    raise CheckFailed(f"'{name}' has the shape {found}, the version before {was}", where=bucket.who)
                 if bucket.every or held.get(name) != digest:
                     if bucket.places and bucket.num_bytes + len(data) > BUCKET_BYTES:
                         self._load(bucket)
                     bucket.add(name, tensor, self._dtype, data, digest)
-            if self._names and given.keys() != self._names:
-                raise CheckFailed(_difference(given.keys(), self._names), where=bucket.who)
+            if self._shapes and given.keys() != self._shapes.keys():
+                raise CheckFailed(_difference(given.keys(), self._shapes.keys()), where=bucket.who)
             self._load(bucket, all_given=given)
-        self._held, self._names, self.version, self.broken = given, given.keys(), version, ""
+        self._held, self._shapes, self.version, self.broken = given, shapes, version, ""
         return UpdateReport(
             num_tensors=bucket.sent_tensors, num_bytes=bucket.sent_bytes, seconds=time.monotonic() - started
         )
@@ -116,6 +122,13 @@ class Updates:
                     where=bucket.who,
                 )
         bucket.clear()
+
+
+def stored_tensors(folder: ModelFolder) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a model folder, one by one, as `Updates.send` takes them."""
+    for name, file in folder.weights.items():
+        with safe_open(file, "pt") as opened:
+            yield name, opened.get_tensor(name)
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

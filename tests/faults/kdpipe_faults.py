@@ -7,9 +7,12 @@ engine, to a batch and its hidden states, before the method is called that the s
 import os
 import signal
 import time
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import torch
 
 PROCESSOR = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
 
@@ -60,7 +63,7 @@ def register() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from kdpipe.stages.sglang import sink
+    from kdpipe.stages.sglang import sink, weights
 
     HookRegistry.register(PROCESSOR + "process_batch_result_prefill", on_batch, HookType.BEFORE)
     own = sink.write_all
@@ -69,3 +72,32 @@ def register() -> None:
         own(descriptor, data, offset + 4 * (fault() == "misplace"))
 
     sink.write_all = misplaced
+    load, load_bucket = weights.load, weights._load
+
+    def not_loaded(model: Any, named_tensors: Any) -> None:
+        if fault() != "skip":
+            load(model, named_tensors)
+
+    def misled(model: Any, asked: dict[str, Any]) -> str:
+        if fault() == "lose a tensor":
+            asked["places"] = asked["places"][:-1]
+        return load_bucket(Lying(model), asked)
+
+    weights.load, weights._load = not_loaded, misled
+
+
+class Lying:
+    """A model of SGLang's that does not do what it says with the tensors it is given."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.parameters, self.named_parameters = model.parameters, model.named_parameters
+
+    def load_weights(self, tensors: Iterable[Any]) -> None:
+        given = list(tensors)
+        if fault() == "ignore":
+            return
+        self._model.load_weights(given[: -1 if fault() == "drop a name" else None])
+        if fault() == "flip":
+            *_, last = self._model.parameters()
+            last.data[:1].view(torch.int32).bitwise_xor_(1 << 29)  # of the exponent: 1.0 becomes 2**-64

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.models import make_model
+from tests.opened import student_in
 
 from kdpipe.manifests.errors import CheckFailed
 from kdpipe.stages.sglang import update, weights
@@ -109,3 +111,10 @@ def test_names_are_those_of_the_last_whole_version_even_after_one_that_failed() 
         with pytest.raises(CheckFailed, match="1 tensors are new, first more; the version before had 2"):
             updates.send([*state.items(), ("more", state["given.t1"])], 1, changed_only=True)
     assert updates.send(state.items(), 2, changed_only=True).num_tensors == 2
+
+
+def test_a_folders_tensors_are_those_of_its_model(tmp_path: Path) -> None:
+    folder = student_in(make_model("llama", tmp_path))
+    found, model = dict(update.stored_tensors(folder)), folder.load(torch.float32, torch.device("cpu"))
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in found.items())
