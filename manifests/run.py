@@ -89,7 +89,7 @@ class RunRecord(Record):
     num_steps: int
     num_tokens: int
     num_skipped: int
-    """Steps that were left out because their loss or gradient was not finite."""
+    """Steps that changed nothing: loss or gradient was not finite, or there was no token to learn."""
     metrics: Metrics | None
     """Of the exported student on all held-out samples; None until it was measured, {} where none is held out."""
     files: dict[str, WrittenFile]

@@ -134,6 +134,7 @@ READS = {
             "live.seq_kd",
             "live.samples_per_prompt",
             "live.max_new_tokens",
+            "live.truncated",
             "live.temperature",
             "live.top_p",
             "live.top_k",

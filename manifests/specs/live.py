@@ -8,6 +8,8 @@ from pydantic import AfterValidator, Field, JsonValue
 from kdpipe.manifests.specs.base import Count, Flag, Fraction, Spec
 
 LEAST_TEMPERATURE = 1e-3
+STALENESS_AHEAD = 4
+"""max_staleness where answers are written ahead."""
 
 
 def _temperature(value: float) -> float:
@@ -32,6 +34,9 @@ class LiveSpec(Spec):
     """Answers that are written to each prompt."""
     max_new_tokens: Count = 512
     """Longest answer in tokens. One that is cut there has no end of turn, and none is added."""
+    truncated: Literal["train", "drop"] = "train"
+    """What becomes of the student's answers that were cut at max_new_tokens: trained on up to their last token, or left
+    out of the loss and counted (the overlong filtering of DAPO, arXiv 2503.14476)."""
     temperature: Annotated[float, Field(ge=0.0, le=1e3), AfterValidator(_temperature)] = 1.0
     """Of the answers that are written: logits are divided by it; 0 takes the most likely token each time."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -42,7 +47,8 @@ class LiveSpec(Spec):
     """Steps whose answers are written ahead, so that the teacher scores them while the student trains; they are so
     many optimizer steps old when their turn comes."""
     max_staleness: Annotated[int | None, Field(ge=0)] = None
-    """Optimizer steps that an answer may be old when it is trained on; 0 when not given, 4 with an overlap."""
+    """Optimizer steps that an answer may be old when it is trained on; 0 when not given, 4 with an overlap. Older
+    ones are left out of the loss and counted."""
     rollout_engine: Literal["transformers", "sglang"] = "transformers"
     """What writes the student's answers: the student itself, in its own process, or SGLang beside it, which is given
     the student's weights after every step and, with an overlap, writes while the student trains."""
@@ -58,6 +64,13 @@ class LiveSpec(Spec):
     must hold the rows of the longest sample."""
     teacher_cores: Count | None = None
     """On a CPU: cores that are the teacher's alone, the others are the student's; half of them when not given."""
+
+    @property
+    def staleness_bound(self) -> int:
+        """max_staleness as it is where it was not given."""
+        if self.max_staleness is None:
+            return STALENESS_AHEAD if self.overlap else 0
+        return self.max_staleness
 
     def rollouts(self) -> dict[str, JsonValue]:
         """What decides which answers a student writes, as JSON values."""

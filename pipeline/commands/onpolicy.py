@@ -20,9 +20,6 @@ from kdpipe.pipeline.training import train_rank
 if TYPE_CHECKING:
     from kdpipe.stages.train import Found, Training
 
-DEFAULT_STALENESS = 4
-"""live.max_staleness where answers are written ahead."""
-
 
 @click.command("onpolicy", cls=RunCommand)
 @resume_option
@@ -97,13 +94,10 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
 def _checked(run: RunFile) -> RunFile:
     """With what its keys imply for each other. Raises ConfigError for those that contradict."""
     live, loss = run.live, run.loss
-    if live.max_staleness is None:
-        live = live.model_copy(update={"max_staleness": DEFAULT_STALENESS if live.overlap else 0})
-    assert live.max_staleness is not None
-    if live.overlap > live.max_staleness:
+    if live.overlap > live.staleness_bound:
         raise ConfigError(
-            f"answers are {live.overlap} optimizer steps old when they are trained on, of at most {live.max_staleness} "
-            "that live.max_staleness allows: all would be dropped; lower the one or raise the other",
+            f"answers are {live.overlap} optimizer steps old when they are trained on, live.max_staleness allows "
+            f"{live.staleness_bound}: all would be dropped; lower the one or raise the other",
             where="live.overlap",
         )
     if live.beta is not None:
@@ -118,7 +112,7 @@ def _checked(run: RunFile) -> RunFile:
         raise ConfigError(
             f"temperature 0 writes the same answer {live.samples_per_prompt} times", where="live.samples_per_prompt"
         )
-    return run.model_copy(update={"live": live, "loss": loss})
+    return run.model_copy(update={"loss": loss})
 
 
 def answers_of(folder: Path) -> Path:

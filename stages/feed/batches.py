@@ -25,7 +25,7 @@ class Batches(Protocol):
     num_steps: int
 
     def num_supervised(self, step: int) -> int:
-        """Supervised tokens of a step over all ranks: what its loss is divided by, once."""
+        """Supervised tokens of a step over all ranks: what its loss is divided by, once; 0 where nothing is learnt."""
 
     def step(self, step: int) -> Iterator[PackedBatch]:
         """This rank's micro-batches of a step, equally many on every rank; each is valid until the next is taken."""

@@ -5,8 +5,8 @@
 
 Which samples a step has, and which of them the student answers, are functions of seed and step; the answers are
 functions of weights and seed. So a run that goes on from a checkpoint makes the same steps.
-Invariant: a rollout that is trained on is at most `overlap` optimizer steps old; its divergence is that of the student
-as it is then, over the whole vocabulary, whatever wrote it.
+Invariant: a rollout that is trained on is at most `max_staleness` optimizer steps old; its divergence is that of the
+student as it is then, over the whole vocabulary, whatever wrote it. What is left out of the loss is counted.
 Cost: writing. With overlap the teacher scores the answers of a later step while this one is trained on.
 """
 
@@ -70,7 +70,7 @@ class _Begun:
     started: float
 
 
-SUMS = ("num_supervised", "num_answers", "num_written", "num_ended", "entropy", "version")
+SUMS = ("num_supervised", "num_answers", "num_written", "num_ended", "num_old", "num_cut", "entropy", "staleness")
 
 
 class RolloutBatches:
@@ -109,9 +109,8 @@ class RolloutBatches:
         self._made: _Step | None = None
 
     def num_supervised(self, step: int) -> int:
-        """At least one, so that a step with nothing to learn changes nothing."""
         self._ready(step)
-        return max(int(self._steps[step].sums["num_supervised"]), 1)
+        return int(self._steps[step].sums["num_supervised"])
 
     def step(self, step: int) -> Iterator[PackedBatch]:
         self._ready(step)
@@ -130,7 +129,7 @@ class RolloutBatches:
         before, self._waited_s = self._waited_s, self._dataset.waited_s
         waited = {"wait/teacher/seconds": self._waited_s - before} | self._followed
         self._followed = {}
-        return waited | figures(self._made.sums, self._made.seconds, step)
+        return waited | figures(self._made.sums, self._made.seconds)
 
     def state(self) -> dict[str, JsonValue]:
         """The steps that were made, and how long each rank's file is. Collective."""
@@ -186,12 +185,12 @@ class RolloutBatches:
         made = _Step(batches=[], rollouts=[])
         for samples, result in zip(begun.batches, begun.results, strict=True):
             rollouts = result()
-            made.batches.append(self._in_order(samples, rollouts))
+            made.batches.append(self._in_order(samples, rollouts, step))
             made.rollouts += rollouts
             if begun.is_new:
                 self._log.write(step, rollouts)
         made.seconds = time.perf_counter() - begun.started
-        made.sums = self._over_all_ranks(made)
+        made.sums = self._over_all_ranks(made, step)
         self._steps[step] = made
 
     def _wanted(self, samples: np.ndarray, step: int) -> list[_Wanted]:
@@ -216,18 +215,29 @@ class RolloutBatches:
         drawn = of_student(samples, step, self._seed, self._live.lmbda)
         return drawn | (self._dataset.num_supervised[samples] == 0)
 
-    def _in_order(self, samples: np.ndarray, rollouts: Sequence[Rollout]) -> np.ndarray:
-        """A micro-batch: each sample, or the answers that take its place; their teacher is told of them and asked."""
-        mine: dict[int, list[int]] = {}
+    def _in_order(self, samples: np.ndarray, rollouts: Sequence[Rollout], step: int) -> np.ndarray:
+        """A micro-batch: each sample, or the answers that take its place; their teacher is told of them and asked.
+
+        Of answers that are left out nobody is told; no other text takes their place.
+        """
+        mine: dict[int, list[int]] = {each.sample: [] for each in rollouts}
         for each in rollouts:
+            if self._is_old(each, step) or self._is_cut(each):
+                continue
             prompt = prompt_of(self._dataset.tokens(each.sample))
             text = joined(prompt, each.answer.token_ids)
             self._dataset.add(each.index, text)
-            mine.setdefault(each.sample, []).append(each.index)
+            mine[each.sample].append(each.index)
         batch = np.array([index for sample in samples.tolist() for index in mine.get(sample, [sample])], dtype=np.int64)
         for teacher in self._dataset.teachers:
             teacher.rows.want(batch)
         return batch
+
+    def _is_old(self, rollout: Rollout, step: int) -> bool:
+        return step - rollout.version > self._live.staleness_bound
+
+    def _is_cut(self, rollout: Rollout) -> bool:
+        return self._live.truncated == "drop" and not rollout.answer.ended
 
     @property
     def _count(self) -> int:
@@ -237,27 +247,30 @@ class RolloutBatches:
         """The index of the first answer of a step, as if every sample of every step had as many as it may have."""
         return len(self._dataset) + self._planned.num_samples_before(step) * self._count
 
-    def _over_all_ranks(self, made: _Step) -> dict[str, float]:
-        """SUMS, and the shortest and longest answer. Collective."""
+    def _over_all_ranks(self, made: _Step, step: int) -> dict[str, float]:
+        """SUMS, the shortest and longest answer, and how old the oldest is that is not too old. Collective."""
         lengths = [len(each.answer.token_ids) for each in made.rollouts]
+        young = [each for each in made.rollouts if not self._is_old(each, step)]
         own = dict.fromkeys(SUMS, 0.0) | {
             "num_supervised": float(sum(self._supervised(batch) for batch in made.batches)),
             "num_answers": float(len(lengths)),
             "num_written": float(sum(lengths)),
             "num_ended": float(sum(each.answer.ended for each in made.rollouts)),
-            "version": float(sum(each.version for each in made.rollouts)),
+            "num_old": float(len(made.rollouts) - len(young)),
+            "num_cut": float(sum(self._is_cut(each) for each in young)),
+            "staleness": float(sum(step - each.version for each in young)),
             "entropy": float(sum(float(each.answer.entropies.sum()) for each in made.rollouts)),
         }
         total = torch.tensor([own[name] for name in SUMS], dtype=torch.float64, device=self._ranks.device)
-        longest, shortest, oldest, made.seconds = self._ranks.largest(
+        longest, shortest, stalest, made.seconds = self._ranks.largest(
             [
                 float(max(lengths, default=0)),
                 -float(min(lengths, default=1 << 40)),
-                -float(min((each.version for each in made.rollouts), default=1 << 40)),
+                float(max((step - each.version for each in young), default=0)),
                 made.seconds,
             ]
         )
-        further = {"longest": longest, "shortest": -shortest, "oldest": -oldest}
+        further = {"longest": longest, "shortest": -shortest, "stalest": stalest}
         return dict(zip(SUMS, self._ranks.sums(total), strict=True)) | further
 
     def _supervised(self, batch: np.ndarray) -> int:
@@ -280,7 +293,7 @@ def sampling_of(live: LiveSpec, stop_ids: frozenset[int]) -> Sampling:
     )
 
 
-def figures(sums: dict[str, float], seconds: float, step: int) -> dict[str, float]:
+def figures(sums: dict[str, float], seconds: float) -> dict[str, float]:
     """What a step's event says of its rollouts; nothing where there were none."""
     count, written = sums["num_answers"], sums["num_written"]
     if not count:
@@ -290,12 +303,14 @@ def figures(sums: dict[str, float], seconds: float, step: int) -> dict[str, floa
     return entropy | {
         "rollout/num_answers": int(count),
         "rollout/num_tokens": int(written),
+        "rollout/num_dropped": int(sums["num_cut"]),
         "rollout/seconds": seconds,
         "rollout/tokens_per_second": written / max(seconds, 1e-9),
         "response_length/min": int(sums["shortest"]),
         "response_length/mean": written / count,
         "response_length/max": int(sums["longest"]),
         "response_length/clip_ratio": 1.0 - sums["num_ended"] / count,
-        "staleness/mean": step - sums["version"] / count,
-        "staleness/max": step - sums["oldest"],
+        "staleness/mean": sums["staleness"] / max(count - sums["num_old"], 1.0),
+        "staleness/max": int(sums["stalest"]),
+        "staleness/dropped": int(sums["num_old"]),
     }

@@ -61,17 +61,22 @@ class Trainer:
         return self.batches.num_steps
 
     def step(self) -> dict[str, float]:
-        """The next optimizer step; what to log of it. Raises CheckFailed where loss or gradient is not finite."""
+        """The next optimizer step; what to log of it. One without a supervised token changes nothing.
+
+        Raises CheckFailed where loss or gradient is not finite.
+        """
         started, step = time.perf_counter(), self.done
         # Random numbers are functions of the step, so that none have to be saved.
         torch.manual_seed(mixed_seed(self.spec.seed, step, self.ranks.rank))
         count = self.batches.num_supervised(step)
-        sums = self.backward(step, count)
+        sums = self.backward(step, max(count, 1))
         num_tokens = int(sums.pop("num_tokens"))
-        logged = _means(sums, count, taught=bool(self.heads))
+        logged = _means(sums, max(count, 1), taught=bool(self.heads))
         norm = self._clip()
         lr = self.lr_factor * learning_rate(step, self.num_steps, self.spec)
-        if np.isfinite(logged["loss/mean"]) and np.isfinite(norm):
+        if not count:
+            self.num_skipped += 1  # AdamW moves weights and moments by a gradient of zero too
+        elif np.isfinite(logged["loss/mean"]) and np.isfinite(norm):
             self._skipped_in_a_row = 0
             for group in self.optimizer.param_groups:
                 group["lr"] = lr

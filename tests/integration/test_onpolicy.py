@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from tests.conftest import Bench
 from tests.integration.running import SETS, ended, started, steps_of, wait_for
 
@@ -104,6 +106,21 @@ def test_two_ranks_write_what_one_writes(bench: Bench, tmp_path: Path) -> None:
     same = [one[index]["token_ids"] == two[index]["token_ids"] for index in one]
     assert np.mean(same) > 0.9
     assert all(one[index]["token_ids"] == two[index]["token_ids"] for index in one if one[index]["step"] == 0)
+
+
+@pytest.mark.slow
+def test_two_ranks_whose_answers_are_all_left_out_end_with_the_student_they_began_with(
+    bench: Bench, tmp_path: Path
+) -> None:
+    words = asked(bench, tmp_path / "out", "--lmbda", 1, "--truncated", "drop", "--temperature", 0, "--nproc", 2)
+    words[words.index("--max-new-tokens") + 1] = 1
+    code, _, err = ended(started(*words))
+    assert code == 0, err
+    steps = events(tmp_path / "out", "step")
+    assert all(step["rollout/num_dropped"] == step["rollout/num_answers"] > 0 for step in steps)
+    assert steps[-1]["num_skipped"] == len(steps) > 2
+    before, after = (load_file(folder / "model.safetensors") for folder in (bench.student, tmp_path / "out"))
+    assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
 
 
 def test_answers_that_the_student_does_not_write_are_the_teachers_with_seq_kd(bench: Bench, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ ROOT = Path(__file__).parents[2]
 DATA = ("--teacher", "t", "--data", "d")
 RUN = ("--student", "s", "--cache", "c", "--output", "o")
 SFT = ("--student", "s", "--data", "d", "--output", "o")
+ONPOLICY = ("onpolicy", "--teacher", "t", "--student", "s", "--prompts", "d", "--output", "o")
 REFUSED = {
     "a misspelt command": (["extrct"], "did you mean 'extract'"),
     "a misspelt option": (["extract", *DATA, "--cach", "c"], "--cache"),
@@ -144,6 +145,11 @@ REFUSED = {
         ["extract", *DATA, "--cache", "c", "--lr", "1"],
         "no option '--lr': it is a key of the run file for kdpipe train, stream or onpolicy; see",
     ),
+    "answers older than they may be": (
+        [*ONPOLICY, "--overlap", "3", "--max-staleness", "2"],
+        "live.overlap: answers are 3 optimizer steps old when they are trained on, live.max_staleness allows 2",
+    ),
+    "answers older than they may be by default": ([*ONPOLICY, "--overlap", "5"], "live.max_staleness allows 4"),
     "an unknown choice": (["plan", *DATA, "--overlong", "cut"], "truncate"),
     "an unknown key": (["train", "--student", "s", "--cache", "c", "--output", "o", "--set", "train.lrr=1"], "'lr'"),
     "an unknown table": (["eval", "--student", "s", "--cache", "c", "--set", "trian.lr=1"], "'train'"),

@@ -145,6 +145,49 @@ def test_an_answer_that_was_cut_has_a_row_for_each_token_and_no_end(bench: Bench
     assert all(len(each["token_ids"]) == 3 for each in cut)
 
 
+def test_an_answer_that_was_cut_is_left_out_where_that_is_asked_for(bench: Bench, tmp_path: Path) -> None:
+    """It is counted and read by people like the others; the ones that ended are trained on."""
+    recorder = trained(bench, training_for(bench, tmp_path, max_steps=2), run_file(truncated="drop", max_new_tokens=30))
+    written = rollouts(tmp_path)
+    assert 0 < sum(each["ended"] for each in written) < len(written), "the test needs both"
+    for number, step in enumerate(of(recorder, "step")):
+        mine = [each for each in written if each["step"] == number]
+        cut = [each for each in mine if not each["ended"]]
+        assert step["rollout/num_answers"] == len(mine)
+        assert step["rollout/num_dropped"] == len(cut)
+        assert step["response_length/clip_ratio"] == pytest.approx(len(cut) / len(mine))
+        assert step["num_supervised"] == sum(len(each["token_ids"]) for each in mine if each["ended"])
+
+
+def test_a_step_whose_answers_are_all_left_out_changes_nothing(bench: Bench, tmp_path: Path) -> None:
+    """Neither by momentum nor by weight decay: between steps of one sample each that learn from the data's answers."""
+    training = training_for(bench, tmp_path, batch_tokens=1, weight_decay=0.5, max_steps=8)
+    run_spec = run_file(truncated="drop", max_new_tokens=1, lmbda=0.5)
+    with beside(bench, training, run_spec) as found, joined(torch.device("cpu")) as ranks:
+        run = Run(training, found, ranks)
+        steps, unchanged = [], []
+        for _ in range(8):
+            before = {name: tensor.clone() for name, tensor in run.trainer.state().items()}
+            steps.append(run.trainer.step())
+            unchanged.append(all(torch.equal(before[name], now) for name, now in run.trainer.state().items()))
+    empty = [step["num_supervised"] == 0 for step in steps]
+    assert False in empty[: empty.index(True)], "the test needs moments that are not zero before"
+    assert unchanged == empty
+    assert steps[-1]["num_skipped"] == sum(empty)
+    assert all(step["loss/mean"] == step["grad_norm"] == 0.0 for step in np.array(steps)[empty])
+
+
+def test_an_answer_that_is_too_old_when_its_turn_comes_is_left_out(bench: Bench, tmp_path: Path) -> None:
+    """The bound is smaller than what is written ahead; a command refuses that, an older run's files may hold it."""
+    recorder = trained(bench, training_for(bench, tmp_path, max_steps=4), run_file(overlap=2, max_staleness=1))
+    steps = of(recorder, "step")
+    assert [step["staleness/max"] for step in steps] == [0, 1, 0, 0]
+    assert all(step["staleness/dropped"] == 0 < step["num_supervised"] for step in steps[:2])
+    for step in steps[2:]:
+        assert step["staleness/dropped"] == step["rollout/num_answers"] > 0
+        assert step["rollout/num_dropped"] == step["num_supervised"] == 0
+
+
 def test_cross_entropy_is_taken_on_the_datas_answers_alone(bench: Bench, tmp_path: Path) -> None:
     mixed = LossSpec(divergence="reverse_kl", kd_weight=0.25)
     own = trained(bench, training_for(bench, tmp_path / "own", max_steps=2, loss=mixed), run_file())
