@@ -17,6 +17,7 @@ from kdpipe.manifests.ring import RingEnd, RingReader, make_ring
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.manifests.specs import RunFile
 from kdpipe.pipeline.progress import EventLog, watch
+from kdpipe.pipeline.roles import Share, share_cores, share_gpus, visible_gpus
 from kdpipe.pipeline.teacher_role import teacher_beside
 from kdpipe.pipeline.training import choose_device, choose_nproc, launch_training, train_rank
 
@@ -34,7 +35,19 @@ def choose_ranks(run: RunFile, command: str) -> tuple[str, int]:
     if "RANK" in os.environ:
         raise ConfigError("it starts its ranks itself, with --nproc", where=f"kdpipe {command}")
     device, gpus = choose_device(run.train.device)
-    return device, choose_nproc(run.train.nproc, device, gpus)
+    return device, choose_nproc(run.train.nproc, device, len(shares(run, device)[1].gpus) or gpus)
+
+
+def shares(run: RunFile, student_device: str) -> tuple[Share, Share]:
+    """What of this machine is the teacher's, and what the student's."""
+    import torch
+
+    from kdpipe.stages.models.device import pick_device
+
+    devices = {pick_device(run.engine.device).type, student_device}
+    if devices == {"cuda"}:
+        return share_gpus(run.live, run.engine, visible_gpus(torch.cuda.device_count()))
+    return share_cores(run.live, sorted(os.sched_getaffinity(0))) if devices == {"cpu"} else (Share(), Share())
 
 
 def planned(run: RunFile, folder: Path, command: str, *, keep_rows: bool, prompts: bool = False) -> Cache:
@@ -79,9 +92,11 @@ def run_live(
             f"{run.live.ring_mib} MiB do not hold the rows of the longest sample; take {-(-longest // MIB)} or more",
             where="live.ring_mib",
         )
+    teachers, students = shares(run, training.device)
+    keep_to(students)
     theirs, ours = zip(*(make_ring(size) for _ in range(nproc)), strict=True)
     try:
-        with teacher_beside(run, plan.path, theirs, cores=_teachers_cores(run, training.device)):
+        with teacher_beside(run, plan.path, theirs, teachers):
             try:
                 if nproc == 1:
                     return live_rank(training, ours, fed_by, command, found)
@@ -92,6 +107,16 @@ def run_live(
     finally:
         for end in theirs:
             end.close()
+
+
+def keep_to(share: Share) -> None:
+    """This process, and all that it starts from now on, keeps to its share."""
+    import torch
+
+    if share.cores:
+        os.sched_setaffinity(0, share.cores)
+        torch.set_num_threads(share.threads(os.environ))
+    share.settle(os.environ)
 
 
 def live_rank(
@@ -121,24 +146,3 @@ def _closing(found: "Found") -> Iterator["Found"]:
     finally:
         if found.own is not None:
             found.own.close()
-
-
-def _teachers_cores(run: RunFile, student_device: str) -> list[int]:
-    """The cores that are the teacher's alone, where both roles compute on a CPU; this process keeps the others.
-
-    Two runtimes that spin on the same cores are ten times slower than one.
-    """
-    import torch
-
-    from kdpipe.stages.models.device import pick_device
-
-    cores = sorted(os.sched_getaffinity(0))
-    if "cuda" in (pick_device(run.engine.device).type, student_device) or len(cores) < 2:
-        return []
-    count = run.live.teacher_cores or len(cores) // 2
-    if count >= len(cores):
-        raise ConfigError(f"{count} of {len(cores)} cores leave the student none", where="live.teacher_cores")
-    os.sched_setaffinity(0, cores[count:])
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(len(cores) - count)
-    return cores[:count]

@@ -1,6 +1,6 @@
 """The teacher's role: a process beside the student's, started with it, joined by rings and ended with it.
 
-    with teacher_beside(run, plan, ends, cores): ...        in the process that starts both
+    with teacher_beside(run, plan, ends, share): ...        in the process that starts both
     python -m kdpipe.pipeline.teacher_role                  the process itself
 
 Invariant: neither side outlives the other by more than a few seconds, whatever ended it; its error is the other's.
@@ -8,35 +8,42 @@ Invariant: neither side outlives the other by more than a few seconds, whatever 
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import TemporaryError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.ring import RingEnd, RingWriter
 from kdpipe.manifests.specs import RunFile
 from kdpipe.pipeline.endings import answered
 from kdpipe.pipeline.last_net import crash_of, kept
+from kdpipe.pipeline.roles import Share
 
+GRACE_S = 3.0
+"""How long a teacher has to see by itself that a student is gone."""
 END_S = 30.0
 """How long a teacher has to end by itself when its students have."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
 @contextlib.contextmanager
-def teacher_beside(run: RunFile, plan: Path, ends: Sequence[RingEnd], *, cores: Sequence[int] = ()) -> Iterator[None]:
+def teacher_beside(run: RunFile, plan: Path, ends: Sequence[RingEnd], share: Share) -> Iterator[None]:
     """A teacher's process for the block, with the writers' ends of some rings; they are closed here.
 
-    cores: that are its alone; () leaves it where it is
+    share: of the machine, that is its alone
     """
     environment = dict(os.environ)
-    if cores:
-        environment.setdefault("OMP_NUM_THREADS", str(len(cores)))
+    share.settle(environment)
+    cores = ",".join(map(str, share.cores))
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, run.model_dump_json(), str(plan), ",".join(map(str, cores)), *map(str, ends)],
+        [sys.executable, "-m", __name__, run.model_dump_json(), str(plan), cores, *map(str, ends)],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
@@ -56,6 +63,27 @@ def teacher_beside(run: RunFile, plan: Path, ends: Sequence[RingEnd], *, cores: 
             process.wait()
 
 
+def end_with(rings: Sequence[RingWriter]) -> None:
+    """End this process some seconds after a reader is gone that has not said that it is done.
+
+    Between two requests the rings themselves say so, with its error; while a large model is loaded nobody looks.
+    """
+
+    def watch() -> None:
+        poll, watched = select.poll(), {ring.fileno(): ring for ring in rings}
+        for number in watched:
+            poll.register(number, select.POLLHUP)
+        while watched:
+            gone = [number for number, _ in poll.poll()]
+            time.sleep(GRACE_S)
+            for number in gone:
+                poll.unregister(number)
+                if not watched.pop(number).ended:
+                    os._exit(TemporaryError.exit_code)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Notes(Silent):
     """Its notes alone are shown: the progress line is the student's."""
 
@@ -71,6 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     if cores:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     rings = [RingWriter(RingEnd.of(end)) for end in ends]
+    end_with(rings)
     try:
         from kdpipe.stages.extract import ExtractSpec  # torch takes seconds: an error before it is said at once
         from kdpipe.stages.live.serve import serve_plan

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
 from kdpipe.manifests.specs.base import Count, Flag, Fraction, Spec
 
@@ -16,6 +16,17 @@ def _temperature(value: float) -> float:
     if 0.0 < value < LEAST_TEMPERATURE:
         raise ValueError(f"expected 0 (the most likely token each time) or at least {LEAST_TEMPERATURE}")
     return value
+
+
+OF_PLACES = {
+    *("tee", "ring_mib", "teacher_cores", "teacher_gpus", "student_gpus", "rollout_tp", "rollout_mem_fraction"),
+    "beta",  # in [loss], which says what it makes of it
+}
+"""Keys that do not decide which answers a student writes."""
+Indices = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    BeforeValidator(lambda given: (given,) if isinstance(given, int) else given),
+]
 
 
 class LiveSpec(Spec):
@@ -64,6 +75,11 @@ class LiveSpec(Spec):
     must hold the rows of the longest sample."""
     teacher_cores: Count | None = None
     """On a CPU: cores that are the teacher's alone, the others are the student's; half of them when not given."""
+    teacher_gpus: Indices = ()
+    """GPUs that are the teacher's, by their numbers among the visible ones: [0, 1]. When not given the first ones, as
+    many as engine.tp, dp and pp ask for; a single GPU is both's."""
+    student_gpus: Indices = ()
+    """GPUs that are the student's, a rank each; those that are not the teacher's when not given."""
 
     @property
     def staleness_bound(self) -> int:
@@ -74,5 +90,4 @@ class LiveSpec(Spec):
 
     def rollouts(self) -> dict[str, JsonValue]:
         """What decides which answers a student writes, as JSON values."""
-        of_places = {"tee", "ring_mib", "teacher_cores", "beta", "rollout_tp", "rollout_mem_fraction"}
-        return self.model_dump(mode="json", exclude=of_places)
+        return self.model_dump(mode="json", exclude=OF_PLACES)

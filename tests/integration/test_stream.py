@@ -4,12 +4,16 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from tests.conftest import Bench
 from tests.integration.running import SETS, ended, started, steps_of, wait_for
+
+from kdpipe.manifests.ring import RingReader, make_ring
 
 
 def streaming(bench: Bench, output: Path, *more: object) -> list[object]:
@@ -144,3 +148,21 @@ def test_what_passes_by_is_kept_as_the_cache_that_extract_makes(bench: Bench, of
     assert code == 0, err
     assert not teachers_of(tmp_path / "second")
     assert "rows differ" not in err, "no teacher was started"
+
+
+def test_a_teacher_that_is_still_being_loaded_goes_with_its_student() -> None:
+    """It does not look at its ring for a minute."""
+    ours, theirs = make_ring(1 << 20)
+    code = """
+import sys, time
+from kdpipe.manifests.ring import RingEnd, RingWriter
+from kdpipe.pipeline.teacher_role import end_with
+end_with([RingWriter(RingEnd.of(sys.argv[1]))])
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(ours)], pass_fds=ours.fds)
+    ours.close()
+    reader = RingReader(theirs, patience_s=30)
+    assert process.poll() is None
+    reader.close()
+    assert process.wait(20) == 75

@@ -1,0 +1,70 @@
+"""Roles: the cores and GPUs of teacher and student where both are at work on one machine.
+
+Two OpenMP runtimes that spin on the same cores are ten times slower than one (docs/notes.md), so each role has its own
+cores, and no more threads than cores. GPUs are shared out where there are several: the teacher's first.
+"""
+
+import os
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.specs import EngineSpec, LiveSpec
+
+THREADS, VISIBLE = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What is one role's alone; () leaves it everything."""
+
+    cores: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()
+
+    def settle(self, environment: MutableMapping[str, str]) -> None:
+        """The variables by which a process that is started keeps to its share."""
+        if self.cores:
+            environment[THREADS] = str(self.threads(environment))
+        if self.gpus:
+            environment[VISIBLE] = ",".join(self.gpus)
+
+    def threads(self, environment: MutableMapping[str, str]) -> int:
+        """As many as were asked for, but no more than there are cores."""
+        given = environment.get(THREADS, "").partition(",")[0]
+        return min(int(given), len(self.cores)) if given.isdecimal() and int(given) else len(self.cores)
+
+
+def share_cores(live: LiveSpec, cores: Sequence[int]) -> tuple[Share, Share]:
+    """The teacher's and the student's, of those that this process may use. Raises ConfigError for none left."""
+    if len(cores) < 2:
+        return Share(), Share()
+    count = live.teacher_cores or len(cores) // 2
+    if count >= len(cores):
+        raise ConfigError(f"{count} of {len(cores)} cores leave the student none", where="live.teacher_cores")
+    return Share(cores=tuple(cores[:count])), Share(cores=tuple(cores[count:]))
+
+
+def share_gpus(live: LiveSpec, engine: EngineSpec, gpus: Sequence[str]) -> tuple[Share, Share]:
+    """The teacher's and the student's, of those that this process sees; one GPU is both's.
+
+    gpus: as CUDA_VISIBLE_DEVICES names them; the run file counts them from 0
+    Raises ConfigError for a number that there is not.
+    """
+    for key, asked in (("teacher_gpus", live.teacher_gpus), ("student_gpus", live.student_gpus)):
+        if beyond := [number for number in asked if number >= len(gpus)]:
+            raise ConfigError(f"there is no GPU {beyond[0]}, {len(gpus)} are visible from 0 on", where=f"live.{key}")
+    if len(gpus) < 2:
+        return Share(), Share()
+    teacher, student = list(live.teacher_gpus), list(live.student_gpus)
+    if not teacher:
+        wanted = engine.tp * engine.dp * engine.pp
+        free = [number for number in range(len(gpus)) if number not in student]
+        teacher = (free if student else free[: min(wanted, len(free) - 1)]) or student
+    student = student or [number for number in range(len(gpus)) if number not in teacher] or teacher
+    return Share(gpus=tuple(gpus[n] for n in teacher)), Share(gpus=tuple(gpus[n] for n in student))
+
+
+def visible_gpus(count: int) -> list[str]:
+    """Names of the GPUs that this process sees."""
+    named = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+    return named if len(named) == count else [str(number) for number in range(count)]
