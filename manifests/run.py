@@ -18,6 +18,8 @@ RUN_FILE = "kdpipe.json"
 CHECKPOINT_FILE = "checkpoint.json"
 ROLLOUTS = "rollouts-*.jsonl"
 """Files of the answers that the student wrote itself, one for each rank."""
+TEACHERS = "teachers"
+"""Folder of the teachers that a run has made of its student."""
 
 METRICS = (
     "heldout_kl",

@@ -145,6 +145,8 @@ READS = {
             "live.rollout_engine",
             "live.rollout_tp",
             "live.rollout_mem_fraction",
+            "live.teacher_update_every",
+            "live.ema",
             "live.tee",
             "cache.path",
             "engine.name",

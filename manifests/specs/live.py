@@ -67,6 +67,13 @@ class LiveSpec(Spec):
     """Tensor parallelism of SGLang that writes the student's answers, in GPUs."""
     rollout_mem_fraction: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
     """Share of each GPU's memory for the weights and KV cache of SGLang that writes the student's answers."""
+    teacher_update_every: Count | None = None
+    """Make the teacher anew of the student every so many optimizer steps. Its architecture and sizes are the student's
+    then, as those of --teacher student are, the student as it is at the start. The teacher stays as it is when not
+    given."""
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the teacher that stays when it is made anew: the new one is ema * teacher + (1 - ema) * student, an
+    exponential moving average that is kept in float32; 0 is a copy of the student."""
     tee: Annotated[Path | None, Flag(takes="FOLDER")] = None
     """Keep the rows that pass by as the shards of a cache in this folder, for further epochs and students; on-policy
     those of the student's own answers."""

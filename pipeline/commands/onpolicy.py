@@ -32,8 +32,9 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     data file: a conversation up to its last answer, one that ends with a question, or a column `prompt`. --beta 1 is
     the reverse KL, the usual choice where the student writes all (--lmbda 1). Rows of the data's answers that a
     finished cache of this teacher has are read from it (--cache). With --seq-kd the answers that the student does not
-    write are the teacher's, written first. With --tee the student's answers and their rows are kept as a cache, from
-    which further students train offline. Interrupted? The same command again goes on.
+    write are the teacher's, written first. With --teacher student the teacher is the student as it is at the start, and
+    --teacher-update-every makes it anew of the student on the way. With --tee the student's answers and their rows are
+    kept as a cache, from which further students train offline. Interrupted? The same command again goes on.
     Prints the metrics of train, and rollout_kl, rollout_reverse_kl and rollout_top1_agreement: those of the student's
     own answers to held-out prompts.
 
@@ -45,7 +46,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     assert student is not None, "RunCommand has asked for it"
     assert output is not None, "RunCommand has asked for it"
     require_not_swapped(student, ())
-    run = _checked(run)
+    run = _checked(of_own(run))
     device, nproc = choose_ranks(run, "onpolicy")
     from kdpipe.stages.live.kept import require_free, seal
     from kdpipe.stages.live.onpolicy import check_prompts, find_onpolicy  # torch takes seconds: not for --help
@@ -53,6 +54,8 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     from kdpipe.stages.train.output import Output
 
     folder = plan_folder_of(output, "onpolicy")
+    if run.live.teacher_update_every is not None:
+        _require_same_model(run)
     with results_only():
         data = run.data.paths
         if run.live.seq_kd and run.live.lmbda < 1.0:
@@ -91,8 +94,59 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     show(metrics, as_json=as_json)
 
 
+OWN = Path("student")
+"""As --teacher: the student itself, as it is at the start."""
+
+
+def of_own(run: RunFile) -> RunFile:
+    """With the student's folder as the teacher's, where the word for it is given and is no folder."""
+    if run.teacher.path != OWN or OWN.exists():
+        return run
+    trust = run.teacher.trust_remote_code or run.student.trust_remote_code
+    teacher = run.teacher.model_copy(update={"path": run.student.path, "trust_remote_code": trust})
+    return run.model_copy(update={"teacher": teacher})
+
+
+def _require_same_model(run: RunFile) -> None:
+    """Of teacher and student. Raises ConfigError, and the errors of reading their configs."""
+    from kdpipe.manifests.errors import StudentError, TeacherError
+    from kdpipe.stages.live.updates import require_same_model
+    from kdpipe.stages.models.folder import ModelFolder
+
+    assert run.student.path is not None, "RunCommand has asked for it"
+    assert run.teacher.path is not None, "RunCommand has asked for it"
+    require_same_model(
+        ModelFolder(run.student.path, StudentError, run.student.trust_remote_code),
+        ModelFolder(run.teacher.path, TeacherError, run.teacher.trust_remote_code),
+    )
+
+
+def _check_updates(run: RunFile) -> None:
+    """Raises ConfigError for what a teacher that is made anew cannot go with."""
+    live = run.live
+    if live.teacher_update_every is None:
+        if live.ema:
+            raise ConfigError(
+                "nothing makes the teacher anew; say how often with --teacher-update-every, or leave it out",
+                where="live.ema",
+            )
+        return
+    for key, given, why in (
+        (
+            "live.overlap",
+            live.overlap,
+            "answers written ahead would have the rows of one teacher and the head of another",
+        ),
+        ("cache.path", run.cache.path, "its rows are those of the teacher at the start"),
+        ("live.tee", live.tee, "a cache has the rows of one teacher"),
+    ):
+        if given:
+            raise ConfigError(f"{why}; leave it out, or live.teacher_update_every", where=key)
+
+
 def _checked(run: RunFile) -> RunFile:
     """With what its keys imply for each other. Raises ConfigError for those that contradict."""
+    _check_updates(run)
     live, loss = run.live, run.loss
     if live.overlap > live.staleness_bound:
         raise ConfigError(

@@ -5,8 +5,10 @@
 Invariant: an index means one text in a run, whatever the number of ranks.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +20,8 @@ from kdpipe.stages.feed.dataset import Dataset
 
 MEASURED = 1 << 48
 """Indices from here on are answers of an evaluation."""
+UPDATE = -1
+"""The key by which a teacher in another folder is asked for instead of this one; its digest is the answer."""
 
 
 class ToldRows(RowSource, Protocol):
@@ -73,6 +77,19 @@ class LiveRows:
 
     def tell(self, index: int, text: SampleTokens) -> None:
         self._ring.tell(index, text.to_bytes())
+
+    def update(self, folder: Path) -> str:
+        """Have the teacher be that in a folder; the digest of what it opened. Nothing else may be asked for just now.
+
+        Raises as the ring does, and the errors of opening a teacher.
+        """
+        self._ring.tell(UPDATE, os.fsencode(folder.absolute()))
+        self._ring.ask(np.array([UPDATE]))
+        message = self._ring.take("the teacher's update")
+        assert message is not None, "the teacher ends when it is told to"
+        with message:
+            assert message.key == UPDATE, "rows were on their way"
+            return message.array.tobytes().decode()
 
     def want(self, samples: np.ndarray) -> None:
         places = self._place(samples)

@@ -11,7 +11,7 @@ import numpy as np
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.engine import EngineOptions
-from kdpipe.manifests.errors import CacheError, ConfigError
+from kdpipe.manifests.errors import CacheError, ConfigError, TeacherError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.ring import RingReader
 from kdpipe.manifests.row_source import CacheRows, RingRows
@@ -27,8 +27,10 @@ from kdpipe.stages.live.answers import MEASURED, LiveRows, OwnAnswers, ToldRows,
 from kdpipe.stages.live.beside import NoRows, find_beside
 from kdpipe.stages.live.rollout_log import RolloutLog
 from kdpipe.stages.live.rollouts import RolloutBatches, sampling_of
+from kdpipe.stages.live.updates import TeacherUpdates
 from kdpipe.stages.live.writers import EngineWriter, RunWriter, StudentWriter
 from kdpipe.stages.models.context import context_of
+from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.rollout.sglang_writer import SglangWriter
 from kdpipe.stages.rollout.writer import Prompt
@@ -45,12 +47,15 @@ MEASURED_SEED = 0x6D656173
 class OnPolicy:
     """OwnAnswering of `kdpipe onpolicy`."""
 
-    def __init__(self, run: RunFile, found: Found, dataset: OwnAnswers, output: Path) -> None:
+    def __init__(
+        self, run: RunFile, found: Found, dataset: OwnAnswers, output: Path, updates: TeacherUpdates | None = None
+    ) -> None:
         self._run, self._dataset, self._model, self._output = run, dataset, found.model, output
         self._stop_ids = found.model.stop_ids | set(taught_stops(found.dataset, found.model.tokenizer))
         _, heldout = found.samples
         self._heldout = heldout[:MEASURED_PROMPTS]
         self._writer: RunWriter | None = None
+        self._updates = updates
 
     def batches(self, planned: PlannedBatches, student: Student, vocab_size: int, ranks: Ranks, seed: int) -> Batches:
         self._writer = self._made_writer(student, vocab_size, ranks)
@@ -87,6 +92,13 @@ class OnPolicy:
             return SglangWriter(self._model, dtype=dtype, device=device, options=options, vocab_size=vocab_size)
 
         return EngineWriter(student, ranks, make, self._dataset.tokens(0).token_ids, dtype)
+
+    def before(self, step: int, student: Student, ranks: Ranks) -> dict[str, float]:
+        return {} if self._updates is None else self._updates.before(step, student, ranks)
+
+    def as_in_last(self, num_steps: int, ranks: Ranks) -> None:
+        if self._updates is not None:
+            self._updates.end(num_steps, ranks)
 
     def measure(
         self, student: Student, heads: Sequence[TeacherHead], ranks: Ranks | None, batch_tokens: int
@@ -158,12 +170,27 @@ def fed_by(ring: RingReader, found: Found, training: Training, run: RunFile) -> 
     rows = RingRows(ring, width=teacher.record.hidden_size, dtype=DTYPES[TAGS[teacher.record.dtype]])
     cached = [Cache.open(path, io=run.cache.io) for path in run.cache.path]
     source = LiveRows(ring, rows, CacheRows(cached), places_in(cached, found.dataset))
-    return _answering(found, source, training, run)
+    if run.live.teacher_update_every is None:
+        return _answering(found, source, training, run)
+    assert run.teacher.path is not None, "the command has asked for it"
+    updates = TeacherUpdates(
+        run.live,
+        ModelFolder(run.teacher.path, TeacherError, run.teacher.trust_remote_code),
+        training.output,
+        source.update,
+        head=teacher.read_head,
+        dtype=teacher.record.dtype,
+        fsdp=run.train.fsdp,
+    )
+    renewed = Dataset(found.dataset.tables, [replace(teacher, read_head=updates.read_head)])
+    return _answering(replace(found, dataset=renewed), source, training, run, updates)
 
 
-def _answering(found: Found, rows: ToldRows, training: Training, run: RunFile) -> Found:
+def _answering(
+    found: Found, rows: ToldRows, training: Training, run: RunFile, updates: TeacherUpdates | None = None
+) -> Found:
     dataset = OwnAnswers(found.dataset, rows)
-    return replace(found, dataset=dataset, own=OnPolicy(run, found, dataset, training.output))
+    return replace(found, dataset=dataset, own=OnPolicy(run, found, dataset, training.output, updates))
 
 
 def places_in(caches: Sequence[Cache], dataset: Dataset) -> np.ndarray:

@@ -2,15 +2,18 @@
 
     ring.asked -> request -> engine -> gate -> slot published        one ring a student's rank
 
-A key is a sample of the plan, or a text that its ring was told of: an answer that the student wrote itself.
+A key is a sample of the plan, or a text that its ring was told of: an answer that the student wrote itself. One key
+asks for another teacher, whose folder the ring was told of: this one is closed and that one opened in its place.
 
 Invariant: nothing is published that the gate has not let through; what a rank asked for reaches it in its order.
 Cost: the teacher's pass; rows are written into shared memory once, by the engine itself.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from kdpipe.stages.extract.requests import sample_request
 from kdpipe.stages.extract.shards import try_out
 from kdpipe.stages.extract.spec import ExtractSpec
 from kdpipe.stages.extract.teach import teach
+from kdpipe.stages.live.answers import UPDATE
 from kdpipe.stages.live.kept import Kept, kept_folder
 from kdpipe.stages.live.tee import Tee
 from kdpipe.stages.models.folder import ModelFolder
@@ -47,8 +51,8 @@ def serve(
     progress: Progress,
     tee: Tee | None = None,
     kept: Kept | None = None,
-) -> None:
-    """Answer until every reader has said that it asks for nothing more.
+) -> "NextTeacher | None":
+    """Answer until every reader has said that it asks for nothing more, or one asks for another teacher: which one.
 
     samples: what the keys in the rings are indices of
     tee: keeps the planned samples' rows that pass by, and has what passed before
@@ -57,8 +61,26 @@ def serve(
     """
     shelf = RingShelf(samples, head, rings, engine.probe_every, tee, kept)
     teach(engine, shelf.batches(), shelf, admit, progress)
+    if (following := shelf.next_teacher()) is not None:
+        return following
     for ring in rings:
         ring.finish()
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NextTeacher:
+    """Another teacher that is asked for: its folder, and the ring of who asked."""
+
+    folder: Path
+    ring: RingWriter
+
+    def is_there(self, digest: str) -> None:
+        """Answer. digest: of what was opened"""
+        words = np.frombuffer(digest.encode(), np.uint8)
+        slot = self.ring.reserve(len(words), "the teacher's update")
+        slot.array[:] = words
+        self.ring.publish(slot, UPDATE)
 
 
 class RingShelf:
@@ -99,10 +121,20 @@ class RingShelf:
                     yield [self._request(self._rings[ready])]
             elif self._under_way:
                 yield []
-            elif all(ring.ended and not ring.asked for ring in self._rings):
+            elif self._asked_to_update() or all(ring.ended and not ring.asked for ring in self._rings):
                 return
             else:
                 wait_for_any(self._rings, "the students", PATIENCE_S)
+
+    def next_teacher(self) -> NextTeacher | None:
+        """The one that is asked for next, where `batches` has ended for it."""
+        if (ring := self._asked_to_update()) is None:
+            return None
+        ring.asked.popleft()
+        return NextTeacher(Path(os.fsdecode(ring.told.pop(UPDATE))), ring)
+
+    def _asked_to_update(self) -> RingWriter | None:
+        return next((ring for ring in self._rings if ring.asked and ring.asked[0] == UPDATE), None)
 
     def place(self, sample: int, num_rows: int) -> RowTarget:
         """Of the request that was made last."""
@@ -122,7 +154,9 @@ class RingShelf:
         self._num_served += 1
 
     def _can_start(self, ring: RingWriter) -> bool:
-        return bool(ring.asked) and ring.has_room(self._num_rows(ring.asked[0], ring) * self._row_bytes)
+        if not ring.asked or ring.asked[0] == UPDATE:
+            return False
+        return ring.has_room(self._num_rows(ring.asked[0], ring) * self._row_bytes)
 
     def _num_rows(self, key: int, ring: RingWriter) -> int:
         return num_rows(self._text(key, ring).supervised, every=self._plan.settings.rows == "all")
@@ -168,20 +202,35 @@ def serve_plan(
     """A teacher's whole life beside its students: opened, tried on the first samples, asked until nobody asks more.
 
     cache: the plan whose samples are asked for; none of its rows need be there
-    tee: where rows are kept: in this cache as its shards, or for another one the answers that students wrote
+    tee: where rows are kept: in this cache as its shards, or for another one the answers that students wrote; they are
+        those of the first teacher
     output: of the students' run
     Raises as serve, and the errors of opening a teacher.
     """
-    plan, teacher = cache.plan, ModelFolder(spec.teacher, TeacherError, spec.options.trust)
+    teacher = ModelFolder(spec.teacher, TeacherError, spec.options.trust)
+    with _opened(teacher, spec, cache, progress) as (engine, head), ExitStack() as stack:
+        shards = stack.enter_context(Tee(cache, progress)) if tee == cache.path else None
+        kept = stack.enter_context(Kept(kept_folder(tee, output))) if tee is not None and shards is None else None
+        following = serve(engine, head, cache.samples, rings, progress, shards, kept)
+    while following is not None:
+        teacher = teacher.at(following.folder)
+        with _opened(teacher, spec, cache, progress) as (engine, head):
+            following.is_there(teacher.digest())
+            following = serve(engine, head, cache.samples, rings, progress)
+
+
+@contextmanager
+def _opened(
+    teacher: ModelFolder, spec: ExtractSpec, cache: Cache, progress: Progress
+) -> Iterator[tuple[TeacherEngine, Head]]:
+    """An engine with the teacher in a folder, tried out, for the block; and its head."""
+    plan = cache.plan
     head = read_head(describe_teacher(teacher, plan.settings.dtype))
     engine = engine_class(plan.engine.name)(
         teacher, dtype=plan.settings.dtype, device=spec.resolved_device(), options=spec.options
     )
     try:
         try_out(engine, plan.engine, head, cache.samples, progress)
-        with ExitStack() as stack:
-            shards = stack.enter_context(Tee(cache, progress)) if tee == cache.path else None
-            kept = stack.enter_context(Kept(kept_folder(tee, output))) if tee is not None and shards is None else None
-            serve(engine, head, cache.samples, rings, progress, shards, kept)
+        yield engine, head
     finally:
         engine.close()

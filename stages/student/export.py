@@ -7,7 +7,10 @@ becomes of the folder meanwhile. Changed are the chat template, to the one that 
 the ids at which generation stops, to which those are added that the student learns to end its turns with.
 """
 
+import copy
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
@@ -88,13 +92,24 @@ def export(student: Student, beside: Companions, folder: Path, *, rank: int) -> 
     generation, model.generation_config = model.generation_config, GenerationConfig()
     try:
         model.save_pretrained(str(folder), state_dict=state)
+    except SafetensorError as err:
+        if (failed := _os_error(err)) is None:
+            raise
+        raise failed from err
     finally:
         model.generation_config = generation
     # save_pretrained writes the dtype the model has in memory, float32, whatever it was given to save.
-    model.config.dtype = beside.dtype
-    model.config.save_pretrained(str(folder))
+    config = copy.deepcopy(model.config)
+    config.dtype = beside.dtype
+    config.save_pretrained(str(folder))
     made = (generation.to_json_string() + "\n").encode() if model.can_generate() else None
     _write_companions(beside, folder, made)
+
+
+def _os_error(err: SafetensorError) -> OSError | None:
+    """The failed system call that safetensors has put into words."""
+    number = re.search(r"\(os error (\d+)\)", str(err))
+    return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def trained_stops(samples: list[SampleTokens], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -1,13 +1,13 @@
 """Loop: the steps that are left, with what is due between them: events, checkpoints, evaluations, a wish to stop.
 
-    step -> event -> stop asked? save and raise -> checkpoint due? -> evaluation due? -> next step
+    what is due before a step -> step -> event -> stop asked? save and raise -> checkpoint due? -> evaluation due?
 
 Invariant: a run that is asked to stop loses no step, where it keeps checkpoints at all.
 """
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kdpipe.manifests.errors import ConfigError, stopped
@@ -59,12 +59,14 @@ class Loop:
         progress: Progress,
         *,
         asked: Sequence[signal.Signals],
+        before: Callable[[int], Mapping[str, float]],
         keep: Callable[[], None],
         evaluate: Callable[[], object] | None,
     ) -> None:
         """All steps that are left.
 
         asked: signals that asked this rank to stop
+        before: called before each step with those that were made; figures for the step's event
         keep: called after each step
         evaluate: measures the student as it is; None where nothing is held out
         Raises TemporaryError or StoppedError where a rank was asked to stop.
@@ -72,8 +74,9 @@ class Loop:
         trainer = self.trainer
         progress.begin("train", total=trainer.batches.num_tokens(trainer.done, trainer.num_steps), unit="tokens")
         while trainer.done < trainer.num_steps:
+            due = before(trainer.done)
             fields = trainer.step()
-            progress.event("step", step=trainer.done, **fields, **trainer.batches.told(trainer.done - 1))
+            progress.event("step", step=trainer.done, **fields, **trainer.batches.told(trainer.done - 1), **due)
             where = f"step {trainer.done}/{trainer.num_steps}"
             progress.advance(int(fields["num_tokens"]), f"{where} loss {fields['loss/mean']:.4f}")
             keep()

@@ -15,7 +15,7 @@ from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, fsync_
 from kdpipe.manifests.errors import ConfigError, CorruptError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.places import require_outside
-from kdpipe.manifests.run import ELASTIC, ROLLOUTS, RUN_FILE, CheckpointRecord, RunInputs, RunRecord, read_run
+from kdpipe.manifests.run import ELASTIC, ROLLOUTS, RUN_FILE, TEACHERS, CheckpointRecord, RunInputs, RunRecord, read_run
 from kdpipe.manifests.running import RUNNING_FILE
 from kdpipe.stages.train.checkpoint import (
     CHECKPOINTS,
@@ -30,7 +30,7 @@ EVENTS = "events.jsonl"
 INCIDENTS = "prepare.jsonl"
 """What of the data was cut or left out, where the run has prepared them itself."""
 FILES = {EVENTS, INCIDENTS, RUNNING_FILE}
-FOLDERS = {UNFINISHED, CHECKPOINTS}
+FOLDERS = {UNFINISHED, CHECKPOINTS, TEACHERS}
 """What an interrupted run leaves in its output."""
 
 
@@ -81,6 +81,8 @@ class Output:
         moved = read_run(self.path)
         if moved is not None and not inputs.difference(moved.inputs, but=ELASTIC):
             remove_checkpoints(self.path)
+            if moved.metrics is not None:
+                self.remove_teachers()
 
     def require_free(self) -> Path:
         """The folder is free, or holds no more than an interrupted run leaves; the nearest folder above that exists.
@@ -141,6 +143,10 @@ class Output:
         except OSError as err:
             raise disk_error(err, self.scratch) from err
         self.publish(record)
+
+    def remove_teachers(self) -> None:
+        """Those that the run made of its student: it is measured."""
+        shutil.rmtree(self.path / TEACHERS, ignore_errors=True)
 
     def _move_in(self) -> None:
         """Move finished files to their place, the record last; the ranks of a launch may all do it at once."""

@@ -6,8 +6,6 @@ Invariant: asked for again, a training returns its metrics, goes on from its che
 """
 
 import gc
-import os
-import re
 import shlex
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +13,6 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from kdpipe.manifests.durable import disk_error, make_folder
 from kdpipe.manifests.errors import KdpipeError, TemporaryError, stopped
@@ -30,6 +27,7 @@ from kdpipe.stages.feed.packing import Packer
 from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.ranks import Ranks, joined
 from kdpipe.stages.student import (
+    TeacherHead,
     check_student,
     checkpoint_dtype,
     compile_layers,
@@ -128,6 +126,8 @@ def _measured(
 ) -> RunRecord:
     """The exported student measured on all held-out samples as `kdpipe eval` does it; the record with its metrics."""
     metrics: Metrics = {}
+    if found.own is not None:
+        found.own.as_in_last(record.num_steps, ranks)
 
     def stop() -> None:
         (number,) = ranks.largest([float(asked[0]) if asked else 0.0])
@@ -156,7 +156,9 @@ def _measured(
         progress.event("eval", step=record.num_steps, **metrics)
     record = record.model_copy(update={"metrics": metrics})
     if ranks.rank == 0:
-        Output(training.output).update(record)
+        output = Output(training.output)
+        output.update(record)
+        output.remove_teachers()
     ranks.barrier()
     return record
 
@@ -188,7 +190,7 @@ class Run:
         check_student(found.model, *dataset.teachers)
         # As they are now: what is exported is what was trained, whatever becomes of the folder meanwhile.
         self.beside = companions(found.model, dataset, checkpoint_dtype(found.model))
-        heads = [load_teacher_head(teacher, ranks.device) for teacher in dataset.teachers]
+        heads = self._load_heads()
         self.student = load_sharded(
             found.model,
             ranks,
@@ -236,7 +238,17 @@ class Run:
         if self.trainer.done == 0 and self.is_measured:
             progress.note(f"before training: {_in_words(self.evaluate_now(progress))}")
         evaluation = (lambda: self.evaluate_now(progress)) if self.is_measured else None
-        self.loop.run(progress, asked=asked, keep=keep, evaluate=evaluation)
+        self.loop.run(progress, asked=asked, before=self._before, keep=keep, evaluate=evaluation)
+
+    def _before(self, step: int) -> dict[str, float]:
+        """What is due before a step; the head is that of the teacher whose rows the step has."""
+        due = {} if self.own is None else self.own.before(step, self.student, self.ranks)
+        if "update/seconds" in due:
+            self.heads = self.trainer.heads = self._load_heads()
+        return due
+
+    def _load_heads(self) -> list[TeacherHead]:
+        return [load_teacher_head(teacher, self.ranks.device) for teacher in self.dataset.teachers]
 
     def _introduce(self, progress: Progress) -> None:
         """What is about to be done, and what of it may not be what was meant."""
@@ -319,8 +331,6 @@ class Run:
                 progress.note(f"nor could its state be saved: {err}")
         if problem is None:
             raise TemporaryError("another rank could not write the student; run it again", where=self.training.output)
-        if isinstance(problem, SafetensorError) and (number := re.search(r"\(os error (\d+)\)", str(problem))):
-            problem = OSError(int(number[1]), os.strerror(int(number[1])))
         if isinstance(problem, OSError) and problem.errno is not None:
             raise disk_error(problem, self.training.output) from problem
         raise problem

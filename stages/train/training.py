@@ -48,6 +48,8 @@ from kdpipe.stages.train.samples import open_samples, prepare_samples
 SILENT = Silent()
 STATE_BYTES = 12
 """Of a parameter in a checkpoint: fp32 weight and two moments."""
+TEACHER_BYTES = 4
+"""Of a parameter in a teacher that is made of the student."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +100,15 @@ class OwnAnswering(Measures, Protocol):
 
     def close(self) -> None:
         """End what was started for it. Running it twice is fine."""
+
+    def before(self, step: int, student: Student, ranks: Ranks) -> dict[str, float]:
+        """Whatever is due before a step; figures for its event, "update/seconds" where its teacher is another one.
+
+        Collective.
+        """
+
+    def as_in_last(self, num_steps: int, ranks: Ranks) -> None:
+        """The teacher is the one that the last of some steps had. Collective."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -197,7 +208,7 @@ def check_training(training: Training, nproc: int, found: Found | None = None) -
     output = Output(training.output)
     output.settle(found.inputs)
     if (record := output.finished(found.inputs)) is None:
-        _require_room(training, found.model, output.require_free())
+        _require_room(training, found, output.require_free())
     elif training.resume != "auto" and record.metrics is not None:
         raise ConfigError(
             f"it holds this run's student already, so --resume {training.resume} has nothing to do; to train it again "
@@ -253,12 +264,14 @@ def _notes(training: Training, caches: Sequence[Cache]) -> Iterator[str]:
         )
 
 
-def _require_room(training: Training, model: ModelFolder, there: Path) -> None:
-    """The trained student and its checkpoints must fit the disk of a folder. Raises SpaceError."""
+def _require_room(training: Training, found: Found, there: Path) -> None:
+    """The trained student and what is kept on the way to it must fit the disk of a folder. Raises SpaceError."""
     student, free = num_bytes(training.student), shutil.disk_usage(there).free
     spec = training.spec.train
-    width = {torch.float32: 4}.get(checkpoint_dtype(model), 2)
+    width = {torch.float32: 4}.get(checkpoint_dtype(found.model), 2)
     kept = (spec.keep + 1) * student // width * STATE_BYTES if spec.save_every else 0
+    if found.inputs.rollouts.get("teacher_update_every"):
+        kept += (2 + (spec.keep if spec.save_every else 0)) * student // width * TEACHER_BYTES
     if student + kept > free:
         raise SpaceError(
             f"the trained student takes {student:,} bytes and its checkpoints {kept:,}, {free:,} are free; free some "

@@ -89,6 +89,52 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_weights(bench: Bench, tmp_p
     assert rows[0] == rows[1]
 
 
+def own_teacher(bench: Bench, output: Path, *more: object) -> list[object]:
+    """The student's average as its teacher; cross entropy moves it, as the teacher has nothing to teach at first."""
+    words = asked(bench, output, "--lmbda", 0.5, "--teacher-update-every", 2, "--ema", 0.5, *more)
+    words[words.index("--teacher") + 1] = "student"
+    words[words.index("--json")] = "loss.kd_weight=0.5"
+    return [*words, "--json"]
+
+
+def test_a_student_with_itself_as_teacher_goes_on_after_a_kill_to_the_same_weights(
+    bench: Bench, tmp_path: Path
+) -> None:
+    found = []
+    for name, kills in (("whole", ()), ("killed", (3,))):
+        output = tmp_path / name
+        for step in kills:
+            process = started(*own_teacher(bench, output))
+            wait_for(lambda: steps_of(output) >= step or process.poll() is not None)  # noqa: B023
+            process.kill()
+            code, _, err = ended(process)
+            assert code == -signal.SIGKILL, err
+        code, _, err = ended(started(*own_teacher(bench, output)))
+        assert code == 0, err
+        found.append((output / "model.safetensors").read_bytes())
+        assert not (output / "teachers").exists()
+    assert found[0] == found[1]
+    kd = [step["kd/mean"] for step in events(tmp_path / "whole", "step")]
+    versions = [step["teacher/version"] for step in events(tmp_path / "whole", "step")]
+    assert versions == [step // 2 * 2 for step in range(len(versions))]
+    assert abs(kd[0]) < 1e-6, "the student as it is at the start"
+    assert min(kd[1:]) > 1e-5, "an average is behind the student"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_ranks_make_the_teacher_that_one_makes(bench: Bench, tmp_path: Path) -> None:
+    found = []
+    for nproc in (1, 2):
+        words = own_teacher(bench, tmp_path / str(nproc), "--nproc", nproc)
+        words[words.index("--lmbda") + 1] = 0
+        code, _, err = ended(started(*words))
+        assert code == 0, err
+        found.append([step["kd/mean"] for step in events(tmp_path / str(nproc), "step")])
+    assert found[0][2:] == pytest.approx(found[1][2:], rel=1e-2)
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_two_ranks_write_what_one_writes(bench: Bench, tmp_path: Path) -> None:
