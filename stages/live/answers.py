@@ -53,6 +53,10 @@ class OwnAnswers(Dataset):
         self._texts[index] = text
         self._rows.tell(index, text)
 
+    def has(self, index: int) -> bool:
+        """Whether this answer was added, and not dropped."""
+        return index in self._texts
+
     @property
     def waited_s(self) -> float:
         return self._rows.waited_s

@@ -29,7 +29,7 @@ from kdpipe.stages.live.rollout_log import Rollout, RolloutLog
 from kdpipe.stages.live.writers import RunWriter
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.rollout.sampling import Sampling
-from kdpipe.stages.rollout.writer import Prompt
+from kdpipe.stages.rollout.writer import Answer, Prompt
 
 DRAW = 0x6C6D626461
 """Keeps the draw of who answers apart from other draws of the same seed and step."""
@@ -62,10 +62,13 @@ class _Wanted:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Begun:
-    """A step whose answers are being written; results: of each micro-batch, in order."""
+    """A step whose answers are being written.
+
+    batches: samples of each micro-batch; result: waits for its answers
+    """
 
     batches: list[np.ndarray]
-    results: list[Callable[[], list[Rollout]]]
+    result: Callable[[], list[Rollout]]
     is_new: bool
     started: float
 
@@ -169,26 +172,33 @@ class RolloutBatches:
     def _begin(self, step: int, version: int) -> None:
         """Ask for the answers of a step, unless they were written before the run was interrupted."""
         started = time.perf_counter()
-        asked = [(samples, self._wanted(samples, step)) for samples in self._planned.mine(step)]
+        batches = self._planned.mine(step)
+        wanted = [each for samples in batches for each in self._wanted(samples, step)]
         known = self._ahead.pop(step, {})
-        lacks = any(each.index not in known for _, wanted in asked for each in wanted)
+        lacks = any(each.index not in known for each in wanted)
         (write,) = self._ranks.largest([float(lacks)])  # ranks that hold parts of the weights write together
         if write:
             self._followed |= self._writer.follow(version)
-        results = [self._write(wanted, version) if write else partial(_known, known, wanted) for _, wanted in asked]
-        batches = [samples for samples, _ in asked]
-        self._pending[step] = _Begun(batches=batches, results=results, is_new=bool(write), started=started)
+        # The teacher scores the data's answers while others are written, and each of those as soon as it has ended.
+        self._want(np.concatenate([samples[~self._asked(samples, step)] for samples in batches]))
+        result = self._write(wanted, step, version) if write else partial(_known, known, wanted)
+        self._pending[step] = _Begun(batches=batches, result=result, is_new=bool(write), started=started)
 
     def _collect(self, step: int) -> None:
         """The answers of a step that was begun; their teacher is told of them."""
         begun = self._pending.pop(step)
         made = _Step(batches=[], rollouts=[])
-        for samples, result in zip(begun.batches, begun.results, strict=True):
-            rollouts = result()
-            made.batches.append(self._in_order(samples, rollouts, step))
-            made.rollouts += rollouts
-            if begun.is_new:
-                self._log.write(step, rollouts)
+        made.rollouts += begun.result()
+        taken = [each for each in made.rollouts if not self._is_left_out(each, step)]
+        for each in taken:
+            if not self._dataset.has(each.index):
+                self._tell(each)
+        mine: dict[int, list[int]] = {each.sample: [] for each in made.rollouts}
+        for each in taken:
+            mine[each.sample].append(each.index)
+        made.batches += [_in_order(samples, mine) for samples in begun.batches]
+        if begun.is_new:
+            self._log.write(step, made.rollouts)
         made.seconds = time.perf_counter() - begun.started
         made.sums = self._over_all_ranks(made, step)
         self._steps[step] = made
@@ -202,36 +212,37 @@ class RolloutBatches:
             for number in range(self._count)
         ]
 
-    def _write(self, wanted: Sequence[_Wanted], version: int) -> Callable[[], list[Rollout]]:
+    def _write(self, wanted: Sequence[_Wanted], step: int, version: int) -> Callable[[], list[Rollout]]:
         prompts = [Prompt(key=each.index, token_ids=prompt_of(self._dataset.tokens(each.sample))) for each in wanted]
-        answers = self._writer.start(prompts, self._sampling, self._seed)
-        return lambda: [
-            Rollout(index=each.index, sample=each.sample, number=each.number, version=version, answer=answer)
-            for each, answer in zip(wanted, answers(), strict=True)
-        ]
+
+        def rollout(each: _Wanted, answer: Answer) -> Rollout:
+            return Rollout(index=each.index, sample=each.sample, number=each.number, version=version, answer=answer)
+
+        def ended(place: int, answer: Answer) -> None:
+            if not self._is_left_out(rollout(wanted[place], answer), step):
+                self._tell(rollout(wanted[place], answer))
+
+        answers = self._writer.start(prompts, self._sampling, self._seed, ended)
+        return lambda: list(map(rollout, wanted, answers()))
 
     def _asked(self, samples: np.ndarray, step: int) -> np.ndarray:
         """Which samples the student answers: those drawn, and those that the data has no answer to."""
         drawn = of_student(samples, step, self._seed, self._live.lmbda)
         return drawn | (self._dataset.num_supervised[samples] == 0)
 
-    def _in_order(self, samples: np.ndarray, rollouts: Sequence[Rollout], step: int) -> np.ndarray:
-        """A micro-batch: each sample, or the answers that take its place; their teacher is told of them and asked.
+    def _tell(self, rollout: Rollout) -> None:
+        """The teacher of an answer, and ask for its rows."""
+        prompt = prompt_of(self._dataset.tokens(rollout.sample))
+        self._dataset.add(rollout.index, joined(prompt, rollout.answer.token_ids))
+        self._want(np.array([rollout.index], dtype=np.int64))
 
-        Of answers that are left out nobody is told; no other text takes their place.
-        """
-        mine: dict[int, list[int]] = {each.sample: [] for each in rollouts}
-        for each in rollouts:
-            if self._is_old(each, step) or self._is_cut(each):
-                continue
-            prompt = prompt_of(self._dataset.tokens(each.sample))
-            text = joined(prompt, each.answer.token_ids)
-            self._dataset.add(each.index, text)
-            mine[each.sample].append(each.index)
-        batch = np.array([index for sample in samples.tolist() for index in mine.get(sample, [sample])], dtype=np.int64)
+    def _want(self, samples: np.ndarray) -> None:
         for teacher in self._dataset.teachers:
-            teacher.rows.want(batch)
-        return batch
+            teacher.rows.want(samples)
+
+    def _is_left_out(self, rollout: Rollout, step: int) -> bool:
+        """Of such an answer nobody is told; no other text takes its place."""
+        return self._is_old(rollout, step) or self._is_cut(rollout)
 
     def _is_old(self, rollout: Rollout, step: int) -> bool:
         return step - rollout.version > self._live.staleness_bound
@@ -277,6 +288,11 @@ class RolloutBatches:
         planned = batch[batch < len(self._dataset)]
         own = sum(int(self._dataset.tokens(each).supervised.sum()) for each in batch[batch >= len(self._dataset)])
         return int(self._dataset.num_supervised[planned].sum()) + own
+
+
+def _in_order(samples: np.ndarray, mine: dict[int, list[int]]) -> np.ndarray:
+    """A micro-batch: each sample, or the answers that take its place."""
+    return np.array([index for sample in samples.tolist() for index in mine.get(sample, [sample])], dtype=np.int64)
 
 
 def _known(known: dict[int, Rollout], wanted: Sequence[_Wanted]) -> list[Rollout]:

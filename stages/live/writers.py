@@ -14,6 +14,7 @@ import torch
 
 from kdpipe.manifests.specs import Dtype
 from kdpipe.stages.ranks import Ranks
+from kdpipe.stages.rollout.decode import Ended
 from kdpipe.stages.rollout.probe import Probe
 from kdpipe.stages.rollout.sampling import Sampling
 from kdpipe.stages.rollout.sglang_writer import SglangWriter
@@ -39,8 +40,13 @@ class RunWriter(Protocol):
         Raises CheckFailed where they are not there after that.
         """
 
-    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> Callable[[], list[Answer]]:
-        """Begin to write; what is returned waits for the answers."""
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, on_answer: Ended
+    ) -> Callable[[], list[Answer]]:
+        """Begin to write; what is returned waits for the answers.
+
+        on_answer: may be called with an answer that has ended while others are still being written
+        """
 
     def close(self) -> None:
         """End what was started. Running it twice is fine."""
@@ -57,8 +63,10 @@ class StudentWriter:
     def follow(self, version: int) -> dict[str, float]:
         return {}
 
-    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> Callable[[], list[Answer]]:
-        answers = self.student.write(prompts, sampling, seed, self.vocab_size)
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, on_answer: Ended
+    ) -> Callable[[], list[Answer]]:
+        answers = self.student.write(prompts, sampling, seed, self.vocab_size, on_answer)
         return lambda: answers
 
     def close(self) -> None:
@@ -94,7 +102,9 @@ class EngineWriter:
         self._version = version
         return self._ranks.together(lambda: self._updated(weights, ours, version))
 
-    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> Callable[[], list[Answer]]:
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, on_answer: Ended
+    ) -> Callable[[], list[Answer]]:
         asked = self._ranks.each(list(prompts))
         first = sum(len(each) for each in asked[: self._ranks.rank])
         written = None

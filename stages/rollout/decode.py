@@ -43,6 +43,9 @@ BATCH_TOKENS = 1 << 16
 """Tokens of prompts and answers that are in a batch at a time at most: what its key-value cache has to hold."""
 MAX_BATCH = 256
 
+Ended = Callable[[int, Answer], None]
+"""What is told of an answer that has ended: the place of its prompt, and the answer."""
+
 
 def decode(
     model: PreTrainedModel,
@@ -54,6 +57,7 @@ def decode(
     way: Way = "padded",
     vocab_size: int | None = None,
     on_batch: Callable[[int], None] = lambda num_tokens: None,
+    on_answer: Ended = lambda place, answer: None,
 ) -> list[Answer]:
     """One answer a prompt, in order.
 
@@ -61,13 +65,16 @@ def decode(
     way: as `trial` found it
     vocab_size: tokens that may be written; None: all that the head has rows for
     on_batch: called with the number of tokens that were written, after each batch
+    on_answer: called with each answer as soon as it has ended, while others are still being written
     """
     answers: list[Answer | None] = [None] * len(prompts)
     with torch.no_grad(), _writing(model):
         for batch in batches([len(prompt.token_ids) for prompt in prompts], sampling.max_new_tokens, way):
-            written = _Batch(model, head(), [prompts[each] for each in batch], sampling, seed, way, vocab_size).run()
-            for each, answer in zip(batch, written, strict=True):
-                answers[each] = answer
+            chosen = [prompts[each] for each in batch]
+            for place, answer in _Batch(model, head(), chosen, sampling, seed, way, vocab_size).run():
+                answers[batch[place]] = answer
+                on_answer(batch[place], answer)
+            written = [answer for each in batch if (answer := answers[each]) is not None]
             on_batch(sum(len(answer.token_ids) for answer in written))
     return [answer for answer in answers if answer is not None]
 
@@ -218,8 +225,10 @@ class _Batch:
         texts = [torch.from_numpy(prompt.token_ids.astype(np.int64)).to(model.device) for prompt in prompts]
         self._states = _Whole(model, texts) if way == "whole" else _States(model, texts, padded=way == "padded")
         self._steps: list[tuple[Tensor, Picked]] = []
+        self._written = [np.zeros(0, kind) for kind in (np.int64, np.int32, np.float32, np.float32)]
 
-    def run(self) -> list[Answer]:
+    def run(self) -> Iterator[tuple[int, Answer]]:
+        """The answers with the places of their prompts, each as soon as it has ended."""
         stops = torch.tensor(sorted(self._sampling.stop_ids), dtype=torch.int64, device=self._device)
         keys = torch.tensor([prompt.key for prompt in self._prompts], dtype=torch.int64)
         rows = torch.arange(len(self._prompts), device=self._device)
@@ -232,28 +241,33 @@ class _Batch:
             hidden = self._states.hidden.to(self._head.weight.dtype)
             picked = pick(self._head.logits(hidden, self._vocab_size), numbers, self._sampling)
             self._steps.append((rows.where(alive, -1), picked))
-            alive = alive & ~torch.isin(picked.ids, stops)
+            before, alive = alive, alive & ~torch.isin(picked.ids, stops)
             living = int(alive.sum())
+            if living < int(before.sum()):
+                yield from self._answers(rows[before & ~alive])
             if not living:
-                break
+                return
             if 2 * living <= len(rows) and len(rows) > 1:  # the others are computed for nothing
                 kept = alive.nonzero()[:, 0]
                 self._states.keep(kept)
                 rows, alive = rows[kept], alive[kept]
                 picked = Picked(picked.ids[kept], picked.logprobs[kept], picked.entropies[kept])
-        return self._answers()
+        yield from self._answers(rows[alive])
 
-    def _answers(self) -> list[Answer]:
-        rows = torch.cat([rows for rows, _ in self._steps]).cpu().numpy()
-        ids = torch.cat([picked.ids for _, picked in self._steps]).cpu().numpy().astype(np.int32)
-        logprobs = torch.cat([picked.logprobs for _, picked in self._steps]).cpu().numpy()
-        entropies = torch.cat([picked.entropies for _, picked in self._steps]).cpu().numpy()
-        answers = []
-        for number in range(len(self._prompts)):
-            mine = np.flatnonzero(rows == number)
-            ended = bool(len(mine)) and int(ids[mine[-1]]) in self._sampling.stop_ids
-            answers.append(Answer(token_ids=ids[mine], logprobs=logprobs[mine], entropies=entropies[mine], ended=ended))
-        return answers
+    def _answers(self, places: Tensor) -> Iterator[tuple[int, Answer]]:
+        """Of some prompts, from the tokens that were written so far."""
+        if self._steps:
+            tokens = [(rows, each.ids, each.logprobs, each.entropies) for rows, each in self._steps]
+            new = [torch.cat(parts).cpu().numpy() for parts in zip(*tokens, strict=True)]
+            pairs = zip(self._written, new, strict=True)
+            self._written = [np.concatenate([old, more.astype(old.dtype)]) for old, more in pairs]
+            self._steps.clear()
+        rows, ids, logprobs, entropies = self._written
+        for place in places.tolist():
+            mine = np.flatnonzero(rows == place)
+            ended = int(ids[mine[-1]]) in self._sampling.stop_ids
+            answer = Answer(token_ids=ids[mine], logprobs=logprobs[mine], entropies=entropies[mine], ended=ended)
+            yield place, answer
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from kdpipe.stages.feed.packing import PackedBatch
 from kdpipe.stages.loss import Head, Side, TokenMetrics, distill, pose, token_metrics
 from kdpipe.stages.models.backbone import backbone, packed_hidden
 from kdpipe.stages.models.formula import logit_formula
-from kdpipe.stages.rollout.decode import Way, decode, trial
+from kdpipe.stages.rollout.decode import Ended, Way, decode, trial
 from kdpipe.stages.rollout.sampling import Sampling
 from kdpipe.stages.rollout.writer import Answer, Prompt
 from kdpipe.stages.student.exam import examine
@@ -92,9 +92,17 @@ class Student(torch.nn.Module):
         if isinstance(self, FSDPModule):
             self.reshard()  # parameters() would give an optimizer the root's whole parameters, which are made anew
 
-    def write(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, vocab_size: int) -> list[Answer]:
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        vocab_size: int,
+        on_answer: Ended = lambda place, answer: None,
+    ) -> list[Answer]:
         """Answers with the weights as they are, of tokens below vocab_size. Collective where the student is sharded.
 
+        on_answer: as of decode
         Every rank holds all weights, in the dtype of the pass, for as long as it writes: to gather them for each token
         anew would take longer than to write.
         """
@@ -103,19 +111,24 @@ class Student(torch.nn.Module):
             module.set_reshard_after_forward(False, recurse=False)
         try:
             with torch.no_grad():
-                return self.written(prompts, sampling, seed, vocab_size)
+                return self.written(prompts, sampling, seed, vocab_size, on_answer)
         finally:
             for module in sharded:
                 module.set_reshard_after_forward(module is not self, recurse=False)
                 module.reshard()
 
-    def written(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, vocab_size: int) -> list[Answer]:
+    def written(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, vocab_size: int, on_answer: Ended
+    ) -> list[Answer]:
         """A forward method to FSDP: parameters are whole inside."""
         if self._way is None:
             self._way = trial(self.model, self._text)
         if not prompts:  # the others wait for this rank's part of the weights
             backbone(self.model)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
-        return decode(self.model, self.head, prompts, sampling, seed, way=self._way, vocab_size=vocab_size)
+        way = self._way
+        return decode(
+            self.model, self.head, prompts, sampling, seed, way=way, vocab_size=vocab_size, on_answer=on_answer
+        )
 
     @torch.no_grad()
     def logprobs(self, text: np.ndarray) -> np.ndarray:

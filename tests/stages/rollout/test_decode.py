@@ -116,6 +116,22 @@ def test_rows_that_have_ended_are_not_computed_further(model: PreTrainedModel) -
     assert ids(found) == [ids(answers(model, [prompt], sampling))[0] for prompt in many]
 
 
+@pytest.mark.parametrize("longest", range(1, 9))
+def test_each_answer_is_told_of_once_as_soon_as_it_has_ended(model: PreTrainedModel, longest: int) -> None:
+    """Also where some end with the last token that is allowed, and others are cut there."""
+    sampling = Sampling(max_new_tokens=longest, stop_ids=frozenset(range(0, 250, 4)))
+    many = [Prompt(key=number, token_ids=prompts()[number % 5].token_ids) for number in range(20)]
+    told: list[tuple[int, Answer]] = []
+    head = head_of(model)
+    found = decode(model, lambda: head, many, sampling, 0, on_answer=lambda *each: told.append(each))
+    assert sorted(place for place, _ in told) == list(range(20))
+    assert all(found[place] is answer for place, answer in told)
+    lengths = [len(answer.token_ids) for _, answer in told]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > min(longest, 4) // 2
+    assert ids(found) == [ids(answers(model, [prompt], sampling))[0] for prompt in many]
+
+
 def test_batches_hold_no_more_than_the_memory_that_was_meant() -> None:
     lengths = [10, 30_000, 20, 40_000, 10]
     found = list(batches(lengths, 1000, "padded"))
