@@ -71,11 +71,10 @@ def decode(
     with torch.no_grad(), _writing(model):
         for batch in batches([len(prompt.token_ids) for prompt in prompts], sampling.max_new_tokens, way):
             chosen = [prompts[each] for each in batch]
-            for place, answer in _Batch(model, head(), chosen, sampling, seed, way, vocab_size).run():
-                answers[batch[place]] = answer
-                on_answer(batch[place], answer)
-            written = [answer for each in batch if (answer := answers[each]) is not None]
-            on_batch(sum(len(answer.token_ids) for answer in written))
+            for place, ended in _Batch(model, head(), chosen, sampling, seed, way, vocab_size).run():
+                answers[batch[place]] = ended
+                on_answer(batch[place], ended)
+            on_batch(sum(len(answer.token_ids) for each in batch if (answer := answers[each]) is not None))
     return [answer for answer in answers if answer is not None]
 
 

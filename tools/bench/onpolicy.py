@@ -54,7 +54,7 @@ from kdpipe.stages.train import Training
 VOCAB = 4096
 TEACHER = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8}
 STUDENT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 6}
-SIZES = {"max_position_embeddings": 512, "num_key_value_heads": 2, "initializer_range": 0.02, "bos_token_id": None}
+SIZES = {"max_position_embeddings": 512, "num_key_value_heads": 2, "initializer_range": 0.02}
 NEW_TOKENS = 48
 BATCH_TOKENS = 1024
 LR = 3e-4
@@ -245,7 +245,7 @@ def trl_gkd(work: Work) -> None:
     order = [[next(numbers) for _ in step] for step in work.samples]
     times: list[float] = []
 
-    class Trainer(GKDTrainer):  # type: ignore[misc, valid-type]  # Any: TRL is not typed
+    class Trainer(GKDTrainer):
         def get_train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(self.train_dataset, batch_sampler=order, collate_fn=self.data_collator)
 

@@ -1,6 +1,6 @@
 """The demo's KD student goes on, on-policy and offline: the same start, samples and steps, three seeds.
 
-    make demo && python tools/demo/onpolicy.py --out .demo
+    make demo && python tools/demo/curves.py --out .demo
 
 Every student is one `kdpipe onpolicy` (with `--lmbda 0` it is the student of `extract` and `train`, bit for bit); they
 differ by who writes the answers and by the divergence. The measure is the same for all: each student answers the same
