@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.errors import ConfigError, KdpipeError
 from kdpipe.manifests.ring import RingEnd, RingReader, make_ring
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.manifests.specs import RunFile
@@ -58,6 +58,18 @@ def planned(run: RunFile, folder: Path, command: str, *, keep_rows: bool, prompt
     spec = replace(ExtractSpec.of(run), keep_rows=keep_rows, prompts=prompts)
     with watch(command, EventLog(None)) as progress, staged(spec, folder, progress) as found:
         return found.publish()
+
+
+@contextmanager
+def gone_if_refused(folder: Path) -> Iterator[None]:
+    """A plan that was made in the block goes with what refuses the run."""
+    was_there = folder.exists()
+    try:
+        yield
+    except KdpipeError:
+        if not was_there:
+            forget(folder)
+        raise
 
 
 def plan_folder_of(output: Path, command: str) -> Path:

@@ -9,9 +9,10 @@ import click
 
 from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.generated import SIDECAR_ENDING
 from kdpipe.manifests.ring import RingReader
 from kdpipe.manifests.specs import LossSpec, RunFile
-from kdpipe.pipeline.live_run import choose_ranks, forget, plan_folder_of, planned, run_live
+from kdpipe.pipeline.live_run import choose_ranks, forget, gone_if_refused, plan_folder_of, planned, run_live
 from kdpipe.pipeline.options import RunCommand, json_option, require_not_swapped, resume_option, this_command
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
@@ -19,6 +20,9 @@ from kdpipe.pipeline.training import train_rank
 
 if TYPE_CHECKING:
     from kdpipe.stages.train import Found, Training
+
+ANSWERS = "answers.jsonl"
+"""Of the teacher, with --seq-kd; as kdpipe generate writes them."""
 
 
 @click.command("onpolicy", cls=RunCommand)
@@ -59,8 +63,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     with results_only():
         data = run.data.paths
         if run.live.seq_kd and run.live.lmbda < 1.0:
-            run = _answered_by_teacher(run, answers_of(folder))
-        plan = planned(run, folder, "onpolicy", keep_rows=False, prompts=True)
+            run = _answered_by_teacher(run, answers_of(folder, output))
         training = Training(
             student=student,
             caches=(folder,),
@@ -73,12 +76,14 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
                 teacher=run.teacher.path, student=student, prompts=data, output=output, cache=run.cache.path
             ),
         )
-        found = check_training(training, nproc, find_onpolicy(training, run))
-        check_prompts(found, run.live)
+        with gone_if_refused(folder):
+            plan = planned(run, folder, "onpolicy", keep_rows=False, prompts=True)
+            found = check_training(training, nproc, find_onpolicy(training, run))
+            check_prompts(found, run.live)
+            record = Output(output).finished(found.inputs)
+            if run.live.tee is not None and record is None:
+                require_free(run.live.tee, output)
         training = replace(training, inputs=found.inputs)
-        record = Output(output).finished(found.inputs)
-        if run.live.tee is not None and record is None:
-            require_free(run.live.tee, output)
         if record is not None and record.metrics is not None:
             metrics = train_rank(training, found, command="onpolicy")
         else:
@@ -89,8 +94,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
             with watch("onpolicy", EventLog(None)) as progress:
                 seal(plan, output, run.live.tee, progress)
         forget(folder)
-        for path in (answers_of(folder), answers_of(folder).with_suffix(".jsonl.json")):
-            path.unlink(missing_ok=True)
+        _move_in(answers_of(folder, output), output)
     show(metrics, as_json=as_json)
 
 
@@ -169,9 +173,18 @@ def _checked(run: RunFile) -> RunFile:
     return run.model_copy(update={"loss": loss})
 
 
-def answers_of(folder: Path) -> Path:
-    """Beside the plan's folder: the teacher's answers, until the run is finished."""
-    return folder.with_name(f"{folder.name}.answers.jsonl")
+def answers_of(folder: Path, output: Path) -> Path:
+    """The teacher's answers: in the output of a finished run, until then beside the plan's folder."""
+    there = output / ANSWERS
+    return there if there.exists() else folder.with_name(f"{folder.name}.{ANSWERS}")
+
+
+def _move_in(answers: Path, output: Path) -> None:
+    """The teacher's answers into the output, where they are not yet."""
+    for ending in (SIDECAR_ENDING, ""):
+        path = answers.with_name(answers.name + ending)
+        if path.exists():
+            path.replace(output / (ANSWERS + ending))
 
 
 def _answered_by_teacher(run: RunFile, out: Path) -> RunFile:

@@ -8,7 +8,7 @@ import click
 
 from kdpipe.manifests.ring import RingReader
 from kdpipe.manifests.specs import RunFile
-from kdpipe.pipeline.live_run import choose_ranks, forget, plan_folder_of, planned, run_live
+from kdpipe.pipeline.live_run import choose_ranks, forget, gone_if_refused, plan_folder_of, planned, run_live
 from kdpipe.pipeline.options import RunCommand, json_option, require_not_swapped, resume_option, this_command
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.training import launch_training, train_rank
@@ -44,7 +44,6 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
 
     folder, kept = run.live.tee or plan_folder_of(output, "stream"), run.live.tee is not None
     with results_only():
-        plan = planned(run, folder, "stream", keep_rows=kept)
         training = Training(
             student=student,
             caches=(folder,),
@@ -55,7 +54,9 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
             resume=resume,
             made_with=this_command(teacher=run.teacher.path, student=student, data=run.data.paths, output=output),
         )
-        found = check_training(training, nproc, find_beside(training, kept=kept))
+        with gone_if_refused(folder):
+            plan = planned(run, folder, "stream", keep_rows=kept)
+            found = check_training(training, nproc, find_beside(training, kept=kept))
         training = replace(training, inputs=found.inputs)
         record = Output(output).finished(found.inputs)
         if record is not None and record.metrics is not None:

@@ -52,6 +52,8 @@ def kept_folder(cache: Path, output: Path) -> Path:
 def require_free(cache: Path, output: Path) -> None:
     """The answers are kept in a cache of their own. Raises ConfigError for a folder that is there already."""
     require_outside(cache, option="--tee")
+    if output.resolve() in (cache.resolve(), *cache.resolve().parents):
+        raise ConfigError("it lies in the student's --output; choose another --tee, outside of it", where=cache)
     if cache.exists() and not kept_folder(cache, output).exists():
         raise ConfigError("it exists; the student's answers are kept in a new cache, choose another --tee", where=cache)
 

@@ -182,3 +182,20 @@ def test_answers_that_the_student_does_not_write_are_the_teachers_with_seq_kd(be
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert {entry.name for entry in tmp_path.iterdir()} == {"answers.jsonl", "answers.jsonl.json", "at once", "in two"}
+    assert (tmp_path / "at once" / "answers.jsonl").read_bytes() == answers.read_bytes()
+
+
+def test_a_refused_run_leaves_nothing_behind(bench: Bench, tmp_path: Path) -> None:
+    for words, says in (
+        (asked(bench, tmp_path / "out", "--max-new-tokens", 5000), "the student reads"),
+        (asked(bench, tmp_path / "out", "--tee", tmp_path / "out" / "kept"), "it lies in the student's --output"),
+        (["stream", *asked(bench, tmp_path / "out", "--resume", tmp_path / "no")[1:]], "no checkpoint here"),
+    ):
+        words = ["--data" if word == "--prompts" and words[0] == "stream" else word for word in words]
+        if words[0] == "stream":
+            at = words.index("--max-new-tokens")
+            del words[at : at + 2]
+        code, _, err = ended(started(*words))
+        assert code == 4, err
+        assert says in err, err
+        assert list(tmp_path.iterdir()) == [], err
