@@ -103,11 +103,14 @@ class SampleTokens(NamedTuple):
     """What is known of a sample without its rows: token_ids int32 [n], supervised bool [n].
 
     imitated: its targets are learnt by cross entropy too; False for an answer that the student wrote itself
+    written: float32, the log-probability of each target when an older student wrote it; None for other samples. Like
+        `imitated` it stays in its process
     """
 
     token_ids: np.ndarray
     supervised: np.ndarray
     imitated: bool = True
+    written: np.ndarray | None = None
 
     def to_bytes(self) -> bytes:
         """Four bytes a token, for another process: an id is below 2^31, the highest bit says that it is supervised."""

@@ -142,6 +142,7 @@ READS = {
             "live.top_k",
             "live.overlap",
             "live.max_staleness",
+            "live.importance_cap",
             "live.rollout_engine",
             "live.rollout_tp",
             "live.rollout_mem_fraction",

@@ -60,6 +60,9 @@ class LiveSpec(Spec):
     max_staleness: Annotated[int | None, Field(ge=0)] = None
     """Optimizer steps that an answer may be old when it is trained on; 0 when not given, 4 with an overlap. Older
     ones are left out of the loss and counted."""
+    importance_cap: Annotated[float | None, Field(gt=0.0)] = None
+    """Weigh each token of an answer that older weights wrote by its probability now over that when it was written, at
+    most this (truncated importance sampling); 1 to 10 are usual. Not given: all count alike."""
     rollout_engine: Literal["transformers", "sglang"] = "transformers"
     """What writes the student's answers: the student itself, in its own process, or SGLang beside it, which is given
     the student's weights after every step and, with an overlap, writes while the student trains."""

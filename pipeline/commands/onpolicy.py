@@ -11,7 +11,7 @@ from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.generated import SIDECAR_ENDING
 from kdpipe.manifests.ring import RingReader
-from kdpipe.manifests.specs import LossSpec, RunFile
+from kdpipe.manifests.specs import LiveSpec, LossSpec, RunFile
 from kdpipe.pipeline.live_run import choose_ranks, forget, gone_if_refused, plan_folder_of, planned, run_live
 from kdpipe.pipeline.options import RunCommand, json_option, require_not_swapped, resume_option, this_command
 from kdpipe.pipeline.output import results_only, show
@@ -158,6 +158,8 @@ def _checked(run: RunFile) -> RunFile:
             f"{live.staleness_bound}: all would be dropped; lower the one or raise the other",
             where="live.overlap",
         )
+    if live.importance_cap is not None:
+        _check_importance(live)
     if live.beta is not None:
         if loss.divergence != "jsd" and "divergence" in loss.model_fields_set:
             raise ConfigError(
@@ -171,6 +173,22 @@ def _checked(run: RunFile) -> RunFile:
             f"temperature 0 writes the same answer {live.samples_per_prompt} times", where="live.samples_per_prompt"
         )
     return run.model_copy(update={"loss": loss})
+
+
+def _check_importance(live: LiveSpec) -> None:
+    """Raises ConfigError where importance weights would be none, or all 1."""
+    if live.temperature == 0.0:
+        raise ConfigError(
+            "temperature 0 takes the most likely token, it draws none by a probability that could be compared; leave "
+            "it out, or raise live.temperature",
+            where="live.importance_cap",
+        )
+    if not live.overlap:
+        raise ConfigError(
+            "live.overlap 0 trains on every answer with the weights that wrote it, so all weights would be 1; leave it "
+            "out, or set live.overlap",
+            where="live.importance_cap",
+        )
 
 
 def answers_of(folder: Path, output: Path) -> Path:

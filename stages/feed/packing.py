@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdpipe.manifests.sample import IGNORED, row_positions
+from kdpipe.manifests.sample import IGNORED, SampleTokens, row_positions
 from kdpipe.stages.feed.dataset import Dataset
 
 ROWS_A_SAMPLE = 2**32
@@ -36,6 +36,7 @@ class PackedBatch:
     labels: int64 [R], that next token; IGNORED where cross entropy is to leave it out
     keys: int64 [R], of each row a number that no other row of the run has: what a sampled loss draws by
     teacher_rows: of each teacher [R, E] in its dtype; valid until the next batch is made
+    stale: rows whose next token an older student wrote, int64 [K], and its log-probability then, fp32 [K]; () for none
     """
 
     input_ids: torch.Tensor
@@ -47,6 +48,12 @@ class PackedBatch:
     keys: torch.Tensor
     teacher_rows: tuple[torch.Tensor, ...]
     bounds: tuple[int, ...] = ()
+    stale: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def next_tokens(self) -> torch.Tensor:
+        """The token that each row predicts, int64 [R]."""
+        return self.input_ids.flatten()[self.row_positions + 1]
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch on another device; itself where it is there already."""
@@ -70,7 +77,7 @@ class PackedBatch:
         return PackedBatch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
     def _of_rows(self) -> tuple[torch.Tensor, ...]:
-        return self.row_positions, self.labels, self.keys, *self.teacher_rows
+        return self.row_positions, self.labels, self.keys, *self.teacher_rows, *self.stale
 
 
 @cache
@@ -116,6 +123,7 @@ class Packer:
             labels=torch.from_numpy(labels),
             keys=torch.from_numpy(_row_keys(samples, counts)),
             teacher_rows=self._gather(samples, len(rows)),
+            stale=_stale(texts, counts),
         )
 
     def empty(self) -> PackedBatch:
@@ -178,6 +186,16 @@ def _row_keys(samples: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """A sample's number and a row's number within it as one, for every row: int64 [R]; counts: rows of each sample."""
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(samples * ROWS_A_SAMPLE, counts) + within
+
+
+def _stale(texts: Sequence[SampleTokens], counts: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """PackedBatch.stale of samples with so many rows each."""
+    firsts = (np.cumsum(counts) - counts).tolist()
+    old = [(first, text.written) for first, text in zip(firsts, texts, strict=True) if text.written is not None]
+    if not old:
+        return ()
+    rows = np.concatenate([first + np.arange(len(written)) for first, written in old])
+    return torch.from_numpy(rows), torch.from_numpy(np.concatenate([written for _, written in old]))
 
 
 def _spread(values: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -112,7 +112,9 @@ class LiveRows:
         return np.where(samples < len(self._places), known, -1)
 
 
-def joined(prompt: np.ndarray, answer: np.ndarray, *, imitated: bool = False) -> SampleTokens:
-    """A prompt and what was written to it: int32 [n], int32 [m]; the answer is supervised."""
+def joined(
+    prompt: np.ndarray, answer: np.ndarray, *, imitated: bool = False, written: np.ndarray | None = None
+) -> SampleTokens:
+    """A prompt and what was written to it, int32 [n], int32 [m]: the answer is supervised. Others: see SampleTokens."""
     ids = np.concatenate([prompt, answer]).astype(np.int32)
-    return SampleTokens(ids, np.arange(len(ids)) >= len(prompt), imitated)
+    return SampleTokens(ids, np.arange(len(ids)) >= len(prompt), imitated, written)

@@ -29,6 +29,7 @@ from kdpipe.stages.live.rollout_log import RolloutLog
 from kdpipe.stages.live.rollouts import RolloutBatches, sampling_of
 from kdpipe.stages.live.updates import TeacherUpdates
 from kdpipe.stages.live.writers import EngineWriter, RunWriter, StudentWriter
+from kdpipe.stages.loss import Importance
 from kdpipe.stages.models.context import context_of
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import Ranks
@@ -59,6 +60,8 @@ class OnPolicy:
 
     def batches(self, planned: PlannedBatches, student: Student, vocab_size: int, ranks: Ranks, seed: int) -> Batches:
         self._writer = self._made_writer(student, vocab_size, ranks)
+        cap = self._run.live.importance_cap
+        student.importance = None if cap is None else Importance(cap, self._run.live.temperature)
         return RolloutBatches(
             planned,
             self._dataset,
@@ -68,6 +71,7 @@ class OnPolicy:
             RolloutLog(self._output, ranks.rank, self._model.tokenizer.decode),
             seed=seed,
             stop_ids=self._stop_ids,
+            importance=student.importance,
             padded=student.padded,
             pin=ranks.device.type == "cuda",
         )

@@ -1,6 +1,8 @@
 """The rollouts of a run as a file for each rank, OUTPUT/rollouts-00000.jsonl: for people, and for a run that goes on.
 
-    {"step", "index", "sample", "number", "version", "ended", "logprob", "entropy", "token_ids", "text"}   an answer
+    {"step", "index", "sample", "number", "version", "ended", "logprob", "entropy", "token_ids", "logprobs", "text"}
+
+is an answer; logprob and entropy are means, logprobs every token's, in as many digits as give the same float32 again.
 
 A checkpoint keeps how long the files were. What was written after it is cut off; what was written ahead of its steps is
 taken up again, so that a run that goes on trains on the answers that the weights of then had written.
@@ -63,6 +65,7 @@ class RolloutLog:
                 "logprob": float(each.answer.logprobs.mean()),
                 "entropy": float(each.answer.entropies.mean()) if len(each.answer.entropies) else None,
                 "token_ids": ids,
+                "logprobs": [float(str(logprob)) for logprob in each.answer.logprobs],
                 "text": self._text(ids),
             }
             self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
@@ -98,11 +101,11 @@ class RolloutLog:
 
 
 def _rollout(record: dict[str, Any]) -> Rollout:
-    """Log-probabilities and entropies are their means here."""
+    """Entropies are their mean here."""
     ids = np.array(record["token_ids"], dtype=np.int32)
     answer = Answer(
         token_ids=ids,
-        logprobs=np.full(len(ids), record["logprob"], np.float32),
+        logprobs=np.array(record["logprobs"], dtype=np.float32),
         entropies=np.full(len(ids) if record["entropy"] is not None else 0, record["entropy"] or 0.0, np.float32),
         ended=record["ended"],
     )

@@ -27,6 +27,7 @@ from kdpipe.stages.feed.packing import PackedBatch, Packer
 from kdpipe.stages.live.answers import OwnAnswers, joined
 from kdpipe.stages.live.rollout_log import Rollout, RolloutLog
 from kdpipe.stages.live.writers import RunWriter
+from kdpipe.stages.loss import Importance
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.rollout.sampling import Sampling
 from kdpipe.stages.rollout.writer import Answer, Prompt
@@ -81,6 +82,7 @@ class RolloutBatches:
 
     planned: the steps and their samples
     writer: asked on every rank for that rank's prompts
+    importance: the student's, which weighs its older answers; None where these count like others
     """
 
     def __init__(
@@ -94,12 +96,13 @@ class RolloutBatches:
         *,
         seed: int,
         stop_ids: frozenset[int],
+        importance: Importance | None = None,
         padded: bool = False,
         pin: bool = False,
     ) -> None:
         self.num_steps = planned.num_steps
         self._planned, self._dataset, self._writer, self._ranks = planned, dataset, writer, ranks
-        self._live, self._seed = live, seed
+        self._live, self._seed, self._importance = live, seed, importance
         self._sampling = sampling_of(live, stop_ids)
         self._packer = Packer(dataset, padded=padded, pin=pin)
         self._log, self._is_new, self._next = log, True, 0
@@ -127,12 +130,21 @@ class RolloutBatches:
         return None
 
     def told(self, step: int) -> dict[str, float]:
-        """Of the rollouts of the step that was made last."""
+        """Of the rollouts of the step that was made last, and of their weights. Collective."""
         assert self._made is not None
         before, self._waited_s = self._waited_s, self._dataset.waited_s
         waited = {"wait/teacher/seconds": self._waited_s - before} | self._followed
         self._followed = {}
-        return waited | figures(self._made.sums, self._made.seconds)
+        return waited | figures(self._made.sums, self._made.seconds) | self._weights_told()
+
+    def _weights_told(self) -> dict[str, float]:
+        if self._importance is None:
+            return {}
+        sums, largest = self._importance.take(self._ranks.device)
+        (count, total, cut), (largest,) = self._ranks.sums(sums), self._ranks.largest([largest])
+        if not count:
+            return {}
+        return {"importance/mean": total / count, "importance/max": largest, "importance/clip_ratio": cut / count}
 
     def state(self) -> dict[str, JsonValue]:
         """The steps that were made, and how long each rank's file is. Collective."""
@@ -192,7 +204,7 @@ class RolloutBatches:
         taken = [each for each in made.rollouts if not self._is_left_out(each, step)]
         for each in taken:
             if not self._dataset.has(each.index):
-                self._tell(each)
+                self._tell(each, step)
         mine: dict[int, list[int]] = {each.sample: [] for each in made.rollouts}
         for each in taken:
             mine[each.sample].append(each.index)
@@ -220,7 +232,7 @@ class RolloutBatches:
 
         def ended(place: int, answer: Answer) -> None:
             if not self._is_left_out(rollout(wanted[place], answer), step):
-                self._tell(rollout(wanted[place], answer))
+                self._tell(rollout(wanted[place], answer), step)
 
         answers = self._writer.start(prompts, self._sampling, self._seed, ended)
         return lambda: list(map(rollout, wanted, answers()))
@@ -230,10 +242,11 @@ class RolloutBatches:
         drawn = of_student(samples, step, self._seed, self._live.lmbda)
         return drawn | (self._dataset.num_supervised[samples] == 0)
 
-    def _tell(self, rollout: Rollout) -> None:
+    def _tell(self, rollout: Rollout, step: int) -> None:
         """The teacher of an answer, and ask for its rows."""
         prompt = prompt_of(self._dataset.tokens(rollout.sample))
-        self._dataset.add(rollout.index, joined(prompt, rollout.answer.token_ids))
+        written = rollout.answer.logprobs if self._importance is not None and rollout.version < step else None
+        self._dataset.add(rollout.index, joined(prompt, rollout.answer.token_ids, written=written))
         self._want(np.array([rollout.index], dtype=np.int64))
 
     def _want(self, samples: np.ndarray) -> None:

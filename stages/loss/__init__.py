@@ -4,6 +4,7 @@ from kdpipe.stages.loss.divergences import DIVERGENCES
 from kdpipe.stages.loss.divergences import find as find_divergence
 from kdpipe.stages.loss.fused import distill, fused_distill_loss
 from kdpipe.stages.loss.head import Side
+from kdpipe.stages.loss.importance import Importance
 from kdpipe.stages.loss.metrics import TokenMetrics, token_metrics
 from kdpipe.stages.loss.problem import DistillLoss, Problem, pose
 from kdpipe.stages.loss.reference import reference_distill_loss
@@ -13,6 +14,7 @@ __all__ = [
     "DIVERGENCES",
     "DistillLoss",
     "Head",
+    "Importance",
     "Problem",
     "Side",
     "TokenMetrics",

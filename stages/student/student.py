@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed.dataset import Teacher
 from kdpipe.stages.feed.packing import PackedBatch
-from kdpipe.stages.loss import Head, Side, TokenMetrics, distill, pose, token_metrics
+from kdpipe.stages.loss import Head, Importance, Side, TokenMetrics, distill, pose, token_metrics
 from kdpipe.stages.models.backbone import backbone, packed_hidden
 from kdpipe.stages.models.formula import logit_formula
 from kdpipe.stages.rollout.decode import Ended, Way, decode, trial
@@ -67,11 +67,13 @@ class Student(torch.nn.Module):
 
     It is examined first; `padded` says then that its layers cannot tell packed samples apart: batches must be padded.
     vocab_size: ids that its data can have, where no teacher says how many; the rows of its head when not given
+    importance: weighs rows that an older student wrote, where that is wanted
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
         super().__init__()
         self.model, self._vocab_size = model, vocab_size
+        self.importance: Importance | None = None
         self._formula = logit_formula(model.config)
         self._padded: bool | None = None
         self._text = np.zeros(0, np.int32)
@@ -200,12 +202,18 @@ class Student(torch.nn.Module):
             return token_metrics(hidden, head, rows, theirs, batch.labels, vocab_size=vocab_size)
         # Rows whose teacher nobody asked for are not in the batch: the loss is cross-entropy alone then.
         sides = [Side(rows, teacher.head) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
+        student, weights = Side(hidden, head), None
+        if self.importance is not None and batch.stale:
+            size = vocab_size or len(head.weight)
+            rows, written = batch.stale
+            weights = self.importance.weights(student, batch.next_tokens, rows, written, size)
         problem = pose(
-            Side(hidden, head),
+            student,
             sides,
             batch.labels,
             loss=loss,
             vocab_size=vocab_size,
+            weights=weights,
             keys=batch.keys,
             seed=seed,
             loss_scale=scale,

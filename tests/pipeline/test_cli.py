@@ -150,6 +150,14 @@ REFUSED = {
         "live.overlap: answers are 3 optimizer steps old when they are trained on, live.max_staleness allows 2",
     ),
     "answers older than they may be by default": ([*ONPOLICY, "--overlap", "5"], "live.max_staleness allows 4"),
+    "importance of answers that are never old": (
+        [*ONPOLICY, "--importance-cap", "2"],
+        "live.importance_cap: live.overlap 0 trains on every answer with the weights that wrote it",
+    ),
+    "importance of answers that are not drawn": (
+        [*ONPOLICY, "--importance-cap", "2", "--overlap", "1", "--temperature", "0"],
+        "live.importance_cap: temperature 0 takes the most likely token",
+    ),
     "an unknown choice": (["plan", *DATA, "--overlong", "cut"], "truncate"),
     "an unknown key": (["train", "--student", "s", "--cache", "c", "--output", "o", "--set", "train.lrr=1"], "'lr'"),
     "an unknown table": (["eval", "--student", "s", "--cache", "c", "--set", "trian.lr=1"], "'train'"),

@@ -262,7 +262,12 @@ class Kdpipe(Format):
         rows = [dataset.teachers[0].rows.rows(index) for index in range(len(cache))]
         train, heldout = dataset.split(None)
         return {
-            **joined([(ids, mask, some.view(np.uint16)) for (ids, mask, _), some in zip(tokens, rows, strict=True)]),
+            **joined(
+                [
+                    (text.token_ids, text.supervised, some.view(np.uint16))
+                    for text, some in zip(tokens, rows, strict=True)
+                ]
+            ),
             "num_tokens": dataset.num_tokens,
             "num_supervised": dataset.num_supervised,
             "split": np.concatenate([train, [-1], heldout]),

@@ -109,12 +109,78 @@ def test_gradients_are_those_of_dense_logits_on_the_answers_that_were_written(be
         assert error < 1e-4, (name, error)
 
 
+def test_older_answers_are_weighed_by_what_the_student_thinks_of_them_now(bench: Bench, tmp_path: Path) -> None:
+    """Loss and gradients by autograd through dense logits; the data's answers beside them have weight 1."""
+    cap, temperature = 1.2, 0.8
+    training = training_for(bench, tmp_path, loss=REVERSE, grad_accum=2, lr=3e-2, max_steps=2)
+    run_spec = run_file(lmbda=0.6, overlap=1, temperature=temperature, importance_cap=cap)
+    with beside(bench, training, run_spec) as found, joined(torch.device("cpu")) as ranks:
+        run = Run(training, found, ranks)
+        run.trainer.step()
+        assert not any(name.startswith("importance/") for name in run.batches.told(0)), "all of its answers are fresh"
+        count = run.batches.num_supervised(1)
+        sums = run.trainer.backward(1, count)
+        told = run.batches.told(1)
+        parameters = list(run.student.model.named_parameters())
+        gradients = {name: parameter.grad.full_tensor() for name, parameter in parameters}
+        state = {name: parameter.detach().full_tensor() for name, parameter in parameters}
+        texts = {int(each): found.dataset.tokens(int(each)) for each in run.planned.samples(1)}
+    written = [each for each in rollouts(tmp_path) if each["step"] == 1]
+    assert {each["version"] for each in written} == {0}
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (bench.student, bench.teacher)
+    )
+    student.load_state_dict(state, strict=False)
+    size = found.dataset.teachers[0].record.vocab_size
+    answered = {each["sample"] for each in written}
+    asked = [([*prompt_of(texts[each["sample"]]).tolist(), *each["token_ids"]], each["logprobs"]) for each in written]
+    own = [(torch.tensor(ids), torch.arange(len(ids)) >= len(ids) - len(old), old) for ids, old in asked]
+    data = [
+        (torch.tensor(text.token_ids.astype(np.int64)), torch.from_numpy(text.supervised), None)
+        for sample, text in texts.items()
+        if sample not in answered
+    ]
+    assert own
+    assert data
+    total, weights = torch.zeros((), dtype=torch.float64), []
+    for ids, supervised, old in own + data:
+        rows, tokens = supervised[1:].nonzero()[:, 0], ids[1:][supervised[1:]]
+        logits = student(ids[None]).logits[0, rows, :size].double()
+        with torch.no_grad():
+            theirs = teacher(ids[None]).logits[0, rows, :size].double().log_softmax(-1)
+            now = (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        weight = torch.ones(len(rows)) if old is None else (now - torch.tensor(old)).exp().clamp_max(cap)
+        weights += weight.tolist() if old else []
+        ours = logits.log_softmax(-1)
+        total = total + (weight * (ours.exp() * (ours - theirs)).sum(-1)).sum()
+    assert sums["kd"] == pytest.approx(float(total.detach()), rel=1e-5)
+    assert told["importance/mean"] == pytest.approx(np.mean(weights), rel=1e-5)
+    assert told["importance/max"] == pytest.approx(max(weights), rel=1e-5) == pytest.approx(cap)
+    assert told["importance/clip_ratio"] == pytest.approx(np.mean(np.array(weights) >= cap))
+    assert 0.05 < told["importance/clip_ratio"] < 0.95, "the test needs both"
+    (total / count).backward()
+    for name, parameter in student.named_parameters():
+        error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-12)
+        assert error < 1e-4, (name, error)
+
+
+def test_answers_of_the_weights_of_now_count_as_without_importance(bench: Bench, tmp_path: Path) -> None:
+    for name, cap in (("without", None), ("with", 1e-3)):
+        trained(
+            bench,
+            training_for(bench, tmp_path / name, loss=REVERSE, max_steps=1),
+            run_file(overlap=1, importance_cap=cap),
+        )
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+
+
 def test_a_run_that_is_stopped_goes_on_with_the_answers_it_had_written(bench: Bench, tmp_path: Path) -> None:
-    """Two steps ahead, so that answers of older weights are waiting when it is stopped."""
-    run = run_file(overlap=2, lmbda=0.7)
+    """Two steps ahead, so that answers of older weights are waiting when it is stopped, and weighed then."""
+    run = run_file(overlap=2, lmbda=0.7, importance_cap=2.0)
     changes = {"max_steps": 9, "save_every": 2}
     whole = trained(bench, training_for(bench, tmp_path / "whole", loss=REVERSE, **changes), run)
     assert [step["staleness/max"] for step in of(whole, "step")] == [0, 1, 2, 2, 2, 2, 2, 2, 2]
+    assert all(step["importance/mean"] != 1.0 for step in of(whole, "step")[1:])
 
     class Stopped(Recorder):
         def event(self, kind: str, **fields: object) -> None:
