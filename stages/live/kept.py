@@ -130,6 +130,10 @@ def seal(base: Cache, output: Path, cache: Path, progress: Progress) -> None:
         return
     found = dict(_entries(folder))
     indices = sorted(set(_trained_on(output)) & found.keys())
+    if not indices:
+        progress.note(f"the student was trained on no answer of its own: {cache} is not made")
+        shutil.rmtree(folder)
+        return
     if not (cache / PLAN_FILE).exists():
         _plan(base, [found[index].text for index in indices], cache)
     made = Cache.open(cache)

@@ -30,8 +30,10 @@ def test_without_answers_of_its_own_the_student_is_that_of_a_cache(
     offline: bytes,
     tmp_path: Path,
 ) -> None:
-    code, _, err = ended(started(*asked(bench, tmp_path / "out", "--lmbda", 0)))
+    code, _, err = ended(started(*asked(bench, tmp_path / "out", "--lmbda", 0, "--tee", tmp_path / "kept")))
     assert code == 0, err
+    assert "no answer of its own" in err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == offline
 
 
