@@ -200,8 +200,9 @@ class Samples:
         parts = [self.shard(index).column(name) for index in range(len(self.plan.shards))]
         if name == "content_id":
             raw = [np.frombuffer(part.buffers()[1], np.uint8)[: len(part) * ID_BYTES] for part in parts]
-            return np.concatenate(raw).reshape(-1, ID_BYTES)
-        return np.concatenate([part.to_numpy() for part in parts])
+            return np.concatenate([np.zeros(0, np.uint8), *raw]).reshape(-1, ID_BYTES)
+        none = SCHEMA.field(name).type.to_pandas_dtype()
+        return np.concatenate([np.zeros(0, none), *(part.to_numpy() for part in parts)])
 
     def identities(self) -> Iterator[bytes]:
         """`identity` of every sample, in order; reads all ids."""

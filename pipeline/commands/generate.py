@@ -24,8 +24,9 @@ def command(run: RunFile, out: Path | None, seed: int, as_json: bool) -> None:
 
     Each answer is a record: the conversation with the answer as its last turn, where it comes from, whether it came to
     an end or was cut, and whether reading it again gives the tokens that were written. An answer depends on the seed,
-    its prompt and its number alone. Interrupted? The same command again goes on, and ends with the same file. What it
-    was written with is in FILE.jsonl.json; other settings are refused. A prompt longer than --max-length is left out.
+    its prompt and its number alone, but for rounding; SGLang (--engine sglang) draws anew each time. Interrupted? The
+    same command again goes on, and ends with the same file. What it was written with is in FILE.jsonl.json; other
+    settings are refused. A prompt longer than --max-length is left out.
 
     \b
     kdpipe generate --model models/large --prompts chat.jsonl --out answers.jsonl

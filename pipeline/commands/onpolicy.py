@@ -52,9 +52,14 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     require_not_swapped(student, ())
     run = _checked(of_own(run))
     device, nproc = choose_ranks(run, "onpolicy")
-    from kdpipe.stages.live.kept import require_free, seal
-    from kdpipe.stages.live.onpolicy import check_prompts, find_onpolicy  # torch takes seconds: not for --help
+    from kdpipe.stages.live.kept import require_free, seal, start_anew
+    from kdpipe.stages.live.onpolicy import (
+        check_cache,
+        check_prompts,
+        find_onpolicy,
+    )  # torch takes seconds: not for --help
     from kdpipe.stages.train import Training, check_training
+    from kdpipe.stages.train.checkpoint import newest_record
     from kdpipe.stages.train.output import Output
 
     folder = plan_folder_of(output, "onpolicy")
@@ -62,6 +67,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         _require_same_model(run)
     with results_only():
         data = run.data.paths
+        _require_this_run(run, output, resume)
         if run.live.seq_kd and run.live.lmbda < 1.0:
             run = _answered_by_teacher(run, answers_of(folder, output))
         training = Training(
@@ -81,8 +87,11 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
             found = check_training(training, nproc, find_onpolicy(training, run))
             check_prompts(found, run.live)
             record = Output(output).finished(found.inputs)
+            check_cache(run, found)
             if run.live.tee is not None and record is None:
                 require_free(run.live.tee, output)
+                if resume == "never" or newest_record(output) is None:
+                    start_anew(run.live.tee, output)
         training = replace(training, inputs=found.inputs)
         if record is not None and record.metrics is not None:
             metrics = train_rank(training, found, command="onpolicy")
@@ -168,11 +177,37 @@ def _checked(run: RunFile) -> RunFile:
             )
         given = loss.model_dump(exclude_unset=True, exclude={"preset"} if loss.preset is None else set())
         loss = LossSpec.model_validate(given | {"divergence": "jsd", "options": {"beta": live.beta}})
+    if loss.kd_weight == 0.0:
+        raise ConfigError(
+            "0 leaves nothing to learn from the teacher; kdpipe train --data learns from the data's answers alone",
+            where="loss.kd_weight",
+        )
+    if live.seq_kd and run.cache.path:
+        raise ConfigError(
+            "with --seq-kd the teacher's answers take the place of those whose rows it has; leave one of them out",
+            where="--cache",
+        )
     if live.temperature == 0.0 and live.samples_per_prompt > 1:
         raise ConfigError(
             f"temperature 0 writes the same answer {live.samples_per_prompt} times", where="live.samples_per_prompt"
         )
     return run.model_copy(update={"loss": loss})
+
+
+def _require_this_run(run: RunFile, output: Path, resume: str) -> None:
+    """The output is of no run whose answers were to be written otherwise. Raises ConfigError, by the key's name."""
+    from kdpipe.manifests.run import read_run
+    from kdpipe.stages.train.checkpoint import newest_record
+
+    there = read_run(output) or (newest_record(output) if resume != "never" else None)
+    for key, asked in run.live.rollouts().items() if there is not None and there.inputs.rollouts else ():
+        made = there.inputs.rollouts.get(key) if there is not None else None
+        if made != asked:
+            raise ConfigError(
+                f"it is the output of another run: its live.{key} is {made}, this run's is {asked}; choose another "
+                "--output",
+                where=output,
+            )
 
 
 def _check_importance(live: LiveSpec) -> None:

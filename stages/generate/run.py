@@ -146,7 +146,8 @@ def _check_places(spec: GenerateSpec) -> None:
         raise ConfigError(f"it is a {'link' if out.is_symlink() else 'folder'}; name a file", where=out)
     require_outside(out, option="--out")
     for path in (*spec.prompts, *list_files(spec.prompts)):
-        if out.resolve() == path.resolve() or (path.is_dir() and out.resolve().parent == path.resolve()):
+        is_read = path.is_dir() and out.resolve().parent == path.resolve() and not out.name.startswith(".")
+        if out.resolve() == path.resolve() or is_read:
             raise ConfigError(
                 f"its answers would be read as prompts of {path} the next time; choose another --out", where=out
             )

@@ -49,6 +49,11 @@ def kept_folder(cache: Path, output: Path) -> Path:
     return cache.absolute().parent / f".{cache.name}.{run}.rollouts"
 
 
+def start_anew(cache: Path, output: Path) -> None:
+    """Nothing is kept of a run that there was before."""
+    shutil.rmtree(kept_folder(cache, output), ignore_errors=True)
+
+
 def require_free(cache: Path, output: Path) -> None:
     """The answers are kept in a cache of their own. Raises ConfigError for a folder that is there already."""
     require_outside(cache, option="--tee")
@@ -64,6 +69,10 @@ class _Entry:
     offset: int
     num_bytes: int
     digest: int
+
+    def says(self, answer: Sequence[int]) -> bool:
+        """Whether its text ends with an answer: another run's of the same index says something else."""
+        return self.text.token_ids[self.text.supervised].tolist() == list(answer)
 
 
 class Kept:
@@ -128,8 +137,8 @@ def seal(base: Cache, output: Path, cache: Path, progress: Progress) -> None:
     folder = kept_folder(cache, output)
     if not folder.exists():
         return
-    found = dict(_entries(folder))
-    indices = sorted(set(_trained_on(output)) & found.keys())
+    found, written = dict(_entries(folder)), dict(_written(output))
+    indices = sorted(index for index in written.keys() & found.keys() if found[index].says(written[index]))
     if not indices:
         progress.note(f"the student was trained on no answer of its own: {cache} is not made")
         shutil.rmtree(folder)
@@ -156,11 +165,11 @@ def seal(base: Cache, output: Path, cache: Path, progress: Progress) -> None:
     shutil.rmtree(folder)
 
 
-def _trained_on(output: Path) -> Iterator[int]:
-    """The indices of a run's answers, of all ranks."""
+def _written(output: Path) -> Iterator[tuple[int, list[int]]]:
+    """The indices and tokens of a run's answers, of all ranks."""
     for path in output.glob(ROLLOUTS):
         with open(path, "rb") as file:
-            yield from (int(json.loads(line)["index"]) for line in file)
+            yield from ((int(each["index"]), each["token_ids"]) for each in map(json.loads, file))
 
 
 def _plan(base: Cache, texts: Sequence[SampleTokens], cache: Path) -> None:

@@ -155,6 +155,11 @@ def find_onpolicy(training: Training, run: RunFile) -> Found:
     return _answering(found, NoRows(), training, run)
 
 
+def check_cache(run: RunFile, found: Found) -> None:
+    """The caches have rows of these samples, by this teacher. Raises as opening one, and CacheError."""
+    places_in([Cache.open(path, io=run.cache.io) for path in run.cache.path], found.dataset)
+
+
 def check_prompts(found: Found, live: LiveSpec) -> None:
     """Every sample must have a prompt, and room for the longest answer. Raises DataError, ConfigError."""
     texts = (found.dataset.tokens(sample) for sample in range(len(found.dataset)))

@@ -201,3 +201,22 @@ def test_a_refused_run_leaves_nothing_behind(bench: Bench, tmp_path: Path) -> No
         assert code == 4, err
         assert says in err, err
         assert list(tmp_path.iterdir()) == [], err
+
+
+def test_a_run_that_starts_again_keeps_nothing_of_the_one_before(bench: Bench, tmp_path: Path) -> None:
+    """Its answers have the same indices, and at the first step the same tokens."""
+    output, kept = tmp_path / "out", tmp_path / "kept"
+    more = ["--lmbda", 1, "--tee", kept, "--max-new-tokens", 3]
+    process = started(*asked(bench, output, *more))
+    wait_for(lambda: steps_of(output) >= 4 or process.poll() is not None)
+    process.kill()
+    assert ended(process)[0] == -signal.SIGKILL
+    code, _, err = ended(started(*asked(bench, output, *more, "--truncated", "drop")))
+    assert code == 4, err
+    assert "live.truncated is train, this run's is drop" in err
+    code, _, err = ended(started(*asked(bench, output, *more, "--truncated", "drop", "--resume", "never")))
+    assert code == 0, err
+    lines = [json.loads(line) for line in (output / "rollouts-00000.jsonl").read_text().splitlines()]
+    finished = [each for each in lines if each["ended"]]
+    assert (len(Cache.open(kept)) if kept.exists() else 0) == len(finished)
+    assert not list(tmp_path.glob(".*"))

@@ -91,6 +91,16 @@ RUN = ("--student", "s", "--cache", "c", "--output", "o")
 SFT = ("--student", "s", "--data", "d", "--output", "o")
 ONPOLICY = ("onpolicy", "--teacher", "t", "--student", "s", "--prompts", "d", "--output", "o")
 REFUSED = {
+    "answers of the student's own without a divergence": (
+        [*ONPOLICY, "--set", "loss.kd_weight=0"],
+        "nothing to learn from the teacher; kdpipe train --data",
+    ),
+    "a cache of answers that are replaced": ([*ONPOLICY, "--seq-kd", "--cache", "c"], "take the place of those whose"),
+    "one answer twice": ([*ONPOLICY, "--temperature", "0", "--samples-per-prompt", "2"], "the same answer 2 times"),
+    "beta of another divergence": (
+        [*ONPOLICY, "--beta", "0.5", "--set", "loss.divergence=forward_kl"],
+        "beta is that of the divergence jsd",
+    ),
     "a misspelt command": (["extrct"], "did you mean 'extract'"),
     "a misspelt option": (["extract", *DATA, "--cach", "c"], "--cache"),
     "a misspelt group option": (["--versoin"], "--version"),
