@@ -56,8 +56,12 @@ def test_run_file_page_is_made_from_the_specs() -> None:
     assert (ROOT / "docs" / "run-file.md").read_text() == run_file_doc.page()
 
 
-def test_the_page_of_the_house_has_a_line_for_every_module() -> None:
+def test_readme_has_a_line_for_every_module_and_the_page_of_the_house_is_its_tools() -> None:
     assert (ROOT / "docs" / "house.md").read_text() == house_doc.page()
+    text = (ROOT / "README.md").read_text()
+    assert text == house_doc.readme(text)
+    for path in (path for room in house_doc.ROOMS for path in (ROOT / room).rglob("*.py") if path.read_text().strip()):
+        assert f"`{path.relative_to(ROOT)}`" in text
 
 
 def test_the_page_of_the_losses_is_what_their_table_says() -> None:

@@ -1,6 +1,6 @@
-"""Writes docs/house.md: the way of a record and of a row in file names, and a line for every module, from the modules.
+"""Writes docs/house.md, the way of a record and of a row in file names, and README's line for every module.
 
-python tools/house_doc.py            prints the page; tests/test_docs.py compares it with the file
+python tools/house_doc.py            writes both; tests/test_docs.py compares them with the modules
 """
 
 import ast
@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("manifests", "stages", "pipeline")
+BEGIN, END = "<!-- modules: tools/house_doc.py -->", "<!-- end of modules -->"
 
 HEAD = """# The house
 
@@ -53,6 +54,17 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       answered, a window at a time     generate/run.py -> rollout/local.py -> decode.py, sampling.py
       a record of the same form        generate/answers.py -> file.py                     data for kdpipe extract
 
+    kdpipe onpolicy
+      who answers a step's samples     feed/batches.py -> live/rollouts.py
+      an answer                        live/writers.py -> student/student.py -> rollout/decode.py, sampling.py
+                                       or rollout/sglang_writer.py -> sglang/, its weights sglang/update.py
+      told to the teacher, scored      live/answers.py -> manifests/ring.py -> live/serve.py, as for stream
+      written down, kept               live/rollout_log.py; live/kept.py -> a cache
+      a teacher made of the student    live/updates.py
+
+    kdpipe generate
+      a prompt, its answer, a record   generate/run.py -> rollout/local.py -> generate/answers.py, file.py
+
 What a new part plugs into: an engine is a `TeacherEngine` (`stages/teacher/engine.py`) and an entry of `ENGINES`; rows
 from elsewhere are a `RowSource` (`manifests/row_source.py`) in a `Dataset`; steps of another kind are `Batches`
 (`stages/feed/batches.py`); another place for rows is a `Shelf` (`stages/extract/teach.py`); another way to store
@@ -63,13 +75,25 @@ rows is a `Codec` and an entry of `CODECS` (`manifests/codec.py`); a divergence 
 
 def page() -> str:
     """docs/house.md as it must be."""
-    parts = [HEAD]
-    for room in ROOMS:
-        parts.append(f"\n## {room}/\n\n| file | holds |\n|---|---|\n")
-        for path in sorted((ROOT / room).rglob("*.py"), key=lambda path: (path.parent, path.name)):
-            if line := first_line(path):
-                parts.append(f"| `{path.relative_to(ROOT)}` | {line} |\n")
-    return "".join(parts)
+    return HEAD
+
+
+def readme(text: str) -> str:
+    """README.md as it must be: a line for every module of each room, folded, where its marks stand."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin, "README.md has lost its mark"
+    assert end, "README.md has lost its mark"
+    return f"{before}{BEGIN}\n{''.join(map(room, ROOMS))}{END}{after}"
+
+
+def room(name: str) -> str:
+    """The modules of a room, a line each."""
+    lines = [f"\n<details><summary>{name}/, module by module</summary>\n\n| file | holds |\n|---|---|\n"]
+    for path in sorted((ROOT / name).rglob("*.py"), key=lambda path: (path.parent, path.name)):
+        if line := first_line(path):
+            lines.append(f"| `{path.relative_to(ROOT)}` | {line} |\n")
+    return "".join([*lines, "\n</details>\n"])
 
 
 def first_line(path: Path) -> str:
@@ -84,4 +108,5 @@ def first_line(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    (ROOT / "docs" / "house.md").write_text(page(), encoding="utf-8")
+    (ROOT / "README.md").write_text(readme((ROOT / "README.md").read_text(encoding="utf-8")), encoding="utf-8")
