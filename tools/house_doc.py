@@ -62,9 +62,6 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       written down, kept               live/rollout_log.py; live/kept.py -> a cache
       a teacher made of the student    live/updates.py
 
-    kdpipe generate
-      a prompt, its answer, a record   generate/run.py -> rollout/local.py -> generate/answers.py, file.py
-
 What a new part plugs into: an engine is a `TeacherEngine` (`stages/teacher/engine.py`) and an entry of `ENGINES`; rows
 from elsewhere are a `RowSource` (`manifests/row_source.py`) in a `Dataset`; steps of another kind are `Batches`
 (`stages/feed/batches.py`); another place for rows is a `Shelf` (`stages/extract/teach.py`); another way to store
