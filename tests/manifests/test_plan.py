@@ -42,7 +42,7 @@ def test_no_plan_no_cache(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="no cache here"):
         read_plan(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(CacheError, match="no cache here"):
+    with pytest.raises(CacheError, match="this is a file, a cache is a folder"):
         read_plan(tmp_path / "file")
 
 
