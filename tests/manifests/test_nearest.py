@@ -27,7 +27,7 @@ def test_other_names_lead_to_words_that_there_are() -> None:
 def test_a_bare_word_leads_to_the_whole_key() -> None:
     assert (full_keys("lr"), full_keys("learning_rate")) == (["train.lr"], ["train.lr"])
     assert (full_keys("beta"), full_keys("nonsense")) == (["live.beta", "loss.options.beta"], [])
-    assert misspelt_keys("temprature") == ["loss.temperature"]
+    assert misspelt_keys("temprature") == ["loss.temperature", "live.temperature"]
 
 
 def test_the_options_of_losses_are_those_of_their_table() -> None:
