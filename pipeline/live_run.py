@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError, KdpipeError
+from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.ring import RingEnd, RingReader, make_ring
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.manifests.specs import RunFile
@@ -58,6 +59,24 @@ def planned(run: RunFile, folder: Path, command: str, *, keep_rows: bool, prompt
     spec = replace(ExtractSpec.of(run), keep_rows=keep_rows, prompts=prompts)
     with watch(command, EventLog(None)) as progress, staged(spec, folder, progress) as found:
         return found.publish()
+
+
+def training_of(run: RunFile, plan: Path, device: str, *, resume: str, made_with: MadeWith) -> "Training":
+    """The student's side of a live run; plan: the folder of the samples' plan."""
+    from kdpipe.stages.train import Training
+
+    assert run.student.path is not None, "RunCommand has asked for it"
+    assert run.train.output is not None, "RunCommand has asked for it"
+    return Training(
+        student=run.student.path,
+        caches=(plan,),
+        output=run.train.output,
+        spec=run.training(),
+        device=device,
+        trust=run.student.trust_remote_code,
+        resume=resume,
+        made_with=made_with,
+    )
 
 
 @contextmanager

@@ -12,7 +12,15 @@ from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.generated import SIDECAR_ENDING
 from kdpipe.manifests.ring import RingReader
 from kdpipe.manifests.specs import LiveSpec, LossSpec, RunFile
-from kdpipe.pipeline.live_run import choose_ranks, forget, gone_if_refused, plan_folder_of, planned, run_live
+from kdpipe.pipeline.live_run import (
+    choose_ranks,
+    forget,
+    gone_if_refused,
+    plan_folder_of,
+    planned,
+    run_live,
+    training_of,
+)
 from kdpipe.pipeline.options import RunCommand, json_option, require_not_swapped, resume_option, this_command
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
@@ -53,12 +61,8 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     run = _checked(of_own(run))
     device, nproc = choose_ranks(run, "onpolicy")
     from kdpipe.stages.live.kept import require_free, seal, start_anew
-    from kdpipe.stages.live.onpolicy import (
-        check_cache,
-        check_prompts,
-        find_onpolicy,
-    )  # torch takes seconds: not for --help
-    from kdpipe.stages.train import Training, check_training
+    from kdpipe.stages.live.onpolicy import check_cache, check_prompts, find_onpolicy  # torch: not for --help
+    from kdpipe.stages.train import check_training
     from kdpipe.stages.train.checkpoint import newest_record
     from kdpipe.stages.train.output import Output
 
@@ -70,18 +74,10 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         _require_this_run(run, output, resume)
         if run.live.seq_kd and run.live.lmbda < 1.0:
             run = _answered_by_teacher(run, answers_of(folder, output))
-        training = Training(
-            student=student,
-            caches=(folder,),
-            output=output,
-            spec=run.training(),
-            device=device,
-            trust=run.student.trust_remote_code,
-            resume=resume,
-            made_with=this_command(
-                teacher=run.teacher.path, student=student, prompts=data, output=output, cache=run.cache.path
-            ),
+        made = this_command(
+            teacher=run.teacher.path, student=student, prompts=data, output=output, cache=run.cache.path
         )
+        training = training_of(run, folder, device, resume=resume, made_with=made)
         with gone_if_refused(folder):
             plan = planned(run, folder, "onpolicy", keep_rows=False, prompts=True)
             found = check_training(training, nproc, find_onpolicy(training, run))

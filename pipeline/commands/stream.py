@@ -8,7 +8,15 @@ import click
 
 from kdpipe.manifests.ring import RingReader
 from kdpipe.manifests.specs import RunFile
-from kdpipe.pipeline.live_run import choose_ranks, forget, gone_if_refused, plan_folder_of, planned, run_live
+from kdpipe.pipeline.live_run import (
+    choose_ranks,
+    forget,
+    gone_if_refused,
+    plan_folder_of,
+    planned,
+    run_live,
+    training_of,
+)
 from kdpipe.pipeline.options import RunCommand, json_option, require_not_swapped, resume_option, this_command
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.training import launch_training, train_rank
@@ -39,21 +47,13 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     require_not_swapped(student, ())
     device, nproc = choose_ranks(run, "stream")
     from kdpipe.stages.live.beside import find_beside  # torch takes seconds: not for --help or a misspelt option
-    from kdpipe.stages.train import Training, check_training
+    from kdpipe.stages.train import check_training
     from kdpipe.stages.train.output import Output
 
     folder, kept = run.live.tee or plan_folder_of(output, "stream"), run.live.tee is not None
     with results_only():
-        training = Training(
-            student=student,
-            caches=(folder,),
-            output=output,
-            spec=run.training(),
-            device=device,
-            trust=run.student.trust_remote_code,
-            resume=resume,
-            made_with=this_command(teacher=run.teacher.path, student=student, data=run.data.paths, output=output),
-        )
+        made = this_command(teacher=run.teacher.path, student=student, data=run.data.paths, output=output)
+        training = training_of(run, folder, device, resume=resume, made_with=made)
         with gone_if_refused(folder):
             plan = planned(run, folder, "stream", keep_rows=kept)
             found = check_training(training, nproc, find_beside(training, kept=kept))
