@@ -14,6 +14,7 @@ from tests.conftest import Bench
 from tests.integration.running import SETS, ended, started, steps_of, wait_for
 
 from kdpipe.manifests.ring import RingReader, make_ring
+from kdpipe.stages.train.checkpoint import CHECKPOINTS
 
 
 def streaming(bench: Bench, output: Path, *more: object) -> list[object]:
@@ -35,10 +36,18 @@ def teachers_of(output: Path) -> list[int]:
     return found
 
 
-def kill_at(bench: Bench, output: Path, step: int, whom: str) -> tuple[int, str]:
-    """Run and kill one side when so many steps were made; exit code and stderr. The other is gone soon after."""
+def kill_at(bench: Bench, output: Path, step: int, whom: str, saved: bool = False) -> tuple[int, str]:
+    """Run and kill one side when so many steps were made, and a checkpoint; exit code and stderr.
+
+    The other side is gone soon after.
+    """
     process = started(*streaming(bench, output))
-    wait_for(lambda: (teachers_of(output) and steps_of(output) >= step) or process.poll() is not None)
+
+    def is_there() -> bool:
+        checkpoint = not saved or any((output / CHECKPOINTS).glob("[0-9]*"))
+        return bool(checkpoint and teachers_of(output) and steps_of(output) >= step)
+
+    wait_for(lambda: is_there() or process.poll() is not None)
     for teacher in teachers_of(output):
         os.kill(teacher if whom == "teacher" else process.pid, signal.SIGKILL)
     killed = time.monotonic()
@@ -57,7 +66,7 @@ def test_either_side_may_be_killed_and_the_student_is_that_of_a_cache(
     assert err.splitlines()[-1].startswith("E-TEMPORARY the rows of sample")
     assert "the teacher (process" in err
     assert "Traceback" not in err
-    code, _ = kill_at(bench, output, 5, "student")
+    code, _ = kill_at(bench, output, 5, "student", saved=True)
     assert code == -signal.SIGKILL
     code, out, err = ended(started(*streaming(bench, output)))
     assert code == 0, err
