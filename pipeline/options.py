@@ -32,6 +32,7 @@ class Reads:
     needs: keys without which there is nothing to do
     renamed: options that have another name here: {"data.paths": "--prompts"}
     sections: tables whose options --help shows apart, by what it says over them
+    passes_on: whether it hands all but its own table to other commands
     """
 
     options: tuple[str, ...]
@@ -39,6 +40,7 @@ class Reads:
     needs: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     sections: Mapping[str, str] = field(default_factory=dict)
+    passes_on: bool = False
 
     def flag(self, key: str) -> str:
         """The name of a key's option."""
@@ -51,6 +53,10 @@ class Reads:
     def includes(self, key: str) -> bool:
         """Whether the command reads a key, or some of a table."""
         return any(within(key, read) or within(read, key) for read in (*self.options, *self.others))
+
+
+OF_CACHES = ("data.heldout_fraction", "data.max_length", "data.overlong", "data.supervise")
+"""Keys of [data] that kdpipe train asks a cache about too; the others are for data without one."""
 
 
 def within(key: str, table: str) -> bool:
@@ -207,6 +213,11 @@ READS = {
         others=("student.path", "train.output", "data.heldout_fraction", "train.batch_tokens"),
         needs=("cache.path",),
     ),
+    "sweep": Reads(
+        options=("sweep.jobs", "sweep.output"),
+        others=("sweep", "teacher", "engine", "data", "cache", "student", "loss", "train", "live"),
+        passes_on=True,
+    ),
     "cache verify": Reads(options=("teacher.path", "teacher.trust_remote_code", "engine.tp", "cache.io")),
 }
 
@@ -298,10 +309,17 @@ class RunCommand(Command):
         left = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             given = dict(_given({key: ctx.params.pop(key) for key in self.reads.of_options()}))
-            sets = ctx.params.pop("sets")
-            ctx.meta[TYPED] = [*given, *map(_key_of, sets)]
-            ctx.params["run"] = self._read(ctx, ctx.params.pop("config"), sets, given)
+            config, sets = self._config(ctx), ctx.params.pop("sets")
+            ctx.meta[TYPED] = Typed(config=config, sets=sets, keys=(*given, *map(key_of, sets)))
+            ctx.params["run"] = self._read(ctx, config, sets, given)
         return left
+
+    def _config(self, ctx: click.Context) -> Path | None:
+        """The run file, which a command may take as an argument too. Raises UsageError for two."""
+        named, config = ctx.params.pop("run_file", None), ctx.params.pop("config")
+        if named is not None and config is not None:
+            raise click.UsageError(f"two run files: {named} and --config {config}; name one", ctx)
+        return named or config
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options, those of a section after the others."""
@@ -309,7 +327,7 @@ class RunCommand(Command):
         for param in self.get_params(ctx):
             table, _, leaf = str(param.name).partition(".")
             title = self.reads.sections.get(table, "Options") if leaf != "paths" else "Options"
-            if (record := param.get_help_record(ctx)) is not None:
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None:
                 rows.setdefault(title, []).append(record)
         for title, records in rows.items():
             with formatter.section(title):
@@ -318,7 +336,7 @@ class RunCommand(Command):
     def _read(self, ctx: click.Context, config: Path | None, sets: tuple[str, ...], given: dict[str, Any]) -> RunFile:
         """Raises ConfigError, also for a key of --set that this command does not read; UsageError for one it needs."""
         run = load(config, sets, given)
-        for key in map(_key_of, sets):
+        for key in map(key_of, sets):
             if not self.reads.includes(key):
                 leaf = str(flag_of(key).name) if key in fields() else f"--{key}"
                 own = any(leaf in param.opts for param in self.params)
@@ -331,7 +349,7 @@ class RunCommand(Command):
         return run
 
 
-def _key_of(override: str) -> str:
+def key_of(override: str) -> str:
     """The key of a --set."""
     return override.partition("=")[0].strip()
 
@@ -350,14 +368,27 @@ def _given(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 TYPED = f"{__name__}.typed"
 
 
-def typed() -> list[str]:
-    """The run file's keys that this command line has, by option or by --set: ["teacher.path", "engine.tp"]."""
-    return list(click.get_current_context().meta[TYPED])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Typed:
+    """What a command line says of the run file.
+
+    config: where it is; sets: each --set as it is typed; keys: those given by an option or by --set
+    """
+
+    config: Path | None
+    sets: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+def typed() -> Typed:
+    """What this command line says of the run file."""
+    return click.get_current_context().meta[TYPED]
 
 
 def readers(key: str) -> str:
     """The commands that read a key: "kdpipe train, stream or onpolicy"."""
-    *names, last = [name for name, reads in READS.items() if reads.includes(key)]
+    read = [name for name, reads in READS.items() if reads.includes(key)]
+    *names, last = [name for name in read if not READS[name].passes_on] or read
     return f"kdpipe {', '.join(names)} or {last}" if names else f"kdpipe {last}"
 
 
@@ -454,6 +485,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 CONFIG = click.Option(
     ["--config"], type=PATH, metavar="FILE", help="Run file (TOML), the same for all commands: docs/run-file.md."
 )
+run_file_argument = click.argument("run_file", required=False, type=PATH, metavar="RUN.toml")
 SETS = click.Option(
     ["--set", "sets"],
     multiple=True,

@@ -37,7 +37,9 @@ def test_files_named_in_backticks_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_readme_commands_parse(line: str) -> None:
+def test_readme_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").touch()
     name, *words = shlex.split(line)[1:]
     command: click.Command = importlib.import_module(f"kdpipe.pipeline.commands.{name}").command
     if isinstance(command, click.Group):

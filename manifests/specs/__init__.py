@@ -18,8 +18,20 @@ from kdpipe.manifests.specs.cache import MAX_SHARD_TOKENS, SHARD_TOKENS, CacheSp
 from kdpipe.manifests.specs.data import DataSpec, DataTable
 from kdpipe.manifests.specs.live import LiveSpec
 from kdpipe.manifests.specs.loss import LOSS_OPTIONS, PRESETS, LossSpec
-from kdpipe.manifests.specs.run import RunFile, RunSpec, fields, flag_of, full_keys, load, misspelt_keys
+from kdpipe.manifests.specs.members import Member, members_of, sweep_output
+from kdpipe.manifests.specs.run import (
+    RunFile,
+    RunSpec,
+    fields,
+    flag_of,
+    full_keys,
+    load,
+    misspelt_keys,
+    override,
+    with_keys,
+)
 from kdpipe.manifests.specs.student import EvalSpec, StudentSpec
+from kdpipe.manifests.specs.sweep import SweepSpec
 from kdpipe.manifests.specs.teacher import EngineSpec, TeacherSpec
 from kdpipe.manifests.specs.train import FsdpSpec, TrainSpec, TrainTable
 
@@ -42,11 +54,13 @@ __all__ = [
     "Io",
     "LiveSpec",
     "LossSpec",
+    "Member",
     "RowsChoice",
     "RunFile",
     "RunSpec",
     "Spec",
     "StudentSpec",
+    "SweepSpec",
     "TeacherSpec",
     "TrainSpec",
     "TrainTable",
@@ -54,5 +68,9 @@ __all__ = [
     "flag_of",
     "full_keys",
     "load",
+    "members_of",
     "misspelt_keys",
+    "override",
+    "sweep_output",
+    "with_keys",
 ]

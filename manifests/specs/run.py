@@ -1,14 +1,16 @@
 """The run file: its tables joined, read from TOML, `--set` and options, with every error at the key that is wrong."""
 
+import copy
 import inspect
+import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import JsonValue, PrivateAttr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from kdpipe.manifests.errors import ConfigError
@@ -20,6 +22,7 @@ from kdpipe.manifests.specs.data import DataSpec, DataTable
 from kdpipe.manifests.specs.live import LiveSpec
 from kdpipe.manifests.specs.loss import LOSS_OPTIONS, LossSpec
 from kdpipe.manifests.specs.student import EvalSpec, StudentSpec
+from kdpipe.manifests.specs.sweep import SweepSpec
 from kdpipe.manifests.specs.teacher import EngineSpec, TeacherSpec
 from kdpipe.manifests.specs.train import TrainSpec, TrainTable
 
@@ -50,6 +53,20 @@ class RunFile(Spec):
     train: TrainTable = TrainTable()
     eval: EvalSpec = EvalSpec()
     live: LiveSpec = LiveSpec()
+    sweep: SweepSpec = SweepSpec()
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_given(cls, given: Any, read: Callable[[Any], "RunFile"]) -> "RunFile":
+        """What was said, before presets and defaults, for `with_keys`."""
+        run = read(given)
+        if isinstance(given, dict):
+            run._given = {
+                table: keys.model_dump(exclude_unset=True) if isinstance(keys, Spec) else keys
+                for table, keys in given.items()
+            }
+        return run
 
     def training(self) -> RunSpec:
         """The part that decides how a student is trained, without the places."""
@@ -119,6 +136,48 @@ def load(path: Path | None, overrides: tuple[str, ...] = (), options: Mapping[st
         raise ConfigError(_explain(err), where="--set" if overridden else path) from None
 
 
+def with_keys(run: RunFile, keys: Mapping[str, object], *, where: object, without: str = "") -> RunFile:
+    """The run file with other keys, put in as `--set` does: {"train.lr": 0.001}.
+
+    without: a table to leave out
+    Raises ConfigError, at `where`, naming the key and the nearest known one.
+    """
+    tree = copy.deepcopy(run._given)
+    tree.pop(without, None)
+    for key, value in keys.items():
+        _put(tree, key, value, where=where)
+    try:
+        return RunFile.model_validate(tree)
+    except ValidationError as err:
+        raise ConfigError(_explain(err), where=where) from None
+
+
+def override(key: str, value: JsonValue) -> str:
+    """What `--set` takes for a key's value: ("train.betas", [0.9, 0.95]) -> "train.betas=[0.9, 0.95]"."""
+    if isinstance(value, str) and value == value.strip() and not _is_toml(value):
+        return f"{key}={value}"
+    return f"{key}={_toml(value)}"
+
+
+def _is_toml(text: str) -> bool:
+    try:
+        tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return False
+    return True
+
+
+def _toml(value: JsonValue) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(str(key))} = {_toml(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value).lower()
+
+
 def _within(key: str, table: str) -> bool:
     return f"{key}.".startswith(f"{table}.")
 
@@ -135,7 +194,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     _put(tree, key, value, where="--set")
 
 
-def _put(tree: dict[str, Any], key: str, value: object, *, where: str) -> None:
+def _put(tree: dict[str, Any], key: str, value: object, *, where: object) -> None:
     *tables, leaf = (part.strip() for part in key.split("."))
     for table in tables:
         tree = tree.setdefault(table, {})

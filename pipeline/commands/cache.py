@@ -91,7 +91,7 @@ def verify(
     teacher = run.teacher.path
     if recompute is not None and teacher is None:
         raise ConfigError("--recompute and --teacher go together", where="--recompute")
-    if recompute is None and (useless := sorted(set(typed()) - {"cache.io"})):
+    if recompute is None and (useless := sorted(set(typed().keys) - {"cache.io"})):
         raise ConfigError("it is of use with --recompute N alone", where=flag_of(useless[0]).name)
     levels: dict[Level, bool] = {"quick": quick, "full": full, "deep": deep}
     asked = [level for level, is_asked in levels.items() if is_asked]

@@ -10,6 +10,7 @@ import click
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import RunFile, flag_of
 from kdpipe.pipeline.options import (
+    OF_CACHES,
     RunCommand,
     group_for,
     json_option,
@@ -21,9 +22,6 @@ from kdpipe.pipeline.options import (
 )
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.training import choose_device, choose_nproc, find_data, launch_training, train_rank
-
-OF_CACHES = ("data.heldout_fraction", "data.max_length", "data.overlong", "data.supervise")
-"""Keys of [data] that a cache is asked about too."""
 
 
 @click.command("train", cls=RunCommand)
@@ -90,21 +88,21 @@ def _sources(run: RunFile) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     caches, data = run.cache.path, run.data.paths
     if not caches and not data:
         raise click.UsageError("option '--cache' (a teacher's rows) or '--data' (no teacher) is missing")
-    if caches and "data.paths" in typed():
-        way = "" if "cache.path" in typed() else ": --set cache.path=[] leaves out the run file's cache"
+    if caches and "data.paths" in typed().keys:
+        way = "" if "cache.path" in typed().keys else ": --set cache.path=[] leaves out the run file's cache"
         raise ConfigError(
             "--cache trains on a teacher's rows, with the samples that they were made for; --data trains on data "
             f"alone, by cross-entropy and without a teacher; take one of the two{way}",
             where="--data",
         )
-    if not caches and run.teacher.path is not None and "data.paths" not in typed():
+    if not caches and run.teacher.path is not None and "data.paths" not in typed().keys:
         raise ConfigError(
             f"the run file names a teacher ({run.teacher.path}) and no cache of its rows: make one with kdpipe "
             "extract, or train beside the teacher with kdpipe stream; --data trains on data alone",
             where="--cache",
         )
     table, other, but = ("data", "--data", OF_CACHES) if caches else ("cache", "--cache", ("cache.path",))
-    for key in typed():
+    for key in typed().keys:
         if within(key, table) and key not in but:
             raise ConfigError(f"it is of use with {other} alone; leave it out", where=flag_of(key).name)
     return (caches, ()) if caches else ((), data)

@@ -29,8 +29,13 @@ from kdpipe.stages.train.checkpoint import (
 EVENTS = "events.jsonl"
 INCIDENTS = "prepare.jsonl"
 """What of the data was cut or left out, where the run has prepared them itself."""
-FILES = {EVENTS, INCIDENTS, RUNNING_FILE}
-FOLDERS = {UNFINISHED, CHECKPOINTS, TEACHERS}
+LOG = "log.txt"
+"""What a run of a sweep says on its stderr."""
+REPORT = "report.html"
+SUBMITTED = "submit"
+"""Folder of what was sent to a cluster for it."""
+FILES = {EVENTS, INCIDENTS, RUNNING_FILE, LOG, REPORT}
+FOLDERS = {UNFINISHED, CHECKPOINTS, TEACHERS, SUBMITTED}
 """What an interrupted run leaves in its output."""
 
 

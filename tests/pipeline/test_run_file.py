@@ -112,6 +112,7 @@ GOOD = {
     "loss.options": "{}",
     "engine.args": "{}",
     "train.betas": "[0.5, 0.5]",
+    "sweep.runs": "[]",
 }
 """Values of the keys whose default and type say too little of what they take."""
 

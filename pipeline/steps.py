@@ -1,0 +1,246 @@
+"""Steps: what is left to do of a run file, each the words after `kdpipe`, as a function of the file and of the disk.
+
+    RunFile, Disk -> steps_of -> extract -> seal -> train/NAME ... -> report
+
+local.run works them off on this machine, slurm.render writes each as a script; anybody can type one.
+Invariant: pure but for `disk_of`. What is finished has no step: taking the steps anew after any of them is to go on.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import ConfigError, IncompleteError
+from kdpipe.manifests.made_with import extract_again
+from kdpipe.manifests.plan import PLAN_FILE
+from kdpipe.manifests.provenance import digest_model, digest_tokenizer
+from kdpipe.manifests.run import ELASTIC, RunInputs, read_run
+from kdpipe.manifests.specs import Member, RunFile, members_of, override, sweep_output
+from kdpipe.pipeline.options import OF_CACHES, READS, key_of, readers, within
+
+EXTRACT, SEAL, REPORT = "extract", "seal", "report"
+OF_SUBMIT = "slurm"
+"""Table that decides where a run is computed, not what: it may vary, and no step is given it."""
+OF_EACH = ("data.heldout_fraction",)
+"""Keys of [data] that may differ between the students of one cache."""
+REPORT_FILE = "report.html"
+OF_CACHE = ("max_length", "overlong", "supervise")
+"""Keys of [data] that a student's record has from its cache."""
+Digests = Callable[[Path], tuple[str, str]]
+"""Of a student's folder: model and tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One command.
+
+    argv: the words after `kdpipe`; of a step of several parts one is "{part}", filled with 1/n to n/n
+    needs: names of the steps that come before
+    output: folder or file that it makes
+    whatever: whether it is taken however those before it ended, else only if all of them ended well
+    member: the run of the sweep that it is
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    needs: tuple[str, ...]
+    output: Path
+    parts: int = 1
+    whatever: bool = False
+    member: Member | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    """What the folders of a run file say.
+
+    complete: caches with every row
+    finished: names of the members whose student is there and measured
+    """
+
+    complete: frozenset[Path] = frozenset()
+    finished: frozenset[str] = frozenset()
+
+
+def steps_of(
+    config: Path | None, run: RunFile, disk: Disk, sets: tuple[str, ...] = (), *, parts: int = 1
+) -> tuple[Step, ...]:
+    """What is left to do of a run file, each step after those it needs.
+
+    config: where the run file lies; sets: the --set that go with it; parts: processes that extract
+    Raises ConfigError naming the run and the key that is wrong, IncompleteError for a cache that nothing here makes.
+    """
+    members = members_of(run)
+    _check(run, members, sets)
+    left = [member for member in members if member.name not in disk.finished]
+    before = _cache_steps(config, run, left, disk, sets, parts)
+    needs = tuple(step.name for step in before[-1:])
+    students = [_member_step(config, run, member, sets, needs) for member in left]
+    steps = [*before, *students]
+    if run.sweep.report and students:
+        steps.append(_report(run, members, tuple(step.name for step in students)))
+    return tuple(steps)
+
+
+def disk_of(run: RunFile) -> Disk:
+    """What the folders of a run file say now; reads records, and the weights of students that are trained already.
+
+    Raises ConfigError for a member's output that holds the student of another run.
+    """
+    members = members_of(run)
+    complete = frozenset(path for path in _caches(members) if is_complete(path))
+    digest = cache(lambda path: (digest_model(path), digest_tokenizer(path)))  # once a student, however many runs
+    finished = set()
+    for member in members:
+        record = read_run(member.output)
+        if record is not None and record.metrics is not None:
+            wanted = _inputs(member, record.inputs, command=run.sweep.command, digest=digest, complete=complete)
+            if difference := wanted.difference(record.inputs, but=ELASTIC):
+                raise ConfigError(
+                    f"it holds the student of another run: {difference}; choose another output or remove the folder",
+                    where=member.output,
+                )
+            finished.add(member.name)
+    return Disk(complete=complete, finished=frozenset(finished))
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a cache is there with every row. Raises what opening a damaged one raises."""
+    return (path / PLAN_FILE).exists() and Cache.open(path).complete
+
+
+def _check(run: RunFile, members: tuple[Member, ...], sets: tuple[str, ...]) -> None:
+    """Every key that varies is read by the command, and every run has what it needs. Raises ConfigError."""
+    command = run.sweep.command
+    for member in members:
+        where = f"run {member.name}"
+        for key in member.overrides:
+            if not _is_passed(command, key, member) and not within(key, OF_SUBMIT):
+                raise ConfigError(f"'{key}' cannot vary: {_why_not(command, key)}", where=where)
+        for key in READS[command].needs:
+            if not getattr(getattr(member.run, key.partition(".")[0]), key.rpartition(".")[2]):
+                raise ConfigError(f"it has no {key}; give it in the run file or let it vary", where=where)
+        if command == "train" and not member.run.cache.path and not member.run.data.paths:
+            raise ConfigError("it has neither a cache.path nor data.paths to train on", where=where)
+    varied = {key for member in members for key in member.overrides}
+    for given in map(key_of, sets):
+        heard = READS["extract"].includes(given) or any(_is_passed(command, given, member) for member in members)
+        if not (heard or within(given, "sweep") or within(given, OF_SUBMIT)):
+            raise ConfigError(f"'{given}': {_why_not(command, given)}", where="--set")
+        if other := next((key for key in varied if within(key, given) or within(given, key)), None):
+            raise ConfigError(
+                f"'{given}': the sweep varies {other}; set sweep.grid.{other}=[...] instead", where="--set"
+            )
+
+
+def _is_passed(command: str, key: str, member: Member) -> bool:
+    """Whether a key goes to the command that makes a student; where there is a cache, little of [data] does."""
+    if command == "train" and member.run.cache.path and within(key, "data"):
+        return key in (OF_EACH if key in member.overrides else OF_CACHES)
+    return READS[command].includes(key) and not within(key, "sweep")
+
+
+def _why_not(command: str, key: str) -> str:
+    if READS[command].includes(key):
+        return "the samples of a cache are made with one; give each run its cache.path"
+    return f"kdpipe {command} does not read it, it is for {readers(key)}"
+
+
+def _cache_steps(
+    config: Path | None, run: RunFile, left: list[Member], disk: Disk, sets: tuple[str, ...], parts: int
+) -> list[Step]:
+    """Extract and seal the run file's cache, where a run that is left lacks rows of it.
+
+    Raises IncompleteError for another cache without all its rows, or where no teacher is named.
+    """
+    reads = READS[run.sweep.command].includes("cache.path")
+    missing = [path for path in _caches(left) if path not in disk.complete] if reads else []
+    if not missing:
+        return []
+    own = run.cache.path[0] if len(run.cache.path) == 1 and run.teacher.path and run.data.paths else None
+    for path in missing:
+        if path != own:
+            raise IncompleteError(
+                "the cache lacks rows, and this run file does not say how to extract them (teacher.path, data.paths, "
+                "one cache.path)",
+                where=path,
+                hint=extract_again(path),
+            )
+    assert own is not None, "it is what is missing"
+    part = ("--part", "{part}") if parts > 1 else ()
+    given = [text for text in sets if READS["extract"].includes(key_of(text))]
+    extract = Step(name=EXTRACT, argv=(*_words("extract", config, given), *part), needs=(), output=own, parts=parts)
+    seal = Step(name=SEAL, argv=("cache", "verify", str(own), "--quick"), needs=(EXTRACT,), output=own)
+    return [extract, seal]
+
+
+def _member_step(
+    config: Path | None, run: RunFile, member: Member, sets: tuple[str, ...], needs: tuple[str, ...]
+) -> Step:
+    command = run.sweep.command
+    given = [text for text in sets if _is_passed(command, key_of(text), member)]
+    varied = [override(key, value) for key, value in member.overrides.items() if not within(key, OF_SUBMIT)]
+    return Step(
+        name=f"{command}/{member.name}",
+        argv=(*_words(command, config, [*given, *varied]), "--output", str(member.output)),
+        needs=needs,
+        output=member.output,
+        member=member,
+    )
+
+
+def _report(run: RunFile, members: tuple[Member, ...], needs: tuple[str, ...]) -> Step:
+    page = sweep_output(run) / REPORT_FILE
+    outputs = (str(member.output) for member in members)
+    return Step(name=REPORT, argv=("report", *outputs, "--out", str(page)), needs=needs, output=page, whatever=True)
+
+
+def _words(command: str, config: Path | None, sets: Sequence[str]) -> tuple[str, ...]:
+    """("train", "--config", "run.toml", "--set", "train.lr=0.1", "train.seed=1")"""
+    from_file = () if config is None else ("--config", str(config))
+    return (command, *from_file, *(("--set", *sets) if sets else ()))
+
+
+def _caches(members: Iterable[Member]) -> list[Path]:
+    """Every cache that the members train on, once."""
+    return list(dict.fromkeys(path for member in members for path in member.run.cache.path))
+
+
+def _inputs(
+    member: Member, recorded: RunInputs, *, command: str, digest: Digests, complete: frozenset[Path]
+) -> RunInputs:
+    """What the run depends on as the run file says it now; what only its command can tell is as it was recorded."""
+    asked, made = member.run.training(), recorded.spec
+    if command != "train":  # a live run decides some of its loss and data itself
+        return recorded.model_copy(update={"spec": made.model_copy(update={"train": asked.train})})
+    if not recorded.caches:
+        asked = asked.without_teacher()
+    of_cache = {} if not recorded.caches else {name: getattr(made.data, name) for name in OF_CACHE}
+    fraction = asked.data.heldout_fraction if "heldout_fraction" in asked.data.model_fields_set else None
+    if fraction is None:
+        fraction = recorded.heldout_fraction
+    data = asked.data.model_copy(update={**of_cache, "heldout_fraction": fraction})
+    student, trust = member.run.student.path, member.run.student.trust_remote_code
+    changes: dict[str, object] = {
+        "spec": asked.model_copy(update={"data": data}),
+        "heldout_fraction": fraction,
+        "caches": _fingerprints(member, recorded, complete),
+    }
+    if student is not None and student.exists() and trust is None:
+        changes["student"], changes["tokenizer"] = digest(student)
+    return recorded.model_copy(update=changes)
+
+
+def _fingerprints(member: Member, recorded: RunInputs, complete: frozenset[Path]) -> tuple[str, ...]:
+    """Of the caches of now; as recorded for one that has grown since, or is gone."""
+    paths = member.run.cache.path
+    if not set(paths) <= complete:
+        return recorded.caches
+    now = [Cache.open(path) for path in paths]
+    if len(now) == len(recorded.caches) and all(
+        was in one.fingerprints() for one, was in zip(now, recorded.caches, strict=True)
+    ):
+        return recorded.caches
+    return tuple(one.plan.fingerprint.overall() for one in now)
