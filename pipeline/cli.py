@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 from kdpipe.manifests.bus_errors import explain_bus_errors
+from kdpipe.manifests.cores import settle_threads
 from kdpipe.manifests.errors import ConfigError, InternalError, SpaceError
 from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.specs import full_keys, misspelt_keys
@@ -168,6 +169,7 @@ def main(args: Sequence[str] | None = None) -> None:
     # transformers draws bars beside ours, and tells over many lines what our errors say in one.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    settle_threads(os.environ)
     os.umask(os.umask(0o777) | 0o077)  # prompts and answers can be told from what is written: for its owner alone
     explain_bus_errors(lambda err: _say(str(err)))
     with lasting_streams() as lost:

@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdpipe.manifests.bus_errors import explain_bus_errors
+from kdpipe.manifests.cores import THREADS, asked_threads, num_cores
 from kdpipe.manifests.errors import InternalError, KdpipeError, PeerError, TemporaryError, error_of, fields_of, stopped
 from kdpipe.pipeline.endings import answered
 from kdpipe.pipeline.last_net import Crash, crash_of, kept
@@ -202,11 +203,14 @@ def _signals() -> Iterator[list[signal.Signals]]:
 @contextlib.contextmanager
 def _threads(nproc: int) -> Iterator[None]:
     """Share the cores among the ranks, unless the user has said how. Read when torch loads, so it must be inherited."""
-    if "OMP_NUM_THREADS" in os.environ:
+    if asked_threads(os.environ) is not None:
         yield
         return
-    os.environ["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // nproc, 1))
+    before = os.environ.get(THREADS)
+    os.environ[THREADS] = str(max(num_cores() // nproc, 1))
     try:
         yield
     finally:
-        del os.environ["OMP_NUM_THREADS"]
+        del os.environ[THREADS]
+        if before is not None:
+            os.environ[THREADS] = before

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.cores import given_cores
 from kdpipe.manifests.errors import ConfigError, KdpipeError
 from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.ring import RingEnd, RingReader, make_ring
@@ -48,7 +49,7 @@ def shares(run: RunFile, student_device: str) -> tuple[Share, Share]:
     devices = {pick_device(run.engine.device).type, student_device}
     if devices == {"cuda"}:
         return share_gpus(run.live, run.engine, visible_gpus(torch.cuda.device_count()))
-    return share_cores(run.live, sorted(os.sched_getaffinity(0))) if devices == {"cpu"} else (Share(), Share())
+    return share_cores(run.live, given_cores()) if devices == {"cpu"} else (Share(), Share())
 
 
 def planned(run: RunFile, folder: Path, command: str, *, keep_rows: bool, prompts: bool = False) -> Cache:
@@ -144,9 +145,9 @@ def keep_to(share: Share) -> None:
     """This process, and all that it starts from now on, keeps to its share."""
     import torch
 
-    if share.cores:
-        os.sched_setaffinity(0, share.cores)
-        torch.set_num_threads(share.threads(os.environ))
+    if share.cores is not None:
+        share.cores.keep()
+        torch.set_num_threads(share.cores.threads(os.environ))
     share.settle(os.environ)
 
 

@@ -8,40 +8,37 @@ import os
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
+from kdpipe.manifests.cores import Cores
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import EngineSpec, LiveSpec
 
-THREADS, VISIBLE = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """What is one role's alone; () leaves it everything."""
+    """What is one role's alone; None and () leave it everything."""
 
-    cores: tuple[int, ...] = ()
+    cores: Cores | None = None
     gpus: tuple[str, ...] = ()
 
     def settle(self, environment: MutableMapping[str, str]) -> None:
         """The variables by which a process that is started keeps to its share."""
-        if self.cores:
-            environment[THREADS] = str(self.threads(environment))
+        if self.cores is not None:
+            self.cores.settle(environment)
         if self.gpus:
             environment[VISIBLE] = ",".join(self.gpus)
 
-    def threads(self, environment: MutableMapping[str, str]) -> int:
-        """As many as were asked for, but no more than there are cores."""
-        given = environment.get(THREADS, "").partition(",")[0]
-        return min(int(given), len(self.cores)) if given.isdecimal() and int(given) else len(self.cores)
 
-
-def share_cores(live: LiveSpec, cores: Sequence[int]) -> tuple[Share, Share]:
-    """The teacher's and the student's, of those that this process may use. Raises ConfigError for none left."""
-    if len(cores) < 2:
+def share_cores(live: LiveSpec, cores: Cores) -> tuple[Share, Share]:
+    """The teacher's and the student's, of those that this process was given. Raises ConfigError for none left."""
+    if cores.count < 2:
         return Share(), Share()
-    count = live.teacher_cores or len(cores) // 2
-    if count >= len(cores):
-        raise ConfigError(f"{count} of {len(cores)} cores leave the student none", where="live.teacher_cores")
-    return Share(cores=tuple(cores[:count])), Share(cores=tuple(cores[count:]))
+    count = live.teacher_cores or cores.count // 2
+    if count >= cores.count:
+        raise ConfigError(f"{count} of {cores.count} cores leave the student none", where="live.teacher_cores")
+    teacher, student = cores.parts([count, cores.count - count])
+    return Share(cores=teacher), Share(cores=student)
 
 
 def share_gpus(live: LiveSpec, engine: EngineSpec, gpus: Sequence[str]) -> tuple[Share, Share]:

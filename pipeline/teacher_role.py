@@ -41,7 +41,7 @@ def teacher_beside(run: RunFile, plan: Path, ends: Sequence[RingEnd], share: Sha
     """
     environment = dict(os.environ)
     share.settle(environment)
-    cores = ",".join(map(str, share.cores))
+    cores = "" if share.cores is None else ",".join(map(str, share.cores.numbers))
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, run.model_dump_json(), str(plan), cores, *map(str, ends)],
         env=environment,

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import multiprocessing.forkserver
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from tests.chats import write_chats
 from tests.models import make_model, make_tokenizer
 
+from kdpipe.manifests.cores import GIVEN, THREADS
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.pipeline import cli
@@ -125,6 +127,11 @@ def main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Run the command line in this process: exit code, stdout, stderr."""
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(key, raising=False)
+    for key in (THREADS, GIVEN):  # live modes set them for their process, which is this one here
+        before = os.environ.get(key)
+        monkeypatch.setenv(key, before or "")
+        if before is None:
+            monkeypatch.delenv(key)
 
     def run(*args: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as done:

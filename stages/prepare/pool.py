@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdpipe.manifests.cores import num_cores
 from kdpipe.manifests.errors import DataError, TemporaryError
 from kdpipe.stages.prepare.sources import RawRecord
 from kdpipe.stages.prepare.work import Worked
@@ -42,7 +43,7 @@ ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
 def num_processes(asked: int | None, files: Sequence[Path], tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many processes to work in, 1 for this one alone; all cores of this process for enough data.
+    """How many processes to work in, 1 for this one alone; one for each core that was given, with enough data.
 
     A tokenizer whose class is not of transformers works here: other processes do not have its code.
     """
@@ -50,7 +51,7 @@ def num_processes(asked: int | None, files: Sequence[Path], tokenizer: "PreTrain
         return 1
     if asked is not None:
         return max(asked, 1)
-    return max(1, min(len(os.sched_getaffinity(0)), sum(file.stat().st_size for file in files) // WORKER_BYTES))
+    return max(1, min(num_cores(), sum(file.stat().st_size for file in files) // WORKER_BYTES))
 
 
 def in_processes(

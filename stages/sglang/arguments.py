@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from kdpipe.manifests.cores import given_cores, num_cores
 from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import Device, Dtype
@@ -112,7 +113,7 @@ def host_environment(folder: Path, device: Device, options: EngineOptions) -> di
     if device == "cpu":
         ranks = options.tp * options.dp
         env["SGLANG_USE_CPU_ENGINE"] = "1"
-        env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+        env["OMP_NUM_THREADS"] = str(max(1, num_cores() // ranks))
         if ranks > 1:
             env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(core_groups(ranks)))
     return env
@@ -120,6 +121,7 @@ def host_environment(folder: Path, device: Device, options: EngineOptions) -> di
 
 def core_groups(ranks: int) -> list[str]:
     """This process's cores dealt to the ranks in equal runs, as "0,1"; where there are fewer, ranks share them."""
-    cores = sorted(os.sched_getaffinity(0))
+    given = given_cores()
+    cores = given.numbers or sorted(os.sched_getaffinity(0))[: given.count]  # SGLang wants numbers of its ranks
     size = max(1, len(cores) // ranks)
     return [",".join(str(cores[(rank * size + i) % len(cores)]) for i in range(size)) for rank in range(ranks)]

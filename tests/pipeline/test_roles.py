@@ -2,6 +2,7 @@
 
 import pytest
 
+from kdpipe.manifests.cores import Cores
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import EngineSpec, LiveSpec
 from kdpipe.pipeline.roles import Share, share_cores, share_gpus, visible_gpus
@@ -12,13 +13,14 @@ from kdpipe.pipeline.roles import Share, share_cores, share_gpus, visible_gpus
     [(2, None, (0,), (1,)), (5, None, (0, 1), (2, 3, 4)), (5, 4, (0, 1, 2, 3), (4,)), (1, None, (), ())],
 )
 def test_no_core_is_both_roles(count: int, asked: int | None, teacher: tuple[int], student: tuple[int]) -> None:
-    shares = share_cores(LiveSpec(teacher_cores=asked), range(count))
-    assert [share.cores for share in shares] == [teacher, student]
+    cores = Cores(count=count, numbers=tuple(range(count)))
+    shares = share_cores(LiveSpec(teacher_cores=asked), cores)
+    assert [share.cores.numbers if share.cores else () for share in shares] == [teacher, student]
 
 
 def test_a_student_without_a_core_is_refused() -> None:
     with pytest.raises(ConfigError, match="4 of 4 cores leave the student none"):
-        share_cores(LiveSpec(teacher_cores=4), range(4))
+        share_cores(LiveSpec(teacher_cores=4), Cores(count=4))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_a_gpu_that_there_is_not_is_refused() -> None:
 
 def test_a_process_has_no_more_threads_than_cores_whatever_the_user_has_set() -> None:
     for given, expected in (({}, "2"), ({"OMP_NUM_THREADS": "8"}, "2"), ({"OMP_NUM_THREADS": "1"}, "1")):
-        Share(cores=(4, 5)).settle(given)
+        Share(cores=Cores(count=2, numbers=(4, 5))).settle(given)
         assert given["OMP_NUM_THREADS"] == expected
     given = {}
     Share(gpus=("GPU-a", "3")).settle(given)
