@@ -3,7 +3,7 @@
 find_onpolicy(training, run) -> Found, before there is a teacher; fed_by(ring, found, ...) -> with one at work
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,19 +12,16 @@ import numpy as np
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import CacheError, ConfigError, TeacherError
-from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.ring import RingReader
 from kdpipe.manifests.row_source import CacheRows, RingRows
 from kdpipe.manifests.sample import prompt_of
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.manifests.specs import Device, LiveSpec, RunFile
-from kdpipe.stages.evaluate import measure
 from kdpipe.stages.feed.batches import Batches, PlannedBatches
 from kdpipe.stages.feed.dataset import Dataset
-from kdpipe.stages.feed.order import cut_steps
-from kdpipe.stages.feed.packing import PackedBatch, Packer
-from kdpipe.stages.live.answers import MEASURED, LiveRows, OwnAnswers, ToldRows, joined
+from kdpipe.stages.live.answers import LiveRows, OwnAnswers, ToldRows
 from kdpipe.stages.live.beside import NoRows, find_beside
+from kdpipe.stages.live.measuring import Measuring
 from kdpipe.stages.live.rollout_log import RolloutLog
 from kdpipe.stages.live.rollouts import RolloutBatches, sampling_of
 from kdpipe.stages.live.updates import TeacherUpdates
@@ -34,15 +31,9 @@ from kdpipe.stages.models.context import context_of
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.rollout.sglang_writer import SglangWriter
-from kdpipe.stages.rollout.writer import Prompt
 from kdpipe.stages.student import Student, TeacherHead
 from kdpipe.stages.student.export import taught_stops
 from kdpipe.stages.train.training import Found, Training
-
-MEASURED_PROMPTS = 128
-"""Held-out prompts that the student answers in each evaluation, the first by content."""
-MEASURED_SEED = 0x6D656173
-"""Keeps the draws of an evaluation apart from those of steps: they are the same in each, so that it is comparable."""
 
 
 class OnPolicy:
@@ -54,7 +45,7 @@ class OnPolicy:
         self._run, self._dataset, self._model, self._output = run, dataset, found.model, output
         self._stop_ids = found.model.stop_ids | set(taught_stops(found.dataset, found.model.tokenizer))
         _, heldout = found.samples
-        self._heldout = heldout[:MEASURED_PROMPTS]
+        self._measuring = Measuring(dataset, heldout, sampling_of(run.live, self._stop_ids))
         self._writer: RunWriter | None = None
         self._updates = updates
 
@@ -107,43 +98,7 @@ class OnPolicy:
     def measure(
         self, student: Student, heads: Sequence[TeacherHead], ranks: Ranks | None, batch_tokens: int
     ) -> dict[str, float]:
-        """KL in both directions and agreement on the student's own answers to held-out prompts; {} without any."""
-        rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
-        mine = self._heldout[rank::world_size]
-        if not len(self._heldout):
-            return {}
-        prompts = [prompt_of(self._dataset.tokens(int(sample))) for sample in mine]
-        answers = student.write(
-            [Prompt(key=int(sample), token_ids=prompt) for sample, prompt in zip(mine, prompts, strict=True)],
-            sampling_of(self._run.live, self._stop_ids),
-            MEASURED_SEED,
-            heads[0].vocab_size,
-        )
-        indices = MEASURED + mine
-        for index, prompt, answer in zip(indices.tolist(), prompts, answers, strict=True):
-            self._dataset.add(index, joined(prompt, answer.token_ids, imitated=True))
-        packer = Packer(self._dataset, padded=student.padded, pin=student.model.device.type == "cuda")
-        feed = self._feed(packer, indices, batch_tokens, -(-len(self._heldout) // world_size))
-        found = measure(student, heads, feed, student.model.device, Silent())
-        self._dataset.drop(indices.tolist())
-        return {
-            "rollout_kl": found["heldout_kl"],
-            "rollout_reverse_kl": found["heldout_reverse_kl"],
-            "rollout_top1_agreement": found["top1_agreement"],
-            "rollout_tokens": found["num_tokens"],
-        }
-
-    def _feed(
-        self, packer: Packer, indices: np.ndarray, batch_tokens: int, count: int
-    ) -> Iterator[tuple[PackedBatch, int]]:
-        """A batch a sample where samples are long; equally many on every rank."""
-        for teacher in self._dataset.teachers:
-            teacher.rows.want(indices)
-        lengths = np.array([len(self._dataset.tokens(index).token_ids) for index in indices.tolist()], dtype=np.int64)
-        cuts = cut_steps(indices, lengths, batch_tokens) if len(indices) else []
-        for number in range(count):
-            samples = cuts[number] if number < len(cuts) else indices[:0]
-            yield (packer.pack(samples) if len(samples) else packer.empty()), 0
+        return self._measuring.measure(student, heads, ranks, batch_tokens)
 
 
 def find_onpolicy(training: Training, run: RunFile) -> Found:

@@ -6,7 +6,7 @@ import pytest
 from tests.conftest import Bench, Main
 
 from kdpipe.manifests.specs import RunFile
-from kdpipe.pipeline.commands.onpolicy import of_own
+from kdpipe.pipeline.live_keys import of_own
 
 
 @pytest.mark.parametrize(
