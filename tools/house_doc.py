@@ -60,6 +60,7 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
                                        or rollout/sglang_writer.py -> sglang/, its weights sglang/update.py
       told to the teacher, scored      live/answers.py -> manifests/ring.py -> live/serve.py, as for stream
       written down, kept               live/rollout_log.py; live/kept.py -> a cache
+      measured                         live/measuring.py -> evaluate.py
       a teacher made of the student    live/updates.py
 
 What a new part plugs into: an engine is a `TeacherEngine` (`stages/teacher/engine.py`) and an entry of `ENGINES`; rows

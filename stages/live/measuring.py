@@ -15,8 +15,10 @@ from kdpipe.stages.rollout.sampling import Sampling
 from kdpipe.stages.rollout.writer import Prompt
 from kdpipe.stages.student import Student, TeacherHead
 
-MEASURED_PROMPTS = 128
-"""Held-out prompts that the student answers in each evaluation, the first by content."""
+MEASURED_ANSWERS = 128
+"""Answers that are measured in each evaluation: to the first held-out prompts by content, one each, or ..."""
+MOST_EACH = 4
+"""... up to so many to each where there are fewer prompts, as single answers differ much."""
 MEASURED_SEED = 0x6D656173
 """Keeps the draws of an evaluation apart from those of steps: they are the same in each, so that it is comparable."""
 
@@ -25,19 +27,24 @@ class Measuring:
     """heldout: samples whose prompts are answered, the first of them, in every evaluation with the same draws"""
 
     def __init__(self, dataset: OwnAnswers, heldout: np.ndarray, sampling: Sampling) -> None:
-        self._dataset, self._heldout, self._sampling = dataset, heldout[:MEASURED_PROMPTS], sampling
+        self._dataset, self._sampling = dataset, sampling
+        drawn = sampling.temperature > 0.0
+        times = min(MEASURED_ANSWERS // max(len(heldout), 1), MOST_EACH) if drawn else 1
+        again = [heldout[:MEASURED_ANSWERS] + time * len(dataset) for time in range(max(times, 1))]
+        self._keys = np.concatenate(again)
+        """Of the answers: a sample, and how often it was answered before, times the number of samples."""
 
     def measure(
         self, student: Student, heads: Sequence[TeacherHead], ranks: Ranks | None, batch_tokens: int
     ) -> dict[str, float]:
         """KL in both directions and agreement on the student's own answers to held-out prompts; {} without any."""
         rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
-        mine = self._heldout[rank::world_size]
-        if not len(self._heldout):
+        mine = self._keys[rank::world_size]
+        if not len(self._keys):
             return {}
-        prompts = [prompt_of(self._dataset.tokens(int(sample))) for sample in mine]
+        prompts = [prompt_of(self._dataset.tokens(key % len(self._dataset))) for key in mine.tolist()]
         answers = student.write(
-            [Prompt(key=int(sample), token_ids=prompt) for sample, prompt in zip(mine, prompts, strict=True)],
+            [Prompt(key=key, token_ids=prompt) for key, prompt in zip(mine.tolist(), prompts, strict=True)],
             self._sampling,
             MEASURED_SEED,
             heads[0].vocab_size,
@@ -46,7 +53,7 @@ class Measuring:
         for index, prompt, answer in zip(indices.tolist(), prompts, answers, strict=True):
             self._dataset.add(index, joined(prompt, answer.token_ids, imitated=True))
         packer = Packer(self._dataset, padded=student.padded, pin=student.model.device.type == "cuda")
-        feed = self._feed(packer, indices, batch_tokens, -(-len(self._heldout) // world_size))
+        feed = self._feed(packer, indices, batch_tokens, -(-len(self._keys) // world_size))
         found = measure(student, heads, feed, student.model.device, Silent())
         self._dataset.drop(indices.tolist())
         return {

@@ -57,6 +57,7 @@ def measure(folder: Path, num_samples: int, max_steps: int) -> dict[str, int]:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ten_times_the_cache_takes_no_more_memory(tmp_path: Path) -> None:
     small = measure(tmp_path / "small", 250, 8)

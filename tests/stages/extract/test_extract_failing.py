@@ -22,8 +22,8 @@ from kdpipe.stages.extract import ExtractSpec
 
 HALF = 0
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EDQUOT": errno.EDQUOT, "EINTR": errno.EINTR, "half": HALF}
-STRIDE = 151
-"""The usual tests fail every 151st call, each error at its own; the long ones all of them."""
+STRIDE = 331
+"""The usual tests fail every 331st call, each error at its own; the long ones all of them."""
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_killed_while_what_is_lost_of_the_teachers_is_made_again(
 @pytest.mark.parametrize(
     "count",
     [
-        pytest.param(60, marks=pytest.mark.timeout(600)),
+        pytest.param(12, marks=pytest.mark.timeout(600)),
         pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
     ],
 )

@@ -26,7 +26,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ExtractSpec:
 @pytest.mark.parametrize(
     "races",
     [
-        pytest.param(6, marks=pytest.mark.timeout(600)),
+        pytest.param(3, marks=pytest.mark.timeout(600)),
         pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
     ],
 )

@@ -11,8 +11,13 @@ from torch._dynamo.exc import TorchDynamoException
 from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss, layout
 from kdpipe.stages.loss.layout import chunk_size, has_compiler
 
+# Each takes a compiler ten seconds or more: of the usual tests the three that differ most in what is compiled.
+USUAL = ("jsd", "adaptive_kl", "top_k_kl")
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+
+@pytest.mark.parametrize(
+    "divergence", [each if each in USUAL else pytest.param(each, marks=pytest.mark.slow) for each in DIVERGENCES]
+)
 def test_the_compiled_block_gives_what_the_plain_one_gives(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_compiler()
     inputs = make_inputs(53, 1031, dtype=torch.bfloat16)

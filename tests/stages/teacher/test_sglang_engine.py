@@ -88,13 +88,8 @@ def own_rows(folder: Path, dtype: str, requests: Sequence[Request]) -> torch.Ten
     ).double()
 
 
-USUAL = [
-    ("llama", "float32", "128"),
-    ("llama", "bfloat16", "-1"),
-    ("qwen3", "float32", "-1"),
-    ("qwen3", "bfloat16", "128"),
-]
-"""Of models, dtypes and chunks every two together; all three together are for the long tests."""
+USUAL = [("llama", "float32", "128"), ("qwen3", "bfloat16", "-1")]
+"""Each model, dtype and chunk once, as an engine takes half a minute to start; all together are for the long tests."""
 LONG = [
     pytest.param(kind, dtype, chunk, marks=pytest.mark.slow)
     for kind, dtype, chunk in itertools.product(("llama", "qwen3"), ("float32", "bfloat16"), ("128", "-1"))
@@ -130,7 +125,7 @@ def test_every_row_is_there_in_order_and_transformers_own(kind: str, dtype: Dtyp
         assert 0 < measured.row_error < 0.06
 
 
-@pytest.mark.parametrize("ranks", [{"tp": 2}, {"dp": 2}], ids=str)
+@pytest.mark.parametrize("ranks", [{"tp": 2}, pytest.param({"dp": 2}, marks=pytest.mark.slow)], ids=["tp", "dp"])
 def test_of_several_ranks_the_first_writes_each_row(ranks: dict[str, int], fault: Path, tmp_path: Path) -> None:
     fault.write_text("second rank")  # zeros there: two writers of equal rows would not show
     folder = make_model("llama", tmp_path / "teacher", sizes=SIZES)
@@ -247,7 +242,7 @@ def test_a_sink_that_did_not_load_stops_the_run_before_anything_is_written(
     ("name", "message"),
     [
         ("die", r"sample \d+ and \d+ more: SGLang died"),
-        ("hang", r"sample \d+ and \d+ more: SGLang gave no sign for 8 s"),
+        pytest.param("hang", r"sample \d+ and \d+ more: SGLang gave no sign for 8 s", marks=pytest.mark.slow),
     ],
 )
 def test_an_engine_that_dies_or_hangs_is_named_and_the_run_can_go_on(
@@ -268,7 +263,9 @@ def test_an_engine_that_dies_or_hangs_is_named_and_the_run_can_go_on(
     assert not list((tmp_path / "cache" / "tmp").iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=str)
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGKILL", "SIGTERM"]
+)
 def test_the_engine_ends_with_a_killed_extraction(
     number: signal.Signals, bench: Bench, fault: Path, scratch: Path, tmp_path: Path
 ) -> None:
