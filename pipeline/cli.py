@@ -35,6 +35,7 @@ COMMANDS = {
     "onpolicy": "Train a student on answers that it writes itself, scored by its teacher.",
     "generate": "Have a model write answers to prompts, as data for extract.",
     "eval": "Measure a student on the held-out rows of a cache.",
+    "report": "Compare runs: a page with curves, table and cost; also CSV and PNG.",
     "cache": "Look at a cache or check every byte of it.",
 }
 
@@ -94,6 +95,7 @@ def kdpipe(ctx: click.Context) -> None:
     kdpipe extract --teacher T --data D.jsonl --cache C
     kdpipe train   --student S --cache C --output O
     kdpipe eval    --student O --cache C
+    kdpipe report  O... --out report.html
 
     Exit codes: 0 ok, 1 failed check, 2 incomplete, 3 drift, 4 usage or bad input, 70 a fault of kdpipe, 75 temporary,
     130 interrupted.

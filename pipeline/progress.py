@@ -129,7 +129,7 @@ class ConsoleProgress:
         rate = f", {_number(self._done / seconds)} {self._unit}/s" if seconds > 0 and self._done else ""
         self._record("end", {"task": self._task, "done": self._done, "unit": self._unit, "seconds": seconds})
         detail = f", {self._detail}" if self._detail else ""
-        self._line(f"{self._task}: {self._done:,} {self._unit} in {_duration(seconds)}{rate}{detail}")
+        self._line(f"{self._task}: {self._done:,} {self._unit} in {duration(seconds)}{rate}{detail}")
         self._task = None
 
     def event(self, kind: str, **fields: object) -> None:
@@ -170,7 +170,7 @@ class ConsoleProgress:
         if rate is not None:
             parts.append(f"{_number(rate)} {self._unit}/s")
             if total is not None and total > done:
-                parts.append(f"{_duration((total - done) / rate)} left")
+                parts.append(f"{duration((total - done) / rate)} left")
         counted = f"{done:,}" if total is None else f"{self._share():.0%} {done:,}/{total:,}"
         return [*parts, f"{counted} {self._unit}"]
 
@@ -252,7 +252,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """3725 -> "1:02:05"."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)

@@ -100,7 +100,7 @@ def _complete(
         keep = stack.enter_context(alone_in(training.output)) if ranks.rank == 0 else (lambda: None)
         if (record := ranks.from_first(lambda: output.finished(found.inputs))) is not None:
             run = None  # the run that was here until now has ended well
-        progress.event("accepted")
+        progress.event("accepted", inputs=found.inputs.model_dump(mode="json"))
         asked = stack.enter_context(asked_to_stop(say=ranks.rank == 0))
         if run is not None:
             if training.data and ranks.rank == 0:
