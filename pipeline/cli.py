@@ -31,6 +31,8 @@ COMMANDS = {
     "extract": "Run a teacher once over the data and keep its hidden states in a cache.",
     "train": "Train a student from one or more caches.",
     "sweep": "Train all students of a run file, a run for each combination of values.",
+    "submit": "Send what is left to do of a run file to a Slurm cluster.",
+    "cancel": "Cancel the jobs that submit has sent for a run file.",
     "stream": "Train a student beside its teacher, its rows through shared memory.",
     "onpolicy": "Train a student on answers that it writes itself, scored by its teacher.",
     "generate": "Have a model write answers to prompts, as data for extract.",

@@ -95,6 +95,8 @@ READS = {
             "train.nproc",
             "train.device",
             "loss.preset",
+            "cache.stage_dir",
+            "cache.stage_max_bytes",
             "cache.io",
             "student",
             "train.group",
@@ -216,6 +218,11 @@ READS = {
     "sweep": Reads(
         options=("sweep.jobs", "sweep.output"),
         others=("sweep", "teacher", "engine", "data", "cache", "student", "loss", "train", "live"),
+        passes_on=True,
+    ),
+    "submit": Reads(
+        options=(),
+        others=("slurm", "sweep", "teacher", "engine", "data", "cache", "student", "loss", "train", "live"),
         passes_on=True,
     ),
     "cache verify": Reads(options=("teacher.path", "teacher.trust_remote_code", "engine.tp", "cache.io")),

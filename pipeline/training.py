@@ -1,14 +1,17 @@
 """Training as a process or as several: one rank's work with its progress and events, and the launch of all of them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdpipe.manifests.errors import BusyError, ConfigError, KdpipeError
-from kdpipe.manifests.progress import Silent
-from kdpipe.manifests.run import RUN_FILE
+from kdpipe.manifests.node_copy import node_copy
+from kdpipe.manifests.progress import Progress, Silent
+from kdpipe.manifests.run import RUN_FILE, read_run
+from kdpipe.manifests.specs import RunFile
 from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.pipeline.streams import lasting_streams
 
@@ -40,6 +43,31 @@ def find_data(training: "Training") -> "Found":
         return find(training)
     with watch("train", EventLog(None), where=training.output, kept=lambda: "nothing was trained") as progress:
         return find(training, progress)
+
+
+@contextmanager
+def node_copies(run: RunFile, output: Path) -> Iterator[tuple[Path, ...]]:
+    """Copies of the caches on this node's disk, held as long as the block lasts; () where they are read in place.
+
+    Here and not in a command of its own, as the copy must be held for exactly as long as the training reads it.
+    """
+    folder, finished = run.cache.stage_dir, read_run(output)
+    if folder is None or not run.cache.path or (finished is not None and finished.metrics is not None):
+        yield ()
+        return
+    folder = Path(os.path.expandvars(folder)).expanduser()
+    with ExitStack() as stack:
+        progress: Progress = Silent()
+        with ExitStack() as said:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                progress = said.enter_context(
+                    watch("train", EventLog(None), where=output, kept=lambda: "nothing was trained")
+                )
+            found = [
+                stack.enter_context(node_copy(path, folder, progress, max_bytes=run.cache.stage_max_bytes))
+                for path in run.cache.path
+            ]
+        yield tuple(path if copy is None else copy for path, copy in zip(run.cache.path, found, strict=True))
 
 
 def kept(output: Path) -> str:
@@ -80,7 +108,7 @@ def events(training: "Training", *, once: str | None = None) -> EventLog:
 def choose_nproc(asked: int | None, device: str, gpus: int) -> int:
     """How many ranks there are: as torchrun has decided, or as asked, or one a GPU. Raises ConfigError."""
     if "RANK" in os.environ:
-        if asked is not None:
+        if asked is not None and asked != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             raise ConfigError("torchrun has already decided it; leave the option out", where="--nproc")
         return int(os.environ.get("WORLD_SIZE", "1"))
     if asked is not None and device == "cuda" and asked > gpus:

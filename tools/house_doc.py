@@ -63,6 +63,13 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       measured                         live/measuring.py -> evaluate.py
       a teacher made of the student    live/updates.py
 
+    kdpipe submit
+      what is left, as words           steps.py <- manifests/specs/members.py, run file and disk
+      as few jobs as can be            slurm.py -> OUTPUT/submit/*.sbatch                  text, golden-tested
+      what would fail there            preflight.py -> cluster.py (Slurm), precheck.py (the commands themselves)
+      recorded, sent, recorded         submit.py -> cluster.py -> manifests/submission.py  jobs.json
+      a cache on the node's own disk   training.py -> manifests/node_copy.py
+
 What a new part plugs into: an engine is a `TeacherEngine` (`stages/teacher/engine.py`) and an entry of `ENGINES`; rows
 from elsewhere are a `RowSource` (`manifests/row_source.py`) in a `Dataset`; steps of another kind are `Batches`
 (`stages/feed/batches.py`); another place for rows is a `Shelf` (`stages/extract/teach.py`); another way to store

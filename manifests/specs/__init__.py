@@ -30,6 +30,7 @@ from kdpipe.manifests.specs.run import (
     override,
     with_keys,
 )
+from kdpipe.manifests.specs.slurm import Resources, SlurmSpec
 from kdpipe.manifests.specs.student import EvalSpec, StudentSpec
 from kdpipe.manifests.specs.sweep import SweepSpec
 from kdpipe.manifests.specs.teacher import EngineSpec, TeacherSpec
@@ -55,9 +56,11 @@ __all__ = [
     "LiveSpec",
     "LossSpec",
     "Member",
+    "Resources",
     "RowsChoice",
     "RunFile",
     "RunSpec",
+    "SlurmSpec",
     "Spec",
     "StudentSpec",
     "SweepSpec",

@@ -1,10 +1,11 @@
 """[cache]: where a teacher's rows are kept, which, and how they are read."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from kdpipe.manifests.specs.base import Flag, Io, Paths, RowsChoice, Spec
+from kdpipe.manifests.specs.base import Count, Flag, Io, Paths, RowsChoice, Spec
 
 SHARD_TOKENS = 65536
 """Tokens a shard holds at most, unless another size is asked for, and so the teacher's work that a kill can lose."""
@@ -29,5 +30,11 @@ class CacheSpec(Spec):
     group: Annotated[str | None, Flag(takes="NAME")] = None
     """Unix group that may read what is written, and what is added there later; otherwise only you can (files 0600,
     folders 0700)."""
+    stage_dir: Annotated[Path | None, Flag(takes="FOLDER")] = None
+    """Folder on this machine's own disk to which the cache is copied before a student trains from it, once for all
+    runs of the machine; the copy is verified. Variables of the shell are filled in."""
+    stage_max_bytes: Count | None = None
+    """Bytes that the copies in stage_dir may take: those not used for the longest are removed, never one in use. Its
+    disk is the limit when not given."""
     io: Io = "mmap"
     """How the cache is read: mapped, or with pread, which suits network file systems."""

@@ -21,6 +21,7 @@ from kdpipe.manifests.specs.cache import CacheSpec
 from kdpipe.manifests.specs.data import DataSpec, DataTable
 from kdpipe.manifests.specs.live import LiveSpec
 from kdpipe.manifests.specs.loss import LOSS_OPTIONS, LossSpec
+from kdpipe.manifests.specs.slurm import SlurmSpec
 from kdpipe.manifests.specs.student import EvalSpec, StudentSpec
 from kdpipe.manifests.specs.sweep import SweepSpec
 from kdpipe.manifests.specs.teacher import EngineSpec, TeacherSpec
@@ -54,6 +55,7 @@ class RunFile(Spec):
     eval: EvalSpec = EvalSpec()
     live: LiveSpec = LiveSpec()
     sweep: SweepSpec = SweepSpec()
+    slurm: SlurmSpec = SlurmSpec()
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")

@@ -21,7 +21,14 @@ from kdpipe.pipeline.options import (
     within,
 )
 from kdpipe.pipeline.output import results_only, show
-from kdpipe.pipeline.training import choose_device, choose_nproc, find_data, launch_training, train_rank
+from kdpipe.pipeline.training import (
+    choose_device,
+    choose_nproc,
+    find_data,
+    launch_training,
+    node_copies,
+    train_rank,
+)
 
 
 @click.command("train", cls=RunCommand)
@@ -70,7 +77,9 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         made_with=this_command(student=student, cache=caches or None, data=data or None, output=output),
     )
     is_first = os.environ.get("RANK", "0") == "0"
-    with results_only(), samples_beside(output) if data and is_first else nullcontext():
+    beside = samples_beside(output) if data and is_first else nullcontext()
+    with results_only(), beside, node_copies(run, output) as copies:
+        training = replace(training, copies=copies)
         found = check_training(training, nproc, find_data(training) if data else None)
         if nproc == 1 or "RANK" in os.environ:
             metrics = train_rank(training, found)

@@ -17,6 +17,7 @@ from kdpipe.manifests.claims import Claims, sweep_claims
 from kdpipe.manifests.durable import QUARANTINE, put_aside
 from kdpipe.manifests.errors import CheckFailed, CorruptError
 from kdpipe.manifests.made_with import repair
+from kdpipe.manifests.parts import missing_shards, shards_of
 from kdpipe.manifests.plan import PLAN_FILE, EngineRecord, Plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.samples import Samples
@@ -145,27 +146,12 @@ def _adopted(found: Staged, number: int, progress: Progress) -> bool:
         return False
 
 
-def missing_shards(plan: Plan, cache: Path, part: tuple[int, int] | None) -> list[int]:
-    """Numbers of the shards without a commit record, those of one part of each generation where one is asked for."""
-    return [number for number in _shards_of(plan, part) if not commit_path(cache, number).exists()]
-
-
-def _shards_of(plan: Plan, part: tuple[int, int] | None) -> list[int]:
-    """Numbers of the shards of a part; all of them without one."""
-    index, count = part or (1, 1)
-    return [
-        number
-        for brought in plan.brought()
-        for number in brought[len(brought) * (index - 1) // count : len(brought) * index // count]
-    ]
-
-
 def _nothing_to_do(plan: Plan, cache: Path, part: tuple[int, int] | None) -> str:
     """Why no shard of a part is missing: it has none, or all of its own are there."""
     missing = len(missing_shards(plan, cache, None))
     if part is None or not missing:
         return "every shard is there already"
     counts = f"({len(plan.shards)} in all, {missing} missing)"
-    if not _shards_of(plan, part):
+    if not shards_of(plan, part):
         return f"part {part[0]} of {part[1]} has none of the plan's shards {counts}: the others extract them"
     return f"every shard of part {part[0]} of {part[1]} is there already {counts}"

@@ -61,6 +61,7 @@ class Training:
     data: data files and folders, where there is no cache; spec.data says how they become samples
     workers: processes that tokenise them; None: as many as it is worth, up to one a core
     output: folder the trained student is written to
+    copies: of the caches on this node's own disk, where their files are read instead; () reads the caches themselves
     device: "auto", "cpu" or "cuda"
     io: how the caches are read
     trust: digest of the student's own code that may run, or its start; None where it brings none
@@ -75,6 +76,7 @@ class Training:
     output: Path
     spec: RunSpec
     data: tuple[Path, ...] = ()
+    copies: tuple[Path, ...] = ()
     workers: int | None = None
     device: str = "auto"
     io: Io = "mmap"
@@ -244,7 +246,8 @@ def open_caches(training: Training) -> list[Cache]:
     """The caches of a training. One that grew since the run began, or ended, is what it was then."""
     then = training.inputs.caches if training.inputs else Output(training.output).began_with(training.resume) or ()
     began: Sequence[str | None] = then if len(then) == len(training.caches) else [None] * len(training.caches)
-    return [Cache.open(path, io=training.io, fingerprint=one) for path, one in zip(training.caches, began, strict=True)]
+    places = training.copies or training.caches
+    return [Cache.open(path, io=training.io, fingerprint=one) for path, one in zip(places, began, strict=True)]
 
 
 def _notes(training: Training, caches: Sequence[Cache]) -> Iterator[str]:

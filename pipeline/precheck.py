@@ -1,0 +1,108 @@
+"""Precheck: what the commands of a run's students would refuse, asked of them before a job is sent.
+
+A process of its own, as it loads torch, which `kdpipe submit` does not: (config, sets) -> refusal or None. Where the
+cache is complete all that `kdpipe train` checks is checked, as on a CPU, once for each student and cache; before that
+the loss, the student against its teacher, and the output.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kdpipe.manifests.errors import KdpipeError, TemporaryError, error_of, fields_of
+from kdpipe.manifests.specs import Member, load, members_of
+from kdpipe.pipeline.steps import disk_of
+
+PATIENCE_S = 900
+"""Weights of students are digested, on a disk that may be slow."""
+REFUSED = 64
+"""Exit code of the process where its last line is the reason."""
+
+
+def require_trainable(config: Path, sets: Sequence[str], folder: Path) -> None:
+    """Raises what the students' commands would refuse, naming the run."""
+    asked = json.dumps({"config": str(config), "sets": list(sets)})
+    command = [sys.executable, "-m", __name__]
+    try:
+        done = subprocess.run(
+            command, input=asked, capture_output=True, text=True, timeout=PATIENCE_S, cwd=folder, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise TemporaryError(f"models and cache could not be checked in {PATIENCE_S} s; run it again") from None
+    last = done.stdout.strip().splitlines()[-1:] or ["{}"]
+    if done.returncode == REFUSED:
+        raise error_of(json.loads(last[0]))
+    if done.returncode:
+        raise KdpipeError(f"the check of the students ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+
+
+def check(config: Path, sets: tuple[str, ...]) -> tuple[Member, KdpipeError] | None:
+    """The first member that would be refused, and why."""
+    run = load(config, sets)
+    disk, seen = disk_of(run), set()
+    for member in members_of(run):
+        if member.name in disk.finished:
+            continue
+        model = (member.run.student.path, member.run.cache.path)
+        try:
+            if run.sweep.command == "train" and set(member.run.cache.path) <= disk.complete and model not in seen:
+                _check_training(member)
+            else:
+                _check_start(member, is_new=model not in seen)
+        except KdpipeError as err:
+            return member, err
+        seen.add(model)
+    return None
+
+
+def _check_training(member: Member) -> None:
+    """As `kdpipe train` does, for a run that begins."""
+    from kdpipe.stages.train import Training, check_training
+
+    run = member.run
+    assert run.student.path is not None, "steps_of has asked for it"
+    if not run.cache.path:
+        return _check_start(member, is_new=True)  # its data are read by the job alone
+    spec = run.training()
+    eager = spec.train.model_copy(update={"fsdp": spec.train.fsdp.model_copy(update={"compile": False})})
+    training = Training(
+        student=run.student.path,
+        caches=run.cache.path,
+        output=member.output,
+        spec=spec,
+        device="cpu",
+        io=run.cache.io,
+        trust=run.student.trust_remote_code,
+    )
+    nproc = run.slurm.nodes * (run.train.nproc or 1)
+    check_training(replace(training, spec=spec.model_copy(update={"train": eager})), nproc)
+
+
+def _check_start(member: Member, *, is_new: bool) -> None:
+    """What can be said without the cache."""
+    from kdpipe.stages.loss import find_divergence
+    from kdpipe.stages.student import check_student_of
+    from kdpipe.stages.train.output import Output
+
+    run = member.run
+    find_divergence(run.loss.divergence).resolve(run.loss.options)
+    Output(member.output).require_free()
+    if is_new and run.student.path is not None and run.teacher.path is not None:
+        check_student_of(run.student.path, run.teacher.path, run.teacher.trust_remote_code)
+
+
+def main() -> None:
+    asked = json.load(sys.stdin)
+    refused = check(Path(asked["config"]), tuple(asked["sets"]))
+    if refused is not None:
+        member, err = refused
+        fields = fields_of(err)
+        print(json.dumps(fields | {"message": f"run {member.name}: {fields['message']}"}))
+        sys.exit(REFUSED)
+
+
+if __name__ == "__main__":
+    main()

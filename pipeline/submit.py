@@ -1,0 +1,289 @@
+"""Submit: what is left to do of a run file, sent to Slurm as few jobs, each once.
+
+    steps -> less what waits or runs already -> batches -> recorded, then sent, then its number recorded
+
+Invariant: no job is sent twice. It is in jobs.json before it is sent; where the answer is lost, by a time-out or by our
+own end, it is found at Slurm by its name and the digest in its comment, now or when submit is run again. A job whose
+step comes after one that is sent anew waits for what has failed, and is sent anew too.
+Cost: one squeue, one sbatch for each kind of job, whatever the number of students.
+"""
+
+import hashlib
+import re
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdpipe.manifests.durable import disk_error, make_folder
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.parts import parts_left
+from kdpipe.manifests.running import alone_in
+from kdpipe.manifests.specs import RunFile, sweep_output
+from kdpipe.manifests.submission import (
+    LOGS,
+    RUN_COPY,
+    Job,
+    Submission,
+    Task,
+    read_submission,
+    replace_file,
+    submission_folder,
+    write_submission,
+)
+from kdpipe.pipeline.cluster import Cluster, NoAnswerError, Queued, RefusedError
+from kdpipe.pipeline.slurm import Batch, batches_of, render
+from kdpipe.pipeline.steps import Disk, Step, steps_of
+
+LOOKS = 5
+"""How often a job whose answer was lost is looked for, before that is left to the next submit."""
+Piece = tuple[str, int | None]
+"""A step, and which part of one that is shared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """A run file as it is to be submitted.
+
+    config: where it lies; folder: where relative paths begin
+    """
+
+    config: Path
+    run: RunFile
+    sets: tuple[str, ...]
+    folder: Path
+
+    @property
+    def output(self) -> Path:
+        return self.folder / sweep_output(self.run)
+
+    @property
+    def submission(self) -> Path:
+        return submission_folder(self.output)
+
+    @property
+    def name(self) -> str:
+        """What the names of its jobs begin with."""
+        return re.sub(r"[^\w.+-]", "-", self.output.name) or "kdpipe"
+
+    def steps(self, disk: Disk) -> tuple[Step, ...]:
+        return steps_of(self.submission / RUN_COPY, self.run, disk, self.sets, parts=self.run.slurm.extract_tasks)
+
+    def batches(self, steps: Sequence[Step], parts: Collection[int] | None = None) -> tuple[Batch, ...]:
+        return batches_of(steps, self.run.slurm, parts)
+
+    def script(self, batch: Batch) -> str:
+        spec = self.run.slurm
+        own = None if spec.setup or spec.container else Path(sys.executable)
+        return render(batch, folder=self.folder, submission=self.submission, name=self.name, python=spec.python or own)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sent:
+    """What a submission has come to: the jobs sent now, and how many pieces of work wait or run since before."""
+
+    jobs: tuple[Job, ...]
+    active_before: int
+
+
+def submit(wanted: Wanted, disk: Disk, cluster: Cluster) -> Sent:
+    """Send what is left to do and neither waits nor runs; the jobs.
+
+    Raises BusyError where another submit is at work, ConfigError where jobs of another version of the run file are
+    active, RefusedError for what Slurm refuses (jobs that were sent before stay), NoAnswerError.
+    """
+    try:
+        make_folder(wanted.submission / LOGS)
+    except OSError as err:
+        raise disk_error(err, wanted.submission) from err
+    with alone_in(wanted.submission):
+        sending = Sending(wanted, cluster)
+        steps = wanted.steps(disk)
+        left, parts = sending.left(steps)
+        before = len(sending.active)
+        if left:
+            sending.keep_run_file()
+        for batch in wanted.batches(left, parts):
+            sending.send(batch)
+        return Sent(jobs=tuple(sending.sent), active_before=before)
+
+
+class Sending:
+    """A submission at work: its record, and what Slurm knows of it."""
+
+    def __init__(self, wanted: Wanted, cluster: Cluster) -> None:
+        self._wanted, self._cluster = wanted, cluster
+        record = read_submission(wanted.output) or Submission(folder=str(wanted.folder))
+        queue = cluster.queue()
+        self._known = {queued.id for queued in queue}
+        self._queue = queue
+        self._record = found_again(record, queue)
+        self.active = active_pieces(self._record, queue)
+        self.sent: list[Job] = []
+
+    def left(self, steps: Sequence[Step]) -> tuple[list[Step], list[int]]:
+        """The steps that are to be sent, and the parts of the extraction; those that wait in vain are cancelled."""
+        left: list[Step] = []
+        parts: list[int] = []
+        stale: list[str] = []
+        for step in steps:
+            anew = any(name in {other.name for other in left} for name in step.needs)
+            pieces: list[Piece] = [(step.name, None)]
+            if step.parts > 1:
+                pieces = [(step.name, part) for part in parts_left(self._wanted.folder / step.output, step.parts)]
+            if anew:
+                stale += [self.active.pop(piece).task_id for piece in pieces if piece in self.active]
+            missing = [piece for piece in pieces if piece not in self.active]
+            if missing:
+                left.append(step)
+                parts += [part for _, part in missing if part is not None]
+        if stale:
+            self._cluster.cancel(stale)
+        return left, parts
+
+    def keep_run_file(self) -> None:
+        """Copy the run file for the jobs to read. Raises ConfigError where jobs of another version of it are active."""
+        text, copy = self._wanted.config.read_bytes(), self._wanted.submission / RUN_COPY
+        same = copy.exists() and copy.read_bytes() == text
+        if self.active and not (same and self._record.sets == self._wanted.sets):
+            raise ConfigError(
+                f"{len(self.active)} jobs of another version of it, or with another --set, wait or run; wait for them, "
+                "or end them first: kdpipe cancel",
+                where=self._wanted.config,
+            )
+        if not same:
+            replace_file(copy, text)
+        self._record = self._record.model_copy(update={"sets": self._wanted.sets, "folder": str(self._wanted.folder)})
+
+    def send(self, batch: Batch) -> None:
+        """Record a job, send it, record its number."""
+        text = self._wanted.script(batch)
+        script = self._wanted.submission / f"{batch.name}.sbatch"
+        replace_file(script, text.encode())
+        job = Job(
+            name=f"{self._wanted.name}-{batch.name}",
+            digest=self._digest(text),
+            script=script.name,
+            needs=batch.needs,
+            tasks=batch.tasks(self._wanted.folder),
+            sent=time.time(),
+        )
+        self._keep((*self._record.jobs, job))
+        number = next((queued.id for queued in self._queue if is_of(queued, job) and not queued.is_over), None)
+        if number is None:
+            number = self._ask_for(job, script, batch)
+        job = job.model_copy(update={"id": number})
+        self._keep((*self._record.jobs[:-1], job))
+        self.sent.append(job)
+        self.active |= {(task.step, task.part): Active(job=job, task=task, state="PENDING") for task in job.tasks}
+
+    def _ask_for(self, job: Job, script: Path, batch: Batch) -> int:
+        """Its number from sbatch, or from the queue where the answer was lost."""
+        try:
+            return self._cluster.sbatch(script, f"--comment={job.comment}", *self._after(batch))
+        except RefusedError:
+            self._keep(self._record.jobs[:-1])
+            raise
+        except NoAnswerError as err:
+            return self._look_for(job, err)
+
+    def _look_for(self, job: Job, err: NoAnswerError) -> int:
+        """The number of a job whose answer was lost. Raises `err` where Slurm has not got it."""
+        for look in range(LOOKS):
+            for queued in self._cluster.queue():
+                if is_of(queued, job) and queued.id not in self._known:
+                    return queued.id
+            time.sleep(look)
+        raise err
+
+    def _digest(self, text: str) -> str:
+        """Of a script and of how often its like was sent: no two jobs of a submission have the same."""
+        times = len(self._record.jobs)
+        return hashlib.sha256(f"{self._wanted.submission}\n{times}\n{text}".encode()).hexdigest()[:16]
+
+    def _after(self, batch: Batch) -> Iterator[str]:
+        """The dependency: on the jobs that do the steps it needs, those of before that wait or run among them."""
+        before = [each for (step, _), each in self.active.items() if step in batch.needs]
+        ids = task_ids(before)
+        if ids:
+            yield f"--dependency={'afterany' if batch.whatever else 'afterok'}:{':'.join(ids)}"
+
+    def _keep(self, jobs: tuple[Job, ...]) -> None:
+        self._record = self._record.model_copy(update={"jobs": jobs})
+        write_submission(self._wanted.output, self._record)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Active:
+    """A piece of work that waits or runs at Slurm."""
+
+    job: Job
+    task: Task
+    state: str
+
+    @property
+    def task_id(self) -> str:
+        return self.job.task_id(self.task)
+
+
+def found_again(record: Submission, queue: Sequence[Queued]) -> Submission:
+    """The record with the numbers of jobs whose answer was lost; those that Slurm does not know were never sent."""
+    jobs = []
+    for job in record.jobs:
+        if job.id is None:
+            number = next((queued.id for queued in queue if is_of(queued, job)), None)
+            if number is None:
+                continue
+            job = job.model_copy(update={"id": number})
+        jobs.append(job)
+    return record.model_copy(update={"jobs": tuple(jobs)})
+
+
+def active_pieces(record: Submission, queue: Sequence[Queued]) -> dict[Piece, Active]:
+    """What of a submission waits, runs or is about to end."""
+    known = {(queued.id, queued.index): queued for queued in queue if not queued.is_over}
+    found = {}
+    for job in record.jobs:
+        for task in job.tasks:
+            queued = known.get((job.id or -1, task.index))
+            if queued is not None and is_of(queued, job):
+                found[task.step, task.part] = Active(job=job, task=task, state=queued.state)
+    return found
+
+
+def is_of(queued: Queued, job: Job) -> bool:
+    """Whether what Slurm knows is this job: a number alone may be another's by now."""
+    return queued.name == job.name and queued.comment == job.comment
+
+
+def task_ids(pieces: Collection[Active]) -> list[str]:
+    """What Slurm calls them: the number of a job all of whose tasks are meant, else those of the tasks."""
+    by_job: dict[int, list[Active]] = {}
+    for piece in pieces:
+        by_job.setdefault(piece.job.id or -1, []).append(piece)
+    ids = []
+    for number, some in by_job.items():
+        whole = len(some) == len(some[0].job.tasks)
+        ids += [str(number)] if whole else [piece.task_id for piece in some]
+    return ids
+
+
+def cancel(output: Path, cluster: Cluster) -> list[Active]:
+    """End what of a submission waits or runs, and nothing else; what that was. Raises ConfigError where there is none.
+
+    Those that wait are ended first, so that none starts because the one before it has ended.
+    """
+    record = read_submission(output)
+    if record is None:
+        raise ConfigError(f"nothing was submitted here: no {submission_folder(output).name}/jobs.json", where=output)
+    with alone_in(submission_folder(output)):
+        queue = cluster.queue()
+        record = found_again(record, queue)
+        write_submission(output, record)
+        active = list(active_pieces(record, queue).values())
+        if active:
+            ids = task_ids(active)
+            cluster.cancel(ids, pending_alone=True)
+            cluster.cancel(ids)
+        return active
