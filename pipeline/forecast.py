@@ -8,12 +8,12 @@ while the student does, so it only shows where the disk is slower than that.
 
 import json
 import math
-import shutil
 import struct
 from fractions import Fraction
 from pathlib import Path
 
 from kdpipe.manifests.errors import StudentError
+from kdpipe.pipeline.room import room_at
 
 FLEET = (1, 2, 4, 8, 16)
 """Numbers of students whose cost is compared."""
@@ -51,21 +51,27 @@ def compare(epochs: float, *, teacher_params: int, student_params: int) -> dict[
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the disk where `folder` is, or will be."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    return shutil.disk_usage(there).free
+    """Room where `folder` is, or will be: on its disk, and of a quota."""
+    return room_at(folder).most_bytes
 
 
 def count_parameters(folder: Path) -> int:
     """Parameters of a model from the headers of its safetensors files alone. Raises StudentError without any."""
+    return sum(map(_file_parameters, _weight_files(folder)))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a model's safetensors files. Raises StudentError without any."""
+    return sum(path.stat().st_size for path in _weight_files(folder))
+
+
+def _weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise StudentError("this is not a folder" if folder.exists() else "no such folder", where=folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise StudentError("no *.safetensors files to count the student's parameters in", where=folder)
-    return sum(_file_parameters(path) for path in files)
+    return files
 
 
 def _file_parameters(path: Path) -> int:

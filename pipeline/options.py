@@ -66,8 +66,21 @@ def within(key: str, table: str) -> bool:
 
 READS = {
     "plan": Reads(
-        options=("teacher.path", "data.paths", "data", "cache.rows", "teacher", "cache.path", "student.path"),
-        others=("student.trust_remote_code", "train.epochs", "train.dtype"),
+        options=(
+            "teacher.path",
+            "data.paths",
+            "data",
+            "cache.rows",
+            "teacher",
+            "cache.path",
+            "student.path",
+            "cache.codec",
+            "cache.shard_tokens",
+            "engine.name",
+            "engine.device",
+            "engine.batch_tokens",
+        ),
+        others=("engine", "student", "loss", "train", "live", "sweep"),
         needs=("teacher.path", "data.paths"),
     ),
     "extract": Reads(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
-from tools import house_doc, loss_doc, run_file_doc
+from tools import house_doc, loss_doc, run_file_doc, scale_doc
 
 from kdpipe.manifests.specs import load
 from kdpipe.pipeline import cli
@@ -68,6 +68,10 @@ def test_readme_has_a_line_for_every_module_and_the_page_of_the_house_is_its_too
 
 def test_the_page_of_the_losses_is_what_their_table_says() -> None:
     assert (ROOT / "docs" / "losses.md").read_text() == loss_doc.page()
+
+
+def test_the_page_of_large_plans_is_what_their_arithmetic_says() -> None:
+    assert (ROOT / "docs" / "scale.md").read_text() == scale_doc.page()
 
 
 def test_the_page_of_data_names_every_column_and_key_that_has_a_fate() -> None:

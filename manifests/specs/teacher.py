@@ -7,6 +7,9 @@ from pydantic import Field
 
 from kdpipe.manifests.specs.base import CodeDigest, Count, DeviceChoice, DtypeChoice, Flag, Spec
 
+CUDA_BATCH_TOKENS = 16384
+"""engine.batch_tokens on a GPU, where it is not given."""
+
 
 class TeacherSpec(Spec):
     """[teacher]: the model whose rows are kept."""

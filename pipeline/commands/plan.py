@@ -1,87 +1,73 @@
-"""kdpipe plan: what an extraction would make and cost, before anything runs."""
+"""kdpipe plan: what an extraction and its students would make and cost, before anything runs."""
 
 import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from kdpipe.manifests.specs import RunFile
-from kdpipe.pipeline.forecast import (
-    break_even_students,
-    compare,
-    count_parameters,
-    forward_flops,
-    free_bytes,
-    step_flops,
-)
-from kdpipe.pipeline.options import RunCommand, json_option
+from kdpipe.pipeline.costs import From, Rate
+from kdpipe.pipeline.forecast import count_parameters
+from kdpipe.pipeline.options import Finite, RunCommand, json_option
+from kdpipe.pipeline.outlook import outlook_of, students_of
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
-if TYPE_CHECKING:
-    from kdpipe.stages.extract import Forecast
-
 
 @click.command("plan", cls=RunCommand)
+@click.option(
+    "--probe",
+    "probed",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Run N samples of the data through the teacher for real, on this machine, and reckon with its speed.",
+)
+@click.option(
+    "--teacher-tokens-per-second",
+    "given_rate",
+    type=Finite(min=0.0, min_open=True),
+    metavar="NUMBER",
+    help="Reckon with this speed of the teacher: of another machine, or of all the jobs of an extraction together.",
+)
 @json_option
-def command(run: RunFile, as_json: bool) -> None:
-    """Forecast a cache without running the teacher: reads the data, the tokenizer and the config; writes nothing.
+def command(run: RunFile, probed: int | None, given_rate: float | None, as_json: bool) -> None:
+    """Forecast a cache and its students: reads the data, the tokenizers and the configs; writes nothing.
 
-    Prints samples, tokens, rows, bytes by codec, free disk, and break_even_students: how many students it takes until
-    one teacher pass for the cache is less than the passes of a live teacher, one in each epoch (train.epochs) of each
-    student. With --student, live_over_cached is the total cost with a live teacher over that with a cache, for 1 to 16
-    students, at 2 operations a parameter and token for the teacher and 6 for the student; disk time is not counted.
-    estimated_seconds are these operations at the speed of a matrix product that is timed here, on one GPU where there
-    are any: a lower bound, real runs take longer. A student that train would refuse, for another
-    tokenizer, is refused here.
+    Counted: samples, tokens, rows, bytes by codec, files. Asked: free disk, inodes and quota. Measured: the teacher's
+    speed with --probe, which alone runs it. All else is estimated, and `how` says by what.
+
+    With --student, or a run file with [student] or [sweep], also what the students come to, in hours and bytes;
+    live_over_cached is the cost with a live teacher over that with a cache, break_even_students and break_even_epochs
+    where the two are equal. Without a rate of the teacher the hours are a lower bound: operations at the speed of a
+    matrix product that is timed here. A student that train would refuse, for another tokenizer, is refused here.
 
     \b
-    kdpipe plan --teacher models/large --data chat.jsonl more.parquet --cache /scratch/cache
+    kdpipe plan --teacher models/large --data chat.jsonl more.parquet --cache /scratch/cache --probe 32
+    kdpipe plan --config sweep.toml --teacher-tokens-per-second 250000 --json
     """
-    student_params = None if run.student.path is None else count_parameters(run.student.path)
+    if probed is not None and given_rate is not None:
+        raise click.UsageError("--probe measures the rate that --teacher-tokens-per-second gives; take one of the two")
+    folders = {run.student.path, *(one.student.path for _, one in students_of(run))}
+    params = {path: count_parameters(path) for path in folders if path is not None}
     # torch takes seconds: not for --help or a misspelt option
     from kdpipe.stages.extract import ExtractSpec, forecast
     from kdpipe.stages.student import check_student_of
 
     with results_only(), watch("plan", EventLog(None)) as progress:
         spec = ExtractSpec.of(run)
-        trust = run.student.trust_remote_code or run.teacher.trust_remote_code
-        if run.student.path is not None and (unchecked := check_student_of(run.student.path, spec.teacher, trust)):
-            progress.note(unchecked)
-        found = forecast(spec, progress)
-    worth = _worth(found, run, student_params, (*run.cache.path, Path())[0])
-    show(dataclasses.asdict(found) | worth | {"estimated_seconds": _time(found, run, student_params)}, as_json=as_json)
+        for path in params:
+            trust = run.student.trust_remote_code or run.teacher.trust_remote_code
+            if unchecked := check_student_of(path, spec.teacher, trust):
+                progress.note(unchecked)
+        if probed:
+            from kdpipe.stages.extract.probe import Drawn, probe
 
-
-def _time(found: "Forecast", run: RunFile, student_params: int | None) -> dict[str, float]:
-    """Seconds of the teacher's pass and of a student's training on this machine, one device, at a product's speed."""
-    import torch
-
-    from kdpipe.stages.models.device import pick_device
-    from kdpipe.stages.models.speed import matmul_flops
-
-    device = pick_device("auto")
-    seconds = {
-        "extract": forward_flops(found.teacher_params, found.num_tokens)
-        / matmul_flops(getattr(torch, found.dtype), device)
-    }
-    if student_params is not None:
-        trained = step_flops(student_params, found.num_tokens) * run.train.epochs
-        seconds["train"] = trained / matmul_flops(getattr(torch, run.train.dtype), device)
-    return seconds
-
-
-def _worth(found: "Forecast", run: RunFile, student_params: int | None, folder: Path) -> dict[str, object]:
-    """Whether the cache fits on the disk and when it pays."""
-    epochs, free = run.train.epochs, free_bytes(folder)
-    worth: dict[str, object] = {
-        "free_bytes": free,
-        "fits": min(found.bytes_per_codec.values()) + found.head_bytes <= free,
-        "epochs": epochs,
-        "break_even_students": break_even_students(epochs),
-    }
-    if student_params is not None:
-        ratios = compare(epochs, teacher_params=found.teacher_params, student_params=student_params)
-        worth |= {"student_params": student_params, "live_over_cached": ratios}
-    return worth
+            drawn = Drawn(probed)
+            found = forecast(spec, progress, drawn.see)
+            measured = probe(spec, drawn.samples(), progress)
+        else:
+            found, measured = forecast(spec, progress), None
+    given = measured.tokens_per_second if measured is not None else given_rate
+    came: From = "measured" if measured is not None else "given"
+    outlook = outlook_of(run, found, params, None if given is None else Rate(tokens_per_second=given, came=came))
+    figures = outlook.figures(whole=as_json)
+    show(figures if measured is None else {**figures, "probe": dataclasses.asdict(measured)}, as_json=as_json)

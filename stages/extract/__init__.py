@@ -3,6 +3,7 @@
 spec      what is asked
 reading   data -> samples.arrow, shards.arrow, and what was left out
 forecast  what it will make, from the same reading
+probe     how fast the teacher is: some samples, run for real
 planning  the plan: all that is decided, checked or refused before the teacher runs
 staging   plan, samples, head and tokenizer made beside the cache and put in place at once
 present   which samples of the data a cache holds already, where it grows

@@ -1,6 +1,7 @@
 """Forecast: what an extraction will make, before anything is written or a weight is loaded."""
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from kdpipe.manifests.errors import (
     TeacherError,
 )
 from kdpipe.manifests.progress import Progress
-from kdpipe.manifests.sample import is_heldout, num_rows
+from kdpipe.manifests.sample import Sample, is_heldout, num_rows
 from kdpipe.stages.extract.reading import counts_of, read_samples
 from kdpipe.stages.extract.spec import ExtractSpec
 from kdpipe.stages.models.folder import ModelFolder
@@ -22,13 +23,19 @@ from kdpipe.stages.teacher.describe import describe_teacher
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """What an extraction will make, known from data, tokenizer and config alone."""
+    """What an extraction will make, known from data, tokenizer and config alone.
+
+    num_files: files and folders of the cache
+    longest: tokens of the longest sample
+    """
 
     num_samples: int
     num_tokens: int
     num_rows: int
     num_heldout: int
     num_shards: int
+    num_files: int
+    longest: int
     hidden_size: int
     vocab_size: int
     dtype: str
@@ -38,19 +45,24 @@ class Forecast:
     teacher_params: int
 
 
-def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
-    """Read the data as extract would and say what comes of it. Writes nothing, loads no weights."""
+def forecast(spec: ExtractSpec, progress: Progress, see: Callable[[Sample], None] = lambda sample: None) -> Forecast:
+    """Read the data as extract would and say what comes of it. Writes nothing, loads no weights.
+
+    see: called with every sample
+    """
     find_codec(spec.codec, where="--codec")
     folder = ModelFolder(spec.teacher, TeacherError, spec.options.trust)
     info = describe_teacher(folder, spec.dtype)
     tokenizer = teacher_tokenizer(folder, progress)
     incidents: Counter[str] = Counter()
     unread: Counter[str] = Counter()
-    num_samples = num_tokens = total_rows = num_heldout = 0
+    num_samples = num_tokens = total_rows = num_heldout = longest = 0
     read = read_samples(spec.reading(info), lambda incident: incidents.update([incident.kind]), unread, progress)
     with closing(read):
         for sample in read:
+            see(sample)
             num_samples += 1
+            longest = max(longest, len(sample.token_ids))
             num_tokens += len(sample.token_ids)
             total_rows += num_rows(sample.supervised, every=spec.rows == "all")
             content_id = np.frombuffer(sample.content_id, np.uint8)[None]
@@ -60,12 +72,15 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
     stored = {
         name: num_bytes(codec, total_rows, info.hidden_size, info.dtype) + overhead for name, codec in CODECS.items()
     }
+    num_shards = -(-num_tokens // spec.shard_tokens)
     return Forecast(
         num_samples=num_samples,
         num_tokens=num_tokens,
         num_rows=total_rows,
         num_heldout=num_heldout,
-        num_shards=-(-num_tokens // spec.shard_tokens),
+        num_shards=num_shards,
+        num_files=files_of(num_shards),
+        longest=longest,
         hidden_size=info.hidden_size,
         vocab_size=real_vocab_size(spec.teacher, tokenizer, info.head_rows),
         dtype=info.dtype,
@@ -74,6 +89,16 @@ def forecast(spec: ExtractSpec, progress: Progress) -> Forecast:
         head_bytes=num_bytes(CODECS["raw"], info.head_rows, info.hidden_size, info.dtype),
         teacher_params=info.num_params,
     )
+
+
+FILES_OF_A_SHARD, OTHER_FILES = 2, 32
+"""In a cache: a shard and its commit record; beside them plan, tables, the teacher's head and tokenizer, folders, logs
+of runs, and what is on its way for a moment."""
+
+
+def files_of(num_shards: int) -> int:
+    """Files and folders of a cache: what it takes of a file system that counts them."""
+    return FILES_OF_A_SHARD * num_shards + OTHER_FILES
 
 
 def teacher_tokenizer(folder: ModelFolder, progress: Progress) -> PreTrainedTokenizerBase:

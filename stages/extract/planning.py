@@ -27,9 +27,8 @@ from kdpipe.manifests.plan import (
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
-from kdpipe.manifests.specs import (
-    MAX_SHARD_TOKENS,
-)
+from kdpipe.manifests.specs import MAX_SHARD_TOKENS
+from kdpipe.manifests.specs.teacher import CUDA_BATCH_TOKENS
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.present import Present
 from kdpipe.stages.extract.reading import INCIDENTS, incident_notes, write_samples
@@ -39,7 +38,6 @@ from kdpipe.stages.teacher import engine_class, pick_engine
 from kdpipe.stages.teacher.describe import TeacherInfo
 from kdpipe.stages.teacher.head import head_record
 
-CUDA_BATCH_TOKENS = 16384
 SMALL_FILES = 16 << 20
 """Bytes kept free for tokenizer, plan and logs."""
 

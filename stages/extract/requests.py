@@ -40,14 +40,35 @@ def shard_requests(
 
 def sample_request(plan: Plan, sample: int, text: SampleTokens, probe_every: int, target: RowTarget) -> Request:
     """What an engine is asked for one sample."""
-    draw = sample + plan.settings.seed * SEED_STRIDE
-    positions = row_positions(text.supervised, every=plan.settings.rows == "all")
+    return request_of(
+        sample,
+        text,
+        target,
+        draw=sample + plan.settings.seed * SEED_STRIDE,
+        every_row=plan.settings.rows == "all",
+        probe_every=probe_every,
+        vocab_size=plan.head.vocab_size,
+    )
+
+
+def request_of(
+    sample: int,
+    text: SampleTokens,
+    target: RowTarget,
+    *,
+    draw: int,
+    every_row: bool,
+    probe_every: int,
+    vocab_size: int,
+) -> Request:
+    """What an engine is asked for a sample that no plan has. draw: decides what is probed"""
+    positions = row_positions(text.supervised, every=every_row)
     probes = choose_probes(draw, len(positions), PROBES if is_probed_inside(draw, probe_every) else 1)
     return Request(
         sample=sample,
         token_ids=text.token_ids,
         positions=positions,
         probes=probes,
-        scored=choose_scored(draw, text.token_ids, positions[probes], plan.head.vocab_size),
+        scored=choose_scored(draw, text.token_ids, positions[probes], vocab_size),
         target=target,
     )

@@ -26,7 +26,8 @@ from kdpipe.manifests.run import CheckpointRecord, RunInputs
 from kdpipe.manifests.sample import Sample, content_id
 from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.manifests.specs import RunSpec
-from kdpipe.pipeline import cli, launch
+from kdpipe.pipeline import cli, launch, outlook
+from kdpipe.pipeline.memory import ModelSizes
 from kdpipe.pipeline.options import spread
 from kdpipe.stages.extract.spec import ExtractSpec
 
@@ -412,6 +413,11 @@ def test_an_equal_cache_shows_how_many_rows_are_equal_and_no_worst_one(main: Mai
 class FakeForecast:
     num_rows: int = 12
     num_tokens: int = 21
+    num_shards: int = 3
+    num_files: int = 38
+    longest: int = 7
+    hidden_size: int = 5
+    vocab_size: int = 11
     dtype: str = "float32"
     teacher_params: int = 7000
     head_bytes: int = 220
@@ -470,6 +476,8 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
         calls.append(("check", nproc))
         return types.SimpleNamespace(inputs="as found")
 
+    sizes = ModelSizes(params=7000, layers=2, hidden=5, queries=5, keys=5, intermediate=20, vocab=11)
+    monkeypatch.setattr(outlook, "sizes_of", lambda folder, params: sizes)
     fakes = {
         "extract": {"ExtractSpec": ExtractSpec, "forecast": forecast, "extract": extract},
         "train": {

@@ -1,15 +1,13 @@
 """When a cache pays, and what it takes to know."""
 
 import json
-import shutil
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from kdpipe.manifests.errors import StudentError
-from kdpipe.pipeline.forecast import break_even_students, compare, count_parameters, free_bytes, live_over_cached
+from kdpipe.pipeline.forecast import break_even_students, compare, count_parameters, live_over_cached, weight_bytes
 
 
 @pytest.mark.parametrize("epochs", [0.1, 0.3, 0.5, 0.7, 1, 1.5, 2, 3])
@@ -36,26 +34,6 @@ def test_many_students_approach_the_ratio_of_their_steps() -> None:
     assert live_over_cached(10**7, 1.0, teacher_params=7_000, student_params=300) == pytest.approx(limit, rel=1e-5)
 
 
-def test_free_room_is_that_of_the_disk_a_new_folder_would_lie_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Disks by their mount points, as two of them are not to be had everywhere."""
-    disks = {tmp_path: 5, tmp_path / "large": 70}
-    (tmp_path / "large" / "deep").mkdir(parents=True)
-
-    def disk_usage(path: Path) -> SimpleNamespace:
-        assert path.exists()
-        return SimpleNamespace(free=disks[next(above for above in (path, *path.parents) if above in disks)])
-
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    assert free_bytes(tmp_path / "not" / "yet") == free_bytes(tmp_path) == 5
-    assert free_bytes(tmp_path / "large" / "deep" / "not" / "yet") == free_bytes(tmp_path / "large") == 70
-    monkeypatch.undo()
-    assert free_bytes(tmp_path / "not" / "yet") > 0
-    monkeypatch.chdir(tmp_path / "large")
-    assert free_bytes(Path("not") / "yet") > 0
-
-
 def safetensors(path: Path, header: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header)
 
@@ -67,6 +45,7 @@ def test_parameters_are_counted_from_headers_alone(tmp_path: Path) -> None:
     safetensors(tmp_path / "a.safetensors", json.dumps({"__metadata__": {}, "w": tensor(3, 5)}).encode())
     safetensors(tmp_path / "b.safetensors", json.dumps({"b": tensor(7), "scalar": tensor()}).encode())
     assert count_parameters(tmp_path) == 3 * 5 + 7 + 1
+    assert weight_bytes(tmp_path) == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 9, struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"w": {}}'])

@@ -1,0 +1,129 @@
+"""Probe: some samples through the teacher for real, as extract runs them, so that its speed is measured.
+
+    data -> Drawn (some samples, by their content) -> planned batches -> teach (engine, gate) -> rows thrown away
+
+Invariant: nothing is written but a scratch file of the rows. Cost: the teacher's start, the samples, and the first
+batch once more: it warms up what is made at the first pass.
+"""
+
+import heapq
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdpipe.manifests.errors import TeacherError
+from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.sample import Sample, SampleTokens, num_rows
+from kdpipe.manifests.samples import cut_batches
+from kdpipe.manifests.tensorfile import DTYPES, TAGS
+from kdpipe.stages.extract.forecast import teacher_tokenizer
+from kdpipe.stages.extract.planning import engine_record
+from kdpipe.stages.extract.requests import request_of
+from kdpipe.stages.extract.shelf import ScratchShelf
+from kdpipe.stages.extract.spec import ExtractSpec
+from kdpipe.stages.extract.teach import teach
+from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.vocabulary import real_vocab_size
+from kdpipe.stages.teacher import engine_class
+from kdpipe.stages.teacher.describe import describe_teacher
+from kdpipe.stages.teacher.engine import Request, TeacherEngine
+from kdpipe.stages.teacher.gate import admit
+
+
+class Drawn:
+    """Some of the samples that go by, drawn by the digests of their content: any of them is as likely as another."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._kept: list[tuple[int, int, Sample]] = []
+        self._seen = 0
+
+    def see(self, sample: Sample) -> None:
+        self._seen += 1
+        # A heap whose first entry is the largest digest: the smallest ones stay.
+        entry = (-int.from_bytes(sample.content_id), -self._seen, sample)
+        if len(self._kept) < self._count:
+            heapq.heappush(self._kept, entry)
+        else:
+            heapq.heappushpop(self._kept, entry)
+
+    def samples(self) -> list[Sample]:
+        """In the order in which they went by."""
+        return [sample for _, _, sample in sorted(self._kept, key=lambda entry: -entry[1])]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probed:
+    """What a probe measured.
+
+    start_seconds: until the first batch was done: the teacher's weights are read, what the first pass makes is made
+    seconds: of all the samples, after that
+    """
+
+    engine: str
+    device: str
+    num_samples: int
+    num_tokens: int
+    start_seconds: float
+    seconds: float
+    tokens_per_second: float
+
+
+def probe(spec: ExtractSpec, samples: Sequence[Sample], progress: Progress) -> Probed:
+    """Run the teacher over some samples. Raises the errors of the engine and of the gate."""
+    folder = ModelFolder(spec.teacher, TeacherError, spec.options.trust)
+    info = describe_teacher(folder, spec.dtype)
+    record = engine_record(spec, info, progress)
+    vocab_size = real_vocab_size(spec.teacher, teacher_tokenizer(folder, progress), info.head_rows)
+    num_tokens = sum(len(sample.token_ids) for sample in samples)
+    progress.begin("probe", total=None, unit="tokens")
+    started = time.perf_counter()
+    engine = engine_class(record.name)(folder, dtype=info.dtype, device=spec.resolved_device(), options=spec.options)
+    with tempfile.NamedTemporaryFile(prefix="kdpipe-probe-") as file:
+        shelf = ScratchShelf(Path(file.name), info.hidden_size, DTYPES[TAGS[info.dtype]])
+        batches = _batches(samples, shelf, engine, record.batch_tokens, spec, vocab_size)
+        try:
+            teach(engine, batches[:1], shelf, admit, progress)
+            began = time.perf_counter()
+            teach(engine, batches, shelf, admit, progress)
+            ended = time.perf_counter()
+        finally:
+            engine.close()
+    progress.end()
+    return Probed(
+        engine=record.name,
+        device=record.device,
+        num_samples=len(samples),
+        num_tokens=num_tokens,
+        start_seconds=began - started,
+        seconds=ended - began,
+        tokens_per_second=num_tokens / (ended - began),
+    )
+
+
+def _batches(
+    samples: Sequence[Sample],
+    shelf: ScratchShelf,
+    engine: TeacherEngine,
+    batch_tokens: int,
+    spec: ExtractSpec,
+    vocab_size: int,
+) -> list[list[Request]]:
+    """The samples as batches of a shard of theirs."""
+    cut = cut_batches([len(sample.token_ids) for sample in samples], batch_tokens)
+    batches: list[list[Request]] = [[] for _ in range(int(cut.max()) + 1)]
+    every_row = spec.rows == "all"
+    for number, sample in enumerate(samples):
+        request = request_of(
+            number,
+            SampleTokens(token_ids=sample.token_ids, supervised=sample.supervised),
+            shelf.place(number, num_rows(sample.supervised, every=every_row)),
+            draw=number,
+            every_row=every_row,
+            probe_every=engine.probe_every,
+            vocab_size=vocab_size,
+        )
+        batches[int(cut[number])].append(request)
+    return batches

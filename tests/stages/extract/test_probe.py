@@ -1,0 +1,50 @@
+"""A probe runs the teacher as extract does, and leaves nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.conftest import Bench
+
+from kdpipe.manifests.errors import GateError
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.specs import DataSpec
+from kdpipe.stages.extract import ExtractSpec, forecast
+from kdpipe.stages.extract import probe as probing
+from kdpipe.stages.extract.probe import Drawn, probe
+
+
+@pytest.mark.parametrize("batch_tokens", [0, 600])
+def test_every_drawn_sample_goes_through_engine_and_gate(
+    batch_tokens: int, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ExtractSpec(teacher=bench.teacher, data=(bench.data,), data_spec=DataSpec(max_length=128), device="cpu")
+    drawn, seen = Drawn(7), []
+    forecast(spec, Silent(), drawn.see)
+    monkeypatch.chdir(tmp_path)
+
+    def admit(request: object, ack: object, admit=probing.admit) -> None:  # type: ignore[no-untyped-def]
+        seen.append(request.sample)  # type: ignore[attr-defined]
+        admit(request, ack)
+
+    monkeypatch.setattr(probing, "admit", admit)
+    found = probe(replace(spec, batch_tokens=batch_tokens), drawn.samples(), Silent())
+    assert set(seen) == set(range(7))
+    assert len(seen) == 7 + (1 if batch_tokens == 0 else len(seen) - 7), "the first batch twice"
+    assert found.num_tokens == sum(len(sample.token_ids) for sample in drawn.samples())
+    assert found.tokens_per_second == pytest.approx(found.num_tokens / found.seconds)
+    assert found.start_seconds > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_rows_end_a_probe(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ExtractSpec(teacher=bench.teacher, data=(bench.data,), data_spec=DataSpec(max_length=128), device="cpu")
+    drawn = Drawn(2)
+    forecast(spec, Silent(), drawn.see)
+
+    def refuse(request: object, ack: object) -> None:
+        raise GateError("swapped")
+
+    monkeypatch.setattr(probing, "admit", refuse)
+    with pytest.raises(GateError, match="swapped"):
+        probe(spec, drawn.samples(), Silent())
