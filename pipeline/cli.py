@@ -38,6 +38,7 @@ COMMANDS = {
     "generate": "Have a model write answers to prompts, as data for extract.",
     "eval": "Measure a student on the held-out rows of a cache.",
     "report": "Compare runs: a page with curves, table and cost; also CSV and PNG.",
+    "status": "Show how the steps of a run, a sweep or a submission stand.",
     "cache": "Look at a cache or check every byte of it.",
 }
 

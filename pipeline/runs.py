@@ -63,7 +63,7 @@ class RunState:
 
 def state_of(output: Path) -> RunState:
     """How the run in an output folder stands; the folder may not be there."""
-    head, tail = _ends(output / EVENTS)
+    head, tail = ends_of(output / EVENTS)
     last = tail[-1] if tail else {}
     try:
         record = read_run(output)
@@ -118,7 +118,7 @@ def _is_busy(output: Path) -> bool:
     return False
 
 
-def _ends(path: Path) -> tuple[list[Event], list[Event]]:
+def ends_of(path: Path) -> tuple[list[Event], list[Event]]:
     """The first and the last events of a file; of a short one all are among the last."""
     try:
         with _opened(path) as file:

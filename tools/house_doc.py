@@ -70,6 +70,12 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       recorded, sent, recorded         submit.py -> cluster.py -> manifests/submission.py  jobs.json
       a cache on the node's own disk   training.py -> manifests/node_copy.py
 
+    kdpipe status
+      steps by name                    pipeline/entries.py <- manifests/submission.py, specs/members.py
+      how each says it stands          pipeline/runs.py, from kdpipe.json, .running, events.jsonl
+      what Slurm says of its job       pipeline/queue.py, asked once
+      weighed, a line each             pipeline/standing.py
+
 What a new part plugs into: an engine is a `TeacherEngine` (`stages/teacher/engine.py`) and an entry of `ENGINES`; rows
 from elsewhere are a `RowSource` (`manifests/row_source.py`) in a `Dataset`; steps of another kind are `Batches`
 (`stages/feed/batches.py`); another place for rows is a `Shelf` (`stages/extract/teach.py`); another way to store
