@@ -4,6 +4,7 @@ Raises at the first thing that cannot work, and warns of what may not. Nothing i
 `kdpipe train` itself would refuse is asked of a process of its own (pipeline/precheck.py).
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from kdpipe.pipeline.cluster import Cluster
 from kdpipe.pipeline.output import human_bytes
 from kdpipe.pipeline.precheck import require_trainable
 from kdpipe.pipeline.slurm import Batch
-from kdpipe.pipeline.steps import EXTRACT, Step
+from kdpipe.pipeline.steps import EXTRACT, REPORT, Step
 from kdpipe.pipeline.submit import Wanted
 
 OLDEST = (20, 11)
@@ -43,6 +44,7 @@ def preflight(wanted: Wanted, steps: Sequence[Step], cluster: Cluster) -> Iterat
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
         yield f"Slurm {version}: options that kdpipe uses are missing before {OLDEST[0]}.{OLDEST[1]}"
     yield from _of_partitions(batches, cluster)
+    yield from _of_report(wanted, steps)
     yield from _of_places(wanted)
     yield from _of_room(wanted, steps)
     require_trainable(wanted.config, wanted.sets, wanted.folder)
@@ -65,6 +67,14 @@ def _require_inputs(wanted: Wanted, steps: Sequence[Step]) -> None:
             raise InputError(f"{key}: there is no such file or folder", where=path)
         if not key.startswith("data") and not (place / "config.json").is_file():
             raise InputError(f"{key}: expected a model's folder, it has no config.json", where=path)
+
+
+def _of_report(wanted: Wanted, steps: Sequence[Step]) -> Iterator[str]:
+    """What draws the report is missing in the environment that the jobs share with us."""
+    spec = wanted.run.slurm
+    shared = not (spec.setup or spec.python or spec.container)
+    if shared and any(step.name == REPORT for step in steps) and importlib.util.find_spec("vl_convert") is None:
+        yield "the report cannot be drawn: pip install 'kdpipe[report]', or say sweep.report=false"
 
 
 def _require_one_node(batch: Batch) -> None:

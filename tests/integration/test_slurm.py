@@ -112,9 +112,11 @@ def test_an_extraction_that_fails_for_good_ends_all_that_waits_for_it(
     Path("run.toml").write_text(RUN.format(bench=bench).replace(str(bench.data), "data.jsonl"))
     code, _, err = main("submit", "run.toml", "--set", "slurm.extract_tasks=2", "sweep.report=false")
     assert code == 0, err
-    states = on_lab.wait_for_the_end(60)
     record = read_submission(Path("out"))
     assert record is not None
+    extract = record.jobs[0]
+    on_lab.wait(lambda: all(on_lab.states()[extract.task_id(task)] == "FAILED" for task in extract.tasks))
+    states = on_lab.wait_for_the_end(60)
     found = {(task.step, task.part): states[job.task_id(task)] for job in record.jobs for task in job.tasks}
     assert found.pop(("extract", 1)) == found.pop(("extract", 2)) == "FAILED"
     assert set(found.values()) == {"CANCELLED"}

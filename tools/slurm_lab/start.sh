@@ -23,6 +23,12 @@ cannot() { say "$*"; exit 77; }
 
 [ "$(id -u)" = 0 ] || cannot "not root"
 
+# The daemons outlive whoever started them: they must not keep a lock or a pipe of theirs open.
+for fd in /proc/$$/fd/*; do
+  fd=${fd##*/}
+  if [ "$fd" -gt 2 ] && [ "$fd" -ne 255 ]; then eval "exec $fd>&-"; fi # 255 is this script
+done
+
 # --- packages. policy-rc.d answers 101: dpkg starts no service ---------------------------------------------------
 there() { command -v slurmctld slurmd sbatch munged >/dev/null; }
 if ! there; then
