@@ -29,6 +29,9 @@ SILENT_S = 600.0
 """Longest silence of a run on another host, where there are no locks."""
 KEEP_S = 30.0
 MAX_RECORD_BYTES = 1 << 12
+LED = "KDPIPE_LED"
+"""In the environment of a run that another process of kdpipe leads and passes signals on to: a scheduler may have sent
+them to both."""
 
 
 @contextlib.contextmanager

@@ -170,6 +170,19 @@ def is_heldout(content_ids: np.ndarray, fraction: float) -> np.ndarray:
     content_ids: uint8 [N, 16]. A sample is held out when its id, read as a number in [0, 1), is below `fraction`; so
     copies of a text fall on the same side, and a larger fraction holds out a superset of a smaller one.
     """
-    number = np.ascontiguousarray(content_ids[:, :8]).view(">u8").reshape(-1)
+    return _share(content_ids[:, :8]) < fraction
+
+
+def is_in_subset(content_ids: np.ndarray, fraction: float) -> np.ndarray:
+    """Which samples belong to a share of them: bool [N], a pure function of each sample's content.
+
+    As `is_heldout`, by the other half of the id: which samples are held out has no part in it.
+    """
+    return _share(content_ids[:, 8:]) < fraction
+
+
+def _share(halves: np.ndarray) -> np.ndarray:
+    """Eight bytes of a digest as a number in [0, 1): uint8 [N, 8] -> float64 [N]."""
+    number = np.ascontiguousarray(halves).view(">u8").reshape(-1)
     # 53 bits are exact in a float64: 64 would round the largest ids up to 1.
-    return (number >> np.uint64(11)).astype(np.float64) / 2.0**53 < fraction
+    return (number >> np.uint64(11)).astype(np.float64) / 2.0**53

@@ -66,17 +66,20 @@ def student_cost(
     export_bytes: int,
     epochs: float,
     batch_tokens: int,
+    subset: float = 1.0,
     max_steps: int | None = None,
     checkpoints: int = 0,
 ) -> StudentCost:
     """Of a student that trains for some epochs, or steps where these are fewer.
 
+    subset: share of the training samples that it sees
     export_bytes: of the trained student, which is as large as it was
     checkpoints: kept at a time; there is one more while it is written
     """
-    steps = max(round(epochs * -(-work.train_tokens // batch_tokens)), 1)
+    tokens = work.train_tokens * subset
+    steps = max(round(epochs * -(-tokens // batch_tokens)), 1)
     done = min(steps, max_steps or steps)
-    trained = epochs * work.train_tokens * done / steps
+    trained = epochs * tokens * done / steps
     rows = trained * work.num_rows / max(work.num_tokens, 1)
     operations = step_flops(params, 1) * trained + forward_flops(work.head_params, 1) * rows
     return StudentCost(

@@ -28,8 +28,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from kdpipe.manifests.bus_errors import explain_bus_errors
 from kdpipe.manifests.cores import THREADS, asked_threads, num_cores
 from kdpipe.manifests.errors import InternalError, KdpipeError, PeerError, TemporaryError, error_of, fields_of, stopped
+from kdpipe.manifests.running import LED
 from kdpipe.pipeline.endings import answered
 from kdpipe.pipeline.last_net import Crash, crash_of, kept
+from kdpipe.stages.train.signals import SAME_S
 
 LAUNCHER_LOGS = ("torch.distributed.elastic", "torch.multiprocessing")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -176,9 +178,14 @@ def _signals() -> Iterator[list[signal.Signals]]:
     One that is ignored (nohup) stays so.
     """
     asked: list[signal.Signals] = []
+    heard = time.monotonic()
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGQUIT)}
 
     def pass_on(number: int, frame: object) -> None:
+        nonlocal heard
+        if asked and LED in os.environ and time.monotonic() - heard < SAME_S:
+            return  # the scheduler's own, and then the sweep's
+        heard = time.monotonic()
         asked.append(signal.Signals(number))
         ranks = multiprocessing.active_children()
         for rank in ranks:

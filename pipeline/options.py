@@ -32,6 +32,7 @@ class Reads:
     needs: keys without which there is nothing to do
     renamed: options that have another name here: {"data.paths": "--prompts"}
     sections: tables whose options --help shows apart, by what it says over them
+    but: keys of these tables that are not read
     passes_on: whether it hands all but its own table to other commands
     """
 
@@ -40,6 +41,7 @@ class Reads:
     needs: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     sections: Mapping[str, str] = field(default_factory=dict)
+    but: tuple[str, ...] = ()
     passes_on: bool = False
 
     def flag(self, key: str) -> str:
@@ -48,14 +50,16 @@ class Reads:
 
     def of_options(self) -> list[str]:
         """The keys that have an option."""
-        return list(dict.fromkeys(key for each in self.options for key in fields() if within(key, each)))
+        keys = dict.fromkeys(key for each in self.options for key in fields() if within(key, each))
+        return [key for key in keys if key not in self.but]
 
     def includes(self, key: str) -> bool:
         """Whether the command reads a key, or some of a table."""
-        return any(within(key, read) or within(read, key) for read in (*self.options, *self.others))
+        read = any(within(key, read) or within(read, key) for read in (*self.options, *self.others))
+        return read and key not in self.but
 
 
-OF_CACHES = ("data.heldout_fraction", "data.max_length", "data.overlong", "data.supervise")
+OF_CACHES = ("data.heldout_fraction", "data.subset", "data.max_length", "data.overlong", "data.supervise")
 """Keys of [data] that kdpipe train asks a cache about too; the others are for data without one."""
 
 
@@ -98,6 +102,7 @@ READS = {
             "cache.group",
         ),
         needs=("teacher.path", "data.paths", "cache.path"),
+        but=("data.subset",),
     ),
     "train": Reads(
         options=(

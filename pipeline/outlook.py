@@ -177,6 +177,7 @@ def _cost(name: str, run: RunFile, work: Work, rate: Rate, params: Mapping[Path,
         export_bytes=weight_bytes(run.student.path),
         epochs=run.train.epochs,
         batch_tokens=run.train.batch_tokens,
+        subset=run.data.subset,
         max_steps=run.train.max_steps,
         checkpoints=run.train.keep if run.train.save_every else 0,
     )

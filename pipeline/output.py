@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kdpipe.manifests.provenance import SHORTEST_DIGEST
@@ -66,6 +66,23 @@ def listing(record: Mapping[str, object]) -> str:
     rows = list(_flat(record, ""))
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Aligned columns under their names, those that some row has; texts to the left, numbers to the right."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[name.replace("_", " ") for name in names]]
+    cells += [["" if row.get(name) is None else _text(name, row[name]) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    texts = [any(isinstance(row.get(name), str) for row in rows) for name in names]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(line, widths, texts, strict=True)
+        )
+        for line in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _flat(record: Mapping[str, object], prefix: str) -> Iterator[tuple[str, str]]:

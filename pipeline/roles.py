@@ -7,6 +7,7 @@ cores, and no more threads than cores. GPUs are shared out where there are sever
 import os
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from kdpipe.manifests.cores import Cores
 from kdpipe.manifests.errors import ConfigError
@@ -65,3 +66,12 @@ def visible_gpus(count: int) -> list[str]:
     """Names of the GPUs that this process sees."""
     named = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
     return named if len(named) == count else [str(number) for number in range(count)]
+
+
+def all_gpus() -> list[str]:
+    """As `visible_gpus`, by a process without torch."""
+    named = os.environ.get(VISIBLE)
+    if named is None:
+        return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    names = [name.strip() for name in named.split(",") if name.strip()]
+    return names[: names.index("-1")] if "-1" in names else names  # CUDA takes none from there on

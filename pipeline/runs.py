@@ -47,6 +47,7 @@ class RunState:
     step, num_steps: optimizer steps done and in all, None where it does not say yet
     error, exit_code: of one that failed or was interrupted
     metrics: of the finished student; of the last evaluation on the way while it is not
+    rate: tokens a second, over all steps or lately
     last_event: when it last said something, unix seconds
     """
 
@@ -58,6 +59,7 @@ class RunState:
     exit_code: int | None = None
     metrics: Metrics | None = None
     record: RunRecord | None = None
+    rate: float | None = None
     last_event: float | None = None
 
 
@@ -77,6 +79,7 @@ def state_of(output: Path) -> RunState:
             num_steps=record.num_steps,
             metrics=record.metrics,
             record=record,
+            rate=_rate(tail),
             last_event=_time(last),
         )
     status = "running" if _is_busy(output) else _ended(last)
@@ -91,6 +94,7 @@ def state_of(output: Path) -> RunState:
         exit_code=last.get("exit_code") if failed else None,
         metrics=_last_metrics(events),
         record=record,
+        rate=_rate(tail),
         last_event=_time(last),
     )
 
@@ -156,6 +160,20 @@ def _last_metrics(events: list[Event]) -> Metrics | None:
     return (
         None if found is None else {key: value for key, value in found.items() if key not in ("time", "kind", "step")}
     )
+
+
+def _rate(events: list[Event]) -> float | None:
+    """Tokens a second of the last session, as far as it is among some events."""
+    for event in reversed(events):
+        if event.get("task") == "train" and event["kind"] in ("end", "progress"):
+            done, seconds = event.get("done"), event.get("seconds")
+            rate = (
+                done / seconds
+                if isinstance(done, int) and isinstance(seconds, float) and seconds
+                else event.get("rate")
+            )
+            return rate if isinstance(rate, float) else None
+    return None
 
 
 def _time(event: Event) -> float | None:

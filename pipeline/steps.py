@@ -23,12 +23,12 @@ from kdpipe.pipeline.options import OF_CACHES, READS, key_of, readers, within
 EXTRACT, SEAL, REPORT = "extract", "seal", "report"
 OF_SUBMIT = "slurm"
 """Table that decides where a run is computed, not what: it may vary, and no step is given it."""
-OF_EACH = ("data.heldout_fraction",)
+OF_EACH = ("data.heldout_fraction", "data.subset")
 """Keys of [data] that may differ between the students of one cache."""
 REPORT_FILE = "report.html"
 OF_CACHE = ("max_length", "overlong", "supervise")
 """Keys of [data] that a student's record has from its cache."""
-Digests = Callable[[Path], tuple[str, str]]
+Digests = Callable[[Path], tuple[str, str] | None]
 """Of a student's folder: model and tokenizer."""
 
 
@@ -91,7 +91,7 @@ def disk_of(run: RunFile) -> Disk:
     """
     members = members_of(run)
     complete = frozenset(path for path in _caches(members) if is_complete(path))
-    digest = cache(lambda path: (digest_model(path), digest_tokenizer(path)))  # once a student, however many runs
+    digest = cache(_digests)  # once a student, however many runs
     finished = set()
     for member in members:
         record = read_run(member.output)
@@ -170,8 +170,7 @@ def _cache_steps(
             )
     assert own is not None, "it is what is missing"
     part = ("--part", "{part}") if parts > 1 else ()
-    given = [text for text in sets if READS["extract"].includes(key_of(text))]
-    extract = Step(name=EXTRACT, argv=(*_words("extract", config, given), *part), needs=(), output=own, parts=parts)
+    extract = Step(name=EXTRACT, argv=(*words_of("extract", config, sets), *part), needs=(), output=own, parts=parts)
     seal = Step(name=SEAL, argv=("cache", "verify", str(own), "--quick"), needs=(EXTRACT,), output=own)
     return [extract, seal]
 
@@ -184,7 +183,7 @@ def _member_step(
     varied = [override(key, value) for key, value in member.overrides.items() if not within(key, OF_SUBMIT)]
     return Step(
         name=f"{command}/{member.name}",
-        argv=(*_words(command, config, [*given, *varied]), "--output", str(member.output)),
+        argv=(*words_of(command, config, [*given, *varied]), "--output", str(member.output)),
         needs=needs,
         output=member.output,
         member=member,
@@ -197,10 +196,14 @@ def _report(run: RunFile, members: tuple[Member, ...], needs: tuple[str, ...]) -
     return Step(name=REPORT, argv=("report", *outputs, "--out", str(page)), needs=needs, output=page, whatever=True)
 
 
-def _words(command: str, config: Path | None, sets: Sequence[str]) -> tuple[str, ...]:
-    """("train", "--config", "run.toml", "--set", "train.lr=0.1", "train.seed=1")"""
+def words_of(command: str, config: Path | None, sets: Sequence[str]) -> tuple[str, ...]:
+    """A command with the run file and those --set that it reads.
+
+    ("train", "--config", "run.toml", "--set", "train.lr=0.1", "train.seed=1")
+    """
     from_file = () if config is None else ("--config", str(config))
-    return (command, *from_file, *(("--set", *sets) if sets else ()))
+    read = [text for text in sets if READS[command].includes(key_of(text))]
+    return (command, *from_file, *(("--set", *read) if read else ()))
 
 
 def _caches(members: Iterable[Member]) -> list[Path]:
@@ -228,9 +231,17 @@ def _inputs(
         "heldout_fraction": fraction,
         "caches": _fingerprints(member, recorded, complete),
     }
-    if student is not None and student.exists() and trust is None:
-        changes["student"], changes["tokenizer"] = digest(student)
+    if student is not None and trust is None and (found := digest(student)) is not None:
+        changes["student"], changes["tokenizer"] = found
     return recorded.model_copy(update=changes)
+
+
+def _digests(student: Path) -> tuple[str, str] | None:
+    """Of model and tokenizer; None where the folder cannot be read any more: the student made of it is there."""
+    try:
+        return digest_model(student), digest_tokenizer(student)
+    except (OSError, ValueError):
+        return None
 
 
 def _fingerprints(member: Member, recorded: RunInputs, complete: frozenset[Path]) -> tuple[str, ...]:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import canonical
+from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.run import RUN_FILE, Metrics, RunInputs, RunRecord
 from kdpipe.manifests.specs import Member
 
@@ -11,8 +13,12 @@ from kdpipe.manifests.specs import Member
 def write_record(member: Member, *, metrics: Metrics | None, num_steps: int = 3) -> RunRecord:
     """kdpipe.json of a member's student, as a run of it writes it."""
     spec = member.run.training()
+    caches = tuple(
+        Cache.open(path).plan.fingerprint.overall() if (path / PLAN_FILE).exists() else "c"
+        for path in member.run.cache.path
+    )
     record = RunRecord(
-        inputs=RunInputs(student="s", caches=("c",), heldout_fraction=spec.data.heldout_fraction, spec=spec),
+        inputs=RunInputs(student="s", caches=caches, heldout_fraction=spec.data.heldout_fraction, spec=spec),
         num_steps=num_steps,
         num_tokens=100,
         num_skipped=0,

@@ -34,8 +34,7 @@ class Flag:
     takes: str | None = None
 
 
-def several(given: Any) -> Any:
-    """One value as a list of it."""
+def _several(given: Any) -> Any:
     return (given,) if isinstance(given, str | Path) else given
 
 
@@ -48,7 +47,7 @@ def _code_digest(text: str) -> str:
     return lower
 
 
-Paths = Annotated[tuple[Path, ...], BeforeValidator(several)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_several)]
 """One path or several."""
 CodeDigest = Annotated[str, AfterValidator(_code_digest)]
 """The sha256 of a model's own code in hexadecimal, or the start of it."""

@@ -2,6 +2,8 @@
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from kdpipe.manifests.specs.base import Count, Flag, Fraction, Paths, Spec
 
 
@@ -16,6 +18,9 @@ class DataSpec(Spec):
     """Which tokens are targets: every assistant turn, the last one, the completion, or every token."""
     heldout_fraction: Fraction = 0.05
     """Share of the samples kept out of training for evaluation, chosen by each sample's content."""
+    subset: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the training samples to train on, chosen by each sample's content: those of 0.1 are among those of 0.5.
+    The held-out ones stay the same."""
     bad_records: Literal["stop", "skip"] = "stop"
     """A record that cannot be read ends the command, which shows the first ten, or is left out, counted and listed in
     prepare.jsonl, in CACHE/runs or OUTPUT."""

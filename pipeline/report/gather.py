@@ -83,7 +83,8 @@ def _runs_in(path: Path) -> list[Path]:
         raise ConfigError(
             "it is a cache; name the outputs of runs, their report says what it holds and cost", where=path
         )
-    inside = [path] if is_run(path) else [each for each in sorted(path.iterdir()) if each.is_dir() and is_run(each)]
+    inside = [each for each in sorted(path.iterdir()) if each.is_dir() and is_run(each)]
+    inside = inside or [path] * is_run(path)  # a sweep's own events lie in the folder of its runs
     if not inside:
         raise ConfigError(
             "there is no run in it, nor in the folders in it: neither events.jsonl nor kdpipe.json", where=path

@@ -89,7 +89,7 @@ class ExtractSpec:
         """All that may decide which samples a cache must hold and is in no file, as JSON values."""
         of_places = {"teacher", "data", "group", "options", "check_inputs", "prepare_workers", "keep_rows"}
         chosen = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in of_places}
-        return chosen | {"data_spec": self.data_spec.model_dump(mode="json")}
+        return chosen | {"data_spec": self.data_spec.model_dump(mode="json", exclude={"subset"})}
 
     def reading(self, info: TeacherInfo) -> Reading:
         """The data, read for this teacher."""

@@ -15,7 +15,8 @@ from pydantic import JsonValue
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.feed.dataset import Dataset
-from kdpipe.stages.feed.order import cut_steps, deal, num_steps, shuffle
+from kdpipe.stages.feed.lengths import num_steps, planned_steps
+from kdpipe.stages.feed.order import cut_steps, deal, shuffle
 from kdpipe.stages.feed.packing import PackedBatch, Packer
 
 
@@ -70,11 +71,9 @@ class PlannedBatches:
         self._grad_accum, self._rank, self._world_size = grad_accum, rank, world_size
         self._packer = Packer(dataset, padded=padded, pin=pin)
         self.steps_per_epoch = num_steps(dataset.num_tokens[samples], batch_tokens)
-        wanted = max(round(self.steps_per_epoch * epochs), 1)
-        self.num_steps = min(wanted, max_steps or wanted)
+        self.num_steps = planned_steps(dataset.num_tokens[samples], batch_tokens, epochs=epochs, max_steps=max_steps)
         self._cuts: dict[int, list[np.ndarray]] = {}
         self._wanted_to = -1
-        self._waited_s = 0.0
 
     def num_supervised(self, step: int) -> int:
         return int(self._dataset.num_supervised[self.samples(step)].sum())
@@ -83,12 +82,7 @@ class PlannedBatches:
         return self._num_tokens_before(after) - self._num_tokens_before(first)
 
     def told(self, step: int) -> dict[str, float]:
-        """Seconds that this rank has waited for a teacher at work since the step before."""
-        waited = [teacher.rows.waited_s for teacher in self._dataset.teachers]
-        if not waited or None in waited:
-            return {}
-        before, self._waited_s = self._waited_s, sum(filter(None, waited))
-        return {"wait/teacher/seconds": self._waited_s - before}
+        return {}
 
     def state(self) -> dict[str, JsonValue]:
         return {}

@@ -22,7 +22,7 @@ from kdpipe.manifests.cache import Cache, HeadArrays
 from kdpipe.manifests.errors import CacheError
 from kdpipe.manifests.prepared import Prepared
 from kdpipe.manifests.row_source import CacheRows, RowSource
-from kdpipe.manifests.sample import SampleTokens, is_heldout
+from kdpipe.manifests.sample import SampleTokens, is_heldout, is_in_subset
 from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.teacher import HeadRecord
 
@@ -93,11 +93,15 @@ class Dataset:
         """The largest of the tables' own: a text that one of them holds out is held out of all."""
         return max(plan.heldout_fraction for plan in self.plans)
 
-    def split(self, heldout_fraction: float | None) -> tuple[np.ndarray, np.ndarray]:
-        """(training, held-out) sample indices by one fraction for all tables, their own where none is given."""
+    def split(self, heldout_fraction: float | None, subset: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """(training, held-out) sample indices by one fraction for all tables, their own where none is given.
+
+        subset: share of the training samples that are taken
+        """
         fraction = self.heldout_fraction if heldout_fraction is None else heldout_fraction
-        heldout = np.concatenate([is_heldout(table.column("content_id"), fraction) for table in self.tables])
-        return np.flatnonzero(~heldout), np.flatnonzero(heldout)
+        ids = np.concatenate([table.column("content_id") for table in self.tables])
+        heldout = is_heldout(ids, fraction)
+        return np.flatnonzero(~heldout & is_in_subset(ids, subset)), np.flatnonzero(heldout)
 
 
 def of_caches(caches: Sequence[Cache]) -> Dataset:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kdpipe.stages.draws import mixed, mixed_seed
+from kdpipe.stages.feed.lengths import num_steps
 
 
 def shuffle(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -20,11 +21,6 @@ def shuffle(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """
     places = mixed(torch.from_numpy(indices.copy()) ^ mixed_seed(seed, epoch)).numpy().view(np.uint64)
     return indices[np.argsort(places, kind="stable")]
-
-
-def num_steps(num_tokens: np.ndarray, batch_tokens: int) -> int:
-    """Steps of an epoch: as few as keep the mean step within batch_tokens, and no more than there are samples."""
-    return min(max(-(-int(num_tokens.sum()) // batch_tokens), 1), len(num_tokens))
 
 
 def cut_steps(order: np.ndarray, num_tokens: np.ndarray, batch_tokens: int) -> list[np.ndarray]:

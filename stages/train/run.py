@@ -24,7 +24,7 @@ from kdpipe.stages import evaluate
 from kdpipe.stages.extract.reading import INCIDENTS
 from kdpipe.stages.feed.batches import Batches, PlannedBatches
 from kdpipe.stages.feed.packing import Packer
-from kdpipe.stages.models.device import described, pick_device
+from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.ranks import Ranks, joined
 from kdpipe.stages.student import (
     TeacherHead,
@@ -260,12 +260,13 @@ class Run:
             steps_per_epoch=steps,
             ranks=self.ranks.world_size,
             first_step=self.trainer.done + 1,
-            device=described(self.ranks.device),
             dtype=spec.dtype,
         )
         lengths = self.dataset.num_tokens[self.train_samples]
         if self.student.padded:
             progress.note("this model's layers cannot tell packed samples apart: batches are padded")
+        if (share := self.inputs.spec.data.subset) < 1.0:
+            progress.note(f"data.subset={share:g}: {len(lengths):,} of the training samples")
         if steps <= FEW_STEPS:
             progress.note(
                 f"an epoch is {steps} step{'s' * (steps > 1)} of about {int(lengths.sum()) // steps:,} tokens; "

@@ -47,7 +47,7 @@ def prepare_samples(reading: Reading, output: Path, progress: Progress, *, vocab
     wanted = _without_samples(reading)
     choices = {
         "prepared": wanted.model_dump(mode="json"),
-        "spec": reading.spec.model_dump(mode="json"),
+        "spec": reading.spec.model_dump(mode="json", exclude={"subset"}),
         "context": None if reading.context is None else reading.context.tokens,
         "vocab_size": vocab_size,
     }

@@ -13,10 +13,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from kdpipe.manifests.running import LED
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 SAME_S = 2.0
-"""A launcher passes on to its ranks what they may have heard themselves, from a terminal or a scheduler that signals
-every process: what follows the first so closely is the same request."""
+"""A launcher passes on to its ranks, and a sweep to its runs, what they may have heard themselves, from a terminal or a
+scheduler that signals every process: what follows the first so closely is the same request."""
 
 
 @contextlib.contextmanager
@@ -28,7 +30,7 @@ def asked_to_stop(*, say: bool = True) -> Iterator[list[signal.Signals]]:
     """
     asked: list[signal.Signals] = []
     before: dict[signal.Signals, Any] = {}
-    is_rank, heard = "RANK" in os.environ, 0.0
+    is_led, heard = not os.environ.keys().isdisjoint(("RANK", LED)), 0.0
 
     def put_back() -> None:
         for number, handler in before.items():
@@ -41,7 +43,7 @@ def asked_to_stop(*, say: bool = True) -> Iterator[list[signal.Signals]]:
             heard = time.monotonic()
             if say:
                 _say(f"{asked[0].name}: finishing the step and saving; once more ends it at once")
-            if not is_rank:
+            if not is_led:
                 put_back()
         elif time.monotonic() - heard > SAME_S:
             put_back()

@@ -67,7 +67,6 @@ class Training:
     trust: digest of the student's own code that may run, or its start; None where it brings none
     resume: "auto" goes on from the newest good checkpoint in output, "never" starts again, a path goes on from there
     group: number of the Unix group that may read the output
-    loggers: who else is given the run's figures
     made_with: the command, as the finished student's record keeps it for people
     inputs: what the launcher found that the result depends on; None: this process finds it itself
     """
@@ -84,7 +83,6 @@ class Training:
     trust: str | None = None
     resume: str = "auto"
     group: int | None = None
-    loggers: tuple[str, ...] = ()
     made_with: MadeWith | None = None
     inputs: RunInputs | None = None
 
@@ -133,7 +131,7 @@ class Found:
     @property
     def samples(self) -> tuple[np.ndarray, np.ndarray]:
         """(training, held-out) sample indices."""
-        return self.dataset.split(self.inputs.heldout_fraction)
+        return self.dataset.split(self.inputs.heldout_fraction, self.inputs.spec.data.subset)
 
     @property
     def measured(self) -> np.ndarray:
@@ -200,7 +198,7 @@ def check_training(training: Training, nproc: int, found: Found | None = None) -
     train_samples, _ = found.samples
     if not len(train_samples):
         raise ConfigError(
-            "every sample is held out, none is left to train on; lower data.heldout_fraction", where="data"
+            "no sample is left to train on; lower data.heldout_fraction, or raise data.subset", where="data"
         )
     require_samples(train_samples, nproc)
     device = pick_device(training.device)

@@ -11,6 +11,7 @@ from kdpipe.manifests.sample import (
     SampleTokens,
     content_id,
     is_heldout,
+    is_in_subset,
     num_rows,
     prompt_of,
     row_positions,
@@ -98,3 +99,11 @@ def test_running_text_has_no_prompt() -> None:
     text = SampleTokens(np.arange(4, dtype=np.int32), np.array([False, True, True, True]))
     with pytest.raises(DataError, match=r"d\.jsonl:3: there is no prompt in it"):
         prompt_of(text, "d.jsonl:3")
+
+
+def test_a_subset_is_a_share_of_those_that_are_held_out_and_of_those_that_are_not() -> None:
+    ids = np.random.default_rng(0).integers(0, 256, (20_000, 16), dtype=np.uint8)
+    heldout = is_heldout(ids, 0.2)
+    for of in (heldout, ~heldout):
+        assert is_in_subset(ids, 0.25)[of].mean() == pytest.approx(0.25, abs=0.02)
+    assert is_in_subset(ids, 1.0).all()

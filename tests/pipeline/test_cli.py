@@ -439,6 +439,7 @@ class FakeTraining:
     group: int | None
     made_with: object
     inputs: object = None
+    copies: object = None
 
 
 @pytest.fixture

@@ -37,6 +37,11 @@ def test_max_steps_end_a_training_early_and_no_checkpoints_take_no_room() -> Non
     assert cost(max_steps=400).num_steps == 16
 
 
+def test_a_student_of_a_share_of_the_samples_takes_that_share() -> None:
+    assert (cost(subset=0.25).num_steps, cost(subset=0.25).trained_tokens) == (4, 4_000)
+    assert cost(subset=0.25).seconds == pytest.approx(cost().seconds / 4)
+
+
 def test_a_live_teacher_reads_what_each_student_trains_on() -> None:
     students = [cost(), cost(epochs=1.0)]
     alone = sum(student.seconds for student in students)

@@ -115,6 +115,8 @@ GOOD = {
     "sweep.runs": "[]",
 }
 """Values of the keys whose default and type say too little of what they take."""
+for table in ("slurm", "slurm.extract", "slurm.light"):
+    GOOD |= {f"{table}.mem": "64G", f"{table}.time": "60", f"{table}.options": "[]"}
 
 
 def good_value(key: str, entry: FieldInfo) -> object:

@@ -98,7 +98,7 @@ def test_without_a_sweep_there_is_one_student_in_its_own_folder(steps: Steps) ->
             "teacher.dtype = ['float32']",
             "run dtype-float32: 'teacher.dtype' cannot vary: kdpipe train does not read it",
         ),
-        ("live.lmbda = [0.5]", "it is for kdpipe onpolicy"),
+        ("live.lmbda = [0.5]", "kdpipe train does not read it, it is for kdpipe "),
         ("data.max_length = [8, 16]", "'data.max_length' cannot vary: the samples of a cache are made with one"),
         ("data.strict = [true]", "'data.strict' cannot vary"),
         ("cache.path = [[]]\ndata.paths = [[]]", "neither a cache.path nor data.paths"),

@@ -17,7 +17,8 @@ from kdpipe.manifests.sample import row_positions
 from kdpipe.manifests.shard import Shard
 from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.dataset import Dataset, of_caches
-from kdpipe.stages.feed.order import cut_steps, deal, num_steps, shuffle
+from kdpipe.stages.feed.lengths import num_steps, planned_steps
+from kdpipe.stages.feed.order import cut_steps, deal, shuffle
 from kdpipe.stages.feed.packing import PackedBatch, Packer
 
 indices = st.lists(st.integers(0, 10**9), min_size=1, max_size=80, unique=True).map(lambda some: np.array(some))
@@ -68,6 +69,23 @@ def test_steps_are_never_empty_and_keep_the_order(num_tokens: np.ndarray, batch_
     assert len(steps) == num_steps(num_tokens, batch_tokens)
     assert all(len(step) for step in steps)
     assert np.concatenate(steps).tolist() == order.tolist()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "most", "expected"), [(1, None, 4), (2.5, None, 10), (0.1, None, 1), (3, 5, 5), (1, 9, 4)]
+)
+def test_a_run_has_the_steps_of_its_epochs_or_as_many_as_it_may(epochs: float, most: int | None, expected: int) -> None:
+    assert planned_steps(np.full(20, 10), 50, epochs=epochs, max_steps=most) == expected
+
+
+def test_a_subset_is_of_the_training_samples_alone_and_a_smaller_one_within_a_larger(rows: Dataset) -> None:
+    trained, heldout = rows.split(0.3)
+    before: set[int] = set()
+    for share in (0.1, 0.5, 0.9, 1.0):
+        some, same = rows.split(0.3, share)
+        assert (same.tolist(), before <= set(some), set(some) <= set(trained)) == (heldout.tolist(), True, True)
+        before = set(some.tolist())
+    assert (len(before), 0 < len(rows.split(0.3, 0.5)[0]) < len(trained)) == (len(trained), True)
 
 
 @given(lengths, st.integers(1, 400))

@@ -1,0 +1,118 @@
+"""kdpipe sweep: real students from one cache, the same as by hand, whatever happens on the way."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import Bench, Main
+
+from kdpipe.manifests.running import alone_in
+from kdpipe.pipeline.runs import events_of, state_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Path:
+    """A working folder with a run file of three students."""
+    (tmp_path / "run.toml").write_text(
+        f"""
+[cache]
+path = "{bench.cache}"
+[student]
+path = "{bench.student}"
+[train]
+output = "runs"
+device = "cpu"
+batch_tokens = 512
+max_steps = 4
+[sweep]
+report = false
+[sweep.grid]
+train.lr = [1e-3, 3e-3, 1e-2]
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(ROOT / "tools" / "typing"), os.environ.get("PYTHONPATH", "")])
+    )
+    return tmp_path
+
+
+def test_students_are_those_of_the_commands_typed_by_hand_and_a_bad_run_stops_none(folder: Path, main: Main) -> None:
+    Path("runs").mkdir()
+    Path("runs/lr-0.003").touch()  # where a student should go
+    code, out, err = main("sweep", "run.toml", "--jobs", "2", "--json")
+    assert code == 4
+    assert err.splitlines()[-1].startswith("E-INPUT runs: 1 of 3 did not end well: lr-0.003; ")
+    assert "lr-0.003: failed: E-CONFIG runs/lr-0.003: this is not a folder; " in err
+    assert err.startswith("3 runs to do; 12 steps, ")
+    students = {student["name"]: student for student in json.loads(out)["students"]}
+    assert [students[name]["status"] for name in ("lr-0.001", "lr-0.003", "lr-0.01")] == [
+        "finished",
+        "absent",
+        "finished",
+    ]
+    figures = [student["heldout_kl"] for student in students.values() if "heldout_kl" in student]
+    assert figures == sorted(figures), "the best first"
+    assert events_of(Path("runs"))[-1]["kind"] == "finished"
+    code, dry, _ = main("sweep", "run.toml", "--dry-run")
+    assert (code, dry) == (0, "kdpipe train --config run.toml --set train.lr=0.003 --output runs/lr-0.003\n")
+
+    for name in ("lr-0.001", "lr-0.01"):
+        by_hand = ("--set", f"train.lr={name[3:]}", "--output", f"hand/{name}")
+        assert main("train", "--config", "run.toml", *by_hand)[0] == 0
+        assert (
+            Path(f"hand/{name}/model.safetensors").read_bytes() == Path(f"runs/{name}/model.safetensors").read_bytes()
+        )
+
+    Path("runs/lr-0.003").unlink()
+    assert main(*dry.split()[1:])[0] == 0
+    code, out, err = main("sweep", "run.toml")
+    assert (code, err) == (0, ""), "nothing is left to do"
+    assert [line.split()[1] for line in out.splitlines()[1:]] == ["finished"] * 3
+    code, _, err = main("sweep", "run.toml", "--set", "train.weight_decay=0.1")
+    assert code == 4
+    assert "it holds the student of another run: its spec.train.weight_decay is 0.0, this run's is 0.1" in err
+
+
+def test_a_sweep_is_refused_before_it_starts(folder: Path, main: Main) -> None:
+    assert main("sweep")[2].startswith("E-CONFIG kdpipe sweep: no run file is named")
+    assert main("sweep", "run.toml", "--config", "run.toml")[2].startswith("E-CONFIG kdpipe sweep: two run files")
+    assert "it varies nothing" in main("sweep", "run.toml", "--set", "sweep.grid={}")[2]
+    code, _, err = main("sweep", "run.toml", "--set", "student.path=none")
+    assert (code, err) == (4, "E-STUDENT none: no such folder\n")
+    Path("runs").mkdir()
+    with alone_in(Path("runs")):
+        code, _, err = main("sweep", "run.toml")
+    assert (code, err.startswith("E-BUSY runs: another run is at work here: pid")) == (75, True)
+    assert list(Path("runs").iterdir()) == [], "it leaves nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_sweep_that_is_ended_and_run_again_ends_with_the_same_students(name: str, folder: Path, main: Main) -> None:
+    asked = ("sweep", "run.toml", "--jobs", "2", "--set", "train.save_every=1", "train.max_steps=12")
+    command = [sys.executable, "-m", "kdpipe.pipeline.cli", *asked]
+    codes = []
+    for step in (2, 5, None):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as sweep:
+            watched = os.pidfd_open(sweep.pid)
+            while step is not None and (state_of(Path("runs/lr-0.003")).step or 0) < step:
+                assert not select.select([watched], [], [], 0.05)[0], "it has ended by itself"
+            if step is not None:
+                sweep.send_signal(signal.Signals[name])
+            codes.append(sweep.wait(100))
+            os.close(watched)
+    ended = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 75, "SIGINT": 130}[name]
+    assert codes == [ended, ended, 0]
+    for lr in ("0.001", "0.003", "0.01"):
+        by_hand = ("--set", f"train.lr={lr}", "train.max_steps=12", "--output", f"hand/{lr}")
+        assert main("train", "--config", "run.toml", *by_hand)[0] == 0
+        assert Path(f"hand/{lr}/model.safetensors").read_bytes() == Path(f"runs/lr-{lr}/model.safetensors").read_bytes()
