@@ -91,7 +91,7 @@ def _tasks(record: Submission, folder: Path) -> Iterator[Entry]:
             yield Entry(name=name, output=where, own=own, sent=job, task=task, log=log)
         elif step in (SEAL, REPORT):
             made = _complete(where) if step == SEAL else _is_newer(where, job.sent)
-            yield Entry(name=step, output=where, made=made, sent=job, task=task, log=log)
+            yield Entry(name=step, output=where, made=made, whatever=step == REPORT, sent=job, task=task, log=log)
         else:
             yield Entry(name=step, output=where, own=state_of(where), sent=job, task=task, log=entry.log)
 

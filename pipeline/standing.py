@@ -48,12 +48,14 @@ class Entry:
 
     own: its own record of how it stands; None for a step that keeps none, as a check or a report does
     made: whether what it is to make is there
+    whatever: it is taken however the steps before it ended
     """
 
     name: str
     output: Path
     own: RunState | None = None
     made: bool = False
+    whatever: bool = False
     sent: Sent | None = None
     task: Task | None = None
     log: Path | None = None
@@ -93,8 +95,13 @@ def rows_of(entries: Sequence[Entry], queue: Queue) -> list[Row]:
 
 
 def exit_code_of(rows: Iterable[Row]) -> int:
-    """0 all is finished or under way, 1 something failed for good, 2 something was stopped and is not under way."""
+    """0 all is finished or under way, 1 something failed for good, 2 something was stopped and is not under way.
+
+    What has not begun is under way while others are at work: a local sweep takes its runs one after the other.
+    """
     states = {row.state for row in rows}
+    if states & {"running", "waiting"}:
+        states -= {"absent"}
     return 1 if states & FOR_GOOD else 0 if states <= GOING_ON else 2
 
 
@@ -202,11 +209,11 @@ def _forgotten(entry: Entry, queue: Queue) -> tuple[State, str]:
 
 def _blocked(row: Row, entry: Entry, queue: Queue, ended: Mapping[str, State]) -> Row:
     """A step whose job cannot start, or was taken out, because one before it did not end well: it is named."""
-    job = queue.jobs.get(entry.number or "")
-    if job is None or row.state not in ("waiting", "cancelled") or entry.sent is None:
+    if row.state not in ("waiting", "cancelled", "lost") or entry.sent is None:
         return row
-    needs = [name for name in ended if name.partition(" ")[0] in entry.sent.needs]
-    if job.reason != NEVER and not (row.state == "cancelled" and needs):
+    job = queue.jobs.get(entry.number or "")
+    needs = [name for name in ended if name.partition(" ")[0] in entry.sent.needs and not entry.whatever]
+    if (job is None or job.reason != NEVER) and not (row.state != "waiting" and needs):
         return row
     said = ", ".join(f"{name} ({ended[name]})" for name in needs[:3]) or ", ".join(entry.sent.needs[:3])
     return replace(row, state="blocked", why=f"cannot start without {said}")

@@ -89,10 +89,11 @@ def test_a_step_that_cannot_start_names_the_one_that_failed() -> None:
         "10": Job(job="10", state="CANCELLED", reason=""),
     }
     entries = [entry(FAILED, "extract")]
-    entries += [entry(ABSENT, f"train/{n}", n, needs=("extract",)) for n in (8, 9, 10)]
+    entries += [entry(ABSENT, f"train/{n}", n, needs=("extract",)) for n in (8, 9, 10, 99)]
+    entries += [entry(None, "report", 10, needs=("extract",), whatever=True)]
     rows = rows_of(entries, Queue(jobs=jobs))
-    assert [row.state for row in rows] == ["failed", "blocked", "blocked", "blocked"]
-    assert {row.why for row in rows[1:]} == {"cannot start without extract (failed)"}
+    assert [row.state for row in rows] == ["failed", *["blocked"] * 4, "cancelled"]
+    assert {row.why for row in rows[1:5]} == {"cannot start without extract (failed)"}, "99 is forgotten by Slurm"
 
 
 def test_a_step_without_a_record_is_what_slurm_says_or_what_lies_there(tmp_path: Path) -> None:
@@ -129,6 +130,8 @@ def test_exit_codes_tell_failed_from_stopped_from_under_way() -> None:
     assert exit_code_of(rows("finished", "running", "waiting")) == 0
     assert exit_code_of(rows("finished", "interrupted")) == exit_code_of(rows("absent")) == 2
     assert exit_code_of(rows("lost", "cancelled")) == 2
+    assert exit_code_of(rows("finished", "running", "absent")) == 0, "its turn comes"
+    assert exit_code_of(rows("running", "interrupted")) == 2
     assert exit_code_of(rows("running", "failed", "cancelled")) == exit_code_of(rows("blocked")) == 1
     assert exit_code_of([]) == 0
 
