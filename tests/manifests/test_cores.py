@@ -156,7 +156,7 @@ def python(code: str, *, cpus: set[int] | None = None, **environment: str) -> st
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", cores.GIVEN)}
     env |= {"PYTHONPATH": str(ROOT / "tools" / "typing"), **environment}
     code = f"import os; os.sched_setaffinity(0, {cpus})\n{code}" if cpus else code
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
