@@ -5,7 +5,6 @@ what it has done by then is not known. Cost: one call of squeue for all jobs, ho
 """
 
 import contextlib
-import getpass
 import os
 import re
 import shutil
@@ -95,7 +94,7 @@ class Cluster:
     def queue(self) -> tuple[Queued, ...]:
         """All jobs of this user that Slurm remembers, those that ended lately too, a task of an array each."""
         fields = ("%F", "%K", "%T", "%r", "%k", "%j")
-        words = ("--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", f"--format={'|'.join(fields)}")
+        words = ("--noheader", "--array", "--states=all", f"--user={os.getuid()}", f"--format={'|'.join(fields)}")
         return tuple(_queued(self._ask("squeue", *words)))
 
     def sbatch(self, script: Path, *words: str) -> int:

@@ -99,14 +99,33 @@ def submit(wanted: Wanted, disk: Disk, cluster: Cluster) -> Sent:
         raise disk_error(err, wanted.submission) from err
     with alone_in(wanted.submission):
         sending = Sending(wanted, cluster)
-        steps = wanted.steps(disk)
-        left, parts = sending.left(steps)
-        before = len(sending.active)
-        if left:
+        left = sending.left(wanted.steps(disk))
+        if left.steps:
             sending.keep_run_file()
-        for batch in wanted.batches(left, parts):
+            sending.drop(left.in_vain)
+        before = len(sending.active)
+        for batch in wanted.batches(left.steps, left.parts):
             sending.send(batch)
         return Sent(jobs=tuple(sending.sent), active_before=before)
+
+
+def is_all_active(wanted: Wanted, disk: Disk, cluster: Cluster) -> bool:
+    """Whether all that is left to do waits or runs since an earlier submit; False without one, and Slurm is not asked.
+
+    A look before any check of what would be sent: nothing is written.
+    """
+    if read_submission(wanted.output) is None:
+        return False
+    return not Sending(wanted, cluster).left(wanted.steps(disk)).steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Left:
+    """What is to be sent: steps, parts of the extraction. in_vain: active pieces whose need is sent anew."""
+
+    steps: tuple[Step, ...]
+    parts: tuple[int, ...]
+    in_vain: tuple[Piece, ...]
 
 
 class Sending:
@@ -122,25 +141,27 @@ class Sending:
         self.active = active_pieces(self._record, queue)
         self.sent: list[Job] = []
 
-    def left(self, steps: Sequence[Step]) -> tuple[list[Step], list[int]]:
-        """The steps that are to be sent, and the parts of the extraction; those that wait in vain are cancelled."""
-        left: list[Step] = []
+    def left(self, steps: Sequence[Step]) -> Left:
+        """Of the steps those that neither wait nor run; what waits for one of them waits for one that has failed."""
+        anew: dict[str, Step] = {}
         parts: list[int] = []
-        stale: list[str] = []
+        in_vain: list[Piece] = []
         for step in steps:
-            anew = any(name in {other.name for other in left} for name in step.needs)
             pieces: list[Piece] = [(step.name, None)]
             if step.parts > 1:
                 pieces = [(step.name, part) for part in parts_left(self._wanted.folder / step.output, step.parts)]
-            if anew:
-                stale += [self.active.pop(piece).task_id for piece in pieces if piece in self.active]
-            missing = [piece for piece in pieces if piece not in self.active]
+            if not anew.keys().isdisjoint(step.needs):
+                in_vain += [piece for piece in pieces if piece in self.active]
+            missing = [piece for piece in pieces if piece not in self.active or piece in in_vain]
             if missing:
-                left.append(step)
+                anew[step.name] = step
                 parts += [part for _, part in missing if part is not None]
-        if stale:
-            self._cluster.cancel(stale)
-        return left, parts
+        return Left(steps=tuple(anew.values()), parts=tuple(parts), in_vain=tuple(in_vain))
+
+    def drop(self, pieces: Sequence[Piece]) -> None:
+        """Cancel active pieces of work."""
+        if pieces:
+            self._cluster.cancel([self.active.pop(piece).task_id for piece in pieces])
 
     def keep_run_file(self) -> None:
         """Copy the run file for the jobs to read. Raises ConfigError where jobs of another version of it are active."""

@@ -14,7 +14,7 @@ from kdpipe.pipeline.output import show
 from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.slurm import Batch
 from kdpipe.pipeline.steps import disk_of
-from kdpipe.pipeline.submit import Wanted, submit
+from kdpipe.pipeline.submit import Wanted, is_all_active, submit
 
 
 @click.command("submit", cls=RunCommand)
@@ -45,13 +45,16 @@ def command(run: RunFile, dry_run: bool, as_json: bool) -> None:
         show({"jobs": [] if as_json else "none: every student is finished"}, as_json=as_json)
         return
     cluster = Cluster(seconds=run.slurm.answer_seconds)
+    if is_all_active(wanted, disk, cluster):
+        show({"jobs": [] if as_json else "none: all that is left waits or runs already"}, as_json=as_json)
+        return
     for warning in preflight(wanted, steps, cluster):
         print(f"warning: {warning}", file=sys.stderr)
     sent = submit(wanted, disk, cluster)
     jobs = [_as_record(job) if as_json else _in_words(job) for job in sent.jobs]
     show(
         {
-            "jobs": jobs if jobs or as_json else "none: all that is left waits or runs already",
+            "jobs": jobs,
             "active_before": sent.active_before,
             "folder": wanted.submission,
         },

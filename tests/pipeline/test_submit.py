@@ -262,6 +262,9 @@ def test_the_command_submits_and_says_what(slurm: Path, main: Main) -> None:
     code, out, err = main("submit", "run.toml", "--json")
     assert code == 0, err
     assert [job["name"] for job in json.loads(out)["jobs"]] == IN_ORDER
+    code, out, _ = main("submit", "run.toml")
+    assert code == 0
+    assert "all that is left waits or runs" in out
     code, out, _ = main("cancel", "out", "--json")
     assert (code, len(json.loads(out)["cancelled"])) == (0, 9)
     code, out, _ = main("cancel", "run.toml")
