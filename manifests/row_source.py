@@ -24,7 +24,13 @@ from kdpipe.manifests.ring import Message, RingReader
 
 
 class RowSource(Protocol):
-    """Teacher rows of the samples of a data set, by running index."""
+    """Teacher rows of the samples of a data set, by running index.
+
+    waited_s: seconds spent waiting for a teacher at work; None where there is none to wait for
+    """
+
+    @property
+    def waited_s(self) -> float | None: ...
 
     def want(self, samples: np.ndarray) -> None:
         """Will be asked for, in this order: a cache reads ahead, a ring orders them from its teacher."""
@@ -38,6 +44,8 @@ class RowSource(Protocol):
 
 class CacheRows:
     """The rows of one or more complete caches, one after the other under one running index."""
+
+    waited_s = None
 
     def __init__(self, caches: Sequence[Cache]) -> None:
         self._caches = tuple(caches)
@@ -73,6 +81,10 @@ class RingRows:
         self._asked: Counter[int] = Counter()
         self._early: dict[int, list[np.ndarray]] = {}
         self._held: Message | None = None
+
+    @property
+    def waited_s(self) -> float:
+        return self._ring.waited_s
 
     def want(self, samples: np.ndarray) -> None:
         self._asked.update(samples.tolist())

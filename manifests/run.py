@@ -20,6 +20,8 @@ ROLLOUTS = "rollouts-*.jsonl"
 """Files of the answers that the student wrote itself, one for each rank."""
 TEACHERS = "teachers"
 """Folder of the teachers that a run has made of its student."""
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+"""Folders of a run's figures as other programs read them (train.loggers)."""
 
 METRICS = (
     "heldout_kl",

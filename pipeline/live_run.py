@@ -18,6 +18,7 @@ from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.ring import RingEnd, RingReader, make_ring
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.manifests.specs import RunFile
+from kdpipe.pipeline.exporters import require_installed
 from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.pipeline.roles import Share, share_cores, share_gpus, visible_gpus
 from kdpipe.pipeline.teacher_role import teacher_beside
@@ -33,7 +34,11 @@ FedBy = Callable[["Training", RingReader, "Found | None"], "Found"]
 
 
 def choose_ranks(run: RunFile, command: str) -> tuple[str, int]:
-    """The student's device, and how many ranks it has. Raises ConfigError under torchrun."""
+    """The student's device, and how many ranks it has.
+
+    Raises ConfigError under torchrun, or where what train.loggers need is not installed.
+    """
+    require_installed(run.train.loggers)
     if "RANK" in os.environ:
         raise ConfigError("it starts its ranks itself, with --nproc", where=f"kdpipe {command}")
     device, gpus = choose_device(run.train.device)
@@ -76,6 +81,7 @@ def training_of(run: RunFile, plan: Path, device: str, *, resume: str, made_with
         device=device,
         trust=run.student.trust_remote_code,
         resume=resume,
+        loggers=run.train.loggers,
         made_with=made_with,
     )
 

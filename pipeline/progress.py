@@ -20,6 +20,8 @@ from typing import TextIO
 
 from kdpipe.manifests.errors import stopped
 from kdpipe.pipeline.endings import ending
+from kdpipe.pipeline.exporters import Exporters
+from kdpipe.pipeline.machine import environment
 from kdpipe.pipeline.output import to_json
 from kdpipe.pipeline.streams import lost
 
@@ -36,10 +38,19 @@ class EventLog:
 
     They are kept in memory until the path `after` exists and an event of kind `once` was seen, where those are given:
     a refused run leaves no file, not even in a cache that is there already.
+
+    exporters: are given each event that goes to the file, whether it can be written or not
     """
 
-    def __init__(self, path: Path | None, *, after: Path | None = None, once: str | None = None) -> None:
-        self.path, self._after, self._once = path, after, once
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        after: Path | None = None,
+        once: str | None = None,
+        exporters: Exporters | None = None,
+    ) -> None:
+        self.path, self._after, self._once, self._exporters = path, after, once, exporters
         self._waiting: list[str] = []
         self._file: int | None = None
         self.error: OSError | None = None
@@ -54,8 +65,11 @@ class EventLog:
             self._once = None
         if self._file is None and (self._once or (self._after is not None and not self._after.exists())):
             return
-        data = "".join(self._waiting).encode("utf-8", "backslashreplace")
-        self._waiting.clear()
+        lines, self._waiting = self._waiting, []
+        if self._exporters is not None:
+            for line in lines:
+                self._exporters.take(line)
+        data = "".join(lines).encode("utf-8", "backslashreplace")
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,11 +80,25 @@ class EventLog:
             self.error = self.error or err
             self.close()
 
+    def problems(self) -> list[str]:
+        """What the exporters have to say, once."""
+        if self._exporters is None:
+            return []
+        said, self._exporters.problems = self._exporters.problems, []
+        return said
+
     def close(self) -> None:
+        """The file; a later event opens it again."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.close(self._file)
         self._file = None
+
+    def end(self) -> None:
+        """The file and what the exporters have open: no event follows."""
+        self.close()
+        if self._exporters is not None:
+            self._exporters.close()
 
 
 def _open_to_append(path: Path) -> int:
@@ -146,7 +174,9 @@ class ConsoleProgress:
         if self._task is not None and self._live:
             self._put("\n")
         self._task = None
-        self._log.close()
+        self._log.end()
+        for problem in self._log.problems():
+            self._line(problem)
 
     def _rate(self) -> float | None:
         """Units a second over the last half minute, None before there is anything to go by."""
@@ -206,6 +236,8 @@ class ConsoleProgress:
         self._log.write(kind, fields)
         if (err := self._log.error) is not None:
             self._say_lost(str(self._log.path), err)
+        for problem in self._log.problems():
+            self.note(problem)
 
     def _say_lost(self, what: str, err: OSError) -> None:
         """Once, to whoever can still be reached."""
@@ -223,7 +255,8 @@ def watch(
     kept: says what is kept of the work at `where`, for one that a signal ends: it becomes an error like any other
     """
     progress = ConsoleProgress(log)
-    progress.event("run", command=command, host=platform.node(), pid=os.getpid(), **fields)
+    ran_on = {} if log.path is None else {"environment": environment()}
+    progress.event("run", command=command, host=platform.node(), pid=os.getpid(), **ran_on, **fields)
     try:
         yield progress
         progress.end()

@@ -12,7 +12,9 @@ from kdpipe.manifests.node_copy import node_copy
 from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.run import RUN_FILE, read_run
 from kdpipe.manifests.specs import RunFile
+from kdpipe.pipeline.exporters import Exporters
 from kdpipe.pipeline.progress import EventLog, watch
+from kdpipe.pipeline.runs import EVENTS
 from kdpipe.pipeline.streams import lasting_streams
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def train_rank(training: "Training", found: "Found | None" = None, *, command: s
         return train(training, Silent(), found)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     made = None if training.made_with is None else training.made_with.model_dump()
-    log = events(training, once="accepted")
+    log = events(training, once="accepted", exporters=Exporters(training.loggers, training.output))
     run = watch(
         command, log, where=training.output, kept=partial(kept, training.output), num_ranks=num_ranks, made_with=made
     )
@@ -100,9 +102,9 @@ def launch_training(
         raise
 
 
-def events(training: "Training", *, once: str | None = None) -> EventLog:
+def events(training: "Training", *, once: str | None = None, exporters: Exporters | None = None) -> EventLog:
     """once: kind of the event before which nothing is written, as the folder may be another run's"""
-    return EventLog(training.output / "events.jsonl", after=training.output, once=once)
+    return EventLog(training.output / EVENTS, after=training.output, once=once, exporters=exporters)
 
 
 def choose_nproc(asked: int | None, device: str, gpus: int) -> int:

@@ -34,7 +34,8 @@ class Flag:
     takes: str | None = None
 
 
-def _several(given: Any) -> Any:
+def several(given: Any) -> Any:
+    """One value as a list of it."""
     return (given,) if isinstance(given, str | Path) else given
 
 
@@ -47,7 +48,7 @@ def _code_digest(text: str) -> str:
     return lower
 
 
-Paths = Annotated[tuple[Path, ...], BeforeValidator(_several)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(several)]
 """One path or several."""
 CodeDigest = Annotated[str, AfterValidator(_code_digest)]
 """The sha256 of a model's own code in hexadecimal, or the start of it."""

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from kdpipe.manifests.specs.base import Count, DeviceChoice, Flag, Fraction, Spec
+from kdpipe.manifests.specs.base import Count, DeviceChoice, Flag, Fraction, Spec, several
+
+Logger = Literal["tensorboard", "wandb"]
 
 
 class FsdpSpec(Spec):
@@ -76,5 +78,8 @@ class TrainTable(TrainSpec):
     """Processes, one a GPU; 1 on cpu and all GPUs on cuda when not given."""
     device: DeviceChoice = "auto"
     """Where the student is trained; auto takes GPUs where there are any."""
+    loggers: Annotated[tuple[Logger, ...], BeforeValidator(several)] = ()
+    """Who else is given the figures of events.jsonl: tensorboard (OUTPUT/tensorboard), wandb (offline in OUTPUT/wandb,
+    unless WANDB_MODE or WANDB_API_KEY is set). Of no influence on the run."""
     group: Annotated[str | None, Flag(takes="NAME")] = None
     """Unix group that may read the output; otherwise only you can (files 0600, folders 0700)."""

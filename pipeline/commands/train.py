@@ -9,6 +9,7 @@ import click
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import RunFile, flag_of
+from kdpipe.pipeline.exporters import require_installed
 from kdpipe.pipeline.options import (
     OF_CACHES,
     RunCommand,
@@ -53,6 +54,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     assert output is not None, "RunCommand has asked for it"
     caches, data = _sources(run)
     require_not_swapped(student, caches)
+    require_installed(run.train.loggers)
     spec = run.training() if caches else run.training().without_teacher()
     from kdpipe.stages.train import (  # torch takes seconds: not for --help or a misspelt option
         Training,
@@ -74,6 +76,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         trust=run.student.trust_remote_code,
         resume=resume,
         group=group_for(run.train.group, output),
+        loggers=run.train.loggers,
         made_with=this_command(student=student, cache=caches or None, data=data or None, output=output),
     )
     is_first = os.environ.get("RANK", "0") == "0"

@@ -120,6 +120,8 @@ def tell(story: Story, events: Iterable[Event]) -> None:
             points[step] = numbers(event) | {"hours": story.seconds / 3600}
         elif kind == "start":
             story.num_steps = _whole(event.get("num_steps")) or story.num_steps
+            if story.environments and "device" in event:
+                story.environments[-1].setdefault("device", event["device"])
             _forget(_whole(event.get("first_step")) or 1, steps, evals)
         elif kind == "accepted" and isinstance(event.get("inputs"), Mapping):
             story.inputs = by_key(event["inputs"])
@@ -149,8 +151,7 @@ def _begin(story: Story, event: Event) -> None:
     known = event.get("environment")
     environment = {"host": event.get("host"), "ranks": event.get("num_ranks")}
     environment |= dict(known) if isinstance(known, Mapping) else {}
-    if environment not in story.environments:
-        story.environments.append(environment)
+    story.environments.append(environment)
 
 
 def _forget(first: int, *points: dict[int, Point]) -> None:
@@ -169,6 +170,7 @@ def _sum_up(story: Story, steps: Mapping[int, Point], evals: Mapping[int, Point]
         tokens[step] = total
         story.steps.append(steps[step] | {"tokens": total})
     story.evals = [evals[step] | {"tokens": tokens.get(step, total)} for step in sorted(evals)]
+    story.environments = [each for at, each in enumerate(story.environments) if each not in story.environments[:at]]
     story.step_seconds = sum(step.get("seconds", 0.0) for step in story.steps)
     if story.steps:
         last = story.steps[-1]

@@ -74,6 +74,7 @@ class PlannedBatches:
         self.num_steps = planned_steps(dataset.num_tokens[samples], batch_tokens, epochs=epochs, max_steps=max_steps)
         self._cuts: dict[int, list[np.ndarray]] = {}
         self._wanted_to = -1
+        self._waited_s = 0.0
 
     def num_supervised(self, step: int) -> int:
         return int(self._dataset.num_supervised[self.samples(step)].sum())
@@ -82,7 +83,12 @@ class PlannedBatches:
         return self._num_tokens_before(after) - self._num_tokens_before(first)
 
     def told(self, step: int) -> dict[str, float]:
-        return {}
+        """Seconds that this rank has waited for a teacher at work since the step before."""
+        waited = [teacher.rows.waited_s for teacher in self._dataset.teachers]
+        if not waited or None in waited:
+            return {}
+        before, self._waited_s = self._waited_s, sum(filter(None, waited))
+        return {"wait/teacher/seconds": self._waited_s - before}
 
     def state(self) -> dict[str, JsonValue]:
         return {}

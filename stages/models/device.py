@@ -10,3 +10,8 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no GPU that torch can see; leave it out or say cpu", where="--device cuda")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def described(device: torch.device) -> str:
+    """For a log: "cpu", "NVIDIA H200"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

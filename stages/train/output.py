@@ -15,7 +15,18 @@ from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, fsync_
 from kdpipe.manifests.errors import ConfigError, CorruptError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.places import require_outside
-from kdpipe.manifests.run import ELASTIC, ROLLOUTS, RUN_FILE, TEACHERS, CheckpointRecord, RunInputs, RunRecord, read_run
+from kdpipe.manifests.run import (
+    ELASTIC,
+    ROLLOUTS,
+    RUN_FILE,
+    TEACHERS,
+    TENSORBOARD,
+    WANDB,
+    CheckpointRecord,
+    RunInputs,
+    RunRecord,
+    read_run,
+)
 from kdpipe.manifests.running import RUNNING_FILE
 from kdpipe.stages.train.checkpoint import (
     CHECKPOINTS,
@@ -35,7 +46,7 @@ REPORT = "report.html"
 SUBMITTED = "submit"
 """Folder of what was sent to a cluster for it."""
 FILES = {EVENTS, INCIDENTS, RUNNING_FILE, LOG, REPORT}
-FOLDERS = {UNFINISHED, CHECKPOINTS, TEACHERS, SUBMITTED}
+FOLDERS = {UNFINISHED, CHECKPOINTS, TEACHERS, SUBMITTED, TENSORBOARD, WANDB}
 """What an interrupted run leaves in its output."""
 
 

@@ -24,7 +24,7 @@ from kdpipe.stages import evaluate
 from kdpipe.stages.extract.reading import INCIDENTS
 from kdpipe.stages.feed.batches import Batches, PlannedBatches
 from kdpipe.stages.feed.packing import Packer
-from kdpipe.stages.models.device import pick_device
+from kdpipe.stages.models.device import described, pick_device
 from kdpipe.stages.ranks import Ranks, joined
 from kdpipe.stages.student import (
     TeacherHead,
@@ -260,6 +260,7 @@ class Run:
             steps_per_epoch=steps,
             ranks=self.ranks.world_size,
             first_step=self.trainer.done + 1,
+            device=described(self.ranks.device),
             dtype=spec.dtype,
         )
         lengths = self.dataset.num_tokens[self.train_samples]

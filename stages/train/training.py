@@ -67,6 +67,7 @@ class Training:
     trust: digest of the student's own code that may run, or its start; None where it brings none
     resume: "auto" goes on from the newest good checkpoint in output, "never" starts again, a path goes on from there
     group: number of the Unix group that may read the output
+    loggers: who else is given the run's figures
     made_with: the command, as the finished student's record keeps it for people
     inputs: what the launcher found that the result depends on; None: this process finds it itself
     """
@@ -83,6 +84,7 @@ class Training:
     trust: str | None = None
     resume: str = "auto"
     group: int | None = None
+    loggers: tuple[str, ...] = ()
     made_with: MadeWith | None = None
     inputs: RunInputs | None = None
 

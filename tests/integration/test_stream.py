@@ -74,6 +74,10 @@ def test_either_side_may_be_killed_and_the_student_is_that_of_a_cache(
     assert (output / "model.safetensors").read_bytes() == offline
     assert json.loads(out)["num_steps"] == steps_of_run(output)
     assert 0.0 < json.loads(out)["share_waiting"] < 1.0
+    events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+    waits = [event["wait/teacher/seconds"] for event in events if event["kind"] == "step"]
+    assert min(waits) >= 0.0
+    assert max(waits) > 0.0
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"], "the plan is gone"
 
 
