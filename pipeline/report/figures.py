@@ -269,7 +269,11 @@ def _panel(number: int, column: Column, rows: Sequence[Row], table: Table, colou
         is_wide = values[0] > 0.0 and values[-1] / values[0] >= WIDE
         scale = {"type": "log"} if is_wide else {"zero": False}
         marks = {"values": values} if len(values) <= MOST_MARKS else {"tickCount": 5}
-        x |= {"type": "quantitative", "scale": scale | {"nice": False, "padding": 16}, "axis": marks | {"format": "~g"}}
+        x |= {
+            "type": "quantitative",
+            "scale": scale | {"nice": False, "padding": 16},
+            "axis": marks | {"format": ".6~g"},
+        }
     else:
         x |= {"type": "nominal", "sort": None, "axis": {"labelAngle": 0, "labelLimit": 110}}
     tip = [{"field": "run", "title": "run"}]

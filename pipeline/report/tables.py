@@ -181,7 +181,9 @@ def _varied(stories: Sequence[Story]) -> dict[str, dict[str, object]]:
     keys = dict.fromkeys(key for story in known for key in story.inputs)
     found: dict[str, dict[str, object]] = {}
     for key in keys:
-        values = {story.name: story.inputs.get(key) for story in known}
+        # Only a student that writes answers has keys of how it does: their absence is no value of theirs.
+        having = [story for story in known if key in story.inputs or not key.startswith("live.")]
+        values = {story.name: story.inputs.get(key) for story in having}
         if len({json.dumps(value, sort_keys=True, default=str) for value in values.values()}) > 1:
             found[DIGESTS.get(key, key)] = _by_path(known, DIGESTS[key]) if key in DIGESTS else values
     kinds: dict[str, object] = {story.name: story.kind for story in stories if story.sessions}

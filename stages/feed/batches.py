@@ -74,7 +74,7 @@ class PlannedBatches:
         self.num_steps = planned_steps(dataset.num_tokens[samples], batch_tokens, epochs=epochs, max_steps=max_steps)
         self._cuts: dict[int, list[np.ndarray]] = {}
         self._wanted_to = -1
-        self._waited_s = 0.0
+        self._waited_before = 0.0
 
     def num_supervised(self, step: int) -> int:
         return int(self._dataset.num_supervised[self.samples(step)].sum())
@@ -83,12 +83,14 @@ class PlannedBatches:
         return self._num_tokens_before(after) - self._num_tokens_before(first)
 
     def told(self, step: int) -> dict[str, float]:
-        """Seconds that this rank has waited for a teacher at work since the step before."""
+        """Seconds that this rank has waited for a teacher at work while its batches were packed."""
+        waited = self._waited()
+        return {} if waited is None else {"wait/teacher/seconds": waited - self._waited_before}
+
+    def _waited(self) -> float | None:
+        """For all teachers so far; None where none is at work."""
         waited = [teacher.rows.waited_s for teacher in self._dataset.teachers]
-        if not waited or None in waited:
-            return {}
-        before, self._waited_s = self._waited_s, sum(filter(None, waited))
-        return {"wait/teacher/seconds": self._waited_s - before}
+        return sum(filter(None, waited)) if waited and None not in waited else None
 
     def state(self) -> dict[str, JsonValue]:
         return {}
@@ -108,6 +110,7 @@ class PlannedBatches:
 
     def step(self, step: int) -> Iterator[PackedBatch]:
         """Exactly grad_accum micro-batches; the rows of the next step are asked for before the first is packed."""
+        self._waited_before = self._waited() or 0.0
         for each in (step, step + 1):
             self.read_ahead(each)
         for samples in self.mine(step):

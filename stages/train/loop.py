@@ -72,13 +72,18 @@ class Loop:
         Raises TemporaryError or StoppedError where a rank was asked to stop.
         """
         trainer = self.trainer
-        progress.begin("train", total=trainer.batches.num_tokens(trainer.done, trainer.num_steps), unit="tokens")
+        num_tokens = trainer.batches.num_tokens(trainer.done, trainer.num_steps)
+        if num_tokens is None:  # answers that are not written yet: how far it is can be said in steps alone
+            progress.begin("train", total=trainer.num_steps - trainer.done, unit="steps")
+        else:
+            progress.begin("train", total=num_tokens, unit="tokens")
         while trainer.done < trainer.num_steps:
             due = before(trainer.done)
             fields = trainer.step()
             progress.event("step", step=trainer.done, **fields, **trainer.batches.told(trainer.done - 1), **due)
             where = f"step {trainer.done}/{trainer.num_steps}"
-            progress.advance(int(fields["num_tokens"]), f"{where} loss {fields['loss/mean']:.4f}")
+            amount = 1 if num_tokens is None else int(fields["num_tokens"])
+            progress.advance(amount, f"{where} loss {fields['loss/mean']:.4f}")
             keep()
             if trainer.done < trainer.num_steps:
                 self._between_steps(progress, asked, evaluate)

@@ -3,6 +3,7 @@
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def asked(bench: Bench, output: Path, *more: object) -> list[object]:
     return ["onpolicy", *models, *data, "--output", output, "--max-new-tokens", 12, "--set", *SETS, "--json", *more]
 
 
-def events(output: Path, kind: str) -> list[dict[str, float]]:
+def events(output: Path, kind: str) -> list[dict[str, Any]]:
     lines = (output / "events.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
@@ -44,6 +45,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_its_own_answers
     assert code == 0, err
     steps = events(tmp_path / "out", "step")
     assert len(steps) > 2
+    (begun,) = [event for event in events(tmp_path / "out", "begin") if event["task"] == "train"]
+    assert (begun["unit"], begun["total"]) == ("steps", len(steps)), "the time left is known without the tokens"
     assert max(abs(step["loss/mean"]) for step in steps) < 1e-6
     assert json.loads(out)["rollout_reverse_kl"] == pytest.approx(0.0, abs=1e-5)
     assert all(step["rollout/num_answers"] > 0 for step in steps)

@@ -34,6 +34,17 @@ def test_students_and_caches_are_named_by_their_paths_and_not_by_digests(tmp_pat
     assert {row["run"]: row["cache"] for row in table.rows} == {"a": "x/cache", "b": "y/cache"}
 
 
+def test_keys_that_a_run_cannot_have_do_not_vary(tmp_path: Path) -> None:
+    outputs = [
+        write_run(tmp_path / "a"),
+        write_run(tmp_path / "b", rollouts={"lmbda": 0.5, "top_p": 1.0}),
+        write_run(tmp_path / "c", rollouts={"lmbda": 1.0, "top_p": 1.0}),
+    ]
+    table = tabulate(stories(*outputs))
+    assert [column.key for column in table.varied] == ["live.lmbda"]
+    assert {row["run"]: row["live.lmbda"] for row in table.rows} == {"a": None, "b": 0.5, "c": 1.0}
+
+
 def test_the_best_run_is_first_and_one_without_a_result_last(tmp_path: Path) -> None:
     failed = write_events(tmp_path / "c", session(1, 1, began=BEGAN, inputs=inputs_of())[:3])
     table = tabulate(
