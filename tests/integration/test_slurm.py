@@ -11,6 +11,8 @@ from tests.integration.lab import on_lab as on_lab
 
 from kdpipe.manifests.submission import read_submission
 
+pytestmark = pytest.mark.timeout(900)
+
 RUN = """
 [teacher]
 path = "{bench.teacher}"
@@ -70,7 +72,7 @@ def test_one_command_from_nothing_to_a_report(
     assert list(jobs) == ["extract", "seal", "train", "train-2", "report"]
     code, out, _ = main("submit", "run.toml", "--json")
     assert (code, json.loads(out)["jobs"]) == (0, [])
-    states = on_lab.wait_for_the_end()
+    states = on_lab.wait_for_the_end(600)
 
     record = read_submission(Path("out"))
     assert record is not None
