@@ -57,6 +57,7 @@ def cache(tmp_path: Path) -> Path:
 def test_help_and_cache_load_no_torch(python: Callable[..., subprocess.CompletedProcess[str]], cache: Path) -> None:
     lines = [["--help"], ["--version"], ["cache", "--help"], ["cache", "info", str(cache)]]
     lines += [["cache", "verify", str(cache)], ["train", "--help"], ["extract", "--dta"], ["nonsense"]]
+    lines += [["status", str(cache)]]
     code = f"""
 import sys
 from kdpipe.pipeline.cli import main
