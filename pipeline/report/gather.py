@@ -94,7 +94,8 @@ def _runs_in(path: Path) -> list[Path]:
 
 def is_run(folder: Path) -> bool:
     """Whether a run was started with this output."""
-    return any((folder / name).exists() for name in TRACES) and not (folder / PLAN_FILE).exists()
+    hidden = folder.name.startswith(".")  # a student whose export a kill has interrupted
+    return not hidden and any((folder / name).exists() for name in TRACES) and not (folder / PLAN_FILE).exists()
 
 
 def _read(folders: Sequence[Path]) -> tuple[list[Story], int]:

@@ -20,6 +20,14 @@ def test_a_folder_of_runs_is_all_of_them_and_nothing_else(tmp_path: Path) -> Non
     assert [story.name for story in gather([tmp_path]).stories] == ["a", "b"]
 
 
+def test_a_run_killed_in_its_export_is_one_run(tmp_path: Path) -> None:
+    output = write_run(tmp_path / "a")
+    (output / ".unfinished").mkdir()
+    (output / "kdpipe.json").rename(output / ".unfinished" / "kdpipe.json")
+    (story,) = gather([output]).stories
+    assert (story.name, story.folder) == ("a", output)
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / "x" / "a"), write_run(tmp_path / "y" / "a")]
     assert [story.name for story in gather(paths).stories] == ["x/a", "y/a"]
