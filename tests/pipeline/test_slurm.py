@@ -115,6 +115,15 @@ def test_array_words() -> None:
     assert array_words([5], 2) == "5%2"
 
 
+def test_a_live_run_is_one_job_that_needs_no_cache(tmp_path: Path) -> None:
+    sets = ("sweep.command=onpolicy", "sweep.runs=[]", "sweep.report=false", "live.teacher_gpus=[0, 1]")
+    (live,) = batches(tmp_path, RUN.replace('path = "/scratch/my cache"', ""), *sets)
+    assert (live.name, live.indices, live.needs) == ("onpolicy", (), ())
+    assert "\nrun kdpipe onpolicy " in script(live)
+    assert "'live.teacher_gpus=[0, 1]'" in script(live)
+    assert "stage" not in script(live).partition("run kdpipe")[2]
+
+
 def test_a_container_goes_before_each_command(tmp_path: Path) -> None:
     sets = ("slurm.container=apptainer exec --nv kdpipe.sif", "slurm.setup=[]")
     extract, _, train, wide, _ = batches(tmp_path, RUN, *sets)
