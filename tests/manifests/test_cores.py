@@ -47,6 +47,12 @@ QUOTAS = {
     "v2, none": (V2, "0::/a/b\n", {"cg/a/b/cpu.max": "max 100000"}, 8),
     "v2, its own": (V2, "0::/a/b\n", {"cg/a/b/cpu.max": "300000 100000"}, 3),
     "v2, of a group above": (V2, "0::/a/b\n", {"cg/a/b/cpu.max": "max 100000", "cg/a/cpu.max": "200000 100000"}, 2),
+    "v2, the least of several": (
+        V2,
+        "0::/a/b\n",
+        {"cg/a/b/cpu.max": "500000 100000", "cg/a/cpu.max": "400000 100000"},
+        4,
+    ),
     "v2, in a container of its own name space": (V2, "0::/\n", {"cg/cpu.max": "400000 100000"}, 4),
     "v2, a share of a core is rounded up": (V2, "0::/a\n", {"cg/a/cpu.max": "150000 100000"}, 2),
     "v2, less than a core is one": (V2, "0::/a\n", {"cg/a/cpu.max": "5000 100000"}, 1),
