@@ -60,7 +60,7 @@ def prepared(
 
     def make(phase: str) -> None:
         monkeypatch.chdir(tmp_path)
-        text = RUN.format(bench=bench, data=data, epochs=3 if phase != "extract" else 0.05)
+        text = RUN.format(bench=bench, data=data, epochs=0.4 if phase != "extract" else 0.05)
         Path("run.toml").write_text(text + ("nodes = 2\n" if phase == "train-wide" else ""))
         if phase != "extract":
             code, _, err = main("extract", "--config", "run.toml")
@@ -119,7 +119,7 @@ def test_a_time_limit_that_is_too_short_is_reached_and_gone_on_after(
     phase: str, on_lab: Lab, main: Main, prepared: Callable[[str], None]
 ) -> None:
     prepared(phase)
-    longer = {"extract": "cache.shard_tokens=500", "train": "train.epochs=12", "train-wide": "train.epochs=12"}[phase]
+    longer = {"extract": "cache.shard_tokens=500", "train": "train.epochs=3", "train-wide": "train.epochs=1.5"}[phase]
     code, _, err = main("submit", "run.toml", "--set", "slurm.time=1", longer)
     assert code == 0, err
     task = under_way(on_lab, phase)
