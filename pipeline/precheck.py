@@ -1,8 +1,8 @@
 """Precheck: what the commands of a run's students would refuse, asked of them before a job is sent.
 
-A process of its own, as it loads torch, which `kdpipe submit` does not: (config, sets) -> refusal or None. Where the
-cache is complete all that `kdpipe train` checks is checked, as on a CPU, once for each student and cache; before that
-the loss, the student against its teacher, and the output.
+A process of its own, as it loads torch, which `kdpipe submit` and `sweep` do not: (config, sets) -> refusal or None.
+Where the cache is complete all that `kdpipe train` checks is checked, as on a CPU, once for each student and cache;
+before that the loss, the student against its teacher, and the output.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kdpipe.manifests.errors import KdpipeError, TemporaryError, error_of, fields_of
+from kdpipe.manifests.errors import BusyError, KdpipeError, TemporaryError, error_of, fields_of
 from kdpipe.manifests.specs import Member, load, members_of
 from kdpipe.pipeline.steps import disk_of
 
@@ -22,9 +22,14 @@ REFUSED = 64
 """Exit code of the process where its last line is the reason."""
 
 
-def require_trainable(config: Path, sets: Sequence[str], folder: Path) -> None:
-    """Raises what the students' commands would refuse, naming the run."""
-    asked = json.dumps({"config": str(config), "sets": list(sets)})
+def require_trainable(
+    config: Path | None, sets: Sequence[str], folder: Path | None = None, *, but_busy: bool = False
+) -> None:
+    """Raises what the students' commands would refuse, naming the run.
+
+    folder: where the commands will run, when not here; but_busy: an output where a run is at work now is no refusal
+    """
+    asked = json.dumps({"config": config and str(config), "sets": list(sets), "but_busy": but_busy})
     command = [sys.executable, "-m", __name__]
     try:
         done = subprocess.run(
@@ -39,8 +44,8 @@ def require_trainable(config: Path, sets: Sequence[str], folder: Path) -> None:
         raise KdpipeError(f"the check of the students ended with {done.returncode}: {done.stderr.strip()[-300:]}")
 
 
-def check(config: Path, sets: tuple[str, ...]) -> tuple[Member, KdpipeError] | None:
-    """The first member that would be refused, and why."""
+def check(config: Path | None, sets: tuple[str, ...], *, but_busy: bool = False) -> tuple[Member, KdpipeError] | None:
+    """The first member that would be refused, and why; as in require_trainable."""
     run = load(config, sets)
     disk, seen = disk_of(run), set()
     for member in members_of(run):
@@ -52,6 +57,9 @@ def check(config: Path, sets: tuple[str, ...]) -> tuple[Member, KdpipeError] | N
                 _check_training(member)
             else:
                 _check_start(member, is_new=model not in seen)
+        except BusyError as err:
+            if not but_busy:
+                return member, err
         except KdpipeError as err:
             return member, err
         seen.add(model)
@@ -96,7 +104,8 @@ def _check_start(member: Member, *, is_new: bool) -> None:
 
 def main() -> None:
     asked = json.load(sys.stdin)
-    refused = check(Path(asked["config"]), tuple(asked["sets"]))
+    config = asked["config"] and Path(asked["config"])
+    refused = check(config, tuple(asked["sets"]), but_busy=asked["but_busy"])
     if refused is not None:
         member, err = refused
         fields = fields_of(err)

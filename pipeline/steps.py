@@ -58,10 +58,12 @@ class Disk:
 
     complete: caches with every row
     finished: names of the members whose student is there and measured
+    reported: whether the page that compares them is there
     """
 
     complete: frozenset[Path] = frozenset()
     finished: frozenset[str] = frozenset()
+    reported: bool = False
 
 
 def steps_of(
@@ -79,7 +81,7 @@ def steps_of(
     needs = tuple(step.name for step in before[-1:])
     students = [_member_step(config, run, member, sets, needs) for member in left]
     steps = [*before, *students]
-    if run.sweep.report and students:
+    if run.sweep.report and (students or not disk.reported):
         steps.append(_report(run, members, tuple(step.name for step in students)))
     return tuple(steps)
 
@@ -103,7 +105,8 @@ def disk_of(run: RunFile) -> Disk:
                     where=member.output,
                 )
             finished.add(member.name)
-    return Disk(complete=complete, finished=frozenset(finished))
+    reported = (sweep_output(run) / REPORT_FILE).exists()
+    return Disk(complete=complete, finished=frozenset(finished), reported=reported)
 
 
 def is_complete(path: Path) -> bool:
@@ -122,8 +125,8 @@ def _check(run: RunFile, members: tuple[Member, ...], sets: tuple[str, ...]) -> 
         for key in READS[command].needs:
             if not getattr(getattr(member.run, key.partition(".")[0]), key.rpartition(".")[2]):
                 raise ConfigError(f"it has no {key}; give it in the run file or let it vary", where=where)
-        if command == "train" and not member.run.cache.path and not member.run.data.paths:
-            raise ConfigError("it has neither a cache.path nor data.paths to train on", where=where)
+        if command == "train":
+            _check_sources(member, sets)
     varied = {key for member in members for key in member.overrides}
     for given in map(key_of, sets):
         heard = READS["extract"].includes(given) or any(_is_passed(command, given, member) for member in members)
@@ -133,6 +136,19 @@ def _check(run: RunFile, members: tuple[Member, ...], sets: tuple[str, ...]) -> 
             raise ConfigError(
                 f"'{given}': the sweep varies {other}; set sweep.grid.{other}=[...] instead", where="--set"
             )
+
+
+def _check_sources(member: Member, sets: tuple[str, ...]) -> None:
+    """As kdpipe train sees what a run trains on: a teacher without a cache is not left out unasked."""
+    run, where = member.run, f"run {member.name}"
+    if not run.cache.path and not run.data.paths:
+        raise ConfigError("it has neither a cache.path nor data.paths to train on", where=where)
+    if not run.cache.path and run.teacher.path and "data.paths" not in {*member.overrides, *map(key_of, sets)}:
+        raise ConfigError(
+            "the run file names a teacher and no cache of its rows: give cache.path, leave teacher.path out, or train "
+            "beside the teacher with sweep.command = 'stream'",
+            where=where,
+        )
 
 
 def _is_passed(command: str, key: str, member: Member) -> bool:

@@ -21,9 +21,10 @@ from kdpipe.manifests.errors import (
     stopped,
 )
 from kdpipe.manifests.running import alone_in, require_nobody_in
-from kdpipe.manifests.specs import Member, RunFile, members_of, sweep_output
+from kdpipe.manifests.specs import Member, RunFile, members_of, override, sweep_output
 from kdpipe.pipeline.local import Outcome, run_steps, share_out
 from kdpipe.pipeline.options import RunCommand, group_for, json_option, run_file_argument, this_command, typed
+from kdpipe.pipeline.precheck import require_trainable
 from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.pipeline.prospect import Prospect, prospect_of
 from kdpipe.pipeline.roles import Share, all_gpus
@@ -75,10 +76,13 @@ def command(run: RunFile, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         print_commands(prospect, steps, as_json=as_json)
         return
+    if any(step.member is not None for step in steps):
+        require_trainable(said.config, (*said.sets, override("sweep.output", str(output))), but_busy=True)
     outcomes = _worked_off(run, steps, prospect) if steps else []
     print_students(members_of(run), outcomes, output / REPORT_FILE, as_json=as_json)
-    if not all(outcome.is_good for outcome in outcomes):
-        raise _verdict(outcomes, output)
+    students = [outcome for outcome in outcomes if outcome.step.name != REPORT]  # without a page they are as good
+    if not all(outcome.is_good for outcome in students):
+        raise _verdict(students, output)
 
 
 def _worked_off(run: RunFile, steps: Sequence[Step], prospect: Prospect) -> list[Outcome]:

@@ -159,13 +159,14 @@ def test_a_signal_is_passed_on_and_no_more_is_started(fifo: Fifo, tmp_path: Path
         if fifo.num_readers() == 2:
             os.kill(os.getpid(), signal.SIGUSR2)
 
+    before = signal.getsignal(signal.SIGUSR2)
     steps = [step(name, fifo.argv, output=tmp_path / name) for name in "abc"]
     outcomes, asked = run_steps(steps, share_out(2, given_cores(), []), Seen(look_at=look))
     assert asked is signal.SIGUSR2
     assert [(outcome.step.name, outcome.exit_code) for outcome in outcomes] == [("a", 75), ("b", 75)]
     assert all("stopped by SIGUSR2" in str(outcome.error) for outcome in outcomes)
     assert children() == []
-    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL, "the handlers are as they were"
+    assert signal.getsignal(signal.SIGUSR2) == before, "the handlers are as they were"
 
 
 def test_a_second_signal_kills_what_does_not_end(fifo: Fifo, tmp_path: Path) -> None:

@@ -78,6 +78,10 @@ def test_a_report_is_made_however_the_students_ended(steps: Steps) -> None:
     report = steps(RUN.replace("report = false", ""))[-1]
     assert (report.name, report.whatever, report.needs) == ("report", True, ("train/lr-0.001", "train/lr-0.0003"))
     assert report.argv == ("report", "out/lr-0.001", "out/lr-0.0003", "--out", "out/report.html")
+    everything = Disk(complete=DONE.complete, finished=frozenset({"lr-0.001", "lr-0.0003"}))
+    (page,) = steps(RUN.replace("report = false", ""), everything)
+    assert (page.name, page.needs) == ("report", ()), "a sweep that was killed before its page makes it"
+    assert steps(RUN.replace("report = false", ""), replace(everything, reported=True)) == ()
 
 
 def test_students_of_the_live_commands_need_no_cache(steps: Steps) -> None:
@@ -108,6 +112,14 @@ def test_a_key_that_the_command_does_not_read_cannot_vary(steps: Steps, grid: st
     with pytest.raises(ConfigError) as caught:
         steps(RUN.replace("train.lr = [1e-3, 3e-4]", grid))
     assert says in str(caught.value)
+
+
+def test_a_teacher_without_a_cache_is_not_left_out_unasked(steps: Steps) -> None:
+    text = RUN.replace('[cache]\npath = "c"\n', "")
+    with pytest.raises(ConfigError, match="the run file names a teacher and no cache of its rows"):
+        steps(text)
+    assert len(steps(text, sets=("data.paths=['d']",))) == 2
+    assert len(steps(text.replace("train.lr = [1e-3, 3e-4]", "data.paths = ['d', 'e']"))) == 2
 
 
 def test_a_student_is_wanted_of_every_run(steps: Steps) -> None:

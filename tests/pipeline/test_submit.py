@@ -274,6 +274,7 @@ def test_the_command_submits_and_says_what(slurm: Path, main: Main) -> None:
 def test_a_finished_sweep_submits_nothing(slurm: Path, main: Main) -> None:
     for member in members_of(load(Path("run.toml"))):
         write_record(member, metrics={"heldout_kl": 0.5})
+    Path("out/report.html").touch()
     code, out, err = main("submit", "run.toml")
     assert (code, out.strip()) == (0, "jobs  none: every student is finished"), err
     assert fake_slurm.calls(slurm, "sbatch") == []

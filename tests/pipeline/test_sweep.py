@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def folder(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Path:
-    """A working folder with a run file of three students."""
+    """A working folder with a run file of two students, one of which cannot be trained."""
     (tmp_path / "run.toml").write_text(
         f"""
 [cache]
@@ -34,7 +34,7 @@ max_steps = 4
 [sweep]
 report = false
 [sweep.grid]
-train.lr = [1e-3, 3e-3, 1e-2]
+train.lr = [1e-3, 1e30]
 """
     )
     monkeypatch.chdir(tmp_path)
@@ -46,37 +46,24 @@ train.lr = [1e-3, 3e-3, 1e-2]
 
 
 def test_students_are_those_of_the_commands_typed_by_hand_and_a_bad_run_stops_none(folder: Path, main: Main) -> None:
-    Path("runs").mkdir()
-    Path("runs/lr-0.003").touch()  # where a student should go
     code, out, err = main("sweep", "run.toml", "--jobs", "2", "--json")
-    assert code == 4
-    assert err.splitlines()[-1].startswith("E-INPUT runs: 1 of 3 did not end well: lr-0.003; ")
-    assert "lr-0.003: failed: E-CONFIG runs/lr-0.003: this is not a folder; " in err
-    assert err.startswith("3 runs to do; 12 steps, ")
-    students = {student["name"]: student for student in json.loads(out)["students"]}
-    assert [students[name]["status"] for name in ("lr-0.001", "lr-0.003", "lr-0.01")] == [
-        "finished",
-        "absent",
-        "finished",
-    ]
-    figures = [student["heldout_kl"] for student in students.values() if "heldout_kl" in student]
-    assert figures == sorted(figures), "the best first"
+    assert (code, err.startswith("2 runs to do; 8 steps, ")) == (1, True)
+    assert err.splitlines()[-1].startswith("E-CHECK runs: 1 of 2 did not end well: lr-1e+30; ")
+    assert "lr-1e+30: failed: E-CHECK step 2: loss nan" in err
+    students = json.loads(out)["students"]
+    assert [(one["name"], one["status"]) for one in students] == [("lr-0.001", "finished"), ("lr-1e+30", "failed")]
     assert events_of(Path("runs"))[-1]["kind"] == "finished"
+
+    by_hand = ("train", "--config", "run.toml", "--set", "train.lr=0.001", "--output", "hand")
+    assert main(*by_hand)[0] == 0
+    weights = [Path(at, "model.safetensors").read_bytes() for at in ("hand", "runs/lr-0.001")]
+    assert weights[0] == weights[1]
+
     code, dry, _ = main("sweep", "run.toml", "--dry-run")
-    assert (code, dry) == (0, "kdpipe train --config run.toml --set train.lr=0.003 --output runs/lr-0.003\n")
-
-    for name in ("lr-0.001", "lr-0.01"):
-        by_hand = ("--set", f"train.lr={name[3:]}", "--output", f"hand/{name}")
-        assert main("train", "--config", "run.toml", *by_hand)[0] == 0
-        assert (
-            Path(f"hand/{name}/model.safetensors").read_bytes() == Path(f"runs/{name}/model.safetensors").read_bytes()
-        )
-
-    Path("runs/lr-0.003").unlink()
-    assert main(*dry.split()[1:])[0] == 0
-    code, out, err = main("sweep", "run.toml")
+    assert (code, dry) == (0, "kdpipe train --config run.toml --set train.lr=1e+30 --output runs/lr-1e+30\n")
+    code, out, err = main("sweep", "run.toml", "--set", "sweep.grid.train.lr=[1e-3]")
     assert (code, err) == (0, ""), "nothing is left to do"
-    assert [line.split()[1] for line in out.splitlines()[1:]] == ["finished"] * 3
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["lr-0.001", "finished"]]
     code, _, err = main("sweep", "run.toml", "--set", "train.weight_decay=0.1")
     assert code == 4
     assert "it holds the student of another run: its spec.train.weight_decay is 0.0, this run's is 0.1" in err
@@ -96,9 +83,19 @@ def test_a_sweep_is_refused_before_it_starts(folder: Path, main: Main) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_that_would_be_refused_is_refused_before_the_first_begins(folder: Path, main: Main) -> None:
+    Path("runs").mkdir()
+    Path("runs/lr-1e+30").touch()  # where a student should go
+    code, out, err = main("sweep", "run.toml")
+    assert (code, out, [path.name for path in Path("runs").iterdir()]) == (4, "", ["lr-1e+30"]), "nothing was begun"
+    assert err.endswith("runs/lr-1e+30: run lr-1e+30: this is not a folder; choose another --output\n")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_a_sweep_that_is_ended_and_run_again_ends_with_the_same_students(name: str, folder: Path, main: Main) -> None:
-    asked = ("sweep", "run.toml", "--jobs", "2", "--set", "train.save_every=1", "train.max_steps=12")
+    grid = "sweep.grid.train.lr=[1e-3, 3e-3, 1e-2]"
+    asked = ("sweep", "run.toml", "--jobs", "2", "--set", grid, "train.save_every=1", "train.max_steps=12")
     command = [sys.executable, "-m", "kdpipe.pipeline.cli", *asked]
     codes = []
     for step in (2, 5, None):
