@@ -17,7 +17,7 @@ from kdpipe.pipeline.output import table, to_json
 from kdpipe.pipeline.progress import ConsoleProgress, duration
 from kdpipe.pipeline.prospect import Prospect, work_of_all
 from kdpipe.pipeline.runs import RunState, state_of
-from kdpipe.pipeline.steps import Step
+from kdpipe.pipeline.steps import REPORT, Step
 
 SHOWN = ("heldout_kl", "top1_agreement", "heldout_ce", "perplexity", "rollout_reverse_kl")
 """Figures of the table, as far as a student has them."""
@@ -63,6 +63,8 @@ class Show:
         )
         if not outcome.is_good:
             self._progress.note(said(outcome))
+        elif step.name == REPORT:
+            self._progress.note(f"the students compared: {step.output}")
         elif step.member is not None:
             figures = "".join(f", {text}" for text in _figures(state.metrics or {}))
             self._progress.note(f"{name_of(step)}: finished in {duration(outcome.seconds)}{figures}")

@@ -100,7 +100,7 @@ def _worked_off(run: RunFile, steps: Sequence[Step], prospect: Prospect) -> list
         progress.event("accepted")
         if run.sweep.report and not DRAWS:
             progress.note("no page at the end: kdpipe report draws with what pip install 'kdpipe[report]' brings")
-        for line in prospect.lines():
+        for line in prospect.lines() if prospect.num_left else ():
             progress.note(line)
         if prospect.num_finished:
             left = {step.member.name for step in steps if step.member is not None}

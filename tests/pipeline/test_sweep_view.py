@@ -55,6 +55,8 @@ def test_a_log_has_a_line_for_each_run_and_one_for_all_every_ten_seconds(
     show.ended(Outcome(step=bad, exit_code=1, error="E-CHECK: not finite", seconds=5.0, log=bad.output / "log.txt"))
     clock(25.0)
     show.look([])
+    page = Step(name="report", argv=("report",), needs=(), output=Path("out/report.html"), whatever=True)
+    show.ended(Outcome(step=page, exit_code=0))
     assert stream.getvalue().splitlines() == [
         "kdpipe extract --config 'a b.toml'",
         "sweep: 0 steps",
@@ -64,6 +66,7 @@ def test_a_log_has_a_line_for_each_run_and_one_for_all_every_ten_seconds(
         "lr-0.001: finished in 1:03, heldout kl 0.5322, top1 agreement 0.25",
         "lr-0.003: failed: E-CHECK: not finite; log out/lr-0.003/log.txt",
         "sweep: 1/2 runs, 0 at work, 1 failed, 0.28 steps/s, 7 steps",
+        "the students compared: out/report.html",
     ]
     kinds = [(event["kind"], event.get("name"), event.get("exit_code")) for event in events_of(Path("out"))]
     assert [each for each in kinds if each[0].startswith("run_")] == [
@@ -71,6 +74,7 @@ def test_a_log_has_a_line_for_each_run_and_one_for_all_every_ten_seconds(
         ("run_started", "lr-0.003", None),
         ("run_ended", "lr-0.001", 0),
         ("run_ended", "lr-0.003", 1),
+        ("run_ended", "report", 0),
     ]
 
 
