@@ -30,7 +30,7 @@ def steps_of(output: Path) -> int:
     return sum(json.loads(line)["kind"] == "step" for line in lines if line.endswith("}"))
 
 
-def wait_for(what: Callable[[], object], timeout_s: float = 60.0) -> None:
+def wait_for(what: Callable[[], object], timeout_s: float = 200.0) -> None:
     until = time.monotonic() + timeout_s
     while not what():
         assert time.monotonic() < until, "it did not come"

@@ -30,7 +30,7 @@ COLUMNS = {
     "heldout_reverse_kl": "reverse KL on the held-out answers of the data",
 }
 NEW_TOKENS = 64
-TRAIN = run.TRAIN | {"lr": 3e-4, "epochs": 1, "eval_every": 11, "eval_tokens": 1024, "save_every": 0}
+TRAIN = run.TRAIN | {"lr": 1e-4, "epochs": 1, "eval_every": 11, "eval_tokens": 1024, "save_every": 0}
 
 
 def main() -> None:
