@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools" / "slurm_lab"
+PREFIX = "kdpipe-slurm-"
 UNABLE = 77
 """Exit code of start.sh where a machine cannot have a Slurm."""
 
@@ -72,10 +73,19 @@ class Lab:
         subprocess.run([TOOLS / "stop.sh", "--wipe"], env=os.environ | self.settings, capture_output=True, check=True)
 
 
+def end_orphans() -> None:
+    """End the labs of test runs that were killed."""
+    for owner in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/owner"):
+        if not Path(f"/proc/{owner.read_text()}").exists():
+            Lab(owner.parent, {"LAB": str(owner.parent)}).stop()
+
+
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     """Started once for all tests of a process; ended, with all it has written, after the last."""
-    folder = Path(tempfile.mkdtemp(prefix="kdpipe-slurm-"))  # sockets want a short path
+    end_orphans()
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))  # sockets want a short path
+    (folder / "owner").write_text(str(os.getpid()))
     port = 17000 + os.getpid() % 1000 * 10  # two test runs on one machine do not meet
     lab = Lab(folder, {"LAB": str(folder), "PORT": str(port), "SILENCE": "10"})
     try:

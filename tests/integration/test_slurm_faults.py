@@ -110,7 +110,8 @@ def test_the_result_is_that_of_an_undisturbed_run(
     task = under_way(on_lab, phase)
     FAULTS[fault](on_lab, task)
     ends_as_undisturbed(on_lab, main, phase)
-    assert restarts(on_lab, task) >= 1
+    # The processes of a node whose daemon died live on, and may end their work before Slurm misses the node.
+    assert restarts(on_lab, task) >= 1 or fault == "a killed slurmd"
 
 
 @pytest.mark.usefixtures("one_thread")
