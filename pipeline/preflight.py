@@ -52,21 +52,19 @@ def preflight(wanted: Wanted, steps: Sequence[Step], cluster: Cluster) -> Iterat
 
 def _require_inputs(wanted: Wanted, steps: Sequence[Step]) -> None:
     """The models and data that the steps name are there."""
-    places: dict[str, Path] = {}
     for step in steps:
         run = wanted.run if step.member is None else step.member.run
-        if step.name == EXTRACT or (step.member is not None and step.argv[0] != "train"):
-            if run.teacher.path is not None:
-                places[f"teacher.path of {step.name}"] = run.teacher.path
-            places |= {f"data.paths of {step.name}": path for path in run.data.paths}
-        if step.member is not None and run.student.path is not None:
-            places[f"student.path of {step.name}"] = run.student.path
-    for key, path in places.items():
-        place = wanted.folder / path
-        if not place.exists():
-            raise InputError(f"{key}: there is no such file or folder", where=path)
-        if not key.startswith("data") and not (place / "config.json").is_file():
-            raise InputError(f"{key}: expected a model's folder, it has no config.json", where=path)
+        teaches = step.name == EXTRACT or (step.member is not None and step.argv[0] != "train")
+        models = {"teacher.path": run.teacher.path} if teaches else {}
+        models |= {"student.path": run.student.path} if step.member is not None else {}
+        reads_data = teaches or (step.member is not None and not run.cache.path)
+        for key, path in (*models.items(), *(("data.paths", path) for path in run.data.paths if reads_data)):
+            if path is None:
+                continue
+            if not (wanted.folder / path).exists():
+                raise InputError(f"{key} of {step.name}: there is no such file or folder", where=path)
+            if key in models and not (wanted.folder / path / "config.json").is_file():
+                raise InputError(f"{key} of {step.name}: expected a model's folder, it has no config.json", where=path)
 
 
 def _of_report(wanted: Wanted, steps: Sequence[Step]) -> Iterator[str]:

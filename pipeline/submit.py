@@ -99,6 +99,7 @@ def submit(wanted: Wanted, disk: Disk, cluster: Cluster) -> Sent:
         raise disk_error(err, wanted.submission) from err
     with alone_in(wanted.submission):
         sending = Sending(wanted, cluster)
+        sending.require_same_run_file()
         left = sending.left(wanted.steps(disk))
         if left.steps:
             sending.keep_run_file()
@@ -112,11 +113,13 @@ def submit(wanted: Wanted, disk: Disk, cluster: Cluster) -> Sent:
 def is_all_active(wanted: Wanted, disk: Disk, cluster: Cluster) -> bool:
     """Whether all that is left to do waits or runs since an earlier submit; False without one, and Slurm is not asked.
 
-    A look before any check of what would be sent: nothing is written.
+    A look before any check of what would be sent: nothing is written. Raises ConfigError as `submit` does.
     """
     if read_submission(wanted.output) is None:
         return False
-    return not Sending(wanted, cluster).left(wanted.steps(disk)).steps
+    sending = Sending(wanted, cluster)
+    sending.require_same_run_file()
+    return not sending.left(wanted.steps(disk)).steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,17 +166,21 @@ class Sending:
         if pieces:
             self._cluster.cancel([self.active.pop(piece).task_id for piece in pieces])
 
-    def keep_run_file(self) -> None:
-        """Copy the run file for the jobs to read. Raises ConfigError where jobs of another version of it are active."""
-        text, copy = self._wanted.config.read_bytes(), self._wanted.submission / RUN_COPY
-        same = copy.exists() and copy.read_bytes() == text
+    def require_same_run_file(self) -> None:
+        """Raises ConfigError where jobs of another version of the run file are active."""
+        copy = self._wanted.submission / RUN_COPY
+        same = copy.exists() and copy.read_bytes() == self._wanted.config.read_bytes()
         if self.active and not (same and self._record.sets == self._wanted.sets):
             raise ConfigError(
                 f"{len(self.active)} jobs of another version of it, or with another --set, wait or run; wait for them, "
                 "or end them first: kdpipe cancel",
                 where=self._wanted.config,
             )
-        if not same:
+
+    def keep_run_file(self) -> None:
+        """Copy the run file for the jobs to read."""
+        text, copy = self._wanted.config.read_bytes(), self._wanted.submission / RUN_COPY
+        if not copy.exists() or copy.read_bytes() != text:
             replace_file(copy, text)
         self._record = self._record.model_copy(update={"sets": self._wanted.sets, "folder": str(self._wanted.folder)})
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from kdpipe.pipeline import submit as submit_module
 from kdpipe.pipeline.cluster import Cluster, NoAnswerError, RefusedError
 from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.steps import Disk
-from kdpipe.pipeline.submit import Sent, Wanted, cancel, submit
+from kdpipe.pipeline.submit import Sent, Wanted, cancel, is_all_active, submit
 
 RUN = """
 [teacher]
@@ -222,6 +223,18 @@ def test_a_changed_run_file_is_refused_while_jobs_read_the_old_one(slurm: Path, 
     assert "#SBATCH --qos=x" in (tmp_path / "out/submit/train.sbatch").read_text()
 
 
+def test_another_set_is_refused_though_all_that_is_left_waits(slurm: Path, send: Send, tmp_path: Path) -> None:
+    send()
+    sets = ("train.epochs=2",)
+    config = tmp_path / "run.toml"
+    wanted = Wanted(config=config, run=load(config, sets), sets=sets, folder=tmp_path)
+    with pytest.raises(ConfigError, match="with another --set"):
+        is_all_active(wanted, Disk(), Cluster())
+    with pytest.raises(ConfigError, match="with another --set"):
+        send(*sets)
+    assert is_all_active(replace(wanted, sets=(), run=load(config)), Disk(), Cluster())
+
+
 def test_a_second_submit_at_once_is_refused(send: Send, tmp_path: Path) -> None:
     (tmp_path / "out" / "submit").mkdir(parents=True)
     with alone_in(tmp_path / "out" / "submit"), pytest.raises(BusyError):
@@ -303,6 +316,8 @@ def test_a_dry_run_prints_the_scripts_and_needs_no_slurm(
         (["slurm.extract_tasks=11"], "task 11 of an array; this cluster has 10 at most (MaxArraySize)"),
         (["sweep.command=stream", "slurm.nodes=2"], "kdpipe stream runs on one node"),
         (["teacher.path=nobody"], "E-INPUT nobody: teacher.path of extract: there is no such"),
+        (["data.paths=['nothing.jsonl', 'data.jsonl']"], "data.paths of extract: there is no such"),
+        (["cache.path=[]", "data.paths=['none', 'data.jsonl']"], "data.paths of train/a_lr-0.001: there is no such"),
         (["student.path=data.jsonl"], "student.path of train/a_lr-0.001: expected a model's folder"),
         (["loss.divergence=nothing"], "run a_lr-0.001: "),
     ],
