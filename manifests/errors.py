@@ -14,11 +14,13 @@
         StudentError   E-STUDENT         4   a student folder
         CacheError     E-CACHE           4   a cache that belongs to something else
         SpaceError     E-SPACE           4   no room on the disk or in memory
+        RefusedError   E-SLURM           4   Slurm said no, for a reason of its own
       InternalError    E-INTERNAL       70   a fault of kdpipe itself; its traceback is in a file
       TemporaryError   E-TEMPORARY      75   preempted, peer gone: run it again
         BusyError      E-BUSY           75   another run is at work in the output
         PeerError      E-PEER           75   another rank failed, and its error is the one to show
         EngineError    E-ENGINE         75   the teacher's engine died or fell silent; finished shards are kept
+        NoAnswerError  E-NOANSWER       75   Slurm did not say: what it was asked to do may be done
       StoppedError     E-INTERRUPTED   130   Ctrl-C: run it again
 
 A message is one line: where, what was expected, what was found, what to do.
@@ -109,6 +111,10 @@ class SpaceError(InputError):
     code = "E-SPACE"
 
 
+class RefusedError(InputError):
+    code = "E-SLURM"
+
+
 class InternalError(KdpipeError):
     code = "E-INTERNAL"
     exit_code = 70
@@ -130,6 +136,10 @@ class PeerError(TemporaryError):
 
 class EngineError(TemporaryError):
     code = "E-ENGINE"
+
+
+class NoAnswerError(TemporaryError):
+    code = "E-NOANSWER"
 
 
 class StoppedError(KdpipeError):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdpipe.manifests.errors import ConfigError, TemporaryError
+from kdpipe.manifests.errors import ConfigError, NoAnswerError, RefusedError
 
 ENDED = frozenset(
     {
@@ -35,18 +35,6 @@ OF_OTHERS = re.compile(r"SLURM_(?!CONF$)\w+|SLURMD_\w+|(LOCAL_|GROUP_)?RANK|(LOC
 """Variables of the job that we may be in ourselves: those of the jobs that are sent are their own."""
 NO_ANSWER = ("timed out", "Unable to contact", "Connection refused", "Zero Bytes", "Communication")
 """In Slurm's words, where the request may have reached it all the same."""
-
-
-class NoAnswerError(TemporaryError):
-    """Slurm did not say: what it was asked to do may be done."""
-
-    code = "E-SLURM"
-
-
-class RefusedError(ConfigError):
-    """Slurm said no, for a reason of its own."""
-
-    code = "E-SLURM"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

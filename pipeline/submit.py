@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdpipe.manifests.durable import disk_error, make_folder
-from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.errors import ConfigError, NoAnswerError, RefusedError
 from kdpipe.manifests.parts import parts_left
 from kdpipe.manifests.running import alone_in
 from kdpipe.manifests.specs import RunFile, sweep_output
@@ -32,7 +32,7 @@ from kdpipe.manifests.submission import (
     submission_folder,
     write_submission,
 )
-from kdpipe.pipeline.cluster import Cluster, NoAnswerError, Queued, RefusedError
+from kdpipe.pipeline.cluster import Cluster, Queued
 from kdpipe.pipeline.slurm import Batch, batches_of, render
 from kdpipe.pipeline.steps import Disk, Step, steps_of
 

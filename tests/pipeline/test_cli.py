@@ -155,7 +155,7 @@ REFUSED = {
     "data that are not there": (["train", *SFT, "--device", "cpu"], "E-STUDENT s: no such folder"),
     "another command's key as an option": (
         ["extract", *DATA, "--cache", "c", "--lr", "1"],
-        "no option '--lr': it is a key of the run file for kdpipe train, stream or onpolicy; see",
+        "no option '--lr': it is a key of the run file for kdpipe plan, train, stream or onpolicy; see",
     ),
     "answers older than they may be": (
         [*ONPOLICY, "--overlap", "3", "--max-staleness", "2"],
@@ -441,6 +441,7 @@ class FakeTraining:
     made_with: object
     inputs: object = None
     copies: object = None
+    loggers: tuple[str, ...] = ()
 
 
 @pytest.fixture

@@ -51,9 +51,22 @@ class Seen:
         self.look_at(at_work)
 
 
+@pytest.fixture(autouse=True)
+def of_other_tests() -> Iterator[None]:
+    """What runs here before: a fork server of other tests."""
+    before = children()
+    OTHERS.extend(before)
+    yield
+    OTHERS.clear()
+
+
+OTHERS: list[int] = []
+
+
 def children() -> list[int]:
-    """Processes that this one has started and that run."""
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    """Processes that this one has started in the test and that run."""
+    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in pids if int(pid) not in OTHERS]
 
 
 @dataclass

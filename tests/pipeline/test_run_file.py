@@ -113,6 +113,7 @@ GOOD = {
     "engine.args": "{}",
     "train.betas": "[0.5, 0.5]",
     "sweep.runs": "[]",
+    "train.loggers": "tensorboard",
 }
 """Values of the keys whose default and type say too little of what they take."""
 for table in ("slurm", "slurm.extract", "slurm.light"):

@@ -11,12 +11,12 @@ from tests.conftest import Bench, Main
 from tests.finished import write_record
 from tests.pipeline import fake_slurm
 
-from kdpipe.manifests.errors import BusyError, ConfigError
+from kdpipe.manifests.errors import BusyError, ConfigError, NoAnswerError, RefusedError
 from kdpipe.manifests.running import alone_in
 from kdpipe.manifests.specs import load, members_of
 from kdpipe.manifests.submission import read_submission, submission_folder
 from kdpipe.pipeline import submit as submit_module
-from kdpipe.pipeline.cluster import Cluster, NoAnswerError, RefusedError
+from kdpipe.pipeline.cluster import Cluster
 from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.steps import Disk
 from kdpipe.pipeline.submit import Sent, Wanted, cancel, is_all_active, submit

@@ -33,6 +33,8 @@ from kdpipe.stages.train.training import Training
 class InMemory:
     """A row source: rows that were made elsewhere, as a ring beside a live teacher has them."""
 
+    waited_s = None
+
     def __init__(self, rows: dict[int, np.ndarray]) -> None:
         self._rows, self.wanted, self.freed = rows, [], []
 
