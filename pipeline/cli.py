@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -128,15 +128,20 @@ def _say(text: str) -> None:
     print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr)
 
 
+def _on_signals(handler: Callable[[int, Any], object]) -> None:
+    """Have the signals that ask a command to stop handled; one that is ignored stays so."""
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def _terminate(number: int, frame: object) -> NoReturn:
     raise Terminated(signal.Signals(number).name)
 
 
 def _invoke(args: list[str]) -> None:
     # Slurm sends the first or the second before it kills, a closed terminal the last; nohup has it ignored.
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _terminate)
+    _on_signals(_terminate)
     # Not kdpipe.main(): it prints usage over several lines, exits with 2 and swallows KeyboardInterrupt.
     try:
         with kdpipe.make_context("kdpipe", args, obj=("kdpipe", *args)) as ctx:
@@ -179,6 +184,7 @@ def main(args: Sequence[str] | None = None) -> None:
     explain_bus_errors(lambda err: _say(str(err)))
     with lasting_streams() as lost:
         code = guard(lambda: _invoke(list(sys.argv[1:] if args is None else args)))
+        _on_signals(lambda number, frame: None)  # what a launcher passes on when all is said changes nothing
         sys.stdout.flush()
         if (err := lost("stdout")) is not None and err.errno != errno.EPIPE:  # a reader (head, less) may leave
             what = "the result could not be written" if code == 0 else "what was printed could not all be written"

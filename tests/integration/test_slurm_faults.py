@@ -120,8 +120,8 @@ def test_a_time_limit_that_is_too_short_is_reached_and_gone_on_after(
     phase: str, on_lab: Lab, main: Main, prepared: Callable[[str], None]
 ) -> None:
     prepared(phase)
-    longer = {"extract": "cache.shard_tokens=500", "train": "train.epochs=3", "train-wide": "train.epochs=1.5"}[phase]
-    code, _, err = main("submit", "run.toml", "--set", "slurm.time=1", longer)
+    longer = {"extract": "cache.shard_tokens=500", "train": "train.epochs=4", "train-wide": "train.epochs=1.5"}[phase]
+    code, _, err = main("submit", "run.toml", "--set", "slurm.time=2", longer)
     assert code == 0, err
     task = under_way(on_lab, phase)
     ends_as_undisturbed(on_lab, main, phase, longer)

@@ -1,11 +1,17 @@
 """How a command ends: each cause has its exit code, its line and its last event."""
 
 import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from tests.conftest import Main
 
 from kdpipe.manifests.errors import DataError
+from kdpipe.pipeline import cli
 from kdpipe.pipeline.endings import Terminated, ending
 
 
@@ -39,3 +45,21 @@ def test_each_cause_ends_in_its_own_way(err: BaseException, kind: str, exit_code
     assert found.error.startswith(said)
     assert "\n" not in found.error
     assert "secret" not in found.error
+
+
+def test_a_signal_that_comes_when_all_is_said_changes_nothing(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(run: Callable[[], object]) -> int:
+        """A launcher passes on to its ranks what they have heard themselves: while they flush their output."""
+        code, flush = guard(run), sys.stdout.flush
+
+        def flushed() -> None:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            flush()
+
+        sys.stdout.flush = flushed  # type: ignore[method-assign]
+        return code
+
+    guard = cli.guard
+    monkeypatch.setattr(cli, "guard", late)
+    code, _, err = main("cache", "info", "nowhere")
+    assert (code, err.count("\n")) == (4, 1)
