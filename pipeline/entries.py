@@ -13,15 +13,13 @@ from pathlib import Path
 
 from kdpipe.manifests.errors import ConfigError, KdpipeError
 from kdpipe.manifests.plan import PLAN_FILE
-from kdpipe.manifests.run import RUN_FILE
+from kdpipe.manifests.run import EVENTS, LOG, RUN_FILE
 from kdpipe.manifests.specs import RunFile, load, members_of, sweep_output
 from kdpipe.manifests.submission import JOBS_FILE, SUBMIT, Submission, read_submission, submission_folder
-from kdpipe.pipeline.runs import ENDINGS, EVENTS, Event, RunState, Status, ends_of, state_of
+from kdpipe.pipeline.runs import ENDINGS, Event, RunState, Status, ends_of, state_of
 from kdpipe.pipeline.standing import Entry
 from kdpipe.pipeline.steps import EXTRACT, REPORT, SEAL, is_complete
 
-LOG = "log.txt"
-"""Of a run of a local sweep, in its output: what it printed."""
 SILENT_S = 60.0
 """Longest silence of an extraction at work, which writes an event every ten seconds."""
 

@@ -25,13 +25,13 @@ from typing import Protocol
 from kdpipe.manifests.cores import Cores
 from kdpipe.manifests.durable import disk_error, make_folder
 from kdpipe.manifests.errors import BusyError, ConfigError, KdpipeError, TemporaryError
+from kdpipe.manifests.run import LOG
 from kdpipe.manifests.running import require_nobody_in
 from kdpipe.pipeline.child import command_of
 from kdpipe.pipeline.options import group_for
 from kdpipe.pipeline.roles import Share
 from kdpipe.pipeline.steps import Step
 
-LOG = "log.txt"
 LOOK_S = 0.5
 """Between two looks at what the children say of themselves; the end of one is seen at once."""
 BUSY_S = 120.0

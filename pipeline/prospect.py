@@ -24,15 +24,13 @@ from kdpipe.manifests.provenance import num_bytes
 from kdpipe.manifests.sample import is_heldout, is_in_subset
 from kdpipe.manifests.specs import Member, RunFile, TrainSpec, members_of, sweep_output
 from kdpipe.pipeline.child import command_of
+from kdpipe.pipeline.costs import STATE_BYTES
 from kdpipe.pipeline.forecast import count_parameters, free_bytes, step_flops
 from kdpipe.pipeline.output import human_bytes
 from kdpipe.pipeline.progress import duration
 from kdpipe.pipeline.runs import state_of
 from kdpipe.pipeline.steps import EXTRACT, Step, words_of
 from kdpipe.stages.feed.lengths import num_steps, planned_steps
-
-STATE_BYTES = 12
-"""Of a parameter in a checkpoint: fp32 weight and two moments."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

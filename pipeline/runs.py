@@ -16,10 +16,9 @@ from typing import Any, BinaryIO, Literal
 
 from kdpipe.manifests.durable import open_regular
 from kdpipe.manifests.errors import BusyError, KdpipeError, LayoutError
-from kdpipe.manifests.run import Metrics, RunRecord, read_run
+from kdpipe.manifests.run import EVENTS, Metrics, RunRecord, read_run
 from kdpipe.manifests.running import require_nobody_in
 
-EVENTS = "events.jsonl"
 HEAD_BYTES = 1 << 13
 """The first session's begin: its command, and how many steps there are."""
 TAIL_BYTES = 1 << 15

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 from kdpipe.manifests.errors import BusyError, ConfigError, KdpipeError
 from kdpipe.manifests.node_copy import node_copy
 from kdpipe.manifests.progress import Progress, Silent
-from kdpipe.manifests.run import RUN_FILE, read_run
+from kdpipe.manifests.run import EVENTS, RUN_FILE, read_run
 from kdpipe.manifests.specs import RunFile
 from kdpipe.pipeline.exporters import Exporters
 from kdpipe.pipeline.progress import EventLog, watch
-from kdpipe.pipeline.runs import EVENTS
 from kdpipe.pipeline.streams import lasting_streams
 
 if TYPE_CHECKING:

@@ -92,8 +92,9 @@ class Browser:
                 return answer["result"]
             self.events.append(answer)
 
-    def wait_for(self, method: str) -> None:
-        while not any(event.get("method") == method for event in self.events):
+    def wait_for(self, method: str, session: str) -> None:
+        """Until a tab has said it: what another tab said before is no answer."""
+        while not any((event.get("method"), event.get("sessionId")) == (method, session) for event in self.events):
             self.events.append(self._message())
 
     def _message(self) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", session, width=width, height=height, deviceScaleFactor=1, mobile=False
         )
         self.call("Page.navigate", session, url=page.absolute().as_uri())
-        self.wait_for("Page.loadEventFired")
+        self.wait_for("Page.loadEventFired", session)
         return Tab(self, session)
 
 

@@ -113,7 +113,7 @@ def write_run(
 ) -> Path:
     """The output of a run that has finished in one session."""
     paths = {"student": (str(student),), "output": (str(output),)} | ({"cache": (str(cache),)} if cache else {})
-    made = MadeWith(argv=("kdpipe", "train", "--output", str(output)), folder="/work", paths=paths)
+    made = MadeWith(argv=("kdpipe", "train", "--output", str(output)), folder="/project", paths=paths)
     inputs = inputs_of(spec, **rest)
     events = session(1, num_steps + 1, began=BEGAN, inputs=inputs, made_with=made, num_steps=num_steps, further=further)
     last = evaluation(num_steps, events[-1]["time"] + 1.0) | {"heldout_kl": heldout_kl}

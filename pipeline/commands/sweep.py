@@ -20,6 +20,7 @@ from kdpipe.manifests.errors import (
     TemporaryError,
     stopped,
 )
+from kdpipe.manifests.run import EVENTS
 from kdpipe.manifests.running import alone_in, require_nobody_in
 from kdpipe.manifests.specs import Member, RunFile, members_of, override, sweep_output
 from kdpipe.pipeline.local import Outcome, run_steps, share_out
@@ -28,7 +29,7 @@ from kdpipe.pipeline.precheck import require_trainable
 from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.pipeline.prospect import Prospect, prospect_of
 from kdpipe.pipeline.roles import Share, all_gpus
-from kdpipe.pipeline.runs import EVENTS, state_of
+from kdpipe.pipeline.runs import state_of
 from kdpipe.pipeline.steps import REPORT, REPORT_FILE, Step, disk_of, steps_of
 from kdpipe.pipeline.sweep_view import Show, name_of, print_commands, print_students, said
 

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.plan import PLAN_FILE
-from kdpipe.manifests.run import RUN_FILE
+from kdpipe.manifests.run import EVENTS, LOG, RUN_FILE
 from kdpipe.manifests.running import RUNNING_FILE
 from kdpipe.pipeline.report.caches import CacheStory, read_cache
 from kdpipe.pipeline.report.figures import CURVES, LIVE, MOST_CURVES, Data, Figure, curves_of, drawn, scatters
-from kdpipe.pipeline.report.story import LOG, Story, read_story
+from kdpipe.pipeline.report.story import Story, read_story
 from kdpipe.pipeline.report.tables import Table, rank, result_of, tabulate, tails
-from kdpipe.pipeline.runs import EVENTS
 
 TRACES = (EVENTS, RUN_FILE, RUNNING_FILE, "checkpoints", LOG)
 """What the output of a run has at least one of, from the moment it is started."""

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from kdpipe.manifests.run import EVENTS
 from kdpipe.pipeline.output import human_bytes
 from kdpipe.pipeline.progress import duration
 from kdpipe.pipeline.report.caches import CacheStory
@@ -14,7 +15,6 @@ from kdpipe.pipeline.report.markup import Cell, about, dot, listed, pairs, sorta
 from kdpipe.pipeline.report.plots import colours_of
 from kdpipe.pipeline.report.story import Story
 from kdpipe.pipeline.report.tables import Column, Row, Table, titled
-from kdpipe.pipeline.runs import EVENTS
 
 ELSEWHERE = {"folder", "command", "num_steps", "metrics_step", "exit_code", "heldout_tokens", "teacher_ce"}
 """Columns of a CSV file that the page has in other places, or not at all."""

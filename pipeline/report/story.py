@@ -16,14 +16,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from kdpipe.manifests.made_with import MadeWith
+from kdpipe.manifests.run import LOG
 from kdpipe.pipeline.runs import RunState, events_of, state_of
 
 Event = Mapping[str, Any]
 Point = dict[str, float]
 """One step or evaluation: "step", "tokens" and "hours" so far, and its figures."""
 AXES = ("step", "tokens", "hours")
-LOG = "log.txt"
-"""What a run of a sweep has printed."""
 MOST_LOG_BYTES = 4096
 """Of its end that are looked at."""
 

@@ -17,6 +17,8 @@ from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.places import require_outside
 from kdpipe.manifests.run import (
     ELASTIC,
+    EVENTS,
+    LOG,
     ROLLOUTS,
     RUN_FILE,
     TEACHERS,
@@ -37,11 +39,8 @@ from kdpipe.stages.train.checkpoint import (
     written,
 )
 
-EVENTS = "events.jsonl"
 INCIDENTS = "prepare.jsonl"
 """What of the data was cut or left out, where the run has prepared them itself."""
-LOG = "log.txt"
-"""What a run of a sweep says on its stderr."""
 REPORT = "report.html"
 SUBMITTED = "submit"
 """Folder of what was sent to a cluster for it."""

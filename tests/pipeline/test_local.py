@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from kdpipe.manifests.cores import Cores, given_cores
+from kdpipe.manifests.run import LOG
 from kdpipe.manifests.running import alone_in
 from kdpipe.manifests.specs import Member, RunFile
-from kdpipe.pipeline.local import LOG, Outcome, run_steps, share_out
+from kdpipe.pipeline.local import Outcome, run_steps, share_out
 from kdpipe.pipeline.roles import Share
 from kdpipe.pipeline.steps import Step
 

@@ -60,12 +60,14 @@ partition = "cpu"
 def batches(tmp_path: Path, text: str = RUN, *sets: str, parts: list[int] | None = None) -> tuple[Batch, ...]:
     (tmp_path / "run.toml").write_text(text)
     run = load(tmp_path / "run.toml", sets)
-    steps = steps_of(Path("/work/runs/first/submit/run.toml"), run, Disk(), sets, parts=run.slurm.extract_tasks)
+    steps = steps_of(Path("/project/runs/first/submit/run.toml"), run, Disk(), sets, parts=run.slurm.extract_tasks)
     return batches_of(steps, run.slurm, parts)
 
 
 def script(batch: Batch, python: Path | None = None) -> str:
-    return render(batch, folder=Path("/work"), submission=Path("/work/runs/first/submit"), name="first", python=python)
+    return render(
+        batch, folder=Path("/project"), submission=Path("/project/runs/first/submit"), name="first", python=python
+    )
 
 
 @pytest.mark.parametrize("name", ["extract", "seal", "train", "train-2", "report"])
@@ -107,7 +109,7 @@ def test_a_thousand_and_one_students_are_two_arrays(tmp_path: Path) -> None:
 def test_only_the_parts_that_are_left_are_tasks(tmp_path: Path) -> None:
     (extract, *_) = batches(tmp_path, parts=[4, 2])
     assert "#SBATCH --array=2,4%2\n" in script(extract)
-    assert [(task.index, task.part) for task in extract.tasks(Path("/work"))] == [(2, 2), (4, 4)]
+    assert [(task.index, task.part) for task in extract.tasks(Path("/project"))] == [(2, 2), (4, 4)]
 
 
 def test_array_words() -> None:
@@ -275,6 +277,6 @@ def test_requeues_have_an_end(tmp_path: Path) -> None:
 
 
 def test_a_node_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
-    text = script(batches(tmp_path)[0]).replace("cd /work ", f"cd {tmp_path / 'absent'} ")
+    text = script(batches(tmp_path)[0]).replace("cd /project ", f"cd {tmp_path / 'absent'} ")
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, "does not see this folder" in done.stderr) == (4, True)
