@@ -90,8 +90,8 @@ class Row:
 def rows_of(entries: Sequence[Entry], queue: Queue) -> list[Row]:
     """The entries as they stand, in their order."""
     rows = [_row(entry, queue) for entry in entries]
-    ended = {row.name: row.state for row in rows if row.state not in GOING_ON}
-    return [_blocked(row, entry, queue, ended) for row, entry in zip(rows, entries, strict=True)]
+    roots = {row.name: [f"{row.name} ({row.state})"] for row in rows if row.state not in GOING_ON}
+    return [_blocked(row, entry, queue, roots) for row, entry in zip(rows, entries, strict=True)]
 
 
 def exit_code_of(rows: Iterable[Row]) -> int:
@@ -207,16 +207,19 @@ def _forgotten(entry: Entry, queue: Queue) -> tuple[State, str]:
     return "lost", "Slurm knows no such job any more, and it has left nothing; kdpipe submit sends it again"
 
 
-def _blocked(row: Row, entry: Entry, queue: Queue, ended: Mapping[str, State]) -> Row:
-    """A step whose job cannot start, or was taken out, because one before it did not end well: it is named."""
+def _blocked(row: Row, entry: Entry, queue: Queue, roots: dict[str, list[str]]) -> Row:
+    """A step whose job cannot start, or was taken out, because one before it did not end well: it is named.
+
+    roots: of each step that does not go on the steps that are to blame; this one's are put in
+    """
     if row.state not in ("waiting", "cancelled", "lost") or entry.sent is None:
         return row
     job = queue.jobs.get(entry.number or "")
-    needs = [name for name in ended if name.partition(" ")[0] in entry.sent.needs and not entry.whatever]
+    needs = [name for name in roots if name.partition(" ")[0] in entry.sent.needs and not entry.whatever]
     if (job is None or job.reason != NEVER) and not (row.state != "waiting" and needs):
         return row
-    said = ", ".join(f"{name} ({ended[name]})" for name in needs[:3]) or ", ".join(entry.sent.needs[:3])
-    return replace(row, state="blocked", why=f"cannot start without {said}")
+    roots[row.name] = list(dict.fromkeys(root for name in needs for root in roots[name])) or [*entry.sent.needs]
+    return replace(row, state="blocked", why=f"cannot start without {', '.join(roots[row.name][:3])}")
 
 
 def _words(job: Job) -> str:

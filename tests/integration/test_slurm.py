@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import Bench, Main
@@ -72,6 +73,10 @@ def test_one_command_from_nothing_to_a_report(
     assert list(jobs) == ["extract", "seal", "train", "train-2", "report"]
     code, out, _ = main("submit", "run.toml", "--json")
     assert (code, json.loads(out)["jobs"]) == (0, [])
+    code, found = standing(main)
+    assert code == 0
+    assert {row["state"] for row in found.values()} <= {"waiting", "running", "finished"}
+    assert found["train/wide"]["job"] == jobs["train-2"]
     states = on_lab.wait_for_the_end(600)
 
     record = read_submission(Path("out"))
@@ -84,6 +89,11 @@ def test_one_command_from_nothing_to_a_report(
     assert "not finite" in Path("out/bad/events.jsonl").read_text()
     assert not Path("out/bad/kdpipe.json").exists()
     assert len([path for path in Path("local").iterdir() if path.is_dir()]) == 1
+    code, found = standing(main)
+    assert code == 1
+    assert {name for name, row in found.items() if row["state"] != "finished"} == {"train/bad"}
+    assert (found["train/bad"]["state"], "not finite" in found["train/bad"]["why"]) == ("failed", True)
+    assert found["train/a"]["heldout_kl"] > 0.0
 
     alone = ["--config", "run.toml", "--set", "cache.path=alone"]
     code, _, err = main("extract", "--config", "run.toml", "--cache", "alone")
@@ -123,6 +133,22 @@ def test_an_extraction_that_fails_for_good_ends_all_that_waits_for_it(
     assert found.pop(("extract", 1)) == found.pop(("extract", 2)) == "FAILED"
     assert set(found.values()) == {"CANCELLED"}
     assert "E-DATA" in logs()
+    code, rows = standing(main)
+    assert code == 1
+    assert {name: row["state"] for name, row in rows.items() if row["state"] != "blocked"} == {
+        "extract 1/2": "failed",
+        "extract 2/2": "failed",
+    }
+    assert "E-DATA" in rows["extract 1/2"]["why"]
+    assert not [row for row in rows.values() if row["state"] == "blocked" and "extract" not in row["why"]]
+
+
+def standing(main: Main) -> tuple[int, dict[str, Any]]:
+    """Exit code and steps, by name, of `kdpipe status`."""
+    code, out, _ = main("status", "run.toml", "--json")
+    answer = json.loads(out)
+    assert answer["slurm"] is None
+    return code, {row["name"]: row for row in answer["steps"]}
 
 
 def logs() -> str:

@@ -395,9 +395,9 @@ def main() -> None:
         return RIVALS[asked.name](Work(**json.loads(asked.work.read_text())))
     with tempfile.TemporaryDirectory(prefix="kdpipe-bench-") as name:
         folder = Path(name)
-        prepare(folder, num_chats=400, steps=(15, 8) if asked.quick else (120, 30))
+        prepare(folder, num_chats=80 if asked.quick else 400, steps=(4, 2) if asked.quick else (120, 30))
         for lmbda in (1.0,) if asked.quick else (1.0, 0.5):
-            rounds, steps = (1, 6) if asked.quick else (3, 20)
+            rounds, steps = (1, 5) if asked.quick else (3, 20)
             report(lmbda, measure(folder, lmbda, rounds=rounds, num_steps=steps), steps, as_json=asked.json)
     return None
 
