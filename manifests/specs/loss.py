@@ -17,8 +17,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """Losses of other projects at their defaults; docs/losses.md says how their names map."""
 
 
-LOSS_OPTIONS = ("alpha", "beta", "forward_share", "k", "power", "samples")
-"""Keys of loss.options over all divergences; each takes its own, as docs/losses.md says."""
+LOSS_OPTIONS = (
+    *("alpha", "beta", "forward_share", "k", "power", "samples"),
+    *("decay", "first_row", "hybrid", "matched_weight", "only_right", "tau", "threshold", "top_k", "unmatched_weight"),
+)
+"""Keys of loss.options over all divergences and methods across tokenizers; each takes its own, as docs/losses.md and
+docs/cross-losses.md say."""
 
 
 ALONE = ("kd_weight", "chunk_tokens", "label_smoothing", "z_loss", "head_grad_fp32")

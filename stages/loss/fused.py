@@ -110,7 +110,7 @@ def distill(problem: Problem, *, chunk_tokens: int | None = None, head_grad_fp32
             "float16 loses small gradients before a scaler sees them; give the student's in bfloat16 or float32",
             where="student",
         )
-    loss, sums, num_ranked = _Fused.apply(
+    loss, sums, num_ranked = Fused.apply(
         hidden,
         head.weight,
         head.bias,
@@ -124,7 +124,7 @@ def distill(problem: Problem, *, chunk_tokens: int | None = None, head_grad_fp32
     return DistillLoss(kd=kd, ce=ce, z=z, loss=loss, metrics=metrics)
 
 
-class _Fused(torch.autograd.Function):
+class Fused(torch.autograd.Function):
     """Gradients are made in forward and scaled in backward; the other sums are for reading only."""
 
     @staticmethod

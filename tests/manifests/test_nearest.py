@@ -3,6 +3,7 @@
 from kdpipe.manifests.nearest import OTHER_NAMES, nearest
 from kdpipe.manifests.specs import LOSS_OPTIONS, RunFile, full_keys, misspelt_keys
 from kdpipe.stages.loss import DIVERGENCES
+from kdpipe.stages.loss.cross import METHODS
 from kdpipe.stages.teacher import ENGINES
 
 
@@ -31,4 +32,5 @@ def test_a_bare_word_leads_to_the_whole_key() -> None:
 
 
 def test_the_options_of_losses_are_those_of_their_table() -> None:
-    assert set(LOSS_OPTIONS) == {name for divergence in DIVERGENCES.values() for name in divergence.options}
+    tables = [*DIVERGENCES.values(), *METHODS.values()]
+    assert sorted(LOSS_OPTIONS) == sorted({name for entry in tables for name in entry.options})

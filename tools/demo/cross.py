@@ -17,7 +17,7 @@ import json
 import pathlib
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import corpus
@@ -148,7 +148,7 @@ def heldout(out: pathlib.Path) -> list[list[dict[str, str]]]:
     return [chats[line - 1] for line in lines.tolist()]
 
 
-def table(found: dict[str, Sequence[dict[str, Any]]]) -> str:
+def table(found: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     """A line a method: the mean of its seeds, and each seed's bits per byte."""
     lines = [f"{'':14}" + "".join(f"{head:>16}" for head in COLUMNS.values()) + "   bits per byte of each seed"]
     for name, runs in found.items():
