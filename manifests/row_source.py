@@ -68,6 +68,35 @@ class CacheRows:
         return self._caches[which], sample - self._first[which]
 
 
+class JoinedRows:
+    """The rows of another source under the running index of a data set.
+
+    places: int64 [N], which of the source's samples each of the data set's is; -1 where it has none
+    """
+
+    def __init__(self, source: RowSource, places: np.ndarray) -> None:
+        self._source, self._places = source, places
+
+    @property
+    def waited_s(self) -> float | None:
+        return self._source.waited_s
+
+    def want(self, samples: np.ndarray) -> None:
+        self._source.want(self._found(samples))
+
+    def rows(self, sample: int) -> np.ndarray:
+        place = int(self._places[sample])
+        assert place >= 0, f"sample {sample} has no rows of this teacher"
+        return self._source.rows(place)
+
+    def done(self, samples: np.ndarray) -> None:
+        self._source.done(self._found(samples))
+
+    def _found(self, samples: np.ndarray) -> np.ndarray:
+        places = self._places[samples]
+        return places[places >= 0]
+
+
 class RingRows:
     """The rows that a teacher at work puts into a ring, as they are asked for.
 

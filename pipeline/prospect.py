@@ -186,8 +186,9 @@ def _work(step: Step, unread: Unread | None) -> Work | None:
 
 def work_of(train: TrainSpec, lengths: np.ndarray) -> Work:
     """Of a run over training samples of these lengths, int64 [N]."""
-    steps = planned_steps(lengths, train.batch_tokens, epochs=train.epochs, max_steps=train.max_steps)
-    epochs = steps / num_steps(lengths, train.batch_tokens)
+    per_epoch = num_steps(lengths, train.batch_tokens)
+    steps = planned_steps(per_epoch, epochs=train.epochs, max_steps=train.max_steps)
+    epochs = steps / per_epoch
     return Work(num_steps=steps, num_tokens=round(int(lengths.sum()) * epochs))
 
 

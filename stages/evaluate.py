@@ -6,7 +6,6 @@ ranks and divided once.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Protocol
 
@@ -64,32 +63,36 @@ def measure(
 ) -> dict[str, float]:
     """The metrics over all batches of all ranks; `stop` is called after each batch and may raise. Collective."""
     student.eval()
-    total = torch.zeros(len(fields(TokenMetrics)), dtype=torch.float64, device=device)
+    several = len(teachers) if len(teachers) > 1 else 0
+    total = torch.zeros(6 + 2 * several, dtype=torch.float64, device=device)
     for batch, num_tokens in feed:
-        sums = student.measure(batch.to(device), teachers)
-        total += torch.stack([getattr(sums, field.name) for field in fields(TokenMetrics)])
+        total += student.measure(batch.to(device), teachers).flat()
         progress.advance(num_tokens)
         stop()
     student.train()
     if dist.is_initialized():
         dist.all_reduce(total)
-    names = (field.name for field in fields(TokenMetrics))
-    return summary(dict(zip(names, total.tolist(), strict=True)), taught=bool(teachers))
+    return summary(TokenMetrics.of_flat(total), taught=bool(teachers))
 
 
-def summary(sums: dict[str, float], *, taught: bool) -> dict[str, float]:
-    """Means per supervised token from sums; without a teacher those of the student alone."""
-    count = max(sums["num_tokens"], 1.0)
-    ce = sums["ce"] / count
+def summary(sums: TokenMetrics, *, taught: bool) -> dict[str, float]:
+    """Means per supervised token from sums; without a teacher those of the student alone.
+
+    Of several teachers each has its own divergence beside that from their average, numbered from 1.
+    """
+    count = max(float(sums.num_tokens), 1.0)
+    ce = float(sums.ce) / count
     found = {
-        "heldout_kl": sums["forward_kl"] / count,
-        "heldout_reverse_kl": sums["reverse_kl"] / count,
-        "top1_agreement": sums["top1_agree"] / count,
+        "heldout_kl": float(sums.forward_kl) / count,
+        "heldout_reverse_kl": float(sums.reverse_kl) / count,
+        "top1_agreement": float(sums.top1_agree) / count,
         "heldout_ce": ce,
         "perplexity": math.exp(min(ce, 700.0)),
-        "teacher_ce": sums["teacher_ce"] / count,
-        "num_tokens": int(sums["num_tokens"]),
+        "teacher_ce": float(sums.teacher_ce) / count,
+        "num_tokens": int(sums.num_tokens),
     }
+    for number, (kl, tokens) in enumerate(zip(sums.each_kl.tolist(), sums.each_tokens.tolist(), strict=True), start=1):
+        found[f"heldout_kl_teacher_{number}"] = kl / max(tokens, 1.0)
     return found if taught else {name: found[name] for name in ALONE}
 
 

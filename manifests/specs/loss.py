@@ -29,6 +29,9 @@ ALONE = ("kd_weight", "chunk_tokens", "label_smoothing", "z_loss", "head_grad_fp
 """Keys of [loss] that mean something without a teacher."""
 
 
+TeacherMix = Literal["distributions", "losses", "route"]
+
+
 class LossSpec(Spec):
     """[loss]: what a student minimises: (1 - kd_weight) * CE + kd_weight * KD."""
 
@@ -50,6 +53,13 @@ class LossSpec(Spec):
     """Adds this times the squared logarithm of the student's softmax denominator; 1e-4 keeps logits from drifting."""
     head_grad_fp32: bool = True
     """Sum the head's gradient over chunks in float32; false saves memory and is as exact up to some 16 chunks."""
+    teacher_mix: TeacherMix | None = None
+    """What several teachers are to a student, where the caches are those of more than one: distributions compares it
+    with the weighted average of their distributions, losses averages the divergences from each; route has every sample
+    learnt from the teacher of its own cache. Caches of several teachers are refused without it. docs/mixtures.md"""
+    teacher_weights: tuple[Annotated[float, Field(gt=0.0)], ...] = ()
+    """Weight of each teacher under distributions or losses, in the order in which cache.path names them first; they
+    are divided by their sum. All weigh the same when not given."""
     options: dict[str, float] = {}  # noqa: RUF012 - pydantic copies it
     """Options of the divergence, such as beta of jsd."""
 

@@ -7,7 +7,7 @@ Cost: one copy of the rows, from their source into the batch buffer (memcpy spee
 while this one is computed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,8 +15,9 @@ from pydantic import JsonValue
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.feed.dataset import Dataset
-from kdpipe.stages.feed.lengths import num_steps, planned_steps
-from kdpipe.stages.feed.order import cut_steps, deal, shuffle
+from kdpipe.stages.feed.lengths import planned_steps
+from kdpipe.stages.feed.mixture import Epochs, Mixture, Shuffled
+from kdpipe.stages.feed.order import cut, deal
 from kdpipe.stages.feed.packing import PackedBatch, Packer
 
 
@@ -48,6 +49,7 @@ class PlannedBatches:
     """The batches of a run over a data set, pure functions of the step.
 
     epochs, max_steps: how many steps there are: the smaller of the two
+    weights: the share of each table in an epoch's supervised tokens; () takes every sample once
     Raises ConfigError where there are fewer training samples than ranks.
     """
 
@@ -60,6 +62,7 @@ class PlannedBatches:
         batch_tokens: int,
         epochs: float = 1.0,
         max_steps: int | None = None,
+        weights: Sequence[float] = (),
         grad_accum: int = 1,
         rank: int = 0,
         world_size: int = 1,
@@ -67,12 +70,17 @@ class PlannedBatches:
         pin: bool = False,
     ) -> None:
         require_samples(samples, world_size)
-        self._dataset, self._samples, self._seed, self._batch_tokens = dataset, samples, seed, batch_tokens
+        self._dataset = dataset
+        self._epochs: Epochs = Shuffled(dataset, samples, seed, batch_tokens)
+        if weights:
+            self._epochs = Mixture(dataset, samples, seed, batch_tokens, weights)
         self._grad_accum, self._rank, self._world_size = grad_accum, rank, world_size
         self._packer = Packer(dataset, padded=padded, pin=pin)
-        self.steps_per_epoch = num_steps(dataset.num_tokens[samples], batch_tokens)
-        self.num_steps = planned_steps(dataset.num_tokens[samples], batch_tokens, epochs=epochs, max_steps=max_steps)
+        self.steps_per_epoch = self._epochs.num_steps
+        self.num_steps = planned_steps(self.steps_per_epoch, epochs=epochs, max_steps=max_steps)
         self._cuts: dict[int, list[np.ndarray]] = {}
+        self._whole: list[tuple[int, int]] = []
+        """Samples and tokens of each epoch, from the first."""
         self._wanted_to = -1
         self._waited_before = 0.0
 
@@ -105,8 +113,7 @@ class PlannedBatches:
 
     def num_samples_before(self, step: int) -> int:
         """Samples of all steps before, those that came again counted again."""
-        epochs, within = divmod(step, self.steps_per_epoch)
-        return epochs * len(self._samples) + sum(len(cut) for cut in self._epoch(epochs)[:within])
+        return self._before(step)[0]
 
     def step(self, step: int) -> Iterator[PackedBatch]:
         """Exactly grad_accum micro-batches; the rows of the next step are asked for before the first is packed."""
@@ -124,17 +131,27 @@ class PlannedBatches:
                 teacher.rows.want(np.concatenate(self.mine(step)))
 
     def _num_tokens_before(self, step: int) -> int:
+        return self._before(step)[1]
+
+    def _before(self, step: int) -> tuple[int, int]:
+        """Samples and tokens of all steps before."""
         epochs, within = divmod(step, self.steps_per_epoch)
-        started = [self._dataset.num_tokens[cut].sum() for cut in self._epoch(epochs)[:within]] if within else []
-        return epochs * int(self._dataset.num_tokens[self._samples].sum()) + int(sum(started))
+        while len(self._whole) < epochs:
+            self._whole.append(self._size(self._epochs.members(len(self._whole))))
+        started = [self._size(step) for step in self._epoch(epochs)[:within]] if within else []
+        parts = [*self._whole[:epochs], *started]
+        return sum(samples for samples, _ in parts), sum(tokens for _, tokens in parts)
+
+    def _size(self, samples: np.ndarray) -> tuple[int, int]:
+        return len(samples), int(self._dataset.num_tokens[samples].sum())
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         """The steps of an epoch. Two epochs are kept: what is read ahead at the end of one belongs to the next."""
         if epoch not in self._cuts:
             if len(self._cuts) == 2:
                 self._cuts.pop(next(iter(self._cuts)))
-            order = shuffle(self._samples, self._seed, epoch)
-            self._cuts[epoch] = cut_steps(order, self._dataset.num_tokens[order], self._batch_tokens)
+            order = self._epochs.order(epoch)
+            self._cuts[epoch] = cut(order, self._dataset.num_tokens[order], self.steps_per_epoch)
         return self._cuts[epoch]
 
     def mine(self, step: int) -> list[np.ndarray]:

@@ -75,6 +75,10 @@ class Dataset:
         which = bisect_right(self._first, sample) - 1
         return self.tables[which].tokens(sample - self._first[which])
 
+    def table_of(self, samples: np.ndarray) -> np.ndarray:
+        """Which table each sample is of."""
+        return np.searchsorted(self._first, samples, side="right") - 1
+
     def without_teachers(self) -> "Dataset":
         """The same samples, whose rows nobody asks for."""
         return Dataset(self.tables, vocab_size=self.vocab_size)

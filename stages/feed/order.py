@@ -19,19 +19,34 @@ def shuffle(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     A hash, not a random generator: the order cannot change with numpy's version, and a sample's rank does not depend
     on how many others there are.
     """
-    places = mixed(torch.from_numpy(indices.copy()) ^ mixed_seed(seed, epoch)).numpy().view(np.uint64)
-    return indices[np.argsort(places, kind="stable")]
+    return indices[np.argsort(keys(indices, seed, epoch), kind="stable")]
+
+
+def keys(indices: np.ndarray, seed: int, epoch: int, times: np.ndarray | None = None) -> np.ndarray:
+    """A number uint64 for each index, a hash of (seed, epoch, index).
+
+    times: int64, how often the epoch has taken each before; those of one index then have other numbers
+    """
+    found = mixed(torch.from_numpy(indices.copy()) ^ mixed_seed(seed, epoch))
+    if times is not None:
+        again = torch.from_numpy(times)
+        found = torch.where(again > 0, mixed(found + again), found)
+    return found.numpy().view(np.uint64)
 
 
 def cut_steps(order: np.ndarray, num_tokens: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """An epoch's order cut into steps of nearly equal tokens, instead of full ones and a remainder.
+    """As `cut`, into as many steps as keep their mean within batch_tokens."""
+    return cut(order, num_tokens, num_steps(num_tokens, batch_tokens))
+
+
+def cut(order: np.ndarray, num_tokens: np.ndarray, steps: int) -> list[np.ndarray]:
+    """An epoch's order cut into so many steps of nearly equal tokens, instead of full ones and a remainder.
 
     num_tokens: of every sample in `order`. A sample belongs to the step in which its middle token falls, except that
     no step is left empty:
 
-    tokens 4 4 4 4, batch_tokens 7 -> 3 steps of 5.33 -> [4] [4 4] [4]
+    tokens 4 4 4 4, 3 steps of 5.33 -> [4] [4 4] [4]
     """
-    steps = num_steps(num_tokens, batch_tokens)
     middles = np.cumsum(num_tokens) * 2 - num_tokens
     step_of = middles * steps // (2 * int(num_tokens.sum()))
     bounds = np.searchsorted(step_of, np.arange(1, steps))

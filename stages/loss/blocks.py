@@ -10,7 +10,7 @@ Cost: what torch keeps between passes, some fp32 arrays [R, V].
 
 import threading
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from torch._inductor.exc import InductorError
 
 from kdpipe.manifests.sample import IGNORED
 from kdpipe.stages.loss.divergences import find
-from kdpipe.stages.loss.pointwise import Distributions, normalised, one_hot
+from kdpipe.stages.loss.pointwise import Distributions, averaged, normalised, one_hot, sum_of
 from kdpipe.stages.loss.problem import Problem
 from kdpipe.stages.models.head import Finish
 
@@ -41,7 +41,10 @@ Step = Callable[..., Block]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Formula:
-    """All that a compiled block depends on but shapes and dtypes. divergence is None where no teacher is needed."""
+    """All that a compiled block depends on but shapes and dtypes. divergence is None where no teacher is needed.
+
+    teachers: what is done to each teacher's raw logits; teacher_weights, teacher_mix: as in Problem
+    """
 
     divergence: str | None
     options: tuple[tuple[str, float], ...]
@@ -51,14 +54,16 @@ class Formula:
     label_smoothing: float
     z_loss: float
     student: Finish
-    teacher: Finish
+    teachers: tuple[Finish, ...]
+    teacher_weights: tuple[float, ...]
+    teacher_mix: str
     differentiate: bool
     wants_bias: bool
 
     @classmethod
     def of(cls, problem: Problem, *, differentiate: bool, wants_bias: bool) -> "Formula":
         return cls(
-            divergence=None if problem.teacher is None else problem.divergence.name,
+            divergence=problem.divergence.name if problem.teachers else None,
             options=tuple(problem.options.items()),
             temperature=problem.temperature,
             kd_weight=problem.kd_weight,
@@ -66,7 +71,9 @@ class Formula:
             label_smoothing=problem.label_smoothing,
             z_loss=problem.z_loss,
             student=problem.student.head.finish,
-            teacher=Finish() if problem.teacher is None else problem.teacher.head.finish,
+            teachers=tuple(teacher.head.finish for teacher in problem.teachers),
+            teacher_weights=problem.teacher_weights,
+            teacher_mix=problem.teacher_mix,
             differentiate=differentiate,
             wants_bias=wants_bias,
         )
@@ -74,25 +81,26 @@ class Formula:
 
 @lru_cache(maxsize=256)
 def block_step(formula: Formula, shape: Hashable, *, compiled: bool) -> Step:
-    """step(student_raw, teacher_raw, labels, weights, draws, student_bias, teacher_bias, scale) -> Block.
+    """step(student_raw, teachers_raw, labels, weights, draws, student_bias, teacher_biases, scale) -> Block.
 
     shape: whatever a compiled step is specialised to; each has its own, so that none meets torch's limit of recompiles
 
-    student_raw [R, V] is overwritten by the gradient with respect to it, rounded to its dtype; teacher_raw [R, V].
-    labels int64 [R], IGNORED for none; weights fp32 [R] multiply a row's values and gradient; draws fp64 [R, K]. None
-    stands for what there is not. scale, a scalar, multiplies the gradient.
+    student_raw [R, V] is overwritten by the gradient with respect to it, rounded to its dtype; teachers_raw and
+    teacher_biases have one [R, V] and one bias of each teacher. labels int64 [R], IGNORED for none; weights fp32 [R]
+    multiply a row's values and gradient; draws fp64 [R, K]. None stands for what there is not. scale, a scalar,
+    multiplies the gradient.
     """
     divergence = None if formula.divergence is None else find(formula.divergence)
     options = dict(formula.options)
 
     def step(
         student_raw: Tensor,
-        teacher_raw: Tensor | None,
+        teachers_raw: tuple[Tensor, ...],
         labels: Tensor | None,
         weights: Tensor | None,
         draws: Tensor | None,
         student_bias: Tensor | None,
-        teacher_bias: Tensor | None,
+        teacher_biases: tuple[Tensor | None, ...],
         scale: Tensor,
     ) -> Block:
         logits = formula.student.apply(student_raw.float(), student_bias)
@@ -100,20 +108,20 @@ def block_step(formula: Formula, shape: Hashable, *, compiled: bool) -> Step:
         z = log_total.square()
         kd = ce = entropy = torch.zeros_like(z)
         gradient = torch.zeros_like(log_p)
-        if divergence is not None and teacher_raw is not None:
-            teacher_logits = formula.teacher.apply(teacher_raw.float(), teacher_bias)
+        if divergence is not None:
             if formula.temperature == 1.0:
                 log_p_student, p_student = log_p, p
             else:
                 log_p_student, p_student, _ = normalised(logits / formula.temperature)
-                teacher_logits = teacher_logits / formula.temperature
-            log_p_teacher, p_teacher, _ = normalised(teacher_logits)
-            kd, gradient = divergence.value_and_grad(
-                Distributions(log_p_teacher, p_teacher, log_p_student, p_student, draws), **options
-            )
+            teachers = targets(formula, teachers_raw, teacher_biases)
+            found = [
+                divergence.value_and_grad(Distributions(*teacher, log_p_student, p_student, draws), **options)
+                for teacher in teachers
+            ]
+            kd, gradient = (sum_of(each, formula.teacher_weights) for each in zip(*found, strict=True))
             kd = kd * formula.kd_scale
             gradient = gradient * (formula.kd_weight * formula.kd_scale / formula.temperature)
-            entropy = -(p_teacher * log_p_teacher).sum(-1)
+            entropy = sum_of([-(p * log_p).sum(-1) for log_p, p in teachers], formula.teacher_weights)
         if labels is not None:
             labelled, target = (labels != IGNORED).float(), labels.clamp_min(0)[:, None]
             smoothing = formula.label_smoothing
@@ -140,6 +148,18 @@ def block_step(formula: Formula, shape: Hashable, *, compiled: bool) -> Step:
     return Compiled(step) if compiled else step
 
 
+def targets(
+    formula: Formula, teachers_raw: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[tuple[Tensor, Tensor]]:
+    """log T and T [R, V] of what the student is compared with: of every teacher, or of their one average."""
+    teachers = []
+    for finish, raw, bias in zip(formula.teachers, teachers_raw, biases, strict=True):
+        logits = finish.apply(raw.float(), bias)
+        log_p, p, _ = normalised(logits if formula.temperature == 1.0 else logits / formula.temperature)
+        teachers.append((log_p, p))
+    return [averaged(teachers, formula.teacher_weights)] if formula.teacher_mix == "distributions" else teachers
+
+
 class Compiled:
     """A step under torch.compile; where that fails, the step itself, with a warning.
 
@@ -153,7 +173,7 @@ class Compiled:
         # One formula's shapes and dtypes are not to use up the recompilations of another's.
         self._compiled: Step = torch.compile(step, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
 
-    def __call__(self, *arguments: Tensor | None) -> Block:
+    def __call__(self, *arguments: Tensor | tuple[Tensor | None, ...] | None) -> Block:
         if self._ready:
             return self._compiled(*arguments)
         with self._lock:

@@ -1,18 +1,19 @@
 """The fused loss: from hidden states and heads to loss and gradients, chunk by chunk.
 
 The four matrix products (student logits, teacher logits, gradient of hidden, gradient of head) run on chunks of C
-tokens in the inputs' dtype. What lies between them is pointwise in V and runs on blocks of R rows small enough for the
-processor's cache, in fp32, whatever the inputs are (fp64 too: then only the products are fp64), see blocks.py. The
-gradient is taken in the forward pass, loss_scale included; backward multiplies it by the incoming scalar, one more
-rounding unless that is a power of two.
+tokens in the inputs' dtype; each of several teachers has its own. What lies between them is pointwise in V and runs on
+blocks of R rows small enough for the processor's cache, in fp32, whatever the inputs are (fp64 too: then only the
+products are fp64), see blocks.py. The gradient is taken in the forward pass, loss_scale included; backward multiplies
+it by the incoming scalar, one more rounding unless that is a power of two.
 Invariant: the result does not depend on C or R beyond summation order; no value is read back from the device.
-Cost over the inputs: two buffers [C, V] in the inputs' dtype, which a CPU keeps; the gradients themselves; an fp32 sum
-[V, D] of the head's gradient where there is more than one chunk of less than fp32. Gradients in the forward pass are
-the idea of Liger Kernel, never holding all logits that of Cut Cross-Entropy. Measured by tools/bench/loss.py.
+Cost over the inputs: a buffer [C, V] of each model in the inputs' dtype, which a CPU keeps; the gradients themselves;
+an fp32 sum [V, D] of the head's gradient where there is more than one chunk of less than fp32. Gradients in the forward
+pass are the idea of Liger Kernel, never holding all logits that of Cut Cross-Entropy. Measured by tools/bench/loss.py.
 """
 
 # Shapes: T tokens, V shared vocabulary, D student width, E teacher width, C tokens per chunk, R rows per block.
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,18 +22,20 @@ from torch.autograd.function import once_differentiable
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.sample import IGNORED
+from kdpipe.manifests.specs.loss import TeacherMix
 from kdpipe.stages.loss.blocks import VALUES, Formula, block_step
 from kdpipe.stages.loss.gradients import StudentGradients
 from kdpipe.stages.loss.layout import Layout, row_blocks
 from kdpipe.stages.loss.memory import keep_heap, release_scratch, scratch, zeros
+from kdpipe.stages.loss.pointwise import averaged, normalised
 from kdpipe.stages.loss.problem import RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose_tensors
 
 
 def fused_distill_loss(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None,
+    teacher_head: Tensor | Sequence[Tensor] | None,
     labels: Tensor | None = None,
     *,
     divergence: str = "forward_kl",
@@ -41,11 +44,13 @@ def fused_distill_loss(
     chunk_tokens: int | None = None,
     vocab_size: int | None = None,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
     student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
+    teacher_softcap: float | Sequence[float | None] | None = None,
     student_scale: float = 1.0,
-    teacher_scale: float = 1.0,
+    teacher_scale: float | Sequence[float] = 1.0,
+    teacher_mix: TeacherMix | None = None,
+    teacher_weights: Sequence[float] = (),
     scale_t2: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -66,6 +71,10 @@ def fused_distill_loss(
     options are those of DIVERGENCES[divergence]; scale_t2 multiplies kd by temperature squared. token_weights [T]
     multiply what a token adds. label_smoothing is that of the cross-entropy; z_loss adds z_loss * logsumexp(logits)^2
     of every token to the loss (PaLM, arXiv 2204.02311, with 1e-4).
+    Several teachers are given as sequences: teacher_hidden and teacher_head have one entry each, and teacher_bias,
+    teacher_softcap and teacher_scale too where they are sequences. teacher_mix "distributions" compares the student
+    with sum w_k T_k, "losses" sums w_k times the divergence from T_k; w are teacher_weights over their sum, by default
+    all equal.
     loss_scale multiplies the loss, not kd, ce and z; 1 / tokens there, not afterwards, saves the gradients a rounding.
     A sampled divergence draws by seed and token_keys [T] int64, by default each token's place: the same seed and key
     give the same draw in any batch. head_grad_fp32 sums the head's gradient over chunks in fp32; without it the sum is
@@ -88,6 +97,8 @@ def fused_distill_loss(
         teacher_softcap=teacher_softcap,
         student_scale=student_scale,
         teacher_scale=teacher_scale,
+        teacher_mix=teacher_mix,
+        teacher_weights=teacher_weights,
         scale_t2=scale_t2,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -178,9 +189,9 @@ def _run(problem: Problem, layout: Layout, gradients: StudentGradients) -> tuple
     if hidden.device.type == "cpu":
         keep_heap()
     formula = Formula.of(problem, differentiate=gradients.wanted, wants_bias=gradients.wants_bias)
-    teacher_dtype = None if problem.teacher is None else problem.teacher.hidden.dtype
+    teacher_dtypes = tuple(teacher.hidden.dtype for teacher in problem.teachers)
     given = (problem.labels is None, problem.weights is None, problem.draws is None)
-    shape = (layout.block_rows, problem.vocab_size, hidden.dtype, teacher_dtype, hidden.device, given)
+    shape = (layout.block_rows, problem.vocab_size, hidden.dtype, teacher_dtypes, hidden.device, given)
     step = block_step(formula, shape if layout.compiled else None, compiled=layout.compiled)
     scale = torch.as_tensor(problem.loss_scale, dtype=torch.float32, device=hidden.device)
     # Rows beyond the last token are computed with the last block and not used.
@@ -194,29 +205,33 @@ def _run(problem: Problem, layout: Layout, gradients: StudentGradients) -> tuple
     # The student's buffer holds raw logits and then, block by block, the gradient with respect to them.
     whole = (layout.chunk_tokens, problem.vocab_size)
     student_buffer = scratch("student", whole, like=hidden)
-    teacher_buffer = None if problem.teacher is None else scratch("teacher", whole, like=problem.teacher.hidden)
-    biases = problem.student.head.bias, None if problem.teacher is None else problem.teacher.head.bias
+    teacher_buffers = [
+        scratch(f"teacher {number}", whole, like=teacher.hidden) for number, teacher in enumerate(problem.teachers)
+    ]
+    teacher_biases = tuple(teacher.head.bias for teacher in problem.teachers)
     ranks, num_ranked = torch.zeros(2, dtype=torch.float32, device=hidden.device), 0
     for chunk in row_blocks(problem.num_tokens, layout.chunk_tokens):
         size = chunk.stop - chunk.start
         problem.student.raw_logits(chunk.start, chunk.stop, student_buffer)
         student_buffer[size:].zero_()
-        if problem.teacher is not None and teacher_buffer is not None:
-            problem.teacher.raw_logits(chunk.start, chunk.stop, teacher_buffer)
-            teacher_buffer[size:].zero_()
+        for teacher, buffer in zip(problem.teachers, teacher_buffers, strict=True):
+            teacher.raw_logits(chunk.start, chunk.stop, buffer)
+            buffer[size:].zero_()
+        if teacher_buffers:
             some = slice(-chunk.start % RANKED_EVERY, size, RANKED_EVERY)
-            ranks += ranked(problem, student_buffer[some], teacher_buffer[some])
+            ranks += ranked(problem, student_buffer[some], [buffer[some] for buffer in teacher_buffers])
             num_ranked += len(student_buffer[some])
         for first in range(0, size, rows_a_block):
             rows = slice(first, first + rows_a_block)
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
             block = step(
                 student_buffer[rows],
-                None if teacher_buffer is None else teacher_buffer[rows],
+                tuple(buffer[rows] for buffer in teacher_buffers),
                 None if labels is None else labels[tokens],
                 None if weights is None else weights[tokens],
                 None if draws is None else draws[tokens],
-                *biases,
+                problem.student.head.bias,
+                teacher_biases,
                 scale,
             )
             values[:, tokens] = block.values
@@ -227,17 +242,26 @@ def _run(problem: Problem, layout: Layout, gradients: StudentGradients) -> tuple
     return torch.cat([values[:, : problem.num_tokens].sum(1), ranks]), num_ranked
 
 
-def ranked(problem: Problem, student_raw: Tensor, teacher_raw: Tensor) -> Tensor:
+def ranked(problem: Problem, student_raw: Tensor, teachers_raw: Sequence[Tensor]) -> Tensor:
     """Of rows [R, V]: how often the likeliest tokens agree, and the student's mass on the teacher's TOP_K, [2]."""
-    if problem.teacher is None or not len(student_raw):
+    if not len(student_raw):
         return torch.zeros(2, dtype=torch.float32, device=student_raw.device)
-    student, teacher = problem.student.head, problem.teacher.head
+    student = problem.student.head
     logits = student.finish.apply(student_raw.float(), student.bias) / problem.temperature
-    teacher_logits = teacher.finish.apply(teacher_raw.float(), teacher.bias)
-    places = teacher_logits.topk(min(TOP_K, logits.shape[1]), -1).indices
+    places = likings(problem, teachers_raw).topk(min(TOP_K, logits.shape[1]), -1).indices
     mass = logits.log_softmax(-1).gather(1, places).exp().sum()
     agree = logits.gather(1, places[:, :1]) == logits.amax(-1, keepdim=True)
     return torch.stack([agree.sum(dtype=torch.float32), mass])
+
+
+def likings(problem: Problem, teachers_raw: Sequence[Tensor]) -> Tensor:
+    """Numbers [R, V] in the order of the teacher's probabilities, or of the average of several teachers'."""
+    heads = [teacher.head for teacher in problem.teachers]
+    logits = [head.finish.apply(raw.float(), head.bias) for head, raw in zip(heads, teachers_raw, strict=True)]
+    if len(logits) == 1:
+        return logits[0]
+    teachers = [normalised(each / problem.temperature)[:2] for each in logits]
+    return averaged(teachers, problem.teacher_weights)[0]
 
 
 def padded(values: Tensor, count: int, fill: float) -> Tensor:

@@ -7,7 +7,7 @@ Invariant: a Problem that exists has shapes that fit, a vocabulary both heads ha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,6 +66,10 @@ class Problem:
 
     student: Side
     teachers: tuple[Side, ...]
+    teacher_weights: tuple[float, ...]
+    """Of each teacher; their sum is 1."""
+    teacher_mix: Literal["distributions", "losses"]
+    """The student is compared with the weighted sum of the teachers' distributions, or with each, and that summed."""
     labels: Tensor | None
     weights: Tensor | None
     draws: Tensor | None
@@ -83,11 +87,6 @@ class Problem:
     @property
     def num_tokens(self) -> int:
         return self.student.hidden.shape[0]
-
-    @property
-    def teacher(self) -> Side | None:
-        """The one teacher; None without."""
-        return self.teachers[0] if self.teachers else None
 
     def total(self, kd: Tensor, ce: Tensor, z: Tensor) -> Tensor:
         """The loss of these sums."""
@@ -128,6 +127,12 @@ def pose(
         raise ConfigError(
             f"kd_weight {loss.kd_weight} needs teacher_hidden and teacher_head; only 0 does not", where="loss"
         )
+    if len(teachers) > 1 and loss.kd_weight > 0.0 and loss.teacher_mix not in ("distributions", "losses"):
+        raise ConfigError(
+            f"{len(teachers)} teachers of the same rows and teacher_mix {loss.teacher_mix!r}; it averages their "
+            "'distributions' or their 'losses'",
+            where="loss",
+        )
     if labels is None and loss.kd_weight < 1.0:
         raise ConfigError(f"kd_weight {loss.kd_weight} mixes in cross-entropy and so needs labels", where="loss")
     taught = loss.kd_weight > 0.0
@@ -137,6 +142,8 @@ def pose(
     return Problem(
         student=student,
         teachers=tuple(teachers) if taught else (),
+        teacher_weights=shares(loss.teacher_weights, len(teachers)) if taught else (),
+        teacher_mix=loss.teacher_mix if loss.teacher_mix == "losses" else "distributions",
         labels=None if labels is None else checked_labels(labels, num_tokens, vocab_size),
         weights=None if weights is None else checked_weights(weights, num_tokens),
         draws=drawn(chosen, resolved, keys, seed, student.hidden) if taught else None,
@@ -155,17 +162,17 @@ def pose(
 def pose_tensors(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None,
+    teacher_head: Tensor | Sequence[Tensor] | None,
     labels: Tensor | None,
     *,
     vocab_size: int | None = None,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
     student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
+    teacher_softcap: float | Sequence[float | None] | None = None,
     student_scale: float = 1.0,
-    teacher_scale: float = 1.0,
+    teacher_scale: float | Sequence[float] = 1.0,
     loss_scale: Tensor | float = 1.0,
     token_weights: Tensor | None = None,
     token_keys: Tensor | None = None,
@@ -179,7 +186,7 @@ def pose_tensors(
     student = Side(student_hidden, Head(student_head, student_bias, student_softcap, student_scale))
     teachers = []
     if teacher_hidden is not None and teacher_head is not None:
-        teachers.append(Side(teacher_hidden, Head(teacher_head, teacher_bias, teacher_softcap, teacher_scale)))
+        teachers = teacher_sides(teacher_hidden, teacher_head, teacher_bias, teacher_softcap, teacher_scale)
     options = {name: spec.pop(name) for name in list(spec) if name not in LossSpec.model_fields}
     return pose(
         student,
@@ -193,6 +200,31 @@ def pose_tensors(
         seed=seed,
         loss_scale=loss_scale,
     )
+
+
+def teacher_sides(hidden: Any, *head: Any) -> list[Side]:
+    """The teachers of fused_distill_loss's arguments: one of a tensor, as many as a sequence has.
+
+    head: weight, bias, softcap and scale, each of all teachers or a sequence of one each
+    """
+    if isinstance(hidden, Tensor):
+        return [Side(hidden, Head(*head))]
+    parts = [part if isinstance(part, Sequence) else [part] * len(hidden) for part in head]
+    for name, part in zip(("teacher_head", "teacher_bias", "teacher_softcap", "teacher_scale"), parts, strict=True):
+        if len(part) != len(hidden):
+            raise ConfigError(f"{len(part)} for {len(hidden)} teachers; give one each", where=name)
+    return [Side(rows, Head(*own)) for rows, *own in zip(hidden, *parts, strict=True)]
+
+
+def shares(weights: Sequence[float], count: int) -> tuple[float, ...]:
+    """The weights of so many teachers, their sum 1; all equal where none are given."""
+    if weights and len(weights) != count:
+        raise ConfigError(f"{len(weights)} teacher_weights for {count} teachers; give one each", where="loss")
+    for weight in weights:
+        if not is_number(weight) or not 0.0 < weight < float("inf"):
+            raise ConfigError(f"a teacher's weight must be a number above 0, got {weight!r}", where="loss")
+    given = list(weights) or [1.0] * count
+    return tuple(weight / sum(given) for weight in given)
 
 
 def drawn(

@@ -6,6 +6,8 @@ Cost: several [T, V] arrays of each model.
 
 # Shapes: T tokens, V shared vocabulary, D student width, E teacher width.
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +22,8 @@ from kdpipe.stages.models.head import Head
 def reference_distill_loss(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None,
+    teacher_head: Tensor | Sequence[Tensor] | None,
     labels: Tensor | None = None,
     *,
     chunk_tokens: int | None = None,
@@ -30,25 +32,43 @@ def reference_distill_loss(
 ) -> DistillLoss:
     """The same record as `fused_distill_loss` from the same arguments; chunks and their sum's dtype cannot matter."""
     problem = pose_tensors(student_hidden, student_head, teacher_hidden, teacher_head, labels, **arguments)
-    teacher_logits = None
-    if problem.teacher is not None:
-        with torch.no_grad():
-            teacher_logits = dense_logits(problem.teacher, problem.vocab_size)
-    return loss_of_logits(problem, dense_logits(problem.student, problem.vocab_size), teacher_logits)
+    with torch.no_grad():
+        teachers_logits = [dense_logits(teacher, problem.vocab_size) for teacher in problem.teachers]
+    return loss_of_logits(problem, dense_logits(problem.student, problem.vocab_size), teachers_logits)
 
 
-def loss_of_logits(problem: Problem, student_logits: Tensor, teacher_logits: Tensor | None) -> DistillLoss:
-    """The loss of logits [T, V] of both models, finished but not divided by the temperature."""
+def loss_of_logits(problem: Problem, student_logits: Tensor, teachers_logits: Sequence[Tensor]) -> DistillLoss:
+    """The loss of logits [T, V] of all models, finished but not divided by the temperature."""
     z = weighted_sum(problem, student_logits.logsumexp(-1).square())
     ce = cross_entropy(problem, student_logits)
     kd = nothing = student_logits.new_zeros(())
     metrics = Metrics(teacher_entropy=nothing, top1_agree=nothing, top_k_mass=nothing, num_ranked=0)
-    if teacher_logits is not None:
-        log_p_teacher = torch.log_softmax(teacher_logits / problem.temperature, -1)
+    if teachers_logits:
+        log_p_teachers = [torch.log_softmax(logits / problem.temperature, -1) for logits in teachers_logits]
         log_p_student = torch.log_softmax(student_logits / problem.temperature, -1)
-        kd = distillation(problem, log_p_teacher, log_p_student)
-        metrics = measured(log_p_teacher, log_p_student.detach())
+        average = mixture(log_p_teachers, problem.teacher_weights)
+        if problem.teacher_mix == "distributions":
+            log_p_teachers = [average]
+        each = [distillation(problem, log_p_teacher, log_p_student) for log_p_teacher in log_p_teachers]
+        kd = weighted(each, problem.teacher_weights)
+        entropies = [-(log_p.exp() * log_p).sum() for log_p in log_p_teachers]
+        metrics = measured(average, log_p_student.detach(), weighted(entropies, problem.teacher_weights))
     return DistillLoss(kd=kd.detach(), ce=ce.detach(), z=z.detach(), loss=problem.total(kd, ce, z), metrics=metrics)
+
+
+def mixture(log_p_teachers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """log(sum of w_k T_k) [T, V]; the one teacher's own where there is one."""
+    if len(log_p_teachers) == 1:
+        return log_p_teachers[0]
+    logs = [log_p + math.log(weight) for log_p, weight in zip(log_p_teachers, weights, strict=True)]
+    return torch.stack(logs).logsumexp(0)
+
+
+def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Sum of w_k times the k-th value; the value itself where there is one."""
+    if len(values) == 1:
+        return values[0]
+    return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(0)
 
 
 def dense_logits(side: Side, vocab_size: int) -> Tensor:
@@ -85,12 +105,12 @@ def cross_entropy(problem: Problem, student_logits: Tensor) -> Tensor:
     return weighted_sum(problem, values)
 
 
-def measured(log_p_teacher: Tensor, log_p_student: Tensor) -> Metrics:
+def measured(log_p_teacher: Tensor, log_p_student: Tensor, teacher_entropy: Tensor) -> Metrics:
     """The metrics of rows [T, V]."""
     log_t, log_s = log_p_teacher[::RANKED_EVERY], log_p_student[::RANKED_EVERY]
     places = log_t.topk(min(TOP_K, log_t.shape[1]), dim=-1).indices
     return Metrics(
-        teacher_entropy=-(log_p_teacher.exp() * log_p_teacher).sum(),
+        teacher_entropy=teacher_entropy,
         top1_agree=(log_s.gather(-1, places[:, :1]) == log_s.amax(-1, keepdim=True)).sum(dtype=log_s.dtype),
         top_k_mass=log_s.gather(-1, places).exp().sum(),
         num_ranked=len(log_t),

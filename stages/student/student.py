@@ -68,12 +68,14 @@ class Student(torch.nn.Module):
     It is examined first; `padded` says then that its layers cannot tell packed samples apart: batches must be padded.
     vocab_size: ids that its data can have, where no teacher says how many; the rows of its head when not given
     importance: weighs rows that an older student wrote, where that is wanted
+    teacher_weights: of several teachers in what it is measured against; all equal where none are given
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
         super().__init__()
         self.model, self._vocab_size = model, vocab_size
         self.importance: Importance | None = None
+        self.teacher_weights: tuple[float, ...] = ()
         self._formula = logit_formula(model.config)
         self._padded: bool | None = None
         self._text = np.zeros(0, np.int32)
@@ -197,12 +199,11 @@ class Student(torch.nn.Module):
         """
         hidden, head = self.hidden(batch), self.head()
         vocab_size = teachers[0].vocab_size if teachers else self._vocab_size
-        if loss is None:
-            rows, theirs = (batch.teacher_rows[0], teachers[0].head) if teachers else (None, None)
-            return token_metrics(hidden, head, rows, theirs, batch.labels, vocab_size=vocab_size)
         # Rows whose teacher nobody asked for are not in the batch: the loss is cross-entropy alone then.
         sides = [Side(rows, teacher.head) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
         student, weights = Side(hidden, head), None
+        if loss is None:
+            return token_metrics(student, sides, batch.labels, weights=self.teacher_weights, vocab_size=vocab_size)
         if self.importance is not None and batch.stale:
             size = vocab_size or len(head.weight)
             rows, written = batch.stale

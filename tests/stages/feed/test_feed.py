@@ -75,7 +75,7 @@ def test_steps_are_never_empty_and_keep_the_order(num_tokens: np.ndarray, batch_
     ("epochs", "most", "expected"), [(1, None, 4), (2.5, None, 10), (0.1, None, 1), (3, 5, 5), (1, 9, 4)]
 )
 def test_a_run_has_the_steps_of_its_epochs_or_as_many_as_it_may(epochs: float, most: int | None, expected: int) -> None:
-    assert planned_steps(np.full(20, 10), 50, epochs=epochs, max_steps=most) == expected
+    assert planned_steps(num_steps(np.full(20, 10), 50), epochs=epochs, max_steps=most) == expected
 
 
 def test_a_subset_is_of_the_training_samples_alone_and_a_smaller_one_within_a_larger(rows: Dataset) -> None:

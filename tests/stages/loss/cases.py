@@ -120,8 +120,7 @@ def naive(
         raw = (side.hidden @ side.head.weight[: problem.vocab_size].T).float()
         return side.head.finish.apply(raw, side.head.bias)
 
-    teacher = None if problem.teacher is None else logits(problem.teacher)
-    return loss_of_logits(problem, logits(problem.student), teacher)
+    return loss_of_logits(problem, logits(problem.student), [logits(teacher) for teacher in problem.teachers])
 
 
 def errors(found: Outcome, right: Outcome) -> list[float]:

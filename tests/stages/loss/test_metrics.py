@@ -5,7 +5,7 @@ import torch
 from tests.stages.loss.cases import make_inputs
 
 from kdpipe.manifests.errors import ConfigError
-from kdpipe.stages.loss import Head, TokenMetrics, reference_distill_loss, token_metrics
+from kdpipe.stages.loss import Head, Side, reference_distill_loss, token_metrics
 from kdpipe.stages.loss.metrics import HEAD_ROWS
 
 
@@ -14,7 +14,7 @@ def test_metrics_are_sums_over_the_labelled_tokens(dtype: torch.dtype) -> None:
     inputs = make_inputs(1031, teacher_rows=264, dtype=dtype)  # more than two chunks
     student = Head(inputs.student_head, inputs.student_bias, softcap=5.0)
     teacher = Head(inputs.teacher_head, inputs.teacher_bias, scale=0.8)
-    found = token_metrics(inputs.student_hidden, student, inputs.teacher_hidden, teacher, inputs.labels)
+    found = token_metrics(Side(inputs.student_hidden, student), [Side(inputs.teacher_hidden, teacher)], inputs.labels)
 
     kept = inputs.labels != -100
     exact = inputs.to(torch.float64)
@@ -43,8 +43,10 @@ def test_without_a_teacher_the_cross_entropy_is_measured_alone() -> None:
     """The same bits as beside a teacher; what has to do with one is no number."""
     inputs = make_inputs(1031, teacher_rows=264)
     student, teacher = Head(inputs.student_head, inputs.student_bias), Head(inputs.teacher_head)
-    alone = token_metrics(inputs.student_hidden, student, None, None, inputs.labels, vocab_size=251)
-    both = token_metrics(inputs.student_hidden, student, inputs.teacher_hidden, teacher, inputs.labels, vocab_size=251)
+    alone = token_metrics(Side(inputs.student_hidden, student), [], inputs.labels, vocab_size=251)
+    both = token_metrics(
+        Side(inputs.student_hidden, student), [Side(inputs.teacher_hidden, teacher)], inputs.labels, vocab_size=251
+    )
     assert (float(alone.ce), float(alone.num_tokens)) == (float(both.ce), float(both.num_tokens))
     for name in ("forward_kl", "reverse_kl", "top1_agree", "teacher_ce"):
         assert getattr(alone, name).isnan(), name
@@ -53,10 +55,8 @@ def test_without_a_teacher_the_cross_entropy_is_measured_alone() -> None:
 def test_a_head_that_is_widened_in_parts_is_whole() -> None:
     inputs = make_inputs(23, HEAD_ROWS * 2 + 5)
     found = token_metrics(
-        inputs.student_hidden,
-        Head(inputs.student_head),
-        inputs.teacher_hidden,
-        Head(inputs.teacher_head),
+        Side(inputs.student_hidden, Head(inputs.student_head)),
+        [Side(inputs.teacher_hidden, Head(inputs.teacher_head))],
         inputs.labels,
     )
     s, t = (
@@ -73,19 +73,15 @@ def test_a_head_that_is_widened_in_parts_is_whole() -> None:
 def test_no_tokens_are_sums_of_zero() -> None:
     inputs = make_inputs(0)
     found = token_metrics(
-        inputs.student_hidden,
-        Head(inputs.student_head),
-        inputs.teacher_hidden,
-        Head(inputs.teacher_head),
+        Side(inputs.student_hidden, Head(inputs.student_head)),
+        [Side(inputs.teacher_hidden, Head(inputs.teacher_head))],
         inputs.labels,
     )
-    for name in TokenMetrics.__slots__:
-        value = getattr(found, name)
-        assert (value.dtype, float(value)) == (torch.float64, 0.0), name
+    assert torch.equal(found.flat(), torch.zeros(6, dtype=torch.float64))
 
 
 def test_a_teacher_of_other_rows_is_refused() -> None:
     inputs = make_inputs()
     heads = Head(inputs.student_head), Head(inputs.teacher_head)
     with pytest.raises(ConfigError, match="507 student rows and 506 teacher rows"):
-        token_metrics(inputs.student_hidden, heads[0], inputs.teacher_hidden[1:], heads[1], inputs.labels)
+        token_metrics(Side(inputs.student_hidden, heads[0]), [Side(inputs.teacher_hidden[1:], heads[1])], inputs.labels)
