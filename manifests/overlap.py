@@ -54,7 +54,4 @@ def _content_ids(cache: Cache) -> np.ndarray:
 
 def _first_place(cache: Cache, shared: np.ndarray) -> str:
     """File and line of the first of the shared samples."""
-    sample = int(np.flatnonzero(np.isin(_content_ids(cache), shared))[0])
-    number = cache.plan.shards.find(sample)
-    row = cache.samples.shard(number).slice(sample - cache.plan.shards.starts[number], 1)
-    return f"{row.column('source')[0]}:{row.column('line')[0]}"
+    return cache.samples.place(int(np.flatnonzero(np.isin(_content_ids(cache), shared))[0]))

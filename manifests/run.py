@@ -65,6 +65,8 @@ class RunInputs(Record):
     """sha256 over the student's tokenizer files, which are exported with it; "" in records of before they counted."""
     caches: tuple[str, ...]
     """Fingerprint of every cache trained on; none without a teacher."""
+    cache_weights: tuple[float, ...] = ()
+    """Share of each cache in an epoch's supervised tokens; () where every sample comes once."""
     data: str = ""
     """sha256 over the samples trained on without a teacher; "" where caches hold them."""
     heldout_fraction: float

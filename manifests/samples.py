@@ -180,6 +180,12 @@ class Samples:
             self._tables[number] = _Tokens.of(self.shard(number))
         return self._tables[number].sample(index - self._starts[number])
 
+    def place(self, index: int) -> str:
+        """The file of a sample's record, as the user named it, and its line."""
+        number = bisect_right(self._starts, index) - 1
+        row = self.shard(number).slice(index - self._starts[number], 1)
+        return f"{row.column('source')[0]}:{row.column('line')[0]}"
+
     def shard(self, index: int) -> pa.RecordBatch:
         """The samples of one shard, zero-copy. Raises LayoutError where the file is damaged there."""
         generation = bisect_right(self._first, index) - 1

@@ -120,7 +120,7 @@ READS = {
             "train.group",
             "data",
         ),
-        others=("loss", "train"),
+        others=("loss", "train", "cache.weights", "cache.unmatched"),
         needs=("student.path", "train.output"),
         sections={"data": "With --data, in place of --cache"},
     ),
@@ -230,7 +230,15 @@ READS = {
     ),
     "eval": Reads(
         options=("eval.student", "cache.path", "eval", "cache.io", "student.trust_remote_code"),
-        others=("student.path", "train.output", "data.heldout_fraction", "train.batch_tokens"),
+        others=(
+            "student.path",
+            "train.output",
+            "data.heldout_fraction",
+            "train.batch_tokens",
+            "loss.teacher_mix",
+            "loss.teacher_weights",
+            "cache.unmatched",
+        ),
         needs=("cache.path",),
     ),
     "sweep": Reads(

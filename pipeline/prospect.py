@@ -30,7 +30,7 @@ from kdpipe.pipeline.output import human_bytes
 from kdpipe.pipeline.progress import duration
 from kdpipe.pipeline.runs import state_of
 from kdpipe.pipeline.steps import EXTRACT, Step, words_of
-from kdpipe.stages.feed.lengths import num_steps, planned_steps
+from kdpipe.stages.feed.lengths import Shares, num_steps, planned_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,32 +175,43 @@ def _work(step: Step, unread: Unread | None) -> Work | None:
     member = step.member
     if member is None or step.argv[0] != "train":
         return None
+    train, weights = member.run.train, member.run.cache.weights
     if unread is not None:
-        lengths = _expected(member, unread)
+        lengths = [_expected(member, unread)]
     elif member.run.cache.path and all((path / PLAN_FILE).exists() for path in member.run.cache.path):
-        lengths = _planned(member)
+        lengths, supervised = _planned(member)
+        if weights and all(len(each) and each.any() for each in supervised):
+            shares = Shares.of(lengths, supervised, weights, train.batch_tokens)
+            return work_of(train, shares.num_steps, shares.num_tokens)
     else:
         return None
-    return work_of(member.run.train, lengths) if len(lengths) else None
+    together = np.concatenate(lengths)
+    if not len(together):
+        return None
+    return work_of(train, num_steps(together, train.batch_tokens), int(together.sum()))
 
 
-def work_of(train: TrainSpec, lengths: np.ndarray) -> Work:
-    """Of a run over training samples of these lengths, int64 [N]."""
-    per_epoch = num_steps(lengths, train.batch_tokens)
-    steps = planned_steps(per_epoch, epochs=train.epochs, max_steps=train.max_steps)
-    epochs = steps / per_epoch
-    return Work(num_steps=steps, num_tokens=round(int(lengths.sum()) * epochs))
+def work_of(train: TrainSpec, steps_per_epoch: int, num_tokens: int) -> Work:
+    """Of a run whose epochs have so many steps and tokens."""
+    steps = planned_steps(steps_per_epoch, epochs=train.epochs, max_steps=train.max_steps)
+    return Work(num_steps=steps, num_tokens=round(num_tokens * steps / steps_per_epoch))
 
 
-def _planned(member: Member) -> np.ndarray:
-    """Lengths of the training samples of a run's caches."""
+def _planned(member: Member) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Lengths and supervised tokens of the training samples of each of a run's caches."""
     caches = [Cache.open(path) for path in member.run.cache.path]
     fraction = max(one.plan.heldout_fraction for one in caches)
     if "heldout_fraction" in member.run.data.model_fields_set:
         fraction = member.run.data.heldout_fraction
-    ids = np.concatenate([one.samples.column("content_id") for one in caches])
-    lengths = np.concatenate([one.num_tokens() for one in caches]).astype(np.int64)
-    return lengths[~is_heldout(ids, fraction) & is_in_subset(ids, member.run.data.subset)]
+    if member.run.loss.teacher_mix in ("distributions", "losses"):  # the first teacher's samples are those of all
+        caches = [one for one in caches if one.plan.fingerprint.teacher == caches[0].plan.fingerprint.teacher]
+    lengths, supervised = [], []
+    for one in caches:
+        ids = one.samples.column("content_id")
+        trained = ~is_heldout(ids, fraction) & is_in_subset(ids, member.run.data.subset)
+        lengths.append(one.num_tokens()[trained].astype(np.int64))
+        supervised.append(one.num_supervised()[trained].astype(np.int64))
+    return lengths, supervised
 
 
 def _expected(member: Member, unread: Unread) -> np.ndarray:

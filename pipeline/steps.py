@@ -246,6 +246,7 @@ def _inputs(
         "spec": asked.model_copy(update={"data": data}),
         "heldout_fraction": fraction,
         "caches": _fingerprints(member, recorded, complete),
+        "cache_weights": member.run.cache.weights,
     }
     if student is not None and trust is None and (found := digest(student)) is not None:
         changes["student"], changes["tokenizer"] = found

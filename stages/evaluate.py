@@ -17,8 +17,8 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, ConfigError, StudentError
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.run import read_run
-from kdpipe.manifests.specs import DeviceChoice, DtypeChoice, Io
-from kdpipe.stages.feed.dataset import Dataset, of_caches
+from kdpipe.manifests.specs import DeviceChoice, DtypeChoice, Io, LossSpec, Unmatched
+from kdpipe.stages.feed.dataset import ONE_TEACHER, Dataset, by_teacher, of_caches
 from kdpipe.stages.feed.order import cut_steps, deal
 from kdpipe.stages.feed.packing import PackedBatch, Packer
 from kdpipe.stages.loss import TokenMetrics
@@ -154,7 +154,7 @@ def run_dtype(student: ModelFolder, dtype: DtypeChoice) -> str:
 
 def evaluate_student(
     student: Path,
-    cache: Path,
+    caches: Sequence[Path],
     *,
     heldout_fraction: float | None,
     device: DeviceChoice,
@@ -163,24 +163,31 @@ def evaluate_student(
     progress: Progress,
     io: Io = "mmap",
     trust: str | None = None,
+    loss: LossSpec = ONE_TEACHER,
+    unmatched: Unmatched = "refuse",
 ) -> dict[str, float]:
-    """Metrics of the student in a folder on the held-out rows of a cache.
+    """Metrics of the student in a folder on the held-out rows of one or more caches.
 
-    heldout_fraction: None takes the one the student was trained with, else the cache's.
+    heldout_fraction: None takes the one the student was trained with, else the caches'.
+    loss: what several teachers are to the student; where it does not say, what they were when it was trained
+    unmatched: as in of_caches
     io: how the cache is read
     trust: digest of the student's own code that may run, or its start; None where it brings none
     device, dtype: "auto" picks a GPU if there is one, and the dtype the student is stored in.
     Raises StudentError, CacheError, IncompleteError, CorruptError; ConfigError where no sample is held out.
     """
-    opened = Cache.open(cache, io=io)
-    dataset, model = of_caches([opened]), ModelFolder(student, StudentError, trust)
+    opened, record = [Cache.open(cache, io=io) for cache in caches], read_run(student)
+    if len(by_teacher(opened)) > 1 and loss.teacher_mix is None and record is not None:
+        loss = record.inputs.spec.loss
+    dataset, model = of_caches(opened, loss, unmatched=unmatched), ModelFolder(student, StudentError, trust)
     check_student(model, *dataset.teachers)
-    record = read_run(student)
+    for note in dataset.notes:
+        progress.note(note)
     if record is not None:
         trained = record.inputs.heldout_fraction
         heldout_fraction = trained if heldout_fraction is None else heldout_fraction
         if heldout_fraction > trained:
-            seen = opened.fingerprints() & set(record.inputs.caches)
+            seen = set(record.inputs.caches) & set().union(*(one.fingerprints() for one in opened))
             progress.note(
                 f"this student held out {trained} of its samples, {heldout_fraction} are measured: it was trained on "
                 f"some of them{'' if seen else ', where its data had the texts of this cache'}"
@@ -188,12 +195,12 @@ def evaluate_student(
     _, samples = dataset.split(heldout_fraction)
     if not len(samples) and record is not None and heldout_fraction == record.inputs.heldout_fraction:
         raise ConfigError(
-            f"it was trained with {heldout_fraction} of the samples held out, which is none of {cache}; measure it on "
-            "a cache of other texts, all of them with --heldout-fraction 1",
+            f"it was trained with {heldout_fraction} of the samples held out, which is none of {dataset.names}; "
+            "measure it on a cache of other texts, all of them with --heldout-fraction 1",
             where=student,
         )
     if not len(samples):
-        raise ConfigError("no sample of this cache is held out; give a larger --heldout-fraction", where=cache)
+        raise ConfigError("no sample of this cache is held out; give a larger --heldout-fraction", where=dataset.names)
     require_context(model, dataset, samples)
     return score(
         model,

@@ -13,11 +13,12 @@ from kdpipe.manifests.specs.base import (
     Io,
     RowsChoice,
     Spec,
+    Unmatched,
 )
 from kdpipe.manifests.specs.cache import MAX_SHARD_TOKENS, SHARD_TOKENS, CacheSpec
 from kdpipe.manifests.specs.data import DataSpec, DataTable
 from kdpipe.manifests.specs.live import LiveSpec
-from kdpipe.manifests.specs.loss import LOSS_OPTIONS, PRESETS, LossSpec
+from kdpipe.manifests.specs.loss import LOSS_OPTIONS, PRESETS, LossSpec, TeacherMix
 from kdpipe.manifests.specs.members import Member, members_of, sweep_output
 from kdpipe.manifests.specs.run import (
     RunFile,
@@ -64,9 +65,11 @@ __all__ = [
     "Spec",
     "StudentSpec",
     "SweepSpec",
+    "TeacherMix",
     "TeacherSpec",
     "TrainSpec",
     "TrainTable",
+    "Unmatched",
     "fields",
     "flag_of",
     "full_keys",

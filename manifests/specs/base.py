@@ -19,6 +19,7 @@ DtypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["cpu", "cuda"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 RowsChoice = Literal["supervised", "all"]
+Unmatched = Literal["refuse", "leave_out"]
 Io = Literal["mmap", "pread"]
 """How a cache's files are read: mapped, or with pread."""
 

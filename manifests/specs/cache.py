@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from kdpipe.manifests.specs.base import Count, Flag, Io, Paths, RowsChoice, Spec
+from kdpipe.manifests.specs.base import Count, Flag, Io, Paths, RowsChoice, Spec, Unmatched
 
 SHARD_TOKENS = 65536
 """Tokens a shard holds at most, unless another size is asked for, and so the teacher's work that a kill can lose."""
@@ -17,8 +17,14 @@ class CacheSpec(Spec):
     """[cache]: where a teacher's rows are kept, which, and how they are read."""
 
     path: Annotated[Paths, Flag("--cache", "FOLDER")] = ()
-    """The cache, or several of one teacher to train on. Texts that two of them have are trained on twice, which is
-    said; a cache whose texts are all in another is refused."""
+    """The cache, or several to train on: of one teacher, or of more where loss.teacher_mix says how. Texts that two
+    caches of one teacher have are trained on twice, which is said; one whose texts are all in another is refused."""
+    weights: tuple[Annotated[float, Field(gt=0.0)], ...] = ()
+    """Share of each cache in the supervised tokens of an epoch, one a cache, divided by their sum: docs/mixtures.md.
+    Every sample once an epoch when not given."""
+    unmatched: Unmatched = "refuse"
+    """What becomes of samples that not all of several teachers have rows for, where all are to teach the same ones:
+    an error, or left out and counted."""
     rows: RowsChoice = "supervised"
     """Keep the rows of supervised tokens only, or of every token."""
     codec: str = "raw"
@@ -38,3 +44,11 @@ class CacheSpec(Spec):
     disk is the limit when not given."""
     io: Io = "mmap"
     """How the cache is read: mapped, or with pread, which suits network file systems."""
+
+    @field_validator("weights")
+    @classmethod
+    def _one_a_cache(cls, weights: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        paths = info.data.get("path", ())
+        if weights and paths and len(weights) != len(paths):
+            raise ValueError(f"{len(weights)} weights for {len(paths)} caches; give one each")
+        return weights

@@ -6,7 +6,7 @@ import click
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import RunFile
-from kdpipe.pipeline.options import RunCommand, json_option, only, require_not_swapped
+from kdpipe.pipeline.options import RunCommand, json_option, require_not_swapped
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
@@ -14,16 +14,17 @@ from kdpipe.pipeline.progress import EventLog, watch
 @click.command("eval", cls=RunCommand)
 @json_option
 def command(run: RunFile, as_json: bool) -> None:
-    """Measure a student on the held-out rows of a cache; no teacher is loaded.
+    """Measure a student on the held-out rows of a cache, or of several; no teacher is loaded.
 
     Prints heldout_kl (teacher to student), heldout_reverse_kl, heldout_ce and teacher_ce as means per supervised token
-    in nats, top1_agreement as a share, and perplexity.
+    in nats, top1_agreement as a share, and perplexity. On caches of several teachers, heldout_kl_teacher_1 and so on
+    are those from each.
 
     \b
     kdpipe eval --student runs/a --cache /scratch/cache --json
     """
-    student, cache = _student(run), only(run.cache.path)
-    require_not_swapped(student, (cache,))
+    student, caches = _student(run), run.cache.path
+    require_not_swapped(student, caches)
     from kdpipe.stages.evaluate import evaluate_student  # torch takes seconds: not for --help or a misspelt option
 
     heldout_fraction = run.eval.heldout_fraction
@@ -32,7 +33,7 @@ def command(run: RunFile, as_json: bool) -> None:
     with results_only(), watch("eval", EventLog(None)) as progress:
         metrics = evaluate_student(
             student,
-            cache,
+            caches,
             heldout_fraction=heldout_fraction,
             device=run.eval.device,
             dtype=run.eval.dtype,
@@ -40,6 +41,8 @@ def command(run: RunFile, as_json: bool) -> None:
             progress=progress,
             io=run.cache.io,
             trust=run.student.trust_remote_code,
+            loss=run.loss,
+            unmatched=run.cache.unmatched,
         )
     show(metrics, as_json=as_json)
 

@@ -67,6 +67,8 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     training = Training(
         student=student,
         caches=caches,
+        weights=run.cache.weights,
+        unmatched=run.cache.unmatched,
         data=data,
         workers=run.data.workers,
         output=output,

@@ -3,8 +3,8 @@
     tables (ids, masks, splits) + teachers (head, rows from a RowSource) -> Packer
 
 Nothing here knows a shard: a cache is one source of rows, and a data set without a teacher is trained on by
-cross-entropy alone.
-Invariant: all tables were made with one tokenizer; a teacher has rows for every sample of every table.
+cross-entropy alone. Several teachers teach the same samples together, or each those of its own caches.
+Invariant: all tables were made with one tokenizer; whoever teaches a sample that `split` gives has its rows.
 """
 
 # Shapes: N samples, n tokens of one of them.
@@ -19,12 +19,20 @@ import numpy as np
 import torch
 
 from kdpipe.manifests.cache import Cache, HeadArrays
-from kdpipe.manifests.errors import CacheError
+from kdpipe.manifests.errors import CacheError, ConfigError
 from kdpipe.manifests.prepared import Prepared
-from kdpipe.manifests.row_source import CacheRows, RowSource
+from kdpipe.manifests.row_source import CacheRows, JoinedRows, RowSource
 from kdpipe.manifests.sample import SampleTokens, is_heldout, is_in_subset
 from kdpipe.manifests.samples import Samples
+from kdpipe.manifests.specs import LossSpec, Unmatched
 from kdpipe.manifests.teacher import HeadRecord
+from kdpipe.stages.feed.join import Joined
+
+ONE_TEACHER = LossSpec()
+TEACHER_MIX = (
+    "loss.teacher_mix says what several teachers are to a student: distributions or losses, for the same samples of "
+    "all, or route, each for those of its own caches"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -33,6 +41,7 @@ class Teacher:
 
     read_head: reads the lm_head, checked
     check_files: raises where tokenizer or template in `folder` are missing or not what was written
+    weight: beside other teachers of the same samples, whatever the sum of all
     folder: tokenizer.json and the chat template
     where: what an error about it names
     """
@@ -44,6 +53,7 @@ class Teacher:
     vocabulary_digest: str
     folder: Path
     where: Path
+    weight: float = 1.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,12 +67,26 @@ class Dataset:
 
     teachers: () for cross-entropy alone
     vocab_size: ids that their tokenizer makes, where no teacher says how many
+    taught_by: the number of each sample's teacher, int64 [N], where each has one; None where every teacher has all
+    usable: bool [N], the samples that `split` may give; None for all
+    plans: of everything that it is made of, in the order in which it was named; those of the tables when not given
+    notes: what the user should know of it, a line each
     """
 
     def __init__(
-        self, tables: Sequence[Samples], teachers: Sequence[Teacher] = (), *, vocab_size: int | None = None
+        self,
+        tables: Sequence[Samples],
+        teachers: Sequence[Teacher] = (),
+        *,
+        vocab_size: int | None = None,
+        taught_by: np.ndarray | None = None,
+        usable: np.ndarray | None = None,
+        plans: Sequence[Prepared] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         self.tables, self.teachers, self.vocab_size = tuple(tables), tuple(teachers), vocab_size
+        self.taught_by, self.usable, self.notes = taught_by, usable, tuple(notes)
+        self.plans = tuple(plans) or tuple(table.plan for table in tables)
         self._first = [0, *accumulate(table.plan.num_samples for table in tables)]
         self.num_tokens = np.concatenate([table.column("num_tokens") for table in tables]).astype(np.int64)
         self.num_supervised = np.concatenate([table.column("num_supervised") for table in tables]).astype(np.int64)
@@ -81,11 +105,7 @@ class Dataset:
 
     def without_teachers(self) -> "Dataset":
         """The same samples, whose rows nobody asks for."""
-        return Dataset(self.tables, vocab_size=self.vocab_size)
-
-    @property
-    def plans(self) -> tuple[Prepared, ...]:
-        return tuple(table.plan for table in self.tables)
+        return Dataset(self.tables, vocab_size=self.vocab_size, usable=self.usable, plans=self.plans, notes=self.notes)
 
     @property
     def names(self) -> str:
@@ -94,7 +114,7 @@ class Dataset:
 
     @property
     def heldout_fraction(self) -> float:
-        """The largest of the tables' own: a text that one of them holds out is held out of all."""
+        """The largest of the plans' own: a text that one of them holds out is held out of all."""
         return max(plan.heldout_fraction for plan in self.plans)
 
     def split(self, heldout_fraction: float | None, subset: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -105,21 +125,79 @@ class Dataset:
         fraction = self.heldout_fraction if heldout_fraction is None else heldout_fraction
         ids = np.concatenate([table.column("content_id") for table in self.tables])
         heldout = is_heldout(ids, fraction)
-        return np.flatnonzero(~heldout & is_in_subset(ids, subset)), np.flatnonzero(heldout)
+        usable = np.ones(len(ids), dtype=bool) if self.usable is None else self.usable
+        return np.flatnonzero(~heldout & is_in_subset(ids, subset) & usable), np.flatnonzero(heldout & usable)
 
 
-def of_caches(caches: Sequence[Cache]) -> Dataset:
-    """The samples and rows of one or more caches of the same teacher.
+def of_caches(caches: Sequence[Cache], loss: LossSpec = ONE_TEACHER, *, unmatched: Unmatched = "refuse") -> Dataset:
+    """The samples and rows of one or more caches: of one teacher, or of several where the loss says what they are.
 
-    Raises IncompleteError or CorruptError for a cache that is not whole, CacheError for caches that do not go together.
+    unmatched: what becomes of samples that not all teachers have, where all are to teach the same ones
+    Raises IncompleteError or CorruptError for a cache that is not whole, CacheError for caches that do not go together,
+    ConfigError for a loss that is not for these teachers.
     """
+    groups = list(by_teacher(caches).values())
     for number, cache in enumerate(caches):
         cache.require_complete()
         cache.samples.verify()
-        _require_one_teacher(cache, caches[0])
         for earlier in caches[:number]:
             _require_other_samples(cache, earlier)
-    return Dataset([cache.samples for cache in caches], [_teacher(caches[0], CacheRows(caches))])
+    if len(groups) > 1 and loss.teacher_mix is None:
+        _require_agreement(groups[1][0], groups[0][0], ("teacher",), TEACHER_MIX)
+    for group in groups:
+        _require_agreement(group[0], groups[0][0], ("vocabulary",), "a student has one tokenizer for all its teachers")
+        for cache in group[1:]:
+            _require_agreement(cache, group[0], ("tokenizer", "dtype"), "caches of one teacher must agree in it")
+    _require_for(loss, len(groups))
+    if len(groups) == 1:
+        return Dataset([cache.samples for cache in caches], [_teacher(caches[0], CacheRows(caches))])
+    return _routed(caches, groups) if loss.teacher_mix == "route" else _together(caches, groups, loss, unmatched)
+
+
+def by_teacher(caches: Sequence[Cache]) -> dict[str, list[Cache]]:
+    """The caches of each teacher by its digest, in the order in which they are named."""
+    groups: dict[str, list[Cache]] = {}
+    for cache in caches:
+        groups.setdefault(cache.plan.fingerprint.teacher, []).append(cache)
+    return groups
+
+
+def _routed(caches: Sequence[Cache], groups: Sequence[Sequence[Cache]]) -> Dataset:
+    """All samples of all caches, each with the teacher of its cache."""
+    number_of = {id(cache): number for number, group in enumerate(groups) for cache in group}
+    taught_by = np.repeat([number_of[id(cache)] for cache in caches], [len(cache) for cache in caches])
+    teachers = []
+    for number, group in enumerate(groups):
+        mine = taught_by == number
+        places = np.where(mine, np.cumsum(mine) - 1, -1)
+        teachers.append(_teacher(group[0], JoinedRows(CacheRows(group), places)))
+    return Dataset([cache.samples for cache in caches], teachers, taught_by=taught_by)
+
+
+def _together(
+    caches: Sequence[Cache], groups: Sequence[Sequence[Cache]], loss: LossSpec, unmatched: Unmatched
+) -> Dataset:
+    """The samples of the first teacher's caches, with the rows of every teacher. Raises CacheError."""
+    tables = [cache.samples for cache in groups[0]]
+    weights = loss.teacher_weights or (1.0,) * len(groups)
+    teachers = [_teacher(groups[0][0], CacheRows(groups[0]), weights[0])]
+    usable, notes = np.ones(sum(len(cache) for cache in groups[0]), dtype=bool), []
+    for group, weight in zip(groups[1:], weights[1:], strict=True):
+        joined = Joined(tables, [cache.samples for cache in group])
+        if (problem := joined.problem()) is not None:
+            if unmatched == "refuse":
+                raise CacheError(
+                    f"{problem}; teachers of the same samples must have rows for all of them: extract the missing ones "
+                    "with the other teacher too, or leave them out with cache.unmatched=leave_out",
+                    where=group[0].path,
+                )
+            notes.append(f"left out: {problem}")
+        usable &= joined.places >= 0
+        teachers.append(_teacher(group[0], JoinedRows(CacheRows(group), joined.places), weight))
+    if not usable.any():
+        raise CacheError("its teacher has none of the samples of the others", where=groups[-1][0].path)
+    plans = [cache.plan for cache in caches]
+    return Dataset(tables, teachers, usable=usable if notes else None, plans=plans, notes=notes)
 
 
 def of_plan(cache: Cache, rows: RowSource) -> Dataset:
@@ -128,7 +206,7 @@ def of_plan(cache: Cache, rows: RowSource) -> Dataset:
     return Dataset([cache.samples], [_teacher(cache, rows)])
 
 
-def _teacher(cache: Cache, rows: RowSource) -> Teacher:
+def _teacher(cache: Cache, rows: RowSource, weight: float = 1.0) -> Teacher:
     return Teacher(
         record=cache.plan.head,
         rows=rows,
@@ -137,25 +215,44 @@ def _teacher(cache: Cache, rows: RowSource) -> Teacher:
         vocabulary_digest=cache.plan.vocabulary_digest,
         folder=cache.teacher_folder,
         where=cache.path,
+        weight=weight,
     )
 
 
-def _require_one_teacher(cache: Cache, first: Cache) -> None:
+def _require_agreement(cache: Cache, first: Cache, fields: Sequence[str], way: str) -> None:
     ours, theirs = (
         {
             "teacher": one.plan.fingerprint.teacher[:12],
+            "vocabulary": one.plan.vocabulary_digest[:12],
             "tokenizer": one.plan.fingerprint.tokenizer[:12],
             "dtype": one.plan.settings.dtype,
         }
         for one in (cache, first)
     )
-    for field in ours:
+    for field in fields:
         if ours[field] != theirs[field]:
             raise CacheError(
-                f"its {field} is {ours[field]}, that of {first.path} is {theirs[field]}; "
-                "caches trained on together must come from one teacher, in one dtype",
-                where=cache.path,
+                f"its {field} is {ours[field]}, that of {first.path} is {theirs[field]}; {way}", where=cache.path
             )
+
+
+def _require_for(loss: LossSpec, num_teachers: int) -> None:
+    """The loss says of several teachers what several teachers need. Raises ConfigError."""
+    mix, weights = loss.teacher_mix, loss.teacher_weights
+    if num_teachers == 1 and (mix is not None or weights):
+        key = "weights" if mix is None else "mix"
+        raise ConfigError("all caches are of one teacher; leave it out", where=f"loss.teacher_{key}")
+    if weights and mix == "route":
+        raise ConfigError(
+            "under route a sample has one teacher; cache.weights says how much of each cache an epoch takes",
+            where="loss.teacher_weights",
+        )
+    if weights and len(weights) != num_teachers:
+        raise ConfigError(
+            f"{len(weights)} weights, the caches are of {num_teachers} teachers; give one each, in the order in which "
+            "cache.path names them first",
+            where="loss.teacher_weights",
+        )
 
 
 def _require_other_samples(cache: Cache, earlier: Cache) -> None:

@@ -1,6 +1,7 @@
 """Lengths: how many steps a run has, functions of its samples' lengths alone; without torch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,27 +17,33 @@ def planned_steps(steps_per_epoch: int, *, epochs: float, max_steps: int | None)
     return min(wanted, max_steps or wanted)
 
 
-def quotas(num_supervised: Sequence[np.ndarray], weights: Sequence[float]) -> list[float]:
-    """Supervised tokens that an epoch of a mixture takes of each source: its share of what all sources have.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares:
+    """What an epoch of a mixture takes of its sources.
 
-    num_supervised: of the samples of each source; weights: one a source, whatever their sum
+    quotas: supervised tokens of each source: its share of those that all sources have
+    num_tokens: of an epoch, on average over epochs
+    num_steps: as in num_steps; no more than any epoch has samples
     """
-    total = sum(int(each.sum()) for each in num_supervised)
-    return [total * weight / sum(weights) for weight in weights]
 
+    quotas: tuple[float, ...]
+    num_tokens: int
+    num_steps: int
 
-def mixed_tokens(num_tokens: Sequence[np.ndarray], num_supervised: Sequence[np.ndarray], taken: Sequence[float]) -> int:
-    """Tokens of an epoch that takes so many supervised tokens of each source, on average over epochs."""
-    sizes = zip(num_tokens, num_supervised, taken, strict=True)
-    return round(sum(quota * int(tokens.sum()) / int(targets.sum()) for tokens, targets, quota in sizes))
-
-
-def mixed_steps(
-    num_tokens: int, num_supervised: Sequence[np.ndarray], taken: Sequence[float], batch_tokens: int
-) -> int:
-    """As num_steps, of an epoch of a mixture with so many tokens; no more than any of its epochs has samples.
-
-    Of the middles of consecutive samples no two are further apart than the longest is long.
-    """
-    least = sum(int(quota // int(targets.max())) for targets, quota in zip(num_supervised, taken, strict=True))
-    return min(max(-(-num_tokens // batch_tokens), 1), max(least, 1))
+    @classmethod
+    def of(
+        cls,
+        num_tokens: Sequence[np.ndarray],
+        num_supervised: Sequence[np.ndarray],
+        weights: Sequence[float],
+        batch_tokens: int,
+    ) -> "Shares":
+        """num_tokens, num_supervised: of the samples of each source; weights: one a source, whatever their sum."""
+        supervised = [int(each.sum()) for each in num_supervised]
+        quotas = [sum(supervised) * weight / sum(weights) for weight in weights]
+        sizes = zip(quotas, num_tokens, supervised, strict=True)
+        tokens = round(sum(quota * int(lengths.sum()) / targets for quota, lengths, targets in sizes))
+        # Of the middles of consecutive samples no two are further apart than the longest is long.
+        least = sum(int(quota // int(each.max())) for quota, each in zip(quotas, num_supervised, strict=True))
+        steps = min(max(-(-tokens // batch_tokens), 1), max(least, 1))
+        return cls(quotas=tuple(quotas), num_tokens=tokens, num_steps=steps)

@@ -24,7 +24,7 @@ import numpy as np
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.feed.dataset import Dataset
-from kdpipe.stages.feed.lengths import mixed_steps, mixed_tokens, num_steps, quotas
+from kdpipe.stages.feed.lengths import Shares, num_steps
 from kdpipe.stages.feed.order import keys, shuffle
 
 PASSES = 0x6D6978
@@ -78,9 +78,9 @@ class Mixture:
             if not targets.sum():
                 where = dataset.tables[number].folder
                 raise ConfigError("no supervised token of it is left to train on; leave its share out", where=where)
-        self._quotas = quotas(supervised, weights)
-        tokens = mixed_tokens([dataset.num_tokens[source] for source in self._sources], supervised, self._quotas)
-        self.num_steps = mixed_steps(tokens, supervised, self._quotas, batch_tokens)
+        lengths = [dataset.num_tokens[source] for source in self._sources]
+        shares = Shares.of(lengths, supervised, weights, batch_tokens)
+        self._quotas, self.num_steps = shares.quotas, shares.num_steps
 
     def order(self, epoch: int) -> np.ndarray:
         samples, times = self._taken(epoch)

@@ -36,6 +36,7 @@ class PackedBatch:
     labels: int64 [R], that next token; IGNORED where cross entropy is to leave it out
     keys: int64 [R], of each row a number that no other row of the run has: what a sampled loss draws by
     teacher_rows: of each teacher [R, E] in its dtype; valid until the next batch is made
+    teacher_places: of each teacher the rows of the batch that it has rows for, int64 [R_k]; () where every one has all
     stale: rows whose next token an older student wrote, int64 [K], and its log-probability then, fp32 [K]; () for none
     """
 
@@ -48,6 +49,7 @@ class PackedBatch:
     keys: torch.Tensor
     teacher_rows: tuple[torch.Tensor, ...]
     bounds: tuple[int, ...] = ()
+    teacher_places: tuple[torch.Tensor, ...] = ()
     stale: tuple[torch.Tensor, ...] = ()
 
     @property
@@ -77,7 +79,7 @@ class PackedBatch:
         return PackedBatch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
     def _of_rows(self) -> tuple[torch.Tensor, ...]:
-        return self.row_positions, self.labels, self.keys, *self.teacher_rows, *self.stale
+        return self.row_positions, self.labels, self.keys, *self.teacher_rows, *self.teacher_places, *self.stale
 
 
 @cache
@@ -122,7 +124,8 @@ class Packer:
             row_positions=torch.from_numpy(rows),
             labels=torch.from_numpy(labels),
             keys=torch.from_numpy(_row_keys(samples, counts)),
-            teacher_rows=self._gather(samples, len(rows)),
+            teacher_rows=self._gather(samples, counts),
+            teacher_places=self._places(samples, counts),
             stale=_stale(texts, counts),
         )
 
@@ -138,21 +141,36 @@ class Packer:
             labels=torch.zeros(0, dtype=torch.int64),
             keys=torch.zeros(0, dtype=torch.int64),
             teacher_rows=tuple(buffer.take(0) for buffer in self._buffers),
+            teacher_places=self._places(np.zeros(0, np.int64), np.zeros(0, np.int64)),
         )
 
-    def _gather(self, samples: np.ndarray, num_rows: int) -> tuple[torch.Tensor, ...]:
-        """The teachers' rows of the samples, one buffer a teacher."""
+    def _taught(self, samples: np.ndarray) -> list[np.ndarray]:
+        """Of each teacher which of the samples it teaches, bool [S]."""
+        numbers, by = range(len(self._buffers)), self._dataset.taught_by
+        return [np.ones(len(samples), dtype=bool) if by is None else by[samples] == number for number in numbers]
+
+    def _places(self, samples: np.ndarray, counts: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """PackedBatch.teacher_places of samples with so many rows each."""
+        if self._dataset.taught_by is None:
+            return ()
+        taught = self._taught(samples)
+        return tuple(torch.from_numpy(np.flatnonzero(np.repeat(each, counts))) for each in taught)
+
+    def _gather(self, samples: np.ndarray, counts: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """The teachers' rows of the samples that they teach, one buffer a teacher; counts: rows of each sample."""
         gathered = []
-        for teacher, buffer in zip(self._dataset.teachers, self._buffers, strict=True):
+        each = zip(self._dataset.teachers, self._buffers, self._taught(samples), strict=True)
+        for teacher, buffer, taught in each:
+            mine, num_rows = samples[taught], int(counts[taught].sum())
             rows = buffer.take(num_rows)
             # The copy moves bits and knows no dtype: torch and numpy do not share bfloat16.
             bits, at = rows.view(torch.uint8).numpy(), 0
-            for sample in samples.tolist():
+            for sample in mine.tolist():
                 found = teacher.rows.rows(sample)
                 bits[at : at + len(found)] = found.view(np.uint8)
                 at += len(found)
             assert at == num_rows, f"{at} rows for {num_rows} supervised tokens"
-            teacher.rows.done(samples)
+            teacher.rows.done(mine)
             gathered.append(rows)
         return tuple(gathered)
 

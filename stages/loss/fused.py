@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.sample import IGNORED
-from kdpipe.manifests.specs.loss import TeacherMix
+from kdpipe.manifests.specs import TeacherMix
 from kdpipe.stages.loss.blocks import VALUES, Formula, block_step
 from kdpipe.stages.loss.gradients import StudentGradients
 from kdpipe.stages.loss.layout import Layout, row_blocks

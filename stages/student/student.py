@@ -35,10 +35,14 @@ LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_ma
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TeacherHead:
-    """The teacher's lm_head on this rank, frozen, and the vocabulary both models are cut to."""
+    """The teacher's lm_head on this rank, frozen, and the vocabulary both models are cut to.
+
+    weight: beside other teachers of the same samples
+    """
 
     head: Head
     vocab_size: int
+    weight: float = 1.0
 
 
 def load_teacher_head(teacher: Teacher, device: torch.device) -> TeacherHead:
@@ -59,6 +63,7 @@ def load_teacher_head(teacher: Teacher, device: torch.device) -> TeacherHead:
     return TeacherHead(
         head=Head(weight=weight, bias=tensor(arrays.bias), softcap=record.softcap, scale=record.scale),
         vocab_size=record.vocab_size,
+        weight=teacher.weight,
     )
 
 
@@ -68,14 +73,12 @@ class Student(torch.nn.Module):
     It is examined first; `padded` says then that its layers cannot tell packed samples apart: batches must be padded.
     vocab_size: ids that its data can have, where no teacher says how many; the rows of its head when not given
     importance: weighs rows that an older student wrote, where that is wanted
-    teacher_weights: of several teachers in what it is measured against; all equal where none are given
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
         super().__init__()
         self.model, self._vocab_size = model, vocab_size
         self.importance: Importance | None = None
-        self.teacher_weights: tuple[float, ...] = ()
         self._formula = logit_formula(model.config)
         self._padded: bool | None = None
         self._text = np.zeros(0, np.int32)
@@ -203,26 +206,31 @@ class Student(torch.nn.Module):
         sides = [Side(rows, teacher.head) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
         student, weights = Side(hidden, head), None
         if loss is None:
-            return token_metrics(student, sides, batch.labels, weights=self.teacher_weights, vocab_size=vocab_size)
+            shares = [teacher.weight for teacher in teachers]
+            return measured(student, sides, batch, shares if sides else (), vocab_size)
         if self.importance is not None and batch.stale:
             size = vocab_size or len(head.weight)
             rows, written = batch.stale
             weights = self.importance.weights(student, batch.next_tokens, rows, written, size)
-        problem = pose(
-            student,
-            sides,
-            batch.labels,
-            loss=loss,
-            vocab_size=vocab_size,
-            weights=weights,
-            keys=batch.keys,
-            seed=seed,
-            loss_scale=scale,
-        )
-        out = distill(problem, chunk_tokens=loss.chunk_tokens, head_grad_fp32=loss.head_grad_fp32)
-        ranked = torch.full_like(out.kd, out.metrics.num_ranked)
-        seen = out.metrics.teacher_entropy, out.metrics.top1_agree, out.metrics.top_k_mass
-        return out.loss, torch.stack([out.loss.detach() / scale, out.kd, out.ce, out.z, *seen, ranked])
+        losses, sums = [], []
+        for taught in lessons(student, sides, batch, weights):
+            problem = pose(
+                taught.student,
+                taught.teachers,
+                taught.labels,
+                loss=loss,
+                vocab_size=vocab_size,
+                weights=taught.weights,
+                keys=taught.keys,
+                seed=seed,
+                loss_scale=scale,
+            )
+            out = distill(problem, chunk_tokens=loss.chunk_tokens, head_grad_fp32=loss.head_grad_fp32)
+            losses.append(out.loss)
+            ranked = torch.full_like(out.kd, out.metrics.num_ranked)
+            seen = out.metrics.teacher_entropy, out.metrics.top1_agree, out.metrics.top_k_mass
+            sums.append(torch.stack([out.loss.detach() / scale, out.kd, out.ce, out.z, *seen, ranked]))
+        return torch.stack(losses).sum(), torch.stack(sums).sum(0)
 
     @torch.no_grad()
     def measure(self, batch: PackedBatch, teachers: Sequence[TeacherHead]) -> TokenMetrics:
@@ -230,3 +238,49 @@ class Student(torch.nn.Module):
         metrics = self(batch, teachers, None)
         assert isinstance(metrics, TokenMetrics)
         return metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Lesson:
+    """Rows of a batch that are learnt together: the student's, their teachers', and what PackedBatch has of them."""
+
+    student: Side
+    teachers: Sequence[Side]
+    labels: torch.Tensor
+    keys: torch.Tensor
+    weights: torch.Tensor | None
+
+
+def lessons(
+    student: Side, teachers: Sequence[Side], batch: PackedBatch, weights: torch.Tensor | None = None
+) -> list[Lesson]:
+    """All rows of a batch with all teachers, or those of each teacher where each row has one.
+
+    weights: of all rows [R]
+    """
+    if not (teachers and batch.teacher_places):
+        return [Lesson(student=student, teachers=teachers, labels=batch.labels, keys=batch.keys, weights=weights)]
+    return [
+        Lesson(
+            student=Side(student.hidden[places], student.head),
+            teachers=[teacher],
+            labels=batch.labels[places],
+            keys=batch.keys[places],
+            weights=None if weights is None else weights[places],
+        )
+        for teacher, places in zip(teachers, batch.teacher_places, strict=True)
+    ]
+
+
+def measured(
+    student: Side, teachers: Sequence[Side], batch: PackedBatch, weights: Sequence[float], vocab_size: int | None
+) -> TokenMetrics:
+    """The metrics of a batch; where each row has one teacher, against its own."""
+    if not (teachers and batch.teacher_places):
+        return token_metrics(student, teachers, batch.labels, weights=weights, vocab_size=vocab_size)
+    each = [
+        token_metrics(lesson.student, lesson.teachers, lesson.labels, vocab_size=vocab_size)
+        for lesson in lessons(student, teachers, batch)
+    ]
+    kl, tokens = (torch.stack([getattr(one, name) for one in each]) for name in ("forward_kl", "num_tokens"))
+    return TokenMetrics.of_flat(torch.cat([torch.stack([one.flat() for one in each]).sum(0), kl, tokens]))

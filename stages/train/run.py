@@ -212,6 +212,7 @@ class Run:
             batch_tokens=spec.batch_tokens,
             epochs=spec.epochs,
             max_steps=spec.max_steps,
+            weights=training.weights,
             grad_accum=spec.grad_accum,
             rank=ranks.rank,
             world_size=ranks.world_size,

@@ -23,11 +23,11 @@ from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.provenance import digest_tokenizer, num_bytes
 from kdpipe.manifests.run import CHECKPOINT_FILE, RunInputs, read_run
 from kdpipe.manifests.running import require_nobody_in
-from kdpipe.manifests.specs import FsdpSpec, Io, RunSpec
+from kdpipe.manifests.specs import FsdpSpec, Io, RunSpec, Unmatched
 from kdpipe.stages.evaluate import Measures
 from kdpipe.stages.extract.reading import Reading, incident_notes
 from kdpipe.stages.feed.batches import Batches, PlannedBatches, require_samples
-from kdpipe.stages.feed.dataset import Dataset, of_caches
+from kdpipe.stages.feed.dataset import Dataset, by_teacher, of_caches
 from kdpipe.stages.loss import find_divergence
 from kdpipe.stages.models.context import context_of
 from kdpipe.stages.models.device import pick_device
@@ -57,7 +57,9 @@ class Training:
     """One student to train.
 
     student: folder that from_pretrained loads
-    caches: caches of one teacher; none where data are trained on without one
+    caches: caches of one teacher, or of more where spec.loss says what they are; none where data are trained on alone
+    weights: the share of each cache in the supervised tokens of an epoch; () takes every sample once
+    unmatched: what becomes of samples that not all teachers of the same ones have
     data: data files and folders, where there is no cache; spec.data says how they become samples
     workers: processes that tokenise them; None: as many as it is worth, up to one a core
     output: folder the trained student is written to
@@ -76,6 +78,8 @@ class Training:
     caches: tuple[Path, ...]
     output: Path
     spec: RunSpec
+    weights: tuple[float, ...] = ()
+    unmatched: Unmatched = "refuse"
     data: tuple[Path, ...] = ()
     copies: tuple[Path, ...] = ()
     workers: int | None = None
@@ -152,9 +156,10 @@ def find(training: Training, progress: Progress = SILENT) -> Found:
     if not training.caches:
         return _find_data(training, model, progress)
     caches = open_caches(training)
-    dataset = of_caches(caches)
+    dataset = of_caches(caches, training.spec.loss, unmatched=training.unmatched)
+    _check_weights(training, dataset)
     inputs = training.inputs or run_inputs(training, model, dataset)
-    return Found(model=model, dataset=dataset, inputs=inputs, notes=tuple(_notes(training, caches)))
+    return Found(model=model, dataset=dataset, inputs=inputs, notes=(*_notes(training, caches), *dataset.notes))
 
 
 def _find_data(training: Training, model: ModelFolder, progress: Progress) -> Found:
@@ -260,7 +265,13 @@ def _notes(training: Training, caches: Sequence[Cache]) -> Iterator[str]:
                 f"{cache.path} has grown since this run began; it is one of the {len(cache)} samples of then, "
                 "another --output trains on all"
             )
-    yield from shared_samples(caches)
+    groups = list(by_teacher(caches).values())
+    together = len(groups) > 1 and training.spec.loss.teacher_mix != "route"
+    for group in groups if together else [caches]:
+        yield from shared_samples(group)
+    if len(groups) > 1:
+        names = [f"{n} {', '.join(str(one.path) for one in group)}" for n, group in enumerate(groups, start=1)]
+        yield f"teachers by number: {'; '.join(names)}"
     shares = {cache.plan.heldout_fraction for cache in caches}
     if len(shares) > 1 and heldout_fraction(training.spec) is None:
         yield (
@@ -290,6 +301,15 @@ def heldout_fraction(spec: RunSpec) -> float | None:
     return spec.data.heldout_fraction if "heldout_fraction" in spec.data.model_fields_set else None
 
 
+def _check_weights(training: Training, dataset: Dataset) -> None:
+    """Raises ConfigError for shares of caches whose samples are the same."""
+    if training.weights and len(dataset.tables) < len(training.caches):
+        raise ConfigError(
+            "teachers of the same samples have no shares of an epoch; loss.teacher_weights says how much each counts",
+            where="cache.weights",
+        )
+
+
 def _check_settings(spec: RunSpec, cache: Path, plan: Prepared) -> None:
     """A run file that says how data was to be prepared must say what the cache was made with."""
     for field in spec.data.model_fields_set & SamplesSettings.model_fields.keys():
@@ -312,6 +332,7 @@ def run_inputs(training: Training, model: ModelFolder, dataset: Dataset) -> RunI
         student=model.digest(),
         tokenizer=digest_tokenizer(training.student),
         caches=tuple(plan.fingerprint.overall() for plan in dataset.plans) if taught else (),
+        cache_weights=training.weights,
         data="" if taught else dataset.plans[0].fingerprint.data,
         heldout_fraction=fraction,
         spec=training.spec.model_copy(update={"data": data}),

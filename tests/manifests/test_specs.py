@@ -122,3 +122,10 @@ def test_no_override_whatever_gives_anything_but_a_spec_or_our_error(key: str, v
 def test_what_is_no_number_or_name_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=override.partition("=")[0].removesuffix(".k")):
         load(None, (override,))
+
+
+def test_shares_of_caches_are_one_a_cache_and_above_0() -> None:
+    caches = "cache.path=['a', 'b']"
+    assert load(None, (caches, "cache.weights=[3, 1]")).cache.weights == (3.0, 1.0)
+    assert "'cache.weights' = [1]: 1 weights for 2 caches; give one each" in refused(caches, "cache.weights=[1]")
+    assert "cache.weights" in refused(caches, "cache.weights=[1, 0]")

@@ -441,6 +441,8 @@ class FakeTraining:
     made_with: object
     inputs: object = None
     copies: object = None
+    weights: tuple[float, ...] = ()
+    unmatched: str = "refuse"
     loggers: tuple[str, ...] = ()
 
 

@@ -123,3 +123,15 @@ def test_nothing_left_takes_nothing(foreseen: Foreseen) -> None:
     finish("[1, 2, 3]", 1.0)
     assert foreseen().work is None
     assert foreseen().student_bytes == 0
+
+
+def test_steps_and_tokens_of_a_mixture_are_those_that_the_runs_will_have(foreseen: Foreseen) -> None:
+    make_cache(Path("d"), num_samples=20, seed=3)
+    sets = ("cache.path=['c', 'd']", "cache.weights=[0.2, 0.8]", "train.epochs=2")
+    found = foreseen(*sets).work
+    dataset = of_caches([Cache.open(Path("c")), Cache.open(Path("d"))])
+    samples, _ = dataset.split(None)
+    batches = PlannedBatches(dataset, samples, seed=1, batch_tokens=100, epochs=2, weights=(0.2, 0.8))
+    assert found is not None
+    assert found.num_steps == 3 * batches.num_steps
+    assert found.num_tokens == pytest.approx(3 * batches.num_tokens(0, batches.num_steps), rel=0.1)

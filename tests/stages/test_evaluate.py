@@ -21,7 +21,7 @@ from kdpipe.stages.train import train
 
 def measured(student: Path, cache: Path, progress: Progress | None = None, **changes: object) -> dict[str, float]:
     asked = {"heldout_fraction": None, "device": "cpu", "dtype": "auto", "batch_tokens": 500} | changes
-    return evaluate_student(student, cache, progress=progress or Silent(), **asked)  # type: ignore[arg-type]
+    return evaluate_student(student, [cache], progress=progress or Silent(), **asked)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["plain", *STUDENTS])

@@ -295,7 +295,7 @@ def test_student_learns_loads_and_scores_what_training_said(bench: Bench, tmp_pa
     assert model.dtype == torch.float32
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab()
     scores = evaluate_student(
-        tmp_path, bench.cache, heldout_fraction=None, device="cpu", dtype="auto", batch_tokens=900, progress=Silent()
+        tmp_path, [bench.cache], heldout_fraction=None, device="cpu", dtype="auto", batch_tokens=900, progress=Silent()
     )
     assert scores == pytest.approx({name: metrics[name] for name in scores}, rel=1e-5)
     assert json.loads((tmp_path / "kdpipe.json").read_text())["num_steps"] == 40
@@ -308,7 +308,13 @@ def test_a_student_that_is_not_finite_is_refused_by_eval_and_train(bench: Bench,
     model.save_pretrained(broken)
     with pytest.raises(StudentError, match="not finite"):
         evaluate_student(
-            broken, bench.cache, heldout_fraction=None, device="cpu", dtype="auto", batch_tokens=900, progress=Silent()
+            broken,
+            [bench.cache],
+            heldout_fraction=None,
+            device="cpu",
+            dtype="auto",
+            batch_tokens=900,
+            progress=Silent(),
         )
     with pytest.raises(StudentError, match="not finite"):
         train(training_for(bench, tmp_path / "out", student=broken), Silent())
@@ -329,7 +335,7 @@ def test_the_last_figures_are_those_of_eval_whatever_the_dtype_of_training(bench
     """Trained in bfloat16, stored in float32: what counts is the student that was written."""
     metrics = train(training_for(bench, tmp_path, dtype="bfloat16"), Silent())
     scores = evaluate_student(
-        tmp_path, bench.cache, heldout_fraction=None, device="cpu", dtype="auto", batch_tokens=600, progress=Silent()
+        tmp_path, [bench.cache], heldout_fraction=None, device="cpu", dtype="auto", batch_tokens=600, progress=Silent()
     )
     assert {name: metrics[name] for name in scores} == scores
     assert metrics["dtype"] == run_dtype(student_in(tmp_path), "auto") == "float32"
@@ -453,7 +459,7 @@ def test_caches_that_hold_out_other_shares_are_split_by_one(bench: Bench, tmp_pa
         told = Recorder()
         evaluate_student(
             training.output,
-            tmp_path / "0.05",
+            [tmp_path / "0.05"],
             heldout_fraction=share,
             device="cpu",
             dtype="auto",

@@ -91,7 +91,7 @@ def test_where_nothing_was_held_out_the_next_command_is_one_that_measures(bench:
 def measure(student: Path, cache: Path, fraction: float | None) -> dict[str, float]:
     return evaluate_student(
         student,
-        cache,
+        [cache],
         heldout_fraction=fraction,
         device="cpu",
         dtype="auto",

@@ -144,7 +144,7 @@ def test_it_is_measured_on_a_cache_on_what_it_held_out(bench: Bench, tmp_path: P
     metrics = train(dataclasses.replace(training, spec=spec), Silent())
     scores = evaluate_student(
         tmp_path / "out",
-        bench.cache,
+        [bench.cache],
         heldout_fraction=None,
         device="cpu",
         dtype="auto",
