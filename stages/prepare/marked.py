@@ -37,12 +37,24 @@ VICUNA = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Said:
+    """What of a record is to be learnt in a span of its text: words that are in it under any template, in order.
+
+    What else is in the span (tags, the end of a turn) is the template's. A template may leave some words out, too.
+    """
+
+    span: Span
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Marked:
     """A text to tokenise.
 
     targets: spans of characters to learn, None for all
     plain: add special tokens
     is_open: it goes on behind its end, so no special token is added there
+    said: whose words the targets are: a turn each, or all of the text at once
     """
 
     text: str
@@ -50,6 +62,7 @@ class Marked:
     plain: bool
     is_open: bool = False
     findings: tuple[Finding, ...] = ()
+    said: tuple[Said, ...] = ()
 
 
 class ChatMarker:
@@ -102,7 +115,8 @@ class ChatMarker:
         findings += self._unstopped(
             text, spans, [turn for turn in learnt if not (chat.is_cut and turn == len(spans) - 1)]
         )
-        return Marked(text=text, targets=targets, plain=False, findings=tuple(findings))
+        said = _said_in(spans, learnt, chat) if self._supervise != "all" else (_said_in_all(text, chat),)
+        return Marked(text=text, targets=targets, plain=False, findings=tuple(findings), said=said)
 
     def of_text(self, text: str) -> tuple[Finding, ...]:
         """What there is to say of running text of which every token is a target."""
@@ -224,6 +238,24 @@ def _without_end(text: str, span: Span, message: Message) -> Span:
         return span
     blanks = words[len(words.rstrip()) :]
     return span[0], said[1] + (len(blanks) if text.startswith(blanks, said[1]) else 0)
+
+
+def _said_in(spans: Sequence[Span], learnt: Sequence[int], chat: Chat) -> tuple[Said, ...]:
+    """What is to be learnt of assistant turns at these spans."""
+    answers = [message for message in chat.messages if message["role"] == "assistant"]
+    return tuple(Said(span=spans[turn], words=_words(answers[turn])) for turn in learnt)
+
+
+def _said_in_all(text: str, chat: Chat) -> Said:
+    """What is to be learnt where that is all of a conversation but what its marks leave out."""
+    learnt = (message for index, message in enumerate(chat.messages) if index not in chat.unsupervised)
+    return Said(span=(0, len(text)), words=tuple(word for message in learnt for word in _words(message)))
+
+
+def _words(message: Message) -> tuple[str, str]:
+    """The thought and the answer of a message."""
+    inline, said = inline_thought(message["content"])
+    return message.get("reasoning_content") or inline, said
 
 
 def _said(chat: Chat) -> dict[str, object]:

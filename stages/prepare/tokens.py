@@ -25,7 +25,7 @@ import numpy as np
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.prepare.forms import Form, Pair, Text
-from kdpipe.stages.prepare.marked import ChatMarker, Marked, Supervise, without_ends
+from kdpipe.stages.prepare.marked import ChatMarker, Marked, Said, Supervise, without_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,10 +35,21 @@ Offset = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Tokens:
-    """token_ids: int32 [n]; supervised: bool [n]"""
+    """The tokens of a text.
+
+    token_ids: int32 [n]; supervised: bool [n]
+    offsets: characters that each of its first `num_text` tokens stands for; the rest stand behind the text
+    """
 
     token_ids: np.ndarray
     supervised: np.ndarray
+    offsets: list[Offset]
+    num_text: int
+
+    def of_span(self, text: str, span: Offset) -> tuple[int, int]:
+        """The tokens that belong to a span of the text: the first, and the one after the last."""
+        first, after = (_first_token(self.offsets, self.num_text, text, char) for char in span)
+        return first, after
 
 
 class Tokenizing:
@@ -66,7 +77,8 @@ class Tokenizing:
         """The text that the model will see of a record at `place`, and which of its characters are targets."""
         if isinstance(form, Text):
             text = self._without_ends(form.text)
-            return Marked(text=text, targets=None, plain=True, findings=self._marker.of_text(form.text))
+            said = (Said(span=(0, len(text)), words=(text,)),)
+            return Marked(text=text, targets=None, plain=True, findings=self._marker.of_text(form.text), said=said)
         if isinstance(form, Pair) and not self._tokenizer.chat_template:
             prompt = self._without_ends(form.prompt + form.glue, at_end=False)
             if form.completion is None:
@@ -75,7 +87,12 @@ class Tokenizing:
             text = self._without_ends(prompt + form.completion)
             targets = None if self._supervise == "all" else [(len(prompt), len(text))]
             findings = self._marker.of_pair(form)
-            return Marked(text=text, targets=targets, plain=True, is_open=form.is_cut, findings=findings)
+            answer = Said(span=(len(prompt), len(text)), words=(form.completion,))
+            if self._supervise == "all":
+                answer = Said(span=(0, len(text)), words=(form.prompt, form.completion))
+            return Marked(
+                text=text, targets=targets, plain=True, is_open=form.is_cut, findings=findings, said=(answer,)
+            )
         return self._marker.mark(form.chat() if isinstance(form, Pair) else form, place)
 
     def _without_ends(self, text: str, *, at_end: bool = True) -> str:
@@ -123,7 +140,9 @@ class Tokenizing:
         if end_of_text is not None:
             supervised[num_tokens : ids.index(end_of_text, num_tokens) + 1] = True
         supervised[:1] = False
-        return Tokens(token_ids=np.array(ids, dtype=np.int32), supervised=supervised)
+        return Tokens(
+            token_ids=np.array(ids, dtype=np.int32), supervised=supervised, offsets=offsets, num_text=num_tokens
+        )
 
 
 def _stop_texts(tokenizer: "PreTrainedTokenizerBase", stop_ids: Collection[int]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import itertools
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Outcome:
     """What became of a record: a sample, or an incident or error that says why none; other incidents beside it.
 
     form: the prompt that it is, where prompts are asked for; it is not sent to another process
+    alignment: of the sample with what another tokenizer makes of the record, where that is asked for
     """
 
     place: str
@@ -36,6 +37,22 @@ class Outcome:
     incidents: tuple[Incident, ...]
     error: DataError | None
     form: Form | None = None
+    alignment: "Alignment | None" = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Alignment:
+    """Which rows of a sample, and of another tokenizer's sample of the same record, stand for the same text.
+
+    spans: int32 [K, 4], each side's first row and number of rows, the sample's own first; in order and disjoint
+    digest: identifies the other sample (`sample_digest`)
+    num_bytes: of text that the sample's targets stand for, aligned_bytes of them in spans
+    """
+
+    spans: np.ndarray
+    digest: bytes
+    num_bytes: int
+    aligned_bytes: int
 
 
 @dataclass(slots=True)
@@ -59,6 +76,7 @@ class Worked:
                 [(found.source, found.line, found.kind, found.detail) for found in each.incidents],
                 each.error,
                 each.sample and (each.sample.content_id, each.sample.source, each.sample.line, each.sample.truncated),
+                each.alignment,
             )
             for each in self.outcomes
         ]
@@ -75,7 +93,7 @@ def _unpacked(
     ids, mask = np.frombuffer(token_ids, np.int32), np.frombuffer(supervised, np.bool_)
     outcomes, ends = [], iter(itertools.accumulate(lengths))
     begin = 0
-    for place, incidents, error, about in rows:
+    for place, incidents, error, about, alignment in rows:
         sample = None
         if about is not None:
             content, source, line, truncated = about
@@ -90,7 +108,7 @@ def _unpacked(
             )
             begin = end
         found = tuple(Incident(source=name, line=at, kind=kind, detail=detail) for name, at, kind, detail in incidents)
-        outcomes.append(Outcome(place=place, sample=sample, incidents=found, error=error))
+        outcomes.append(Outcome(place=place, sample=sample, incidents=found, error=error, alignment=alignment))
     return Worked(outcomes, Counter(unread), failure)
 
 
@@ -105,6 +123,15 @@ class Prepared:
     form: Form | None = None
     marked: Marked | None = None
     error: DataError | None = None
+
+
+class Tokenized(NamedTuple):
+    """A batch on its way: each record, and its tokens where there is something to learn in it; the rest as Worked."""
+
+    prepared: list[Prepared]
+    tokens: list[Tokens | None]
+    unread: Counter[str]
+    failure: DataError | None
 
 
 class Preparing:
@@ -130,15 +157,24 @@ class Preparing:
         self._wanted = template_keys(tokenizer.chat_template)
 
     def __call__(self, batch: Sequence[RawRecord]) -> Worked:
-        worked, prepared = Worked(), []
+        return self.worked(self.tokenized(batch))
+
+    def tokenized(self, batch: Sequence[RawRecord]) -> "Tokenized":
+        """The records of a batch, up to where the file cannot be read on, and their tokens."""
+        unread, prepared, failure = Counter[str](), [], None
         try:
             for record in batch:
-                prepared.append(self._prepared(parsed(record), worked.unread))
+                prepared.append(self._prepared(parsed(record), unread))
         except DataError as err:
-            worked.failure = err
+            failure = err
         tokens = iter(self._tokenizing.encode([each.marked for each in prepared if each.marked is not None]))
-        for each in prepared:
-            sample, incidents = _finish(each, next(tokens) if each.marked else None, self._spec)
+        return Tokenized(prepared, [next(tokens) if each.marked else None for each in prepared], unread, failure)
+
+    def worked(self, batch: "Tokenized") -> Worked:
+        """What becomes of the records."""
+        worked = Worked(unread=batch.unread, failure=batch.failure)
+        for each, tokens in zip(batch.prepared, batch.tokens, strict=True):
+            sample, incidents = _finish(each, tokens, self._spec)
             worked.outcomes.append(
                 Outcome(
                     place=each.record.place,
