@@ -21,7 +21,7 @@ FLOORS = (
     {"sglang"},
     {"loss", "teacher", "rollout"},
     {"student", "extract"},
-    {"evaluate", "generate"},
+    {"evaluate", "exchange", "generate"},
     {"train"},
     {"live"},
 )

@@ -17,7 +17,7 @@ HEAD = """# The house
 floors, and a stage imports lower floors only (`tests/test_layers.py`):
 
     draws, ranks, rows  <  prepare, feed  <  models  <  sglang  <  loss, teacher, rollout  <  student, extract
-        <  evaluate, generate  <  train  <  live
+        <  evaluate, exchange, generate  <  train  <  live
 
 ## The way of a record and of its rows
 

@@ -1,9 +1,12 @@
-"""kdpipe cache info|verify|repair|gc|compare: from the files alone, without torch; only --recompute runs a teacher."""
+"""kdpipe cache info|verify|repair|gc|compare: from the files alone, without torch; --recompute runs a teacher.
+
+kdpipe cache export: the likeliest tokens of its rows, in formats of other projects; needs torch, no teacher.
+"""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -13,7 +16,7 @@ from kdpipe.manifests.durable import QUARANTINE
 from kdpipe.manifests.errors import CheckFailed, ConfigError, DriftError, IncompleteError, KdpipeError
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.made_with import repair as way_out
-from kdpipe.manifests.specs import RunFile, flag_of
+from kdpipe.manifests.specs import DeviceChoice, RunFile, flag_of
 from kdpipe.manifests.verify import Finding, Level, collect_garbage, examine, repair
 from kdpipe.pipeline.options import PATH, Command, Finite, RunCommand, json_option, typed
 from kdpipe.pipeline.output import results_only, show
@@ -24,13 +27,14 @@ if TYPE_CHECKING:
 
 BEYOND_REPAIR = ("plan", "samples")
 """Parts that say what all the others are: without them nothing can be made again in its place."""
+Files = Literal["parquet", "dataset"]
 cache_argument = click.argument("cache", type=PATH, metavar="CACHE")
 
 
 @click.group("cache", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Look at a cache, check or repair it, or compare two; needs no GPU and no torch.
+    """Look at a cache, check or repair it, compare two, or export one; needs no GPU, and only export torch.
 
     \b
     kdpipe cache info    CACHE
@@ -38,6 +42,7 @@ def command(ctx: click.Context) -> None:
     kdpipe cache repair  CACHE
     kdpipe cache gc      CACHE
     kdpipe cache compare CACHE OTHER
+    kdpipe cache export  CACHE OUT
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -247,3 +252,44 @@ def compare_caches(cache: Path, other: Path, tolerance: float | None, as_json: b
             f"(allowed {bound:g}); were the teachers the same?",
             where=other,
         )
+
+
+@command.command("export")
+@cache_argument
+@click.argument("out", type=PATH, metavar="OUT")
+@click.option("--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens kept of a row.")
+@click.option(
+    "--columns",
+    type=click.Choice(["top-k", "distillkit", "axolotl"]),
+    default="top-k",
+    show_default=True,
+    help="Whose columns: plain ones, DistillKit's, or those of axolotl's KD.",
+)
+@click.option(
+    "--files",
+    type=click.Choice(["parquet", "dataset"]),
+    default="parquet",
+    show_default=True,
+    help="Parquet files, or a Hugging Face dataset for load_from_disk.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@json_option
+def export(cache: Path, out: Path, top_k: int, columns: str, files: Files, device: DeviceChoice, as_json: bool) -> None:
+    """Write the likeliest tokens of every row into OUT, as other projects read them; what is left out is said.
+
+    A cache is exact, what is exported is not: the probability beyond the k tokens is gone. Held-out samples are the
+    split "test".
+
+    \b
+    kdpipe cache export CACHE top64 --top-k 64
+    kdpipe cache export CACHE offline --columns distillkit --files dataset
+    """
+    opened = Cache.open(cache)
+    from kdpipe.stages.exchange import export_cache  # torch takes seconds: not for --help
+    from kdpipe.stages.models.device import pick_device
+
+    with results_only(), watch("cache export", EventLog(None)) as progress:
+        found = export_cache(
+            opened, out, columns=columns, files=files, top_k=top_k, device=pick_device(device), progress=progress
+        )
+    show(dataclasses.asdict(found), as_json=as_json)
