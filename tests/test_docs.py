@@ -68,6 +68,7 @@ def test_readme_has_a_line_for_every_module_and_the_page_of_the_house_is_its_too
 
 def test_the_page_of_the_losses_is_what_their_table_says() -> None:
     assert (ROOT / "docs" / "losses.md").read_text() == loss_doc.page()
+    assert loss_doc.methods() in (ROOT / "docs" / "cross-losses.md").read_text()
 
 
 def test_the_page_of_large_plans_is_what_their_arithmetic_says() -> None:

@@ -1,10 +1,12 @@
 """Writes docs/losses.md from the table of divergences itself, so that no name, option or formula is out of date.
 
-python tools/loss_doc.py            prints the page; tests/test_docs.py compares it with the file
+python tools/loss_doc.py            prints the page; tests/test_docs.py compares it with the file, and `methods()` with
+                                    the table in docs/cross-losses.md
 """
 
 from kdpipe.manifests.specs import PRESETS
 from kdpipe.stages.loss import DIVERGENCES
+from kdpipe.stages.loss.cross import METHODS
 
 HEAD = """# Losses
 
@@ -53,6 +55,8 @@ MAPPING = {
     "`sym_kd_ratio` as `forward_share`, less that share of the entropy.",
     "distillkit": "A loss function's `weight` over the sum of weights is `kd_weight`; `kl` and `jsd` are multiplied by "
     "temperature squared; `kl`, `jsd` (`beta` 0.5), `tvd` have the same names.",
+    "trl-gold": "With `student.align=gold`: GOLD with `uld_use_hybrid_loss`; docs/cross-losses.md says what differs.",
+    "trl-uld": "With `student.align=uld`: GOLD with `use_extended_uld=False`; docs/cross-losses.md says what differs.",
 }
 
 TAIL = """
@@ -101,6 +105,14 @@ and an entry of `DIVERGENCES` in `stages/loss/divergences.py` with formula, sour
 table: values and gradients against fp64, extreme logits, bias, softcap, scale, weights, the compiled pass.
 """
 
+METHODS_MIDDLE = """
+A divergence is one of [losses.md](losses.md), with its own options beside the method's. What a method does not take is
+refused by name, a misspelt option with the nearest.
+
+## When to take which
+
+"""
+
 
 def page() -> str:
     """The whole of docs/losses.md."""
@@ -116,6 +128,22 @@ def page() -> str:
         told = ", ".join(f"`{key} = {_toml(value)}`" for key, value in keys.items())
         rows.append(f"| `{name}` | {told} | {MAPPING[name]} |\n")
     return HEAD + "".join(lines) + MIDDLE + "".join(rows) + TAIL
+
+
+def methods() -> str:
+    """The table of docs/cross-losses.md, and its list of when to take which."""
+    rows, when = [], []
+    for method in METHODS.values():
+        taken = ", ".join(f"`{name}`" for name in method.divergences) or "its own"
+        if len(method.divergences) == len(DIVERGENCES):
+            taken = "all"
+        options = "; ".join(
+            f"`{name}` = {option.default:g}: {option.meaning}" for name, option in method.options.items()
+        )
+        cells = (f"`{method.name}`", method.formula, taken, options or "none", method.source)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+        when.append(f"- `{method.name}`: {method.when}.\n")
+    return "".join(rows) + METHODS_MIDDLE + "".join(when)
 
 
 def _toml(value: object) -> str:

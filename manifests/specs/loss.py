@@ -13,6 +13,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "trl": {"divergence": "jsd", "temperature": 1.0, "kd_weight": 1.0, "scale_t2": False, "options": {"beta": 0.5}},
     "torchtune": {"divergence": "soft_cross_entropy", "temperature": 1.0, "kd_weight": 0.5, "scale_t2": False},
     "distillkit": {"divergence": "forward_kl", "temperature": 1.0, "kd_weight": 0.5, "scale_t2": True},
+    "trl-gold": {
+        "divergence": "jsd",
+        "temperature": 1.0,
+        "kd_weight": 1.0,
+        "scale_t2": False,
+        "options": {"beta": 0.5},
+    },
+    "trl-uld": {"temperature": 1.0, "kd_weight": 1.0, "scale_t2": False},
 }
 """Losses of other projects at their defaults; docs/losses.md says how their names map."""
 
@@ -35,7 +43,9 @@ TeacherMix = Literal["distributions", "losses", "route"]
 class LossSpec(Spec):
     """[loss]: what a student minimises: (1 - kd_weight) * CE + kd_weight * KD."""
 
-    preset: Annotated[Literal["kdflow", "trl", "torchtune", "distillkit"] | None, Flag("--loss-preset")] = None
+    preset: Annotated[
+        Literal["kdflow", "trl", "torchtune", "distillkit", "trl-gold", "trl-uld"] | None, Flag("--loss-preset")
+    ] = None
     """Start from another project's loss at its defaults, as docs/losses.md says; keys given beside it win."""
     divergence: str = "forward_kl"
     """Name of the divergence between teacher and student."""
@@ -84,6 +94,6 @@ class LossSpec(Spec):
         if not isinstance(given, dict) or not isinstance(given.get("preset"), str) or given["preset"] not in PRESETS:
             return given
         start = dict(PRESETS[given["preset"]])
-        if given.get("divergence", start["divergence"]) != start["divergence"]:
+        if given.get("divergence", start.get("divergence")) != start.get("divergence"):
             start.pop("options", None)  # they are of the preset's divergence
         return start | given

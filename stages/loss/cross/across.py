@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.sample import IGNORED
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.loss.cross.dual import DualSpaces, further_problems, student_space
@@ -28,7 +29,7 @@ from kdpipe.stages.loss.cross.pairs import HybridPair, SamePair, SharedPair, pla
 from kdpipe.stages.loss.cross.passes import Passes, Work, summed
 from kdpipe.stages.loss.cross.projection import ProjectedPair, Projection, pieces_of
 from kdpipe.stages.loss.cross.task import Order, Shared, Task, alone, compared
-from kdpipe.stages.loss.divergences import find
+from kdpipe.stages.loss.divergences import Divergence, find
 from kdpipe.stages.loss.fused import distill
 from kdpipe.stages.loss.head import Side
 from kdpipe.stages.loss.problem import DistillLoss, Metrics, checked_weights, pose
@@ -123,8 +124,7 @@ def posed(
             where="loss.divergence",
         )
     divergence = find(loss.divergence)
-    options = method.resolve(loss.options)
-    rest = {name: value for name, value in loss.options.items() if name not in options}
+    options, divergence_options = resolved(method, divergence if method.divergences else None, loss.options)
     alone = loss.model_copy(update={"kd_weight": 0.0, "divergence": "forward_kl", "options": {}})
     num_rows = student.hidden.shape[0]
     if labels is None and loss.kd_weight < 1.0:
@@ -163,24 +163,32 @@ def posed(
         vocabulary=vocabulary,
         extra=extra,
         divergence=divergence,
-        divergence_options=divergence.resolve(rest) if method.divergences else _nothing_more(method, rest),
+        divergence_options=divergence_options,
         options=options,
         temperature=float(loss.temperature),
         kd_weight=float(loss.kd_weight),
         kd_scale=float(loss.temperature) ** 2 if loss.scale_t2 else 1.0,
         weights=given,
         labels=problem.labels,
-        keys=keys,
+        keys=torch.arange(num_rows, device=student.hidden.device) if keys is None else keys,
         seed=seed,
     )
 
 
-def _nothing_more(method: Method, rest: Mapping[str, float]) -> dict[str, float]:
-    """Of a method with a distance of its own: {}, after refusing an option it does not have."""
-    for name in rest:
-        known = ", ".join(method.options) or "none"
-        raise ConfigError(f"unknown option '{name}', it takes: {known}", where=f"method {method.name}")
-    return {}
+def resolved(
+    method: Method, divergence: Divergence | None, given: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Options of the method and of its divergence, all with values; ConfigError for a name that neither has."""
+    theirs = {} if divergence is None else divergence.options
+    known = [*method.options, *theirs]
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"unknown option '{name}', it takes: {', '.join(known) or 'none'}{nearest(name, known)}",
+                where=f"method {method.name}" + ("" if divergence is None else f" with {divergence.name}"),
+            )
+    rest = {name: value for name, value in given.items() if name in theirs}
+    return method.resolve(given), {} if divergence is None else divergence.resolve(rest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -96,7 +96,7 @@ def further_problems(
             loss=plain.model_copy(update={"kd_weight": 1.0}),
             vocab_size=task.teacher_size,
             weights=weights,
-            keys=None if task.keys is None else task.keys[chosen.student],
+            keys=task.keys[chosen.student],
             seed=task.seed,
             loss_scale=scale,
         ),

@@ -118,11 +118,9 @@ def reference_across(
 
 def logits_of(side: Side, size: int) -> Tensor:
     """Logits [rows, size] in fp32, or in fp64 where the hidden states are fp64."""
-    dtype = torch.promote_types(side.hidden.dtype, torch.float32)
-    bias = None if side.head.bias is None else side.head.bias.to(dtype)
-    return Head(side.head.weight.to(dtype), bias, side.head.softcap, side.head.scale).logits(
-        side.hidden.to(dtype), size
-    )
+    dtype, head = torch.promote_types(side.hidden.dtype, torch.float32), side.head
+    wide = Head(head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype), head.softcap, head.scale)
+    return wide.logits(side.hidden.to(dtype), size)
 
 
 def exact_rows(dense: Dense, span: int) -> tuple[int, int] | None:
@@ -223,17 +221,19 @@ def dskd(dense: Dense, span: int) -> Tensor | None:
     if rows is None:
         return None
     row, their_row = rows
-    token = dense.spans.student_tokens[row]
-    projected = spaces.to_student(dense.teacher.hidden[their_row])
+    token, dtype = dense.spans.student_tokens[row], dense.log_s.dtype
+    projected = spaces.to_student(dense.teacher.hidden[their_row].to(dtype))
     head = dense.student.head
     fixed = Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.softcap, head.scale)
-    in_student = fixed.logits(projected[None], dense.log_s.shape[1])
+    in_student = logits_of(Side(projected[None], fixed), dense.log_s.shape[1])
     of_projector = nn.functional.cross_entropy(in_student, token[None])
     target = (in_student.detach() / dense.temperature).log_softmax(-1)
     in_own = dense.divergence(target, dense.log_s[row][None], row)
     if dense.options["only_right"] and int(in_student.argmax()) != int(token):
         in_own = in_own * 0.0
-    in_teacher = dense.teacher.head.logits(spaces.to_teacher(dense.student.hidden[row])[None], dense.log_t.shape[1])
+    in_teacher = logits_of(
+        Side(spaces.to_teacher(dense.student.hidden[row].to(dtype))[None], dense.teacher.head), dense.log_t.shape[1]
+    )
     in_theirs = dense.divergence(dense.log_t[their_row][None], (in_teacher / dense.temperature).log_softmax(-1), row)
     return in_own + of_projector + in_theirs
 

@@ -64,7 +64,7 @@ class Task:
     kd_scale: float
     weights: Tensor
     labels: Tensor
-    keys: Tensor | None
+    keys: Tensor
     seed: int
 
     @property

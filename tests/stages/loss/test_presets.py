@@ -39,8 +39,8 @@ def test_a_preset_gives_its_projects_value(preset: str, value: float) -> None:
     assert loss_of(preset=preset) == pytest.approx(value, rel=1e-12)
 
 
-def test_every_preset_has_a_value_above() -> None:
-    assert set(PRESETS) == {"kdflow", "trl", "torchtune", "distillkit"}
+def test_every_preset_has_a_value_above_or_is_compared_with_its_project_across_tokenizers() -> None:
+    assert set(PRESETS) == {"kdflow", "trl", "torchtune", "distillkit", "trl-gold", "trl-uld"}
 
 
 def test_distillkit_multiplies_by_the_temperature_squared_and_kdflow_does_not() -> None:

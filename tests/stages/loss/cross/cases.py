@@ -58,10 +58,10 @@ class Case:
         return Side(self.student_hidden, Head(self.student_head, self.student_bias, 20.0, 1.5))
 
 
-def runs_of(lengths: Tensor, gaps: Tensor) -> tuple[Tensor, int]:
-    """Runs [K, 2] of these lengths with a gap before each, and how many rows there are, two more at the end."""
+def runs_of(lengths: Tensor, gaps: Tensor, after: int) -> tuple[Tensor, int]:
+    """Runs [K, 2] of these lengths with a gap before each, and how many rows there are, `after` more at the end."""
     starts = (lengths + gaps).cumsum(0) - lengths
-    return torch.stack([starts, lengths], 1), int((lengths + gaps).sum()) + 2
+    return torch.stack([starts, lengths], 1), int((lengths + gaps).sum()) + after
 
 
 def make_case(
@@ -72,9 +72,10 @@ def make_case(
     exact: float = 0.6,
     scale: float = 2.0,
     padding: tuple[int, int] = (0, 0),
+    covered: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Case:
-    """Spans of one to three rows on each side, `exact` of them of one; some rows are of no span."""
+    """Spans of one to three rows on each side, `exact` of them of one; some rows are of no span, unless `covered`."""
     generator = torch.Generator().manual_seed(num_spans + sizes[0])
 
     def draw(*shape: int) -> Tensor:
@@ -84,8 +85,9 @@ def make_case(
         return torch.randint(low, high, shape, generator=generator)
 
     alike = torch.rand(num_spans, generator=generator) < exact
-    student, num_rows = runs_of(whole(1, 4, num_spans).masked_fill(alike, 1), whole(0, 2, num_spans))
-    teacher, their_rows = runs_of(whole(1, 4, num_spans).masked_fill(alike, 1), whole(0, 2, num_spans))
+    gap, after = (1, 0) if covered else (2, 2)
+    student, num_rows = runs_of(whole(1, 4, num_spans).masked_fill(alike, 1), whole(0, gap, num_spans), after)
+    teacher, their_rows = runs_of(whole(1, 4, num_spans).masked_fill(alike, 1), whole(0, gap, num_spans), after)
     labels = whole(0, sizes[0], num_rows)
     spans = Spans(
         student=student, teacher=teacher, student_tokens=labels, teacher_tokens=whole(0, sizes[1], their_rows)
