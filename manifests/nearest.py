@@ -47,6 +47,11 @@ OTHER_NAMES = {
     "eval_steps": ("eval_every",),
     "save_steps": ("save_every",),
     "save_total_limit": ("keep",),
+    "lora_r": ("lora_rank",),
+    "lora_target_modules": ("lora_targets",),
+    "lora_attn_modules": ("lora_targets",),
+    "apply_lora_to_output": ("lora_head",),
+    "load_in_4bit": ("lora_base_bits",),
 }
 
 

@@ -12,11 +12,13 @@ from typing import BinaryIO
 
 import xxhash
 
+from kdpipe.manifests.adapter import BASE_KEY, adapter_config, base_of, is_adapter, with_tokenizer
 from kdpipe.manifests.durable import canonical
 
 PIECE = 1 << 24
 # What a config says of itself that does not change what the model computes.
 COSMETIC = {"_name_or_path", "transformers_version", "use_cache"}
+COSMETIC_ADAPTER = {BASE_KEY, "revision", "inference_mode", "peft_version"}
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -55,8 +57,8 @@ def digest_json(value: object) -> str:
 
 
 def num_bytes(folder: Path) -> int:
-    """Size of the files in a model folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    """Size of the files in a model folder; of an adapter's, those of its base are counted too."""
+    return sum(path.stat().st_size for place in {folder, base_of(folder)} for path in place.iterdir() if path.is_file())
 
 
 def digest_code(files: Mapping[str, bytes]) -> str:
@@ -72,14 +74,27 @@ def digest_model(folder: Path, code: str = "", digest: Callable[[Path], str] = d
 
     code: digest of the folder's own code, where that is run; without any the digest is what it was before there was one
     digest: xxh3-128 of a file, for a caller that knows some
+    An adapter's is over its own config and weights and the digest of its base.
     """
+    if is_adapter(folder):
+        settings = adapter_config(folder)
+        own = {key: settings[key] for key in sorted(settings.keys() - COSMETIC_ADAPTER)}
+        base = digest_model(base_of(folder), code, digest)
+        return digest_json({"adapter": own, "weights": _digest_weights(folder, digest), "base": base})
     # Infinity, as in Mamba 2's configs, has no place in canonical JSON: its name stands for it.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"), parse_constant=str)
-    weights = [(path.name, path.stat().st_size, digest(path)) for path in sorted(folder.glob("*.safetensors"))]
-    made_of = {"config": {key: config[key] for key in sorted(config.keys() - COSMETIC)}, "weights": weights}
+    made_of = {
+        "config": {key: config[key] for key in sorted(config.keys() - COSMETIC)},
+        "weights": _digest_weights(folder, digest),
+    }
     return digest_json(made_of | ({"code": code} if code else {}))
+
+
+def _digest_weights(folder: Path, digest: Callable[[Path], str]) -> list[tuple[str, int, str]]:
+    return [(path.name, path.stat().st_size, digest(path)) for path in sorted(folder.glob("*.safetensors"))]
 
 
 def digest_tokenizer(folder: Path) -> str:
     """sha256 over the files of a model folder that are its tokenizer's: name and xxh3-128 of each."""
+    folder = with_tokenizer(folder)
     return digest_json([(name, digest_file(folder / name)) for name in TOKENIZER_FILES if (folder / name).is_file()])

@@ -14,7 +14,7 @@ from kdpipe.pipeline.forecast import forward_flops, step_flops
 
 From = Literal["measured", "given", "estimated"]
 STATE_BYTES = 12
-"""Of a parameter in a checkpoint: fp32 weight and two moments."""
+"""Of a trained parameter in a checkpoint: fp32 weight and two moments."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,27 +69,30 @@ def student_cost(
     subset: float = 1.0,
     max_steps: int | None = None,
     checkpoints: int = 0,
+    trained: int | None = None,
 ) -> StudentCost:
     """Of a student that trains for some epochs, or steps where these are fewer.
 
     subset: share of the training samples that it sees
-    export_bytes: of the trained student, which is as large as it was
+    export_bytes: of the student that is written
     checkpoints: kept at a time; there is one more while it is written
+    trained: parameters that are; all when not given
     """
     tokens = work.train_tokens * subset
     steps = max(round(epochs * -(-tokens // batch_tokens)), 1)
     done = min(steps, max_steps or steps)
-    trained = epochs * tokens * done / steps
-    rows = trained * work.num_rows / max(work.num_tokens, 1)
-    operations = step_flops(params, 1) * trained + forward_flops(work.head_params, 1) * rows
+    tokens_seen = epochs * tokens * done / steps
+    state = STATE_BYTES * (params if trained is None else trained)
+    rows = tokens_seen * work.num_rows / max(work.num_tokens, 1)
+    operations = step_flops(params, 1, trained) * tokens_seen + forward_flops(work.head_params, 1) * rows
     return StudentCost(
         name=name,
         params=params,
-        trained_tokens=round(trained),
+        trained_tokens=round(tokens_seen),
         num_steps=done,
         seconds=operations / (forward_flops(work.teacher_params, 1) * rate.tokens_per_second),
-        passes=trained / max(work.train_tokens, 1),
-        output_bytes=export_bytes + (STATE_BYTES * params * (checkpoints + 1) if checkpoints else 0),
+        passes=tokens_seen / max(work.train_tokens, 1),
+        output_bytes=export_bytes + (state * (checkpoints + 1) if checkpoints else 0),
     )
 
 

@@ -93,18 +93,24 @@ def train_bytes(
     teacher_vocab: int = 0,
     teacher_dtype: str = "bfloat16",
     supervised: float = 1.0,
+    trained: int | None = None,
+    frozen_bytes: int = 0,
 ) -> Mapping[str, int]:
     """Of one rank of a student's training.
 
-    state        16*P over the ranks that share a copy: weights, gradients, two moments, all fp32
-    gathered     w*(2*V*D + 2*P/L): the root's and two layers' weights as a pass uses them, and the root's gradients
+    state        16*P over the ranks that share a copy: weights, gradients, two moments, all fp32; with adapters 16 of
+                 each of their numbers, and the frozen weights
+    gathered     w*(2*V*D + 2*P/L): the root's and two layers' weights as a pass uses them, and the root's gradients;
+                 with adapters once V*D
     head         V'*E*w', the teacher's
     activations  n*L*(w*(6D + 4A + 2K + 4I) + 8D where w is 2): what a layer keeps for its backward pass, the norms'
                  fp32 copies with it; with gradient checkpointing n*w*D a layer, and one layer whole
-    loss         C*(V*w + V'*w') logits of a chunk of C tokens, and with several chunks 4*V*D, the head's gradient
+    loss         C*(V*w + V'*w') logits of a chunk of C tokens, and with several chunks 4*V*D, the head's gradient where
+                 it has one
     rows         n*s*(E*w' + D*w): the teacher's and the student's supervised ones
     n are the tokens of a micro-batch: batch_tokens / (ranks * grad_accum), or the longest sample; s the share of
     them that is supervised.
+    trained: numbers that are, where they are those of adapters; frozen_bytes: of the weights under them
     """
     w, theirs, size = ITEMSIZE[dtype], ITEMSIZE[teacher_dtype], student
     tokens = max(-(-batch_tokens // (ranks * grad_accum)), longest)
@@ -114,14 +120,14 @@ def train_bytes(
     kept = size.layers * layer
     if grad_checkpointing:
         kept = size.layers * w * size.hidden + layer
-    rows = int(tokens * supervised)
+    rows, whole = int(tokens * supervised), not frozen_bytes
     chunk = rows if rows <= LOSS_TOKENS[device] + size.hidden else LOSS_TOKENS[device]
     return summed(
-        state=STATE_BYTES * size.params // (sharded_over or ranks),
-        gathered=w * (2 * head + 2 * size.params // max(size.layers, 1)),
+        state=(STATE_BYTES * (size.params if whole else trained or 0) + frozen_bytes) // (sharded_over or ranks),
+        gathered=w * ((2 if whole else 1) * head + 2 * size.params // max(size.layers, 1)),
         head=teacher_vocab * teacher_width * theirs,
         activations=tokens * kept,
-        loss=chunk * (size.vocab * w + teacher_vocab * theirs) + (4 * head if chunk < rows else 0),
+        loss=chunk * (size.vocab * w + teacher_vocab * theirs) + (4 * head if chunk < rows and whole else 0),
         rows=rows * (teacher_width * theirs + size.hidden * w),
     )
 

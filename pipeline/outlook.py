@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdpipe.manifests.adapter import base_of
 from kdpipe.manifests.specs import RunFile
 from kdpipe.manifests.specs.members import members_of
 from kdpipe.manifests.specs.teacher import CUDA_BATCH_TOKENS
@@ -18,7 +19,16 @@ from kdpipe.pipeline.costs import (
     student_cost,
     teacher_seconds,
 )
-from kdpipe.pipeline.forecast import FLEET, break_even_students, compare, forward_flops, step_flops, weight_bytes
+from kdpipe.pipeline.forecast import (
+    FLEET,
+    break_even_students,
+    compare,
+    count_trained,
+    exported_bytes,
+    forward_flops,
+    frozen_bytes,
+    step_flops,
+)
 from kdpipe.pipeline.memory import ModelSizes, extract_bytes, train_bytes
 from kdpipe.pipeline.room import Room, room_at
 
@@ -143,7 +153,9 @@ def outlook_of(run: RunFile, found: "Forecast", params: Mapping[Path, int], rate
     seconds = {"extract": forward_flops(found.teacher_params, found.num_tokens) / speed[found.dtype]}
     own = None if run.student.path is None else params[run.student.path]
     if own is not None:
-        seconds["train"] = step_flops(own, found.num_tokens) * run.train.epochs / speed[run.train.dtype]
+        assert run.student.path is not None, "its parameters are counted"
+        trained = count_trained(run.student.path, run.student)
+        seconds["train"] = step_flops(own, found.num_tokens, trained) * run.train.epochs / speed[run.train.dtype]
     work = Work(
         num_tokens=found.num_tokens,
         num_rows=found.num_rows,
@@ -174,12 +186,13 @@ def _cost(name: str, run: RunFile, work: Work, rate: Rate, params: Mapping[Path,
         params[run.student.path],
         work,
         rate,
-        export_bytes=weight_bytes(run.student.path),
+        export_bytes=exported_bytes(run),
         epochs=run.train.epochs,
         batch_tokens=run.train.batch_tokens,
         subset=run.data.subset,
         max_steps=run.train.max_steps,
         checkpoints=run.train.keep if run.train.save_every else 0,
+        trained=count_trained(run.student.path, run.student),
     )
 
 
@@ -229,6 +242,8 @@ def _train_bytes(run: RunFile, found: "Forecast", params: Mapping[Path, int]) ->
         teacher_vocab=found.vocab_size,
         teacher_dtype=found.dtype,
         supervised=min(found.num_rows / max(found.num_tokens, 1), 1.0),
+        trained=count_trained(run.student.path, run.student),
+        frozen_bytes=frozen_bytes(run.student.path, run.student),
     )
 
 
@@ -236,5 +251,5 @@ def sizes_of(folder: Path, params: int) -> ModelSizes:
     """Of the model in a folder, by its config."""
     from transformers import PretrainedConfig
 
-    config, _ = PretrainedConfig.get_config_dict(folder)
+    config, _ = PretrainedConfig.get_config_dict(base_of(folder))
     return ModelSizes.of(config.get("text_config", config), params)

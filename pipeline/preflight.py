@@ -16,10 +16,11 @@ from kdpipe.manifests.durable import file_system
 from kdpipe.manifests.errors import ConfigError, InputError, SpaceError
 from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.plan import PLAN_FILE, read_plan
-from kdpipe.manifests.provenance import num_bytes
 from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
 from kdpipe.manifests.specs import SlurmSpec
 from kdpipe.pipeline.cluster import Cluster
+from kdpipe.pipeline.costs import STATE_BYTES
+from kdpipe.pipeline.forecast import count_trained, exported_bytes
 from kdpipe.pipeline.output import human_bytes
 from kdpipe.pipeline.precheck import require_trainable
 from kdpipe.pipeline.slurm import Batch
@@ -30,8 +31,6 @@ OLDEST = (20, 11)
 """Version of Slurm: older ones were not tried."""
 OWN_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlay", "zfs", "f2fs"}
 """File systems of one machine, unless that is a server; other nodes seldom see them."""
-CHECKPOINT_FOR_BYTE = 6
-"""Bytes of a checkpoint for one of a student in 16 bits: float32 weights and two moments."""
 
 
 def preflight(wanted: Wanted, steps: Sequence[Step], cluster: Cluster) -> Iterator[str]:
@@ -183,10 +182,11 @@ def _of_room(wanted: Wanted, steps: Sequence[Step]) -> Iterator[str]:
         if step.name == EXTRACT:
             needed[disk] += cache_bytes_left(wanted.folder / step.output)
         elif step.member is not None and step.member.run.student.path is not None:
-            spec = step.member.run.train
-            student = num_bytes(wanted.folder / step.member.run.student.path)
-            needed[disk] += student
-            passing[disk] += (spec.keep + 1) * CHECKPOINT_FOR_BYTE * student if spec.save_every else 0
+            run = step.member.run
+            own = run.student.model_copy(update={"path": wanted.folder / step.member.run.student.path})
+            needed[disk] += exported_bytes(run.model_copy(update={"student": own}))
+            trained = count_trained(wanted.folder / step.member.run.student.path, own)
+            passing[disk] += (run.train.keep + 1) * STATE_BYTES * trained if run.train.save_every else 0
     for disk, amount in needed.items():
         there = disk[1]
         free = shutil.disk_usage(there).free

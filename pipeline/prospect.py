@@ -20,12 +20,11 @@ import numpy as np
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import SpaceError
 from kdpipe.manifests.plan import PLAN_FILE
-from kdpipe.manifests.provenance import num_bytes
 from kdpipe.manifests.sample import is_heldout, is_in_subset
 from kdpipe.manifests.specs import Member, RunFile, TrainSpec, members_of, sweep_output
 from kdpipe.pipeline.child import command_of
 from kdpipe.pipeline.costs import STATE_BYTES
-from kdpipe.pipeline.forecast import count_parameters, free_bytes, step_flops
+from kdpipe.pipeline.forecast import count_parameters, count_trained, exported_bytes, free_bytes, step_flops
 from kdpipe.pipeline.output import human_bytes
 from kdpipe.pipeline.progress import duration
 from kdpipe.pipeline.runs import state_of
@@ -121,7 +120,7 @@ def prospect_of(config: Path | None, run: RunFile, steps: Sequence[Step], sets: 
     unread = _read(run, words_of("plan", config, sets)) if unplanned else None
     works = [_work(step, unread) for step in left]
     seconds, is_measured = _seconds(run, left, works, params, unread)
-    kept = sorted((_checkpoint_bytes(step, params) for step in left), reverse=True)
+    kept = sorted((_checkpoint_bytes(step) for step in left), reverse=True)
     output = sweep_output(run)
     prospect = Prospect(
         num_left=len(left),
@@ -129,7 +128,7 @@ def prospect_of(config: Path | None, run: RunFile, steps: Sequence[Step], sets: 
         work=_sum(works),
         seconds=seconds,
         is_measured=is_measured,
-        student_bytes=sum(num_bytes(_student(step)) for step in left),
+        student_bytes=sum(exported_bytes(_run(step)) for step in left),
         checkpoint_bytes=sum(kept[: run.sweep.jobs]),
         cache_bytes=0 if unread is None else unread.cache_bytes,
         free_bytes=free_bytes(output),
@@ -143,10 +142,15 @@ def work_of_all(steps: Sequence[Step]) -> Work | None:
     return _sum([_work(step, None) for step in steps if step.member is not None])
 
 
-def _student(step: Step) -> Path:
+def _run(step: Step) -> RunFile:
     assert step.member is not None, "it is a run's"
-    assert step.member.run.student.path is not None, "steps_of has asked for it"
-    return step.member.run.student.path
+    return step.member.run
+
+
+def _student(step: Step) -> Path:
+    path = _run(step).student.path
+    assert path is not None, "steps_of has asked for it"
+    return path
 
 
 def _read(run: RunFile, words: Sequence[str]) -> Unread:
@@ -236,7 +240,8 @@ def _seconds(
         return sum(count / rates[student] for student, count in tokens) / min(run.sweep.jobs, len(left)), True
     if (speed := _machine_flops(run)) is None:
         return None, False
-    flops = sum(step_flops(params[student], count) for student, count in tokens)
+    trained = [count_trained(_student(step), _run(step).student) for step in left]
+    flops = sum(step_flops(params[student], count, own) for (student, count), own in zip(tokens, trained, strict=True))
     return flops / speed + (0.0 if unread is None else unread.seconds), False
 
 
@@ -261,11 +266,11 @@ def _machine_flops(run: RunFile) -> float | None:
     return float(done.stdout) if done.returncode == 0 else None
 
 
-def _checkpoint_bytes(step: Step, params: Mapping[Path, int]) -> int:
+def _checkpoint_bytes(step: Step) -> int:
     """What a run keeps on the way, the one that is being written too."""
-    assert step.member is not None, "it is a run's"
-    spec = step.member.run.train
-    return (spec.keep + 1) * STATE_BYTES * params[_student(step)] if spec.save_every else 0
+    run = _run(step)
+    trained = count_trained(_student(step), run.student)
+    return (run.train.keep + 1) * STATE_BYTES * trained if run.train.save_every else 0
 
 
 def _require_room(prospect: Prospect, output: Path, caches: Sequence[Path]) -> None:

@@ -233,7 +233,8 @@ def _inputs(
     """What the run depends on as the run file says it now; what only its command can tell is as it was recorded."""
     asked, made = member.run.training(), recorded.spec
     if command != "train":  # a live run decides some of its loss and data itself
-        return recorded.model_copy(update={"spec": made.model_copy(update={"train": asked.train})})
+        own = {"student": asked.student, "train": asked.train}
+        return recorded.model_copy(update={"spec": made.model_copy(update=own)})
     if not recorded.caches:
         asked = asked.without_teacher()
     of_cache = {} if not recorded.caches else {name: getattr(made.data, name) for name in OF_CACHE}

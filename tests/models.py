@@ -133,3 +133,22 @@ def make_tokenizer(folder: Path, *, vocab_size: int = 300) -> Path:
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
     return folder
+
+
+def make_adapter(
+    base: Path, folder: Path, *, targets: str | list[str] = "all-linear", rank: int = 3, seed: int = 0, **settings: Any
+) -> Path:
+    """A random adapter for the model in `base`, as peft saves it; B is not zero, so that a lost one shows."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank, lora_alpha=12, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **settings
+    )
+    model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(0.3)  # of the size of what it is added to
+    model.save_pretrained(folder)
+    return folder

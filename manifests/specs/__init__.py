@@ -32,7 +32,7 @@ from kdpipe.manifests.specs.run import (
     with_keys,
 )
 from kdpipe.manifests.specs.slurm import Resources, SlurmSpec
-from kdpipe.manifests.specs.student import EvalSpec, StudentSpec
+from kdpipe.manifests.specs.student import EvalSpec, StudentSpec, StudentTable
 from kdpipe.manifests.specs.sweep import SweepSpec
 from kdpipe.manifests.specs.teacher import EngineSpec, TeacherSpec
 from kdpipe.manifests.specs.train import FsdpSpec, TrainSpec, TrainTable
@@ -64,6 +64,7 @@ __all__ = [
     "SlurmSpec",
     "Spec",
     "StudentSpec",
+    "StudentTable",
     "SweepSpec",
     "TeacherMix",
     "TeacherSpec",

@@ -22,7 +22,7 @@ from kdpipe.manifests.specs.data import DataSpec, DataTable
 from kdpipe.manifests.specs.live import LiveSpec
 from kdpipe.manifests.specs.loss import LOSS_OPTIONS, LossSpec
 from kdpipe.manifests.specs.slurm import SlurmSpec
-from kdpipe.manifests.specs.student import EvalSpec, StudentSpec
+from kdpipe.manifests.specs.student import EvalSpec, StudentSpec, StudentTable
 from kdpipe.manifests.specs.sweep import SweepSpec
 from kdpipe.manifests.specs.teacher import EngineSpec, TeacherSpec
 from kdpipe.manifests.specs.train import TrainSpec, TrainTable
@@ -34,6 +34,7 @@ class RunSpec(Spec):
     """What of a run file decides how a student is trained."""
 
     data: DataSpec = DataSpec()
+    student: StudentSpec = StudentSpec()
     loss: LossSpec = LossSpec()
     train: TrainSpec = TrainSpec()
 
@@ -49,7 +50,7 @@ class RunFile(Spec):
     engine: EngineSpec = EngineSpec()
     data: DataTable = DataTable()
     cache: CacheSpec = CacheSpec()
-    student: StudentSpec = StudentSpec()
+    student: StudentTable = StudentTable()
     loss: LossSpec = LossSpec()
     train: TrainTable = TrainTable()
     eval: EvalSpec = EvalSpec()
@@ -72,7 +73,12 @@ class RunFile(Spec):
 
     def training(self) -> RunSpec:
         """The part that decides how a student is trained, without the places."""
-        return RunSpec(data=_part(self.data, DataSpec), loss=self.loss, train=_part(self.train, TrainSpec))
+        return RunSpec(
+            data=_part(self.data, DataSpec),
+            student=_part(self.student, StudentSpec),
+            loss=self.loss,
+            train=_part(self.train, TrainSpec),
+        )
 
     def samples(self) -> DataSpec:
         """How data become samples, without the places."""

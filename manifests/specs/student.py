@@ -3,10 +3,33 @@
 from pathlib import Path
 from typing import Annotated
 
-from kdpipe.manifests.specs.base import CodeDigest, Count, DeviceChoice, DtypeChoice, Flag, Fraction, Spec
+from pydantic import BeforeValidator, Field
+
+from kdpipe.manifests.specs.base import CodeDigest, Count, DeviceChoice, DtypeChoice, Flag, Fraction, Spec, several
+
+ALL_LINEAR = "all-linear"
 
 
 class StudentSpec(Spec):
+    """What of a student is trained."""
+
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Train low-rank adapters of this rank on linear layers, and nothing else (LoRA, by peft); 0 trains all weights, or
+    goes on with the adapter where the student's folder is one."""
+    lora_alpha: Annotated[float, Field(gt=0.0)] = 16.0
+    """An adapter's product counts lora_alpha / lora_rank times."""
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of an adapter's inputs that are zero in a training step."""
+    lora_targets: Annotated[tuple[str, ...], BeforeValidator(several), Field(min_length=1)] = (ALL_LINEAR,)
+    """Names of the layers that get an adapter, as ["q_proj", "v_proj"]; all-linear: every linear one but the head."""
+    lora_head: bool = False
+    """An adapter on the output head too, where its weights are its own and not the embedding's."""
+    lora_base_bits: Annotated[int, Field(ge=4, le=4)] | None = None
+    """Keep the linear layers under the adapters in 4 bits (QLoRA: nf4, quantised twice, by bitsandbytes); in the
+    precision of their files when not given."""
+
+
+class StudentTable(StudentSpec):
     """[student]: the model that learns."""
 
     path: Annotated[Path | None, Flag("--student", "FOLDER")] = None

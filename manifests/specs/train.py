@@ -66,6 +66,9 @@ class TrainSpec(Spec):
     """Tokens of held-out samples used by an evaluation before or during training; the last one takes all."""
     grad_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, a third more time."""
+    export: Literal["adapter", "merged"] | None = None
+    """What is written of a student that was trained by adapters (student.lora_rank): the adapter alone, which peft and
+    kdpipe load with its base model, or the whole model with the adapter merged in; the adapter when not given."""
     fsdp: FsdpSpec = FsdpSpec()
 
 

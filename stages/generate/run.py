@@ -338,6 +338,7 @@ def _writer(
     told: Callable[[int, int], None],
 ) -> LocalWriter | SglangWriter:
     if writing.engine == "sglang":
+        model.require_no_adapter("SGLang")
         return SglangWriter(model, dtype=writing.dtype, device=writing.device, options=options)
     return LocalWriter(
         model,

@@ -118,7 +118,7 @@ class TeacherUpdates:
         source = self._averaged(step, student, ranks) if self._ema else student
         model = self._start
         beside = Companions(
-            files={name: (model.path / name).read_bytes() for name in model.tokenizer_files},
+            files={name: model.file(name).read_bytes() for name in model.tokenizer_files},
             stop_ids=(),
             dtype=torch.float32,
             code=model.code,

@@ -3,7 +3,7 @@
 from kdpipe.stages.loss.divergences import DIVERGENCES
 from kdpipe.stages.loss.divergences import find as find_divergence
 from kdpipe.stages.loss.fused import distill, fused_distill_loss
-from kdpipe.stages.loss.head import Side
+from kdpipe.stages.loss.head import LowRank, Side
 from kdpipe.stages.loss.importance import Importance
 from kdpipe.stages.loss.metrics import TokenMetrics, token_metrics
 from kdpipe.stages.loss.problem import DistillLoss, Problem, pose
@@ -15,6 +15,7 @@ __all__ = [
     "DistillLoss",
     "Head",
     "Importance",
+    "LowRank",
     "Problem",
     "Side",
     "TokenMetrics",

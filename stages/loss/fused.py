@@ -25,6 +25,7 @@ from kdpipe.manifests.sample import IGNORED
 from kdpipe.manifests.specs import TeacherMix
 from kdpipe.stages.loss.blocks import VALUES, Formula, block_step
 from kdpipe.stages.loss.gradients import StudentGradients
+from kdpipe.stages.loss.head import Side
 from kdpipe.stages.loss.layout import Layout, row_blocks
 from kdpipe.stages.loss.memory import keep_heap, release_scratch, scratch, zeros
 from kdpipe.stages.loss.pointwise import averaged, normalised
@@ -66,8 +67,9 @@ def fused_distill_loss(
     student_hidden [T, D], student_head [rows, D], teacher_hidden [T, E], teacher_head [rows', E], labels [T] with -100
     for a token without ce. Logits are those of head.Head; the divergence is taken at logits / temperature of both, the
     cross-entropy at temperature 1. Both heads are cut to vocab_size rows, by default those of the smaller head.
-    kd and ce are fp32 and detached; loss has gradients to student_hidden, student_head and student_bias. ce is
-    reported whenever labels are given. With kd_weight 0 no teacher is needed and kd is 0.
+    kd and ce are fp32 and detached; loss has gradients to student_hidden, student_head and student_bias; the product of
+    one that needs none is left out. ce is reported whenever labels are given. With kd_weight 0 no teacher is needed and
+    kd is 0.
     options are those of DIVERGENCES[divergence]; scale_t2 multiplies kd by temperature squared. token_weights [T]
     multiply what a token adds. label_smoothing is that of the cross-entropy; z_loss adds z_loss * logsumexp(logits)^2
     of every token to the loss (PaLM, arXiv 2204.02311, with 1e-4).
@@ -122,9 +124,7 @@ def distill(problem: Problem, *, chunk_tokens: int | None = None, head_grad_fp32
             where="student",
         )
     loss, sums, num_ranked = Fused.apply(
-        hidden,
-        head.weight,
-        head.bias,
+        *problem.student.tensors,
         problem,
         chunk_tokens,
         torch.promote_types(head.weight.dtype, torch.float32) if head_grad_fp32 else head.weight.dtype,
@@ -133,6 +133,10 @@ def distill(problem: Problem, *, chunk_tokens: int | None = None, head_grad_fp32
     kd, ce, z, entropy, agree, mass = sums
     metrics = Metrics(teacher_entropy=entropy, top1_agree=agree, top_k_mass=mass, num_ranked=num_ranked)
     return DistillLoss(kd=kd, ce=ce, z=z, loss=loss, metrics=metrics)
+
+
+INPUTS = 5
+"""Side.tensors, with which the arguments of Fused begin."""
 
 
 class Fused(torch.autograd.Function):
@@ -144,21 +148,20 @@ class Fused(torch.autograd.Function):
         student_hidden: Tensor,
         student_head: Tensor,
         student_bias: Tensor | None,
+        low_rows: Tensor | None,
+        low_up: Tensor | None,
         problem: Problem,
         chunk_tokens: int | None,
         sum_dtype: torch.dtype,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, int]:
         # Under no_grad the inputs still say requires_grad, hence the extra argument.
-        hidden, weight, bias = (differentiate and needed for needed in ctx.needs_input_grad[:3])
-        layout = Layout.of(problem, chunk_tokens, sums_head=weight and sum_dtype != student_head.dtype)
-        gradients = StudentGradients(
-            problem, sum_dtype, one_chunk=layout.num_chunks == 1, hidden=hidden, weight=weight, bias=bias
-        )
+        wanted = [differentiate and needed for needed in ctx.needs_input_grad[:INPUTS]]
+        layout = Layout.of(problem, chunk_tokens, sums_head=wanted[1] and sum_dtype != student_head.dtype)
+        gradients = StudentGradients(problem, sum_dtype, one_chunk=layout.num_chunks == 1, wanted=wanted)
         sums, num_ranked = _run(problem, layout, gradients)
         ctx.save_for_backward(*gradients.finish())
-        bias_dtype = torch.float32 if student_bias is None else student_bias.dtype
-        ctx.dtypes = (student_hidden.dtype, student_head.dtype, bias_dtype)
+        ctx.dtypes = dtypes_of(problem.student)
         ctx.mark_non_differentiable(sums)
         return problem.total(*sums[:3]), sums, num_ranked
 
@@ -178,6 +181,11 @@ class Fused(torch.autograd.Function):
 
         found = (scaled(grad, dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *found, None, None, None, None
+
+
+def dtypes_of(side: Side) -> tuple[torch.dtype, ...]:
+    """Of the gradients to Side.tensors."""
+    return tuple(torch.float32 if each is None else each.dtype for each in side.tensors)
 
 
 def _run(problem: Problem, layout: Layout, gradients: StudentGradients) -> tuple[Tensor, int]:

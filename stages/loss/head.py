@@ -1,6 +1,6 @@
 """Side: one model's half of a loss, its hidden states and its head, and whether they fit each other."""
 
-# Shapes: T tokens, V vocabulary.
+# Shapes: T tokens, V vocabulary, r rank of an adapter on the head.
 
 from dataclasses import dataclass
 
@@ -15,15 +15,36 @@ DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """What an adapter adds to a head's raw logits: rows [T, r] @ up [V, r].T. Its gradient takes no [V, width]."""
+
+    rows: Tensor
+    up: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Side:
-    """One model's half of a loss: the rows that enter its head [T, width], and the head."""
+    """One model's half of a loss: the rows that enter its head [T, width], the head, and an adapter on it."""
 
     hidden: Tensor
     head: Head
+    low: LowRank | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a loss may have gradients to: hidden, weight, bias, and rows and up of the adapter."""
+        low = (None, None) if self.low is None else (self.low.rows, self.low.up)
+        return self.hidden, self.head.weight, self.head.bias, *low
+
+    def at(self, places: Tensor) -> "Side":
+        """Some of its rows, by places int64 [K]."""
+        low = None if self.low is None else LowRank(self.low.rows[places], self.low.up)
+        return Side(self.hidden[places], self.head, low)
 
     def raw_logits(self, start: int, stop: int, out: Tensor) -> Tensor:
         """hidden[start:stop] @ weight.T into out's first rows [stop - start, V], in the inputs' dtype, unfinished."""
-        return torch.mm(self.hidden[start:stop], self.head.weight[: out.shape[1]].T, out=out[: stop - start])
+        raw = torch.mm(self.hidden[start:stop], self.head.weight[: out.shape[1]].T, out=out[: stop - start])
+        return raw if self.low is None else raw.addmm_(self.low.rows[start:stop], self.low.up[: out.shape[1]].T)
 
     def check(self, vocab_size: int, owner: str) -> None:
         """ConfigError where the head does not fit its rows or is smaller than the vocabulary."""

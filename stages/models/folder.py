@@ -5,6 +5,7 @@
 Invariant: whatever transformers, tokenizers, safetensors, torch or the folder's own code raise is one line of the
 folder's error class, with the folder and the cause; errors of kdpipe, an interrupt and lack of memory pass through.
 Each part is read when it is first asked for and kept: two questions about a folder have one answer.
+A folder that is an adapter is read as its base model with the adapter merged in (adapter.py).
 """
 
 import copy
@@ -13,18 +14,27 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from kdpipe.manifests.adapter import BASE_RECORD, base_of, is_adapter, with_tokenizer
 from kdpipe.manifests.errors import InputError, is_of_others
 from kdpipe.manifests.provenance import digest_file, digest_model
+from kdpipe.stages.models.adapter import loaded, merged, require_peft
 from kdpipe.stages.models.own_code import OwnCode, allowed_code, place_of
 from kdpipe.stages.models.tokenizer import read_tokenizer, tokenizer_files
-from kdpipe.stages.models.weights import ADAPTER, require_all, require_fitting, stored_dtype, weight_files
+from kdpipe.stages.models.weights import require_all, require_fitting, stored_dtype, weight_files
 
 GENERATION = "generation_config.json"
 READ = frozenset((".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"))
@@ -51,19 +61,41 @@ class ModelFolder:
         return ModelFolder(path, self.error, self.trust)
 
     @cached_property
+    def base(self) -> "ModelFolder":
+        """The folder of the model that an adapter is for; itself where it is no adapter."""
+        if not is_adapter(self.path):
+            return self
+        with self.answering("its adapter_config.json cannot be read"):
+            return self.at(base_of(self.path, self.error))
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.base is not self
+
+    def file(self, name: str) -> Path:
+        """Where a file of the model lies: in the folder, else with its base."""
+        return self.path / name if os.path.lexists(self.path / name) else self.base.path / name
+
+    @cached_property
     def code(self) -> OwnCode:
         """The folder's own code, allowed by its digest; empty where none is run."""
+        if self.is_adapter:
+            return self.base.code
         with self.answering("its own code cannot be read"):
             return allowed_code(self.path, self.trust, self.error)
 
     @cached_property
     def place(self) -> Path:
         """Where transformers loads from: the folder, or a private copy where code of its own is run."""
+        if self.is_adapter:
+            return self.base.place
         return place_of(self.path, self.code)
 
     @cached_property
     def config(self) -> Any:
         """The config of a causal LM: one that transformers knows, or that the folder's own code makes."""
+        if self.is_adapter:
+            return self.base.config
         self._require_config()
         with self.answering("config.json cannot be used"):
             config = self._from_pretrained(AutoConfig)
@@ -75,7 +107,9 @@ class ModelFolder:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer, with the ids of its own tokenizer.json; see tokenizer.py."""
         with self.answering("its tokenizer does not load"):
-            read = read_tokenizer(self.place, lambda: self._from_pretrained(AutoTokenizer), self.error, self.path)
+            place = self.place if self._tokens == self.base.path else self._tokens
+            made_by_auto = partial(self._from_pretrained, AutoTokenizer, place)
+            read = read_tokenizer(place, made_by_auto, self.error, self._tokens)
         self.notes += [read.note] if read.note else []
         return read.tokenizer
 
@@ -83,17 +117,18 @@ class ModelFolder:
     def tokenizer_files(self) -> tuple[str, ...]:
         """Names of the files that the tokenizer is read from: what goes with a copy of the model, byte for byte."""
         with self.answering("its tokenizer does not load"):
-            return tokenizer_files(self.path)
+            return tokenizer_files(self._tokens)
+
+    @cached_property
+    def _tokens(self) -> Path:
+        """Where the tokenizer lies."""
+        return with_tokenizer(self.path) if self.is_adapter else self.path
 
     @cached_property
     def weights(self) -> dict[str, Path]:
-        """Tensor name -> the safetensors file that holds it; each file is whole."""
-        if (self.path / ADAPTER).exists():
-            raise self.error(
-                f"this is an adapter ({ADAPTER}); merge it into its base model (peft: merge_and_unload, then "
-                "save_pretrained)",
-                where=self.path,
-            )
+        """Tensor name -> the safetensors file that holds it; each file is whole. Of an adapter those of its base."""
+        if self.is_adapter:
+            return self.base.weights
         with self.answering("the weight files cannot be read; copy them again"):
             return weight_files(self.path, self.error)
 
@@ -109,7 +144,7 @@ class ModelFolder:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object of the folder; empty where the file is missing."""
-        path = self.path / name
+        path = self.file(name)
         if not os.path.lexists(path):
             return {}
         with self.answering(f"{name} cannot be read"):
@@ -133,12 +168,22 @@ class ModelFolder:
         In the dtype of its files a model maps its weights: the trial takes a fraction of a second and no memory, but
         for what transformers puts together while it loads (experts of a mixture).
         """
-        if not self._examined:
+        if self._examined:
+            return
+        if self.is_adapter:
+            self.base.examine()
+            require_peft(self.error, self.path)
+            self.require_base()
+            with self.answering("the adapter does not load"):
+                loaded(self.skeleton(), self.path)
+        else:
             self._whole(stored_dtype(self.weights))
-            self._examined = True
+        self._examined = True
 
     def skeleton(self, dtype: torch.dtype | None = None) -> Any:
         """The model on the meta device, in `dtype` or the config's: modules and the shapes of weights, no memory."""
+        if self.is_adapter:
+            return self.base.skeleton(dtype)
         config = copy.deepcopy(self.config)
         with (
             self.answering("transformers cannot build the model of config.json"),
@@ -163,8 +208,34 @@ class ModelFolder:
             loaded: PreTrainedModel = model.to(device)
             return loaded
 
+    def load_in_4_bits(self, dtype: torch.dtype, computed: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The model with its linear layers but the head in nf4, quantised twice; dtype: of the rest.
+
+        computed: what these layers' products are taken in
+        """
+        self.examine()
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=computed,
+        )
+        with self.answering("the model does not load in 4 bits"):
+            model: PreTrainedModel = self._from_pretrained(
+                AutoModelForCausalLM,
+                config=copy.deepcopy(self.config),
+                dtype=dtype,
+                quantization_config=settings,
+                device_map={"": device},
+            )
+            return model
+
     def _whole(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model on the CPU with every one of its weights."""
+        if self.is_adapter:
+            self.examine()
+            with self.answering("the adapter does not load"):
+                return merged(self.base._whole(dtype), self.path)
         built = self.skeleton()
         self.read_json(GENERATION)  # transformers takes one that it cannot read for none
         with self.answering("the model does not load"):
@@ -185,13 +256,35 @@ class ModelFolder:
             whole: PreTrainedModel = model
             return whole
 
-    def _from_pretrained(self, auto: Any, **arguments: Any) -> Any:
+    def require_base(self) -> None:
+        """The base of an adapter of ours is the one that it was trained on; reads every byte of it."""
+        trained_on = self.read_json(BASE_RECORD).get("digest") if self.is_adapter else None
+        if trained_on is not None and trained_on != (found := self.base.digest()):
+            raise self.error(
+                f"the adapter was trained on a base model of the digest {trained_on[:12]}, {self.base.path} has "
+                f"{found[:12]}; put the path of the right one into adapter_config.json",
+                where=self.path,
+            )
+
+    def require_no_adapter(self, who: str) -> None:
+        """For programs that read the folder themselves."""
+        if self.is_adapter:
+            raise self.error(
+                f"{who} is given a whole model, this is an adapter: merge it into its base model (peft: "
+                "merge_and_unload, then save_pretrained; kdpipe train: train.export=merged), or take the engine "
+                "transformers",
+                where=self.path,
+            )
+
+    def _from_pretrained(self, auto: Any, place: Path | None = None, **arguments: Any) -> Any:
         """auto.from_pretrained(folder); `auto` is an Auto class."""
         return auto.from_pretrained(
-            str(self.place), local_files_only=True, trust_remote_code=bool(self.code), **arguments
+            str(place or self.place), local_files_only=True, trust_remote_code=bool(self.code), **arguments
         )
 
     def _require_config(self) -> None:
+        if self.is_adapter:
+            return self.base._require_config()
         if not self.path.is_dir():
             raise self.error("this is not a folder" if self.path.exists() else "no such folder", where=self.path)
         if not (self.path / "config.json").is_file():

@@ -61,6 +61,20 @@ class Stored:
                 first += len(part)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """A tensor that is in memory already."""
+
+    tensor: torch.Tensor
+
+    def read(self, out: torch.Tensor, first: int = 0) -> None:
+        """As Stored.read."""
+        out.view(-1).copy_(self.tensor.view(-1)[first : first + out.numel()])
+
+
+Readable = Stored | Value
+
+
 def files_of(model: PreTrainedModel, weights: Mapping[str, Path]) -> dict[str, Stored]:
     """Where each tensor of a skeleton's state lies, by the model's own names; weights: tensor name -> its file.
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from kdpipe.manifests.adapter import ADAPTER_CONFIG
 from kdpipe.manifests.errors import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SHOWN_NAMES = 3
 """Names of weights in an error message; their number is given too."""
@@ -114,10 +114,7 @@ def _what_is_there(folder: Path) -> str:
     if any(folder.glob("pytorch_model*.bin")):
         return "only pytorch_model.bin here, which kdpipe does not read; convert to safetensors"
     if any(folder.glob("adapter_model.*")):
-        return (
-            f"no weights: neither {WEIGHTS} nor {INDEX}, only an adapter; merge it into its base model "
-            "(peft: merge_and_unload, then save_pretrained)"
-        )
+        return f"no weights: neither {WEIGHTS} nor {INDEX}, only an adapter without its {ADAPTER_CONFIG}; copy it again"
     return f"no weights: neither {WEIGHTS} nor {INDEX}"
 
 

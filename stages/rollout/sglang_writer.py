@@ -64,7 +64,7 @@ class SglangWriter:
         arguments = server_arguments(
             folder.place, dtype, context.tokens if context else None, device, options, ARGUMENTS
         )
-        self.process = SglangProcess(folder.path, arguments, device, options)
+        self.process = SglangProcess(folder.base.path, arguments, device, options)
         self.process.advice = "the last checkpoint is kept, run the same command again"
         self.notes: list[str] = []
         self._options = options

@@ -9,6 +9,7 @@ from kdpipe.stages.student.check import (
     require_context,
 )
 from kdpipe.stages.student.exam import exam_text
+from kdpipe.stages.student.lora import Lora, check_export, lora_of, num_trainable, trainable
 from kdpipe.stages.student.sharding import compile_layers, load_sharded, reduce_gradients, shard
 from kdpipe.stages.student.student import (
     LOSS_SUMS,
@@ -19,8 +20,10 @@ from kdpipe.stages.student.student import (
 
 __all__ = [
     "LOSS_SUMS",
+    "Lora",
     "Student",
     "TeacherHead",
+    "check_export",
     "check_student",
     "check_student_of",
     "checkpoint_dtype",
@@ -28,9 +31,12 @@ __all__ = [
     "exam_text",
     "load_sharded",
     "load_teacher_head",
+    "lora_of",
+    "num_trainable",
     "own_vocab_size",
     "reduce_gradients",
     "require_compiler",
     "require_context",
     "shard",
+    "trainable",
 ]

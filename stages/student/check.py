@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from kdpipe.manifests.adapter import base_of
 from kdpipe.manifests.errors import ConfigError, StudentError, TeacherError
 from kdpipe.stages.feed.dataset import Dataset, Teacher
 from kdpipe.stages.models.context import context_of
@@ -50,8 +51,8 @@ def check_student_of(folder: Path, teacher: Path, trust: str | None = None) -> s
     What could not be checked is returned in words, "" for nothing. Raises StudentError as check_student does,
     TeacherError for a folder that is no teacher.
     """
-    own = asks_for_code(folder)
-    if own and not (trust and code_digest(folder).startswith(trust)):
+    own = asks_for_code(base := base_of(folder))
+    if own and not (trust and code_digest(base).startswith(trust)):
         return f"{folder} brings its own code: train checks the student when that code is allowed"
     model = ModelFolder(folder, StudentError, trust if own else None)
     other = ModelFolder(teacher, TeacherError, trust)
@@ -69,8 +70,8 @@ def _check_model(model: ModelFolder, vocab_size: int, whose: str) -> None:
             "enlarge its embedding (resize_token_embeddings) or pick a student of the teacher's family",
             where=model.path,
         )
-    _check_ids(model.config, model.path / "config.json", size)
-    _check_generation(model.path, size)
+    _check_ids(model.config, model.file("config.json"), size)
+    _check_generation(model.file(GENERATION_CONFIG_NAME), size)
     model.examine()
 
 
@@ -128,13 +129,12 @@ def _kept_tokenizer(teacher: Teacher) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_file=str(teacher.folder / "tokenizer.json"))
 
 
-def _check_generation(folder: Path, vocab_size: int) -> None:
+def _check_generation(path: Path, vocab_size: int) -> None:
     """What save_pretrained would refuse (a temperature without sampling) is no fault: the file is exported as it is."""
-    path = folder / GENERATION_CONFIG_NAME
     if not path.is_file():
         return
     try:
-        config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        config = GenerationConfig.from_pretrained(str(path.parent), local_files_only=True)
     except Exception as err:
         # transformers checks some fields and trips over others: OSError, ValueError, TypeError, AttributeError.
         cause = " ".join(f"{err}".split())

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +27,25 @@ from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, GENERATION
 
 from kdpipe.manifests.sample import SampleTokens
 from kdpipe.stages.feed.dataset import Dataset, Teacher
+from kdpipe.stages.models.adapter import is_adapted, own_name
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.own_code import NO_CODE, OwnCode
+from kdpipe.stages.student.lora import Lora, write_adapter
 from kdpipe.stages.student.student import Student
 
 RUNS, RUN = 8, 32
 """Of so many runs of so many samples the answers' last tokens are looked at."""
 STOP_SHARE = 0.05
 """Of the answers that end with a special token: fewer are cut off there by chance."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class AdapterExport:
+    """An adapter that is written by itself; digest: of its base"""
+
+    lora: Lora
+    base: Path
+    digest: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +57,7 @@ class Companions:
     dtype: of the weights
     code: the student's own, which goes with it: the digest that allows it is the same as before
     notes: what of it is not as it was in the student's folder, a line each
+    adapter: written instead of all weights
     """
 
     files: Mapping[str, bytes]
@@ -52,18 +65,19 @@ class Companions:
     dtype: torch.dtype
     code: OwnCode = NO_CODE
     notes: tuple[str, ...] = ()
+    adapter: AdapterExport | None = None
 
 
 def companions(model: ModelFolder, dataset: Dataset, dtype: torch.dtype) -> Companions:
     """Those of the student in a folder, which is trained on the data set; dtype: of its weights."""
-    folder, tokenizer = model.path, model.tokenizer
-    files = {name: (folder / name).read_bytes() for name in model.tokenizer_files}
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        files[GENERATION_CONFIG_NAME] = (folder / GENERATION_CONFIG_NAME).read_bytes()
+    tokenizer = model.tokenizer
+    files = {name: model.file(name).read_bytes() for name in model.tokenizer_files}
+    if (generation := model.file(GENERATION_CONFIG_NAME)).is_file():
+        files[GENERATION_CONFIG_NAME] = generation.read_bytes()
     samples = _sampled(dataset)
     notes = []
     stop_ids = trained_stops(samples, tokenizer)
-    stated = _stated_stops(files, folder)
+    stated = _stated_stops(files, model.file("config.json"))
     if missing := [each for each in stop_ids if each not in stated]:
         names = ", ".join(f"{tokenizer.convert_ids_to_tokens(each)} ({each})" for each in missing)
         notes.append(f"the exported student stops at {names} too, which it is trained to end its answers with")
@@ -75,20 +89,21 @@ def companions(model: ModelFolder, dataset: Dataset, dtype: torch.dtype) -> Comp
 
 
 def export(student: Student, beside: Companions, folder: Path, *, rank: int) -> None:
-    """Write the student as from_pretrained loads it. Every rank calls it; rank 0 writes. Raises OSError."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(student, options=options)
+    """Write the student as from_pretrained loads it, or its adapter as peft does.
+
+    Every rank calls it; rank 0 writes. Raises OSError.
+    """
+    model = student.model
+    if (own := beside.adapter) is not None:
+        write_adapter(model, own.lora, own.base, own.digest, folder, rank=rank)
+        if rank == 0:
+            _write_companions(beside, folder, None)
+        return
+    state = _merged_state(student, beside.dtype, rank) if is_adapted(model) else _state(student, beside.dtype, rank)
     if rank != 0:
         return
-    model = student.model
-    state = {
-        name.removeprefix("model."): tensor.to(beside.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in weights.items()
-        if isinstance(tensor, torch.Tensor)
-    }
-    for tied in model.all_tied_weights_keys:
-        # Cast, the two names of a tied tensor no longer share memory, by which save_pretrained would know them.
-        del state[tied]
+    if is_adapted(model):
+        model = _plain(model)
     generation, model.generation_config = model.generation_config, GenerationConfig()
     try:
         model.save_pretrained(str(folder), state_dict=state)
@@ -104,6 +119,40 @@ def export(student: Student, beside: Companions, folder: Path, *, rank: int) -> 
     config.save_pretrained(str(folder))
     made = (generation.to_json_string() + "\n").encode() if model.can_generate() else None
     _write_companions(beside, folder, made)
+
+
+def _state(student: Student, dtype: torch.dtype, rank: int) -> dict[str, torch.Tensor]:
+    """Weights and saved buffers by the model's names, on rank 0. Collective."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = {
+        name.removeprefix("model."): tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in get_model_state_dict(student, options=options).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    for tied in student.model.all_tied_weights_keys if rank == 0 else ():
+        # Cast, the two names of a tied tensor no longer share memory, by which save_pretrained would know them.
+        del state[tied]
+    return state
+
+
+def _merged_state(student: Student, dtype: torch.dtype, rank: int) -> dict[str, torch.Tensor]:
+    """The same of a model with an adapter, which is merged in."""
+    state = dict(student.weights(dtype, keep=rank == 0))
+    saved = student.model.state_dict().keys()
+    buffers = {name: buffer.cpu() for name, buffer in student.model.named_buffers() if name in saved}
+    return state | {own_name(name): buffer for name, buffer in buffers.items()} if rank == 0 else {}
+
+
+def _plain(model: Any) -> Any:
+    """The model without its adapter and out of 4 bits, no weights in it: what save_pretrained takes names from."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain._weight_conversions = getattr(model, "_weight_conversions", None)
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def _os_error(err: SafetensorError) -> OSError | None:
@@ -135,9 +184,9 @@ def _sampled(dataset: Dataset) -> list[SampleTokens]:
     return [dataset.tokens(index) for index in sorted(chosen)]
 
 
-def _stated_stops(files: Mapping[str, bytes], folder: Path) -> set[int]:
-    """Ids at which the student in `folder` stops generating, by its own word."""
-    text = files.get(GENERATION_CONFIG_NAME) or (folder / "config.json").read_bytes()
+def _stated_stops(files: Mapping[str, bytes], config: Path) -> set[int]:
+    """Ids at which the student of a config stops generating, by its own word."""
+    text = files.get(GENERATION_CONFIG_NAME) or config.read_bytes()
     value = json.loads(text).get("eos_token_id")
     return set(value) if isinstance(value, list) else {value}
 

@@ -31,9 +31,20 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from kdpipe.manifests.specs import FsdpSpec
+from kdpipe.stages.models.adapter import in_4_bits, own_name
 from kdpipe.stages.models.folder import ModelFolder
-from kdpipe.stages.models.parts import Stored, WholeOnlyError, files_of, make_buffers, replace_tensors, tensors_aside
+from kdpipe.stages.models.parts import (
+    Readable,
+    Stored,
+    Value,
+    WholeOnlyError,
+    files_of,
+    make_buffers,
+    replace_tensors,
+    tensors_aside,
+)
 from kdpipe.stages.ranks import Ranks
+from kdpipe.stages.student.lora import Lora, attach
 from kdpipe.stages.student.student import Student
 
 CPU = torch.device("cpu")
@@ -51,18 +62,33 @@ def load_sharded(
     grad_checkpointing: bool = False,
     fsdp: FsdpSpec = WHOLE_ROW,
     vocab_size: int | None = None,
+    lora: Lora | None = None,
+    seed: int = 0,
 ) -> Student:
     """The student of a folder, its weights `stored` over the ranks, its forward pass in another dtype. Collective.
 
     fsdp: how it lies on them; its layers are compiled later, by `compile_layers`
     vocab_size: as in Student
+    lora: the adapter that it is trained by, beside frozen weights; seed: of the adapter's first values
     folder.notes has a line more where rank 0 had to read it whole.
     Raises what ModelFolder raises; PeerError where another rank could not read its part.
     """
-    model, files = ranks.together(lambda: _in_parts(folder, stored, ranks.world_size))
-    (whole_only,) = ranks.largest([float(not files)])  # two clients of a network file system may not see the same
-    if whole_only:
-        model = ranks.together(lambda: _whole_on_first(folder, model, stored, rank=ranks.rank))
+    # An adapter that is gone on with stays beside its base; another one is merged into it.
+    source = folder.base if lora is not None and lora.folder is not None else folder
+    files: Mapping[str, Readable] = {}
+    if lora is not None and lora.bits is not None:
+        model, whole_only = ranks.together(lambda: source.load_in_4_bits(stored, computed, ranks.device)), 1.0
+    else:
+        model, files = ranks.together(lambda: _in_parts(source, stored, ranks.world_size))
+        (whole_only,) = ranks.largest([float(not files)])  # two clients of a network file system may not see the same
+        if whole_only:
+            model = ranks.together(lambda: _whole_on_first(source, model, stored, rank=ranks.rank))
+    if lora is not None:
+        values = ranks.together(lambda: attach(model, lora, seed))
+        if whole_only:
+            replace_tensors(model, lambda name, old: nn.Parameter(values[name]) if name in values else old)
+        else:
+            files = {name: files.get(own_name(name)) or Value(values[name]) for name in model.state_dict()}
     if grad_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     student = Student(model, vocab_size)
@@ -70,7 +96,7 @@ def load_sharded(
     if whole_only:
         return shard(student, mesh, computed, ranks.device, offload)
     _fully_shard(student, mesh, computed, offload)
-    ranks.together(lambda: _fill(folder, model, files, ranks.device, CPU if fsdp.optimizer_on_cpu else ranks.device))
+    ranks.together(lambda: _fill(source, model, files, ranks.device, CPU if fsdp.optimizer_on_cpu else ranks.device))
     return student
 
 
@@ -103,6 +129,8 @@ def _in_parts(folder: ModelFolder, dtype: torch.dtype, num_ranks: int) -> tuple[
     model = folder.skeleton(dtype)
     with folder.answering("its weights cannot be found in the files"):
         try:
+            if folder.is_adapter:
+                raise WholeOnlyError("it is an adapter, merged into its base")
             files = files_of(model, folder.weights)
             make_buffers(model)
         except WholeOnlyError as err:
@@ -134,13 +162,14 @@ def _fully_shard(
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     layers = set(student.model._no_split_modules or ())
+    apart = {parameter for parameter in student.parameters() if in_4_bits(parameter)}  # whole on every rank
     for module in student.model.modules():
         # Mamba names its blocks and the mixers inside them: what is part of a sharded layer is sharded already.
         if type(module).__name__ in layers and not any(isinstance(each, DTensor) for each in module.parameters()):
             before(module)
-            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=apart)
     before(student)
-    fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=apart)
     for inside in ("examined", "written", "scored"):
         register_fsdp_forward_method(student, inside)
     for module in student.modules():
@@ -159,7 +188,7 @@ def _offload(fsdp: FsdpSpec, device: torch.device) -> OffloadPolicy:
 def _fill(
     folder: ModelFolder,
     model: PreTrainedModel,
-    files: Mapping[str, Stored],
+    files: Mapping[str, Readable],
     device: torch.device,
     of_parts: torch.device,
 ) -> None:
@@ -186,7 +215,7 @@ def _hand_out(module: nn.Module, device: torch.device) -> None:
     """Rank 0's parameters and buffers of the module on every rank's device; what is sharded already is left alone."""
 
     def given(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if isinstance(tensor, DTensor):
+        if isinstance(tensor, DTensor) or in_4_bits(tensor):
             return tensor
         whole = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
         if dist.get_world_size() > 1:

@@ -9,25 +9,26 @@ leave the backbone, logits never exist outside the fused loss. Weights, sums of 
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed.dataset import Teacher
 from kdpipe.stages.feed.packing import PackedBatch
-from kdpipe.stages.loss import Head, Importance, Side, TokenMetrics, distill, pose, token_metrics
+from kdpipe.stages.loss import Head, Importance, LowRank, Side, TokenMetrics, distill, pose, token_metrics
+from kdpipe.stages.models.adapter import NAME, has_adapter, low_of, product
 from kdpipe.stages.models.backbone import backbone, packed_hidden
 from kdpipe.stages.models.formula import logit_formula
 from kdpipe.stages.rollout.decode import Ended, Way, decode, trial
 from kdpipe.stages.rollout.sampling import Sampling
 from kdpipe.stages.rollout.writer import Answer, Prompt
 from kdpipe.stages.student.exam import examine
+from kdpipe.stages.student.lora import merged_weights
 
 LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked")
 """What a training batch's forward pass tells of itself, sums over its tokens; see loss.Metrics."""
@@ -149,17 +150,16 @@ class Student(torch.nn.Module):
         return found
 
     def weights(self, dtype: torch.dtype, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight as it is now, whole, on the CPU, by the model's own name. Collective where it is sharded.
+        """Every weight as it is now, an adapter merged in, whole, on the CPU, by the model's own name.
+
+        Collective where it is sharded.
 
         keep: on this rank; the others only send their parts
         """
         if isinstance(self, FSDPModule):
             self.reshard()  # what the last pass put together lies in memory that the next one takes
-        for name, parameter in self.model.named_parameters():
-            part = parameter.detach()
-            whole = part.full_tensor() if isinstance(part, DTensor) else part
-            if keep:
-                yield name, whole.to("cpu", dtype)
+        for name, whole in merged_weights(self.model, keep=keep):
+            yield name, whole.to("cpu", dtype)
 
     def scored(self, ids: torch.Tensor) -> torch.Tensor:
         """A forward method to FSDP: parameters are whole inside."""
@@ -178,7 +178,14 @@ class Student(torch.nn.Module):
         return rows.to(self.model.get_output_embeddings().weight.dtype)
 
     def head(self) -> Head:
-        """The lm_head as it is now: whole, in the dtype of the pass, when called inside forward."""
+        """The lm_head as it is now, an adapter merged in: whole, in the dtype of the pass, if called inside forward."""
+        head, layer = self._own_head(), self.model.get_output_embeddings()
+        if not has_adapter(layer):
+            return head
+        return replace(head, weight=(head.weight.float() + product(layer, *low_of(layer))).to(head.weight.dtype))
+
+    def _own_head(self) -> Head:
+        """The lm_head without an adapter."""
         layer = self.model.get_output_embeddings()
         return Head(
             weight=layer.weight,
@@ -186,6 +193,15 @@ class Student(torch.nn.Module):
             softcap=self._formula.softcap,
             scale=self._formula.scale,
         )
+
+    def side(self, hidden: torch.Tensor) -> Side:
+        """Its half of a loss, an adapter on the head apart; rows that enter the head [R, D]."""
+        layer = self.model.get_output_embeddings()
+        if not has_adapter(layer):
+            return Side(hidden, self._own_head())
+        down, up = low_of(layer)
+        rows = torch.nn.functional.linear(layer.lora_dropout[NAME](hidden), down) * layer.scaling[NAME]
+        return Side(hidden, self._own_head(), LowRank(rows, up))
 
     def forward(
         self,
@@ -200,18 +216,18 @@ class Student(torch.nn.Module):
         A batch without teacher rows is for a loss of cross-entropy alone, for which no teacher is needed.
         seed: a sampled divergence draws by it; another one for every step. scale: multiplies the loss, not LOSS_SUMS
         """
-        hidden, head = self.hidden(batch), self.head()
+        hidden = self.hidden(batch)
         vocab_size = teachers[0].vocab_size if teachers else self._vocab_size
         # Rows whose teacher nobody asked for are not in the batch: the loss is cross-entropy alone then.
         sides = [Side(rows, teacher.head) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
-        student, weights = Side(hidden, head), None
+        student, weights = self.side(hidden), None
         if loss is None:
             shares = [teacher.weight for teacher in teachers]
-            return measured(student, sides, batch, shares if sides else (), vocab_size)
+            return measured(Side(hidden, self.head()), sides, batch, shares if sides else (), vocab_size)
         if self.importance is not None and batch.stale:
-            size = vocab_size or len(head.weight)
+            size = vocab_size or len(student.head.weight)
             rows, written = batch.stale
-            weights = self.importance.weights(student, batch.next_tokens, rows, written, size)
+            weights = self.importance.weights(Side(hidden, self.head()), batch.next_tokens, rows, written, size)
         losses, sums = [], []
         for taught in lessons(student, sides, batch, weights):
             problem = pose(
@@ -262,7 +278,7 @@ def lessons(
         return [Lesson(student=student, teachers=teachers, labels=batch.labels, keys=batch.keys, weights=weights)]
     return [
         Lesson(
-            student=Side(student.hidden[places], student.head),
+            student=student.at(places),
             teachers=[teacher],
             labels=batch.labels[places],
             keys=batch.keys[places],

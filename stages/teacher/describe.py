@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.specs import Dtype, DtypeChoice
+from kdpipe.stages.models.adapter import changes
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.formula import logit_formula
 
@@ -62,6 +63,13 @@ def describe_teacher(folder: ModelFolder, dtype: DtypeChoice = "auto") -> Teache
     head = model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), torch.nn.Parameter):
         raise TeacherError(f"{type(model).__name__} has no lm_head with a weight; not a causal LM", where=path)
+    with folder.answering("the adapter cannot be read"):
+        if folder.is_adapter and changes(path, _module_name(model, head)):
+            raise TeacherError(
+                "its adapter changes the output head, which a teacher has in its files: merge it into its base model "
+                "(peft: merge_and_unload, then save_pretrained; kdpipe train: train.export=merged)",
+                where=path,
+            )
     head_rows, hidden_size = head.weight.shape
     text, formula = config.get_text_config(), logit_formula(config)
     tied = head.weight is model.get_input_embeddings().weight

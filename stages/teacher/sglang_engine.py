@@ -52,6 +52,7 @@ class SglangTeacher:
     def __init__(self, folder: ModelFolder, *, dtype: Dtype, device: Device, options: EngineOptions) -> None:
         """Nothing is started yet. Raises ConfigError for a version or options that cannot be."""
         self.version()
+        folder.require_no_adapter("SGLang")
         self.notes: list[str] = []
         self._folder, self._dtype, self._device, self._options = folder, dtype, device, options
         self._info = describe_teacher(folder, dtype)

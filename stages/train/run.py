@@ -10,6 +10,7 @@ import shlex
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from kdpipe.stages.feed.packing import Packer
 from kdpipe.stages.models.device import described, pick_device
 from kdpipe.stages.ranks import Ranks, joined
 from kdpipe.stages.student import (
+    Lora,
     TeacherHead,
     check_student,
     checkpoint_dtype,
@@ -34,8 +36,9 @@ from kdpipe.stages.student import (
     exam_text,
     load_sharded,
     load_teacher_head,
+    lora_of,
 )
-from kdpipe.stages.student.export import companions, export
+from kdpipe.stages.student.export import AdapterExport, companions, export
 from kdpipe.stages.train.checkpoint import Checkpoints
 from kdpipe.stages.train.loop import Loop
 from kdpipe.stages.train.output import Output
@@ -185,20 +188,26 @@ class Run:
         spec, dataset = training.spec.train, found.dataset
         torch.manual_seed(spec.seed)
         self.training, self.ranks, self.dataset, self.inputs = training, ranks, dataset, found.inputs
+        self._found = found
         if not ranks.agree(digest_json(self.inputs.model_dump(mode="json"))):
             raise TemporaryError("ranks found other inputs than others: did a cache grow just now? run it again")
         check_student(found.model, *dataset.teachers)
+        lora = lora_of(found.model, training.spec.student)
         # As they are now: what is exported is what was trained, whatever becomes of the folder meanwhile.
-        self.beside = companions(found.model, dataset, checkpoint_dtype(found.model))
+        self.beside = companions(found.model, dataset, own := checkpoint_dtype(found.model))
+        if lora is not None and spec.export != "merged":
+            self.beside = replace(self.beside, adapter=self._adapter_export(lora))
         heads = self._load_heads()
         self.student = load_sharded(
             found.model,
             ranks,
-            stored=torch.float32,
+            stored=torch.float32 if lora is None else own,
             computed=getattr(torch, spec.dtype),
             grad_checkpointing=spec.grad_checkpointing,
             fsdp=spec.fsdp,
             vocab_size=dataset.vocab_size,
+            lora=lora,
+            seed=spec.seed,
         ).train()
         self.student.examine(exam_text(dataset, np.arange(len(dataset)), self.student.model.config), training.student)
         if spec.fsdp.compile:
@@ -250,6 +259,12 @@ class Run:
 
     def _load_heads(self) -> list[TeacherHead]:
         return [load_teacher_head(teacher, self.ranks.device) for teacher in self.dataset.teachers]
+
+    def _adapter_export(self, lora: Lora) -> AdapterExport:
+        """Its base is the student's folder, or that of the adapter which is trained on."""
+        model = self._found.model
+        digest = self.ranks.from_first(model.base.digest) if model.is_adapter else self.inputs.student
+        return AdapterExport(lora=lora, base=model.base.path.resolve(), digest=digest)
 
     def _introduce(self, progress: Progress) -> None:
         """What is about to be done, and what of it may not be what was meant."""

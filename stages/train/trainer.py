@@ -19,7 +19,7 @@ from kdpipe.manifests.specs import LossSpec, TrainSpec
 from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.feed.batches import Batches
 from kdpipe.stages.ranks import Ranks
-from kdpipe.stages.student import LOSS_SUMS, Student, TeacherHead, reduce_gradients
+from kdpipe.stages.student import LOSS_SUMS, Student, TeacherHead, reduce_gradients, trainable
 from kdpipe.stages.train.schedule import learning_rate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,10 +44,11 @@ class Trainer:
     ) -> None:
         self.student, self.batches, self.heads = student, batches, heads
         self.spec, self.loss, self.ranks = train, loss, ranks
+        weights = [parameter for _, parameter in trainable(student)]
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": [p for p in student.parameters() if p.ndim >= 2], "weight_decay": train.weight_decay},
-                {"params": [p for p in student.parameters() if p.ndim < 2], "weight_decay": 0.0},
+                {"params": [p for p in weights if p.ndim >= 2], "weight_decay": train.weight_decay},
+                {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
             ],
             lr=train.lr,
             betas=train.betas,
@@ -110,10 +111,10 @@ class Trainer:
         return dict(zip((*LOSS_SUMS, "num_tokens"), self.ranks.sums(total), strict=True))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Weights and moments by name, this rank's shards of them: all that a checkpoint has in tensors."""
+        """Trained weights and moments by name, this rank's shards of them: all that a checkpoint has in tensors."""
         self._make_moments(self.done - self.num_skipped)
         state: dict[str, torch.Tensor] = {}
-        for name, parameter in self.student.named_parameters():
+        for name, parameter in trainable(self.student):
             state[f"weight.{name}"] = parameter.detach()
             for moment in MOMENTS:
                 state[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
@@ -125,7 +126,7 @@ class Trainer:
 
     def _make_moments(self, num_updates: int) -> None:
         """AdamW's state of every parameter that has none yet, as it is after `num_updates` updates of zero."""
-        for parameter in self.student.parameters():
+        for _, parameter in trainable(self.student):
             if not self.optimizer.state[parameter]:
                 updates = torch.tensor(float(num_updates), dtype=torch.float32, device=parameter.device)
                 moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
@@ -148,7 +149,7 @@ class Trainer:
     def _clip(self) -> float:
         """Clip the gradients to max_grad_norm (0: leave them); their global norm before."""
         limit = self.spec.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit)
+        norm = torch.nn.utils.clip_grad_norm_([parameter for _, parameter in trainable(self.student)], limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 

@@ -34,9 +34,13 @@ from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.student import (
+    Lora,
     Student,
+    check_export,
     check_student,
     checkpoint_dtype,
+    lora_of,
+    num_trainable,
     own_vocab_size,
     require_compiler,
     require_context,
@@ -47,7 +51,9 @@ from kdpipe.stages.train.samples import open_samples, prepare_samples
 
 SILENT = Silent()
 STATE_BYTES = 12
-"""Of a parameter in a checkpoint: fp32 weight and two moments."""
+"""Of a trained parameter in a checkpoint: fp32 weight and two moments."""
+ADAPTER_BYTES = 4
+"""Of a number of an adapter that is written."""
 TEACHER_BYTES = 4
 """Of a parameter in a teacher that is made of the student."""
 
@@ -198,6 +204,8 @@ def check_training(training: Training, nproc: int, found: Found | None = None) -
         raise ConfigError("data without a teacher's rows are trained on with 0", where="loss.kd_weight")
     found = found or find(training)
     check_student(found.model, *found.dataset.teachers)
+    lora = lora_of(found.model, training.spec.student)
+    check_export(lora, found.model, training.spec.train.export)
     for path, plan in zip(training.caches, found.dataset.plans, strict=bool(training.caches)):
         _check_settings(training.spec, path, plan)
     require_context(found.model, found.dataset, np.arange(len(found.dataset)))
@@ -217,7 +225,7 @@ def check_training(training: Training, nproc: int, found: Found | None = None) -
     output = Output(training.output)
     output.settle(found.inputs)
     if (record := output.finished(found.inputs)) is None:
-        _require_room(training, found, output.require_free())
+        _require_room(training, found, lora, output.require_free())
     elif training.resume != "auto" and record.metrics is not None:
         raise ConfigError(
             f"it holds this run's student already, so --resume {training.resume} has nothing to do; to train it again "
@@ -280,14 +288,17 @@ def _notes(training: Training, caches: Sequence[Cache]) -> Iterator[str]:
         )
 
 
-def _require_room(training: Training, found: Found, there: Path) -> None:
+def _require_room(training: Training, found: Found, lora: Lora | None, there: Path) -> None:
     """The trained student and what is kept on the way to it must fit the disk of a folder. Raises SpaceError."""
     student, free = num_bytes(training.student), shutil.disk_usage(there).free
     spec = training.spec.train
-    width = {torch.float32: 4}.get(checkpoint_dtype(found.model), 2)
-    kept = (spec.keep + 1) * student // width * STATE_BYTES if spec.save_every else 0
+    params = student // {torch.float32: 4}.get(checkpoint_dtype(found.model), 2)
+    trained = params if lora is None else num_trainable(found.model, lora)
+    if lora is not None and spec.export != "merged":
+        student = ADAPTER_BYTES * trained
+    kept = (spec.keep + 1) * trained * STATE_BYTES if spec.save_every else 0
     if found.inputs.rollouts.get("teacher_update_every"):
-        kept += (2 + (spec.keep if spec.save_every else 0)) * student // width * TEACHER_BYTES
+        kept += (2 + (spec.keep if spec.save_every else 0)) * params * TEACHER_BYTES
     if student + kept > free:
         raise SpaceError(
             f"the trained student takes {student:,} bytes and its checkpoints {kept:,}, {free:,} are free; free some "

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from kdpipe.manifests.errors import ConfigError
-from kdpipe.manifests.specs import RunFile, StudentSpec, TrainTable, load, members_of, override, with_keys
+from kdpipe.manifests.specs import RunFile, StudentTable, TrainTable, load, members_of, override, with_keys
 from kdpipe.manifests.specs.members import MOST_RUNS, Member
 from kdpipe.manifests.specs.run import _apply
 
@@ -185,7 +185,7 @@ def test_a_member_is_what_the_same_set_by_hand_is(members: Members, tmp_path: Pa
 
 
 def test_a_run_file_made_in_python_takes_other_keys_too() -> None:
-    run = RunFile(student=StudentSpec(path=Path("s")), train=TrainTable(lr=0.5, seed=3))
+    run = RunFile(student=StudentTable(path=Path("s")), train=TrainTable(lr=0.5, seed=3))
     other = with_keys(run, {"train.lr": 0.25}, where="here")
     assert (other.train.lr, other.train.seed, other.student.path) == (0.25, 3, Path("s"))
     assert run.train.lr == 0.5, "the first is left as it was"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.loss.cross.rows import VALUES, Pair, RowFormula, Rows, row_step
-from kdpipe.stages.loss.fused import Fused
+from kdpipe.stages.loss.fused import INPUTS, Fused, dtypes_of
 from kdpipe.stages.loss.gradients import StudentGradients
 from kdpipe.stages.loss.head import Side
 from kdpipe.stages.loss.layout import Layout, pays_to_compile, row_blocks, rows_per_block
@@ -75,9 +75,7 @@ def summed(work: Work, *, chunk_tokens: int | None, head_grad_fp32: bool) -> tup
     student = work.problem.student
     weight = student.head.weight
     sum_dtype = torch.promote_types(weight.dtype, torch.float32) if head_grad_fp32 else weight.dtype
-    loss, sums = _Across.apply(
-        student.hidden, weight, student.head.bias, work, chunk_tokens, sum_dtype, torch.is_grad_enabled()
-    )
+    loss, sums = _Across.apply(*student.tensors, work, chunk_tokens, sum_dtype, torch.is_grad_enabled())
     return loss, sums
 
 
@@ -90,23 +88,19 @@ class _Across(Fused):
         student_hidden: Tensor,
         student_head: Tensor,
         student_bias: Tensor | None,
+        low_rows: Tensor | None,
+        low_up: Tensor | None,
         work: Work,
         chunk_tokens: int | None,
         sum_dtype: torch.dtype,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor]:
-        hidden, weight, bias = (differentiate and needed for needed in ctx.needs_input_grad[:3])
-        layout = layout_of(work, chunk_tokens, sums_head=weight and sum_dtype != student_head.dtype)
-        gradients = StudentGradients(
-            work.problem, sum_dtype, one_chunk=layout.num_chunks == 1, hidden=hidden, weight=weight, bias=bias
-        )
+        wanted = [differentiate and needed for needed in ctx.needs_input_grad[:INPUTS]]
+        layout = layout_of(work, chunk_tokens, sums_head=wanted[1] and sum_dtype != student_head.dtype)
+        gradients = StudentGradients(work.problem, sum_dtype, one_chunk=layout.num_chunks == 1, wanted=wanted)
         sums = _run(work, layout, gradients)
         ctx.save_for_backward(*gradients.finish())
-        ctx.dtypes = (
-            student_hidden.dtype,
-            student_head.dtype,
-            torch.float32 if student_bias is None else student_bias.dtype,
-        )
+        ctx.dtypes = dtypes_of(work.problem.student)
         ctx.mark_non_differentiable(sums)
         return work.total(*sums[:3]), sums
 

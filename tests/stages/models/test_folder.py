@@ -69,13 +69,18 @@ def test_an_index_that_names_a_tensor_which_its_file_lacks_is_refused_before_the
         ModelFolder(folder, TeacherError).examine()
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_an_adapter_is_refused_with_the_way_to_merge_it(beside: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [None, "", "gone/away", 3])
+def test_an_adapter_that_names_no_base_here_is_refused(named: object, tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path)
-    (folder / "adapter_config.json").write_text("{}")
-    if not beside:
-        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    with pytest.raises(StudentError, match="merge_and_unload"):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+    with pytest.raises(StudentError, match="which is no folder here; put the path of the base model there"):
+        load(folder)
+
+
+def test_an_adapter_without_its_config_is_refused(tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(StudentError, match=r"only an adapter without its adapter_config\.json"):
         load(folder)
 
 
