@@ -27,6 +27,7 @@ from kdpipe.pipeline.streams import lasting_streams
 
 # name -> what `kdpipe --help` says of it; the command is the object `command` in kdpipe.pipeline.commands.NAME.
 COMMANDS = {
+    "recipe": "Write a ready run file that does what another project's example does.",
     "plan": "Forecast a cache: samples, tokens, bytes, disk, and from how many students on it pays.",
     "extract": "Run a teacher once over the data and keep its hidden states in a cache.",
     "train": "Train a student from one or more caches.",
