@@ -72,7 +72,6 @@ def draw(found: Mapping[str, Sequence[Evals]], out: pathlib.Path) -> None:
             axis.plot(steps, means, "o-", ms=3, color=f"C{color}", label=STUDENTS[name][0])
         axis.set(xlabel="optimizer step", ylabel="nats a token")
         axis.set_title(title, fontsize=10)
-        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(out, dpi=90)
