@@ -31,9 +31,15 @@ METRICS = (
     "heldout_reverse_kl",
     "top1_agreement",
     "heldout_ce",
+    "heldout_bits_per_byte",
     "perplexity",
     "teacher_ce",
     "num_tokens",
+    "aligned_tokens",
+    "aligned_bytes",
+    "exact_tokens",
+    "shared_mass",
+    "unmatched_mass",
 )
 """In the order in which they are shown, whatever that of the keys in kdpipe.json; others come after them."""
 ELASTIC = (
@@ -68,7 +74,10 @@ class RunInputs(Record):
     cache_weights: tuple[float, ...] = ()
     """Share of each cache in an epoch's supervised tokens; () where every sample comes once."""
     data: str = ""
-    """sha256 over the samples trained on without a teacher; "" where caches hold them."""
+    """sha256 over the samples trained on where they are the student's own: without a teacher, or aligned with those of
+    caches; "" where caches hold them."""
+    align: str = ""
+    """The method by which a student with another tokenizer learns; "" where it has the teacher's."""
     heldout_fraction: float
     spec: RunSpec
     rollouts: dict[str, JsonValue] = {}  # noqa: RUF012 - pydantic copies it

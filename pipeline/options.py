@@ -229,11 +229,11 @@ READS = {
         renamed={"teacher.path": "--model", "data.paths": "--prompts"},
     ),
     "eval": Reads(
-        options=("eval.student", "cache.path", "eval", "cache.io", "student.trust_remote_code"),
+        options=("eval.student", "cache.path", "data.paths", "eval", "cache.io", "student.trust_remote_code"),
         others=(
             "student.path",
             "train.output",
-            "data.heldout_fraction",
+            "data",
             "train.batch_tokens",
             "loss.teacher_mix",
             "loss.teacher_weights",

@@ -79,6 +79,10 @@ def _check_training(member: Member) -> None:
     training = Training(
         student=run.student.path,
         caches=run.cache.path,
+        data=run.data.paths,
+        align=run.student.align,
+        align_floor=run.student.align_floor,
+        workers=run.data.workers,
         output=member.output,
         spec=spec,
         device="cpu",

@@ -5,7 +5,7 @@ ranks and divided once.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,15 +17,20 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, ConfigError, StudentError
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.run import read_run
-from kdpipe.manifests.specs import DeviceChoice, DtypeChoice, Io, LossSpec, Unmatched
+from kdpipe.manifests.specs import DataSpec, DeviceChoice, DtypeChoice, Io, LossSpec, Unmatched
+from kdpipe.stages.align import Aligned, Asked, cross
 from kdpipe.stages.feed.dataset import ONE_TEACHER, Dataset, by_teacher, of_caches
 from kdpipe.stages.feed.order import cut_steps, deal
 from kdpipe.stages.feed.packing import PackedBatch, Packer
 from kdpipe.stages.loss import TokenMetrics
+from kdpipe.stages.loss.cross_metrics import NAMES as CROSS
+from kdpipe.stages.loss.cross_metrics import CrossMetrics
 from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.vocabularies import token_bytes
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.student import (
+    Across,
     Student,
     TeacherHead,
     check_student,
@@ -36,6 +41,7 @@ from kdpipe.stages.student import (
     require_context,
 )
 
+AS_EXTRACTED = DataSpec()
 ALONE = ("heldout_ce", "perplexity", "num_tokens")
 """Metrics of a student without a teacher."""
 
@@ -60,11 +66,17 @@ def measure(
     device: torch.device,
     progress: Progress,
     stop: Callable[[], None] = lambda: None,
+    *,
+    num_bytes: int = 0,
 ) -> dict[str, float]:
-    """The metrics over all batches of all ranks; `stop` is called after each batch and may raise. Collective."""
+    """The metrics over all batches of all ranks; `stop` is called after each batch and may raise. Collective.
+
+    num_bytes: of text that the tokens of all batches of all ranks stand for; 0 where that is not known
+    """
     student.eval()
     several = len(teachers) if len(teachers) > 1 else 0
-    total = torch.zeros(6 + 2 * several, dtype=torch.float64, device=device)
+    across = student.across is not None and bool(teachers)
+    total = torch.zeros(len(CROSS) if across else 6 + 2 * several, dtype=torch.float64, device=device)
     for batch, num_tokens in feed:
         total += student.measure(batch.to(device), teachers).flat()
         progress.advance(num_tokens)
@@ -72,7 +84,52 @@ def measure(
     student.train()
     if dist.is_initialized():
         dist.all_reduce(total)
-    return summary(TokenMetrics.of_flat(total), taught=bool(teachers))
+    if across:
+        found = cross_summary(CrossMetrics.of_flat(total))
+    else:
+        found = summary(TokenMetrics.of_flat(total), taught=bool(teachers))
+    return found | bits_per_byte(found, num_bytes)
+
+
+def token_sizes(student: ModelFolder) -> np.ndarray | None:
+    """Bytes of text that each id of the student's tokenizer stands for; None where it has no fast backend to ask."""
+    if not student.tokenizer.is_fast:
+        return None
+    return np.array([len(piece or b"") for piece in token_bytes(student.tokenizer)], dtype=np.int64)
+
+
+def text_bytes(dataset: Dataset, samples: np.ndarray, sizes: np.ndarray | None) -> int:
+    """Bytes of text that the supervised tokens of some samples stand for; special tokens stand for none."""
+    if sizes is None:
+        return 0
+    texts = (dataset.tokens(sample) for sample in samples.tolist())
+    return sum(int(sizes[text.token_ids[1:][text.supervised[1:]]].sum()) for text in texts)
+
+
+def bits_per_byte(metrics: Mapping[str, float], num_bytes: int) -> dict[str, float]:
+    """The cross-entropy over bytes of text instead of tokens: what students of different tokenizers have in common."""
+    if not num_bytes:
+        return {}
+    return {"heldout_bits_per_byte": metrics["heldout_ce"] * metrics["num_tokens"] / num_bytes / math.log(2.0)}
+
+
+def cross_summary(sums: CrossMetrics) -> dict[str, float]:
+    """Means from sums of a student with another tokenizer: per token of its own, or per span of one token each."""
+    count, exact = max(float(sums.num_tokens), 1.0), float(sums.num_exact)
+    ce = float(sums.ce) / count
+    found = {"heldout_ce": ce, "perplexity": math.exp(min(ce, 700.0)), "num_tokens": int(sums.num_tokens)}
+    if not exact:
+        return found
+    shared = float(sums.teacher_mass) / exact
+    return {
+        "heldout_kl": float(sums.forward_kl) / exact,
+        "heldout_reverse_kl": float(sums.reverse_kl) / exact,
+        "top1_agreement": float(sums.top1_agree) / exact,
+        **found,
+        "exact_tokens": int(exact),
+        "shared_mass": shared,
+        "unmatched_mass": 1.0 - shared,
+    }
 
 
 def summary(sums: TokenMetrics, *, taught: bool) -> dict[str, float]:
@@ -117,12 +174,14 @@ def score(
     ranks: Ranks | None = None,
     stop: Callable[[], None] = lambda: None,
     own: Measures | None = None,
+    aligned: Aligned | None = None,
 ) -> dict[str, float]:
     """Metrics of the student in a folder on some samples: what `kdpipe eval` and the end of `kdpipe train` both say.
 
     ranks: those that share the work, each with its part of the weights; None where there is one
     stop: called after each batch, may raise
     own: measures more; there need be no samples then
+    aligned: how the samples lie beside the teacher's, where the student has another tokenizer
     Raises StudentError, CorruptError; CheckFailed where a figure is not finite. Collective where there are ranks.
     """
     precision = getattr(torch, dtype)
@@ -131,6 +190,8 @@ def score(
     else:
         model = Student(student.load(precision, device), dataset.vocab_size)
     texts = samples if len(samples) else np.arange(len(dataset))
+    if aligned is not None:
+        model.across = Across(aligned.vocabulary.to(device), method="")
     model.examine(exam_text(dataset, texts, model.model.config), student.path)
     teachers = [load_teacher_head(teacher, device) for teacher in dataset.teachers]
     packer = Packer(dataset, padded=model.padded, pin=device.type == "cuda")
@@ -138,7 +199,12 @@ def score(
     feed = batches(dataset, packer, samples, batch_tokens, rank=rank, world_size=world_size)
     progress.begin("eval", total=int(dataset.num_tokens[samples].sum()), unit="tokens")
     progress.advance(0, f"in {dtype}")
-    metrics = measure(model, teachers, feed, device, progress, stop) if len(samples) else {}
+    num_bytes, metrics = text_bytes(dataset, samples, token_sizes(student)), {}
+    if len(samples):
+        metrics = measure(model, teachers, feed, device, progress, stop, num_bytes=num_bytes)
+    if aligned is not None:
+        figures = aligned.record.figures
+        metrics |= {"aligned_tokens": figures.share_of_rows, "aligned_bytes": figures.share_of_bytes}
     if own is not None:
         metrics |= own.measure(model, teachers, ranks, batch_tokens)
     progress.end()
@@ -165,12 +231,17 @@ def evaluate_student(
     trust: str | None = None,
     loss: LossSpec = ONE_TEACHER,
     unmatched: Unmatched = "refuse",
+    data: tuple[Path, ...] = (),
+    data_spec: DataSpec = AS_EXTRACTED,
+    workers: int | None = None,
 ) -> dict[str, float]:
     """Metrics of the student in a folder on the held-out rows of one or more caches.
 
     heldout_fraction: None takes the one the student was trained with, else the caches'.
     loss: what several teachers are to the student; where it does not say, what they were when it was trained
     unmatched: as in of_caches
+    data: what the caches were made of, for a student with another tokenizer
+    data_spec, workers: how they become its samples, and in how many processes
     io: how the cache is read
     trust: digest of the student's own code that may run, or its start; None where it brings none
     device, dtype: "auto" picks a GPU if there is one, and the dtype the student is stored in.
@@ -180,6 +251,9 @@ def evaluate_student(
     if len(by_teacher(opened)) > 1 and loss.teacher_mix is None and record is not None:
         loss = record.inputs.spec.loss
     dataset, model = of_caches(opened, loss, unmatched=unmatched), ModelFolder(student, StudentError, trust)
+    crossing = cross(model, dataset, opened, Asked(data=data, spec=data_spec, workers=workers), progress)
+    if crossing is not None:
+        dataset = crossing.dataset
     check_student(model, *dataset.teachers)
     for note in dataset.notes:
         progress.note(note)
@@ -210,4 +284,5 @@ def evaluate_student(
         batch_tokens=batch_tokens,
         device=pick_device(device),
         progress=progress,
+        aligned=None if crossing is None else crossing.aligned,
     )

@@ -1,5 +1,6 @@
 """What most tests of the stages start from: a tiny teacher, its cache, a student; made once for all of them."""
 
+import dataclasses
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from tests import tokenizers
 from tests.chats import write_chats
 from tests.models import make_model, make_tokenizer
 
@@ -56,6 +58,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     spec = ExtractSpec(teacher=teacher, data=(data,), data_spec=DataSpec(max_length=128, heldout_fraction=0.25))
     extract(spec, folder / "cache", Silent())
     return Bench(teacher=teacher, student=student, data=data, cache=folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def far_bench(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The same with a student that has a tokenizer and a chat template of its own."""
+    folder = tmp_path_factory.mktemp("far") / "student"
+    make_model("llama", folder, vocab_size=560, seed=1, sizes={"hidden_size": 32})
+    return dataclasses.replace(bench, student=tokenizers.save_chatting(tokenizers.unigram(540), folder))
 
 
 Apart = Callable[..., int]

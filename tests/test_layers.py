@@ -21,6 +21,7 @@ FLOORS = (
     {"sglang"},
     {"loss", "teacher", "rollout"},
     {"student", "extract"},
+    {"align"},
     {"evaluate", "exchange", "generate"},
     {"train"},
     {"live"},

@@ -17,7 +17,7 @@ HEAD = """# The house
 floors, and a stage imports lower floors only (`tests/test_layers.py`):
 
     draws, ranks, rows  <  prepare, feed  <  models  <  sglang  <  loss, teacher, rollout  <  student, extract
-        <  evaluate, exchange, generate  <  train  <  live
+        <  align  <  evaluate, exchange, generate  <  train  <  live
 
 ## The way of a record and of its rows
 
@@ -36,10 +36,13 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
     kdpipe train
       opened and checked               train/training.py -> models/folder.py, student/check.py, feed/dataset.py
       --data: prepared, no rows        train/samples.py -> extract/reading.py -> prepare/  manifests/prepared.py
+      another tokenizer: aligned       align/crossing.py -> aligned.py -> joining.py -> prepare/pairing.py,
+                                       boundaries.py -> manifests/aligned.py                spans.arrow
       in the order of the epoch        feed/order.py -> batches.py
       ids from samples.arrow, rows     feed/packing.py <- manifests/samples.py, row_source.py <- cache.py <- shard.py
       through the student              train/trainer.py -> student/student.py -> models/backbone.py
       to the loss and its gradient     loss/problem.py -> fused.py -> blocks.py, pointwise.py
+      or across tokenizers             student/across.py -> loss/cross/, loss/cross_metrics.py
       step, checkpoint, evaluation     train/loop.py -> checkpoint.py, evaluate.py
       exported, measured               student/export.py -> train/output.py, run.py       kdpipe.json
 

@@ -1,13 +1,15 @@
 """[student] and [eval]: the model that learns, and how one is measured."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from kdpipe.manifests.specs.base import CodeDigest, Count, DeviceChoice, DtypeChoice, Flag, Fraction, Spec, several
 
 ALL_LINEAR = "all-linear"
+
+Align = Literal["auto", "none", "shared-vocab", "uld", "gold", "xtoken", "chunk", "dskd"]
 
 
 class StudentSpec(Spec):
@@ -38,6 +40,11 @@ class StudentTable(StudentSpec):
     """Run the Python code that the student's folder brings (auto_map in its configs), if its sha256 is this one, or
     starts with it (12 digits or more). Without it such a model is refused and nothing of it runs; the message names
     the files to read and their digest. Code of another repository is never fetched."""
+    align: Align = "auto"
+    """How a student learns whose tokenizer is not the teacher's: the name of a method (docs/cross-tokenizer.md). auto
+    takes shared-vocab then, none refuses. Without a part in training where the tokenizers agree."""
+    align_floor: Fraction = 0.5
+    """Least share of the supervised bytes that must be aligned with the teacher's text; less is refused."""
 
 
 class EvalSpec(Spec):

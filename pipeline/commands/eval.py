@@ -18,7 +18,8 @@ def command(run: RunFile, as_json: bool) -> None:
 
     Prints heldout_kl (teacher to student), heldout_reverse_kl, heldout_ce and teacher_ce as means per supervised token
     in nats, top1_agreement as a share, and perplexity. On caches of several teachers, heldout_kl_teacher_1 and so on
-    are those from each.
+    are those from each. heldout_bits_per_byte compares students of different tokenizers: the cross-entropy over the
+    bytes of the text. A student with another tokenizer than the teacher's needs --data, what the cache was made of.
 
     \b
     kdpipe eval --student runs/a --cache /scratch/cache --json
@@ -43,6 +44,9 @@ def command(run: RunFile, as_json: bool) -> None:
             trust=run.student.trust_remote_code,
             loss=run.loss,
             unmatched=run.cache.unmatched,
+            data=run.data.paths,
+            data_spec=run.samples(),
+            workers=run.data.workers,
         )
     show(metrics, as_json=as_json)
 

@@ -39,7 +39,8 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     """Train a student from one or more caches; the teacher is not needed.
 
     With --data in place of --cache there is no teacher at all: cross-entropy on the data (SFT), prepared with the
-    student's own tokenizer and chat template; its answers may be a teacher's, by kdpipe generate.
+    student's own tokenizer and chat template; its answers may be a teacher's, by kdpipe generate. With both, a student
+    with another tokenizer than the teacher's learns from the cache: --data is what the cache was made of.
 
     Prints the final metrics. Events go to OUTPUT/events.jsonl. Under torchrun it is one rank of that launch.
     Interrupted? The same command again goes on from its last checkpoint. Ctrl-C, SIGTERM, SIGUSR2 and SIGHUP finish the
@@ -53,6 +54,8 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     assert student is not None, "RunCommand has asked for it"
     assert output is not None, "RunCommand has asked for it"
     caches, data = _sources(run)
+    used = data if not caches or "data.paths" in typed().keys else ()
+    both = bool(caches) and "data.paths" in typed().keys
     require_not_swapped(student, caches)
     require_installed(run.train.loggers)
     spec = run.training() if caches else run.training().without_teacher()
@@ -70,6 +73,8 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         weights=run.cache.weights,
         unmatched=run.cache.unmatched,
         data=data,
+        align=run.student.align,
+        align_floor=run.student.align_floor,
         workers=run.data.workers,
         output=output,
         spec=spec,
@@ -79,13 +84,19 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         resume=resume,
         group=group_for(run.train.group, output),
         loggers=run.train.loggers,
-        made_with=this_command(student=student, cache=caches or None, data=data or None, output=output),
+        made_with=this_command(student=student, cache=caches or None, data=used or None, output=output),
     )
     is_first = os.environ.get("RANK", "0") == "0"
-    beside = samples_beside(output) if data and is_first else nullcontext()
+    beside = samples_beside(output) if data and not caches and is_first else nullcontext()
     with results_only(), beside, node_copies(run, output) as copies:
         training = replace(training, copies=copies)
         found = check_training(training, nproc, find_data(training) if data else None)
+        if both and found.crossing is None:
+            raise ConfigError(
+                "the student has the teacher's tokenizer, so the cache has all that it learns from: its samples are "
+                "those that the rows were made for; leave the option out",
+                where="--data",
+            )
         if nproc == 1 or "RANK" in os.environ:
             metrics = train_rank(training, found)
         else:
@@ -95,28 +106,23 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
 
 
 def _sources(run: RunFile) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The caches, or else the data files, to train on: a run file may have the data that its cache was made of.
+    """The caches to train on and the data that they were made of, where these are known; or data without caches.
 
-    Raises ConfigError where the command line says both, or what is of use with the other alone.
+    Raises ConfigError where the command line says what is of use with the other alone.
     """
     caches, data = run.cache.path, run.data.paths
     if not caches and not data:
         raise click.UsageError("option '--cache' (a teacher's rows) or '--data' (no teacher) is missing")
-    if caches and "data.paths" in typed().keys:
-        way = "" if "cache.path" in typed().keys else ": --set cache.path=[] leaves out the run file's cache"
-        raise ConfigError(
-            "--cache trains on a teacher's rows, with the samples that they were made for; --data trains on data "
-            f"alone, by cross-entropy and without a teacher; take one of the two{way}",
-            where="--data",
-        )
     if not caches and run.teacher.path is not None and "data.paths" not in typed().keys:
         raise ConfigError(
             f"the run file names a teacher ({run.teacher.path}) and no cache of its rows: make one with kdpipe "
             "extract, or train beside the teacher with kdpipe stream; --data trains on data alone",
             where="--cache",
         )
+    if caches and "data.paths" in typed().keys:
+        return caches, data
     table, other, but = ("data", "--data", OF_CACHES) if caches else ("cache", "--cache", ("cache.path",))
     for key in typed().keys:
         if within(key, table) and key not in but:
             raise ConfigError(f"it is of use with {other} alone; leave it out", where=flag_of(key).name)
-    return (caches, ()) if caches else ((), data)
+    return caches, data

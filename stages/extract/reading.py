@@ -115,7 +115,7 @@ def write_samples(
 
         with closing(read_samples(reading, record, unread, progress)) as samples:
             for sample in samples:
-                _check_ids(sample, vocab_size, reading.tokenizer)
+                check_ids(sample, vocab_size, reading.tokenizer)
                 kept += 1
                 if present is None or not present.take(sample):
                     # The name alone: the same data from another place is the same cache.
@@ -144,7 +144,7 @@ def incident_notes(counts: Mapping[str, int], log: str) -> Iterator[str]:
             yield f"{count} of {counts['read']} samples {kind.replace('_', ' ')}: see {log}"
 
 
-def _check_ids(sample: Sample, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_ids(sample: Sample, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises DataError for a token without a row in the head."""
     if (highest := int(sample.token_ids.max())) >= vocab_size:
         raise DataError(
@@ -175,16 +175,26 @@ def read_samples(
     )
     with closing(prepared):
         for sample in prepared:
-            context = reading.context
-            if context is not None and len(sample.token_ids) > context.tokens:
-                raise DataError(
-                    f"{len(sample.token_ids)} tokens, the {reading.who} takes {context.tokens} ({context.field}); "
-                    f"--max-length {context.tokens} cuts such samples, with --overlong drop it leaves them out",
-                    where=f"{sample.source}:{sample.line}",
-                )
+            check_context(sample, reading)
             progress.advance(1)
             yield sample
     progress.end()
+    tell_unread(unread, progress)
+
+
+def check_context(sample: Sample, reading: Reading) -> None:
+    """Raises DataError for a sample that is longer than the model takes."""
+    context = reading.context
+    if context is not None and len(sample.token_ids) > context.tokens:
+        raise DataError(
+            f"{len(sample.token_ids)} tokens, the {reading.who} takes {context.tokens} ({context.field}); "
+            f"--max-length {context.tokens} cuts such samples, with --overlong drop it leaves them out",
+            where=f"{sample.source}:{sample.line}",
+        )
+
+
+def tell_unread(unread: Counter[str], progress: Progress) -> None:
+    """Say what the records held that was not read."""
     if unread:
         listed = ", ".join(f"{name} ({count:,})" for name, count in sorted(_shown(unread).items()))
         progress.note(f"not read, with the number of records that have it: {listed}")

@@ -11,13 +11,14 @@ Invariant: all tables were made with one tokenizer; whoever teaches a sample tha
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from kdpipe.manifests.aligned import SpanTable
 from kdpipe.manifests.cache import Cache, HeadArrays
 from kdpipe.manifests.errors import CacheError, ConfigError
 from kdpipe.manifests.prepared import Prepared
@@ -42,6 +43,7 @@ class Teacher:
     read_head: reads the lm_head, checked
     check_files: raises where tokenizer or template in `folder` are missing or not what was written
     weight: beside other teachers of the same samples, whatever the sum of all
+    beside: which rows stand for the same text where its tokenizer is not that of the data set; None where it is
     folder: tokenizer.json and the chat template
     where: what an error about it names
     """
@@ -54,6 +56,7 @@ class Teacher:
     folder: Path
     where: Path
     weight: float = 1.0
+    beside: "Beside | None" = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,11 +65,28 @@ class Teacher:
         return found
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Beside:
+    """The texts of a teacher with another tokenizer, beside those of a data set.
+
+    spans: of each sample, with its place among the teacher's own
+    tokens: ids and mask of one of the teacher's own samples
+    """
+
+    spans: SpanTable
+    tokens: Callable[[int], SampleTokens]
+
+    def targets(self, sample: int) -> np.ndarray:
+        """The tokens that the teacher's rows of a sample predict, int32 [P]."""
+        text = self.tokens(int(self.spans.places[sample]))
+        return text.token_ids[1:][text.supervised[1:]]
+
+
 class Dataset:
     """Samples of some tables under one running index.
 
     teachers: () for cross-entropy alone
-    vocab_size: ids that their tokenizer makes, where no teacher says how many
+    vocab_size: ids that their tokenizer makes, where no teacher of that tokenizer says how many
     taught_by: the number of each sample's teacher, int64 [N], where each has one; None where every teacher has all
     usable: bool [N], the samples that `split` may give; None for all
     plans: of everything that it is made of, in the order in which it was named; those of the tables when not given
@@ -152,6 +172,17 @@ def of_caches(caches: Sequence[Cache], loss: LossSpec = ONE_TEACHER, *, unmatche
     if len(groups) == 1:
         return Dataset([cache.samples for cache in caches], [_teacher(caches[0], CacheRows(caches))])
     return _routed(caches, groups) if loss.teacher_mix == "route" else _together(caches, groups, loss, unmatched)
+
+
+def beside(dataset: Dataset, table: Samples, spans: SpanTable, *, vocab_size: int, notes: Sequence[str]) -> Dataset:
+    """The samples of another tokenizer, with the rows of a data set's only teacher that stand for the same texts.
+
+    vocab_size: ids that the other tokenizer makes
+    """
+    (teacher,) = dataset.teachers
+    text = Beside(spans=spans, tokens=dataset.tokens)
+    joined = replace(teacher, rows=JoinedRows(teacher.rows, spans.places), beside=text)
+    return Dataset([table], [joined], vocab_size=vocab_size, plans=dataset.plans, notes=(*dataset.notes, *notes))
 
 
 def by_teacher(caches: Sequence[Cache]) -> dict[str, list[Cache]]:

@@ -7,6 +7,7 @@ the device has a stream of its own: a batch is packed and copied while the one b
 # Shapes: L tokens of a batch, S samples in it, R supervised rows, E teacher width.
 
 import contextlib
+import itertools
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -38,6 +39,9 @@ class PackedBatch:
     teacher_rows: of each teacher [R, E] in its dtype; valid until the next batch is made
     teacher_places: of each teacher the rows of the batch that it has rows for, int64 [R_k]; () where every one has all
     stale: rows whose next token an older student wrote, int64 [K], and its log-probability then, fp32 [K]; () for none
+    aligned: of each teacher with another tokenizer three tensors: runs of the batch's rows and of its own that stand
+        for the same text, each a first row and a number of rows, int64 [K, 2] twice, and the token that each of its
+        rows predicts, int64 [P]; () where all have the student's
     """
 
     input_ids: torch.Tensor
@@ -51,6 +55,7 @@ class PackedBatch:
     bounds: tuple[int, ...] = ()
     teacher_places: tuple[torch.Tensor, ...] = ()
     stale: tuple[torch.Tensor, ...] = ()
+    aligned: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = ()
 
     @property
     def next_tokens(self) -> torch.Tensor:
@@ -79,7 +84,8 @@ class PackedBatch:
         return PackedBatch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
     def _of_rows(self) -> tuple[torch.Tensor, ...]:
-        return self.row_positions, self.labels, self.keys, *self.teacher_rows, *self.teacher_places, *self.stale
+        of_teachers = *self.teacher_rows, *self.teacher_places, *itertools.chain(*self.aligned)
+        return self.row_positions, self.labels, self.keys, *of_teachers, *self.stale
 
 
 @cache
@@ -127,6 +133,7 @@ class Packer:
             teacher_rows=self._gather(samples, counts),
             teacher_places=self._places(samples, counts),
             stale=_stale(texts, counts),
+            aligned=self._aligned(samples, counts),
         )
 
     def empty(self) -> PackedBatch:
@@ -142,7 +149,27 @@ class Packer:
             keys=torch.zeros(0, dtype=torch.int64),
             teacher_rows=tuple(buffer.take(0) for buffer in self._buffers),
             teacher_places=self._places(np.zeros(0, np.int64), np.zeros(0, np.int64)),
+            aligned=self._aligned(np.zeros(0, np.int64), np.zeros(0, np.int64)),
         )
+
+    def _aligned(
+        self, samples: np.ndarray, counts: np.ndarray
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]:
+        """PackedBatch.aligned of samples with so many rows each."""
+        found = []
+        for text in filter(None, (teacher.beside for teacher in self._dataset.teachers)):
+            spans = [text.spans.of(sample) for sample in samples.tolist()]
+            targets = [text.targets(sample) for sample in samples.tolist()]
+            theirs = np.array([len(each) for each in targets], dtype=np.int64)
+            runs = np.concatenate([np.zeros((0, 4), np.int64), *spans]).astype(np.int64)
+            numbers = [len(each) for each in spans]
+            runs[:, 0] += np.repeat(np.cumsum(counts) - counts, numbers)
+            runs[:, 2] += np.repeat(np.cumsum(theirs) - theirs, numbers)
+            tokens = np.concatenate([np.zeros(0, np.int64), *targets]).astype(np.int64)
+            both = (np.ascontiguousarray(runs[:, pair]) for pair in (slice(0, 2), slice(2, 4)))
+            student, teacher, predicted = map(torch.from_numpy, (*both, tokens))
+            found.append((student, teacher, predicted))
+        return tuple(found)
 
     def _taught(self, samples: np.ndarray) -> list[np.ndarray]:
         """Of each teacher which of the samples it teaches, bool [S]."""
@@ -162,6 +189,8 @@ class Packer:
         each = zip(self._dataset.teachers, self._buffers, self._taught(samples), strict=True)
         for teacher, buffer, taught in each:
             mine, num_rows = samples[taught], int(counts[taught].sum())
+            if (text := teacher.beside) is not None:
+                num_rows = sum(len(text.targets(sample)) for sample in mine.tolist())
             rows = buffer.take(num_rows)
             # The copy moves bits and knows no dtype: torch and numpy do not share bfloat16.
             bits, at = rows.view(torch.uint8).numpy(), 0

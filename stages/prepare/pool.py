@@ -57,7 +57,10 @@ def num_processes(asked: int | None, files: Sequence[Path], tokenizer: "PreTrain
 def in_processes(
     count: int, batches: Iterable[list[RawRecord]], setup: tuple[object, ...]
 ) -> Generator[Worked, None, None]:
-    """What becomes of each batch, in order. setup: arguments of Preparing. Raises TemporaryError for one that died."""
+    """What becomes of each batch, in order. Raises TemporaryError for a process that died.
+
+    setup: a class that makes Worked of batches, and its arguments
+    """
     with ExitStack() as running:
         data = pickle.dumps(setup)
         workers = [running.enter_context(_Worker()) for _ in range(count)]

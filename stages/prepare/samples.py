@@ -22,9 +22,10 @@ from kdpipe.manifests.specs import DataSpec
 from kdpipe.stages.prepare.bad_records import LOOK_AHEAD, BadRecords
 from kdpipe.stages.prepare.files import Note, list_files, unheard
 from kdpipe.stages.prepare.forms import Chat, Pair
+from kdpipe.stages.prepare.pairing import Pairing, Party
 from kdpipe.stages.prepare.pool import in_processes, num_processes
 from kdpipe.stages.prepare.sources import RawRecord, raw_records
-from kdpipe.stages.prepare.work import Outcome, Preparing, Worked
+from kdpipe.stages.prepare.work import Alignment, Outcome, Preparing, Worked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,9 +64,36 @@ def prepare(
     count = num_processes(workers, files, tokenizer)
     worked = (preparing(batch) for batch in batches)
     if count > 1:
-        worked = in_processes(count, batches, (tokenizer, spec, stop_ids, prompts))
+        worked = in_processes(count, batches, (Preparing, tokenizer, spec, stop_ids, prompts))
     outcomes = _outcomes(worked, Counter() if unread is None else unread)
     return _only_samples(_stream(outcomes, spec, on_incident, on_note, _named(files)))
+
+
+def aligned(
+    paths: Sequence[Path],
+    student: Party,
+    teacher: Party,
+    *,
+    on_incident: Callable[[Incident], None],
+    on_note: Note = unheard,
+    unread: Counter[str] | None = None,
+    workers: int | None = 1,
+) -> Generator[tuple[Sample, Alignment | None], None, None]:
+    """The student's samples, each with its alignment to the teacher's of the same record; None where that makes none.
+
+    Else as `prepare`.
+    """
+    pairing = Pairing(student, teacher)
+    files = list_files(paths, on_note)
+    batches = _batches(files, on_note)
+    count = min(num_processes(workers, files, each.tokenizer) for each in (student, teacher))
+    worked = (pairing(batch) for batch in batches)
+    if count > 1:
+        worked = in_processes(count, batches, (Pairing, student, teacher))
+    outcomes = _outcomes(worked, Counter() if unread is None else unread)
+    with closing(_stream(outcomes, student.spec, on_incident, on_note, _named(files))) as kept:
+        for each in kept:
+            yield _sample_of(each), each.alignment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

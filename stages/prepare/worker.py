@@ -1,7 +1,8 @@
 """Worker: a process of the pool, from its first byte to its last. python -m kdpipe.stages.prepare.worker DESCRIPTOR
 
-The link brings the arguments of Preparing, then batches; each is answered with what became of it, or with the exception
-that it caused. Batches are read by a thread of their own, so that the pool never waits for a batch to be taken.
+The link brings a class, such as Preparing, and its arguments, then batches for one of it; each is answered with what
+became of it, or with the exception that it caused. Batches are read by a thread of their own, so that the pool never
+waits for a batch to be taken.
 Invariant: the process ends when the link does.
 """
 
@@ -10,11 +11,13 @@ import pickle
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
 
 from kdpipe.stages.prepare.pool import Connection, open_link
-from kdpipe.stages.prepare.work import Preparing
+from kdpipe.stages.prepare.sources import RawRecord
+from kdpipe.stages.prepare.work import Worked
 
 
 def main(descriptor: int) -> None:
@@ -23,7 +26,8 @@ def main(descriptor: int) -> None:
     threading.Thread(target=_read, args=(link, tasks), daemon=True).start()
     with suppress(BrokenPipeError, ConnectionResetError):
         if (setup := tasks.get()) is not None:
-            preparing = Preparing(*pickle.loads(setup))
+            make, *arguments = pickle.loads(setup)
+            preparing = make(*arguments)
             gc.freeze()  # looking through libraries again and again for what is not needed took a tenth of the time
             gc.set_threshold(100_000)
             while (task := tasks.get()) is not None:
@@ -37,7 +41,7 @@ def _read(link: Connection, tasks: "SimpleQueue[bytes | None]") -> None:
     tasks.put(None)
 
 
-def _answer(preparing: Preparing, task: bytes) -> bytes:
+def _answer(preparing: Callable[[Sequence[RawRecord]], Worked], task: bytes) -> bytes:
     try:
         return pickle.dumps(preparing(pickle.loads(task)), protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as err:

@@ -1,5 +1,6 @@
 """The student: a causal LM that answers with losses, checked and examined before it is trained, exported after."""
 
+from kdpipe.stages.student.across import Across
 from kdpipe.stages.student.check import (
     check_student,
     check_student_of,
@@ -10,7 +11,7 @@ from kdpipe.stages.student.check import (
 )
 from kdpipe.stages.student.exam import exam_text
 from kdpipe.stages.student.lora import Lora, check_export, lora_of, num_trainable, trainable
-from kdpipe.stages.student.sharding import compile_layers, load_sharded, reduce_gradients, shard
+from kdpipe.stages.student.sharding import compile_layers, load_sharded, reduce_gradients, shard, shard_beside
 from kdpipe.stages.student.student import (
     LOSS_SUMS,
     Student,
@@ -20,6 +21,7 @@ from kdpipe.stages.student.student import (
 
 __all__ = [
     "LOSS_SUMS",
+    "Across",
     "Lora",
     "Student",
     "TeacherHead",
@@ -38,5 +40,6 @@ __all__ = [
     "require_compiler",
     "require_context",
     "shard",
+    "shard_beside",
     "trainable",
 ]

@@ -20,6 +20,10 @@ from kdpipe.stages.models.own_code import asks_for_code, code_digest
 from kdpipe.stages.models.vocabulary import real_vocab_size, vocabulary_difference, vocabulary_digest
 from kdpipe.stages.teacher.describe import describe_teacher
 
+OTHER_TOKENIZER = (
+    "such a student learns from a cache, with the data that the cache was made of: kdpipe extract, then kdpipe train "
+    "with --cache and --data"
+)
 IDS = ("pad_token_id", "eos_token_id")
 """Config fields that name ids which end up in a batch or end a text."""
 
@@ -33,9 +37,21 @@ def check_student(model: ModelFolder, *teachers: Teacher) -> None:
     if not teachers:
         _check_model(model, own_vocab_size(model), "its tokenizer's")
     for teacher in teachers:
+        if teacher.beside is not None:
+            _check_model(model, own_vocab_size(model), "its tokenizer's")
+            continue
         _check_model(model, teacher.record.vocab_size, "the cache's")
-        if vocabulary_digest(model.tokenizer) != teacher.vocabulary_digest:
-            _check_tokens(model, _kept_tokenizer(teacher), teacher.where)
+        if difference := tokenizer_difference(model, teacher):
+            raise StudentError(
+                f"its tokenizer is not that of {teacher.where}: {difference}; {OTHER_TOKENIZER}", where=model.path
+            )
+
+
+def tokenizer_difference(model: ModelFolder, teacher: Teacher) -> str:
+    """The first token that the student's tokenizer does not have as the teacher's, in words; "" where it has all."""
+    if vocabulary_digest(model.tokenizer) == teacher.vocabulary_digest:
+        return ""
+    return vocabulary_difference(model.tokenizer, _kept_tokenizer(teacher))
 
 
 def own_vocab_size(model: ModelFolder) -> int:
@@ -44,9 +60,10 @@ def own_vocab_size(model: ModelFolder) -> int:
     return real_vocab_size(model.path, model.tokenizer, head_rows, StudentError)
 
 
-def check_student_of(folder: Path, teacher: Path, trust: str | None = None) -> str:
+def check_student_of(folder: Path, teacher: Path, trust: str | None = None, *, live: bool = False) -> str:
     """Whether the student in `folder` can learn from a cache of this teacher, before there is one.
 
+    live: it is to learn beside the teacher, which takes a student with the teacher's tokenizer
     trust: digest of the teacher's own code that may run, and of the student's where it has the same
     What could not be checked is returned in words, "" for nothing. Raises StudentError as check_student does,
     TeacherError for a folder that is no teacher.
@@ -56,8 +73,12 @@ def check_student_of(folder: Path, teacher: Path, trust: str | None = None) -> s
         return f"{folder} brings its own code: train checks the student when that code is allowed"
     model = ModelFolder(folder, StudentError, trust if own else None)
     other = ModelFolder(teacher, TeacherError, trust)
+    if difference := vocabulary_difference(model.tokenizer, other.tokenizer):
+        _check_model(model, own_vocab_size(model), "its tokenizer's")
+        if live:
+            raise StudentError(f"its tokenizer is not that of {teacher}: {difference}; {OTHER_TOKENIZER}", where=folder)
+        return f"{folder} has another tokenizer than the teacher: kdpipe train aligns its texts (student.align)"
     _check_model(model, real_vocab_size(teacher, other.tokenizer, describe_teacher(other).head_rows), "the teacher's")
-    _check_tokens(model, other.tokenizer, teacher)
     return ""
 
 
@@ -73,14 +94,6 @@ def _check_model(model: ModelFolder, vocab_size: int, whose: str) -> None:
     _check_ids(model.config, model.file("config.json"), size)
     _check_generation(model.file(GENERATION_CONFIG_NAME), size)
     model.examine()
-
-
-def _check_tokens(model: ModelFolder, tokenizer: PreTrainedTokenizerBase, whose: Path) -> None:
-    if difference := vocabulary_difference(model.tokenizer, tokenizer):
-        raise StudentError(
-            f"its tokenizer is not that of {whose}: {difference}; a student must use the teacher's tokenizer",
-            where=model.path,
-        )
 
 
 def require_context(model: ModelFolder, dataset: Dataset, samples: np.ndarray) -> None:

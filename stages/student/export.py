@@ -81,7 +81,8 @@ def companions(model: ModelFolder, dataset: Dataset, dtype: torch.dtype) -> Comp
     if missing := [each for each in stop_ids if each not in stated]:
         names = ", ".join(f"{tokenizer.convert_ids_to_tokens(each)} ({each})" for each in missing)
         notes.append(f"the exported student stops at {names} too, which it is trained to end its answers with")
-    template = _trained_template(dataset.teachers[0], tokenizer, samples) if dataset.teachers else None
+    own = not dataset.teachers or dataset.teachers[0].beside is not None  # the data went through its own template
+    template = None if own else _trained_template(dataset.teachers[0], tokenizer, samples)
     if template is not None:
         _replace_template(files, template)
         notes.append("the exported student has the chat template of the cache, which is not its folder's")
@@ -127,7 +128,7 @@ def _state(student: Student, dtype: torch.dtype, rank: int) -> dict[str, torch.T
     state = {
         name.removeprefix("model."): tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in get_model_state_dict(student, options=options).items()
-        if isinstance(tensor, torch.Tensor)
+        if isinstance(tensor, torch.Tensor) and name.startswith("model.")  # not what a method has beside it
     }
     for tied in student.model.all_tied_weights_keys if rank == 0 else ():
         # Cast, the two names of a tied tensor no longer share memory, by which save_pretrained would know them.

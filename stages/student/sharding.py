@@ -118,6 +118,19 @@ def compile_layers(student: Student) -> None:
             module.compile()
 
 
+def shard_beside(beside: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device) -> None:
+    """Shard the linear layers of a module beside the student's model, which learn with it. Collective.
+
+    Rank 0's weights. Before the student's first forward pass, which makes them part of it.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in beside.modules():
+        if isinstance(module, nn.Linear):
+            _hand_out(module, device)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            _sum_gradients(module)
+
+
 def reduce_gradients(student: Student, wanted: bool) -> None:
     """Whether the next backward pass sums gradients over ranks, or keeps them for the next micro-batch."""
     assert isinstance(student, FSDPModule)
@@ -173,11 +186,15 @@ def _fully_shard(
     for inside in ("examined", "written", "scored"):
         register_fsdp_forward_method(student, inside)
     for module in student.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # A plain sum: the fused multiply-and-sum that a factor asks for exists on nccl only.
-            module.set_force_sum_reduction_for_comms(True)
+        _sum_gradients(module)
     return student
+
+
+def _sum_gradients(module: nn.Module) -> None:
+    if isinstance(module, FSDPModule):
+        module.set_gradient_divide_factor(1.0)
+        # A plain sum: the fused multiply-and-sum that a factor asks for exists on nccl only.
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def _offload(fsdp: FsdpSpec, device: torch.device) -> OffloadPolicy:

@@ -21,14 +21,16 @@ from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed.dataset import Teacher
 from kdpipe.stages.feed.packing import PackedBatch
 from kdpipe.stages.loss import Head, Importance, LowRank, Side, TokenMetrics, distill, pose, token_metrics
+from kdpipe.stages.loss.cross_metrics import CrossMetrics
 from kdpipe.stages.models.adapter import NAME, has_adapter, low_of, product
 from kdpipe.stages.models.backbone import backbone, packed_hidden
 from kdpipe.stages.models.formula import logit_formula
 from kdpipe.stages.rollout.decode import Ended, Way, decode, trial
 from kdpipe.stages.rollout.sampling import Sampling
 from kdpipe.stages.rollout.writer import Answer, Prompt
+from kdpipe.stages.student.across import Across
 from kdpipe.stages.student.exam import examine
-from kdpipe.stages.student.lora import merged_weights
+from kdpipe.stages.student.lora import merged_weights, whole
 
 LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked")
 """What a training batch's forward pass tells of itself, sums over its tokens; see loss.Metrics."""
@@ -74,12 +76,14 @@ class Student(torch.nn.Module):
     It is examined first; `padded` says then that its layers cannot tell packed samples apart: batches must be padded.
     vocab_size: ids that its data can have, where no teacher says how many; the rows of its head when not given
     importance: weighs rows that an older student wrote, where that is wanted
+    across: what it needs to learn from a teacher with another tokenizer; None where it has the student's
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
         super().__init__()
         self.model, self._vocab_size = model, vocab_size
         self.importance: Importance | None = None
+        self.across: Across | None = None
         self._formula = logit_formula(model.config)
         self._padded: bool | None = None
         self._text = np.zeros(0, np.int32)
@@ -158,8 +162,8 @@ class Student(torch.nn.Module):
         """
         if isinstance(self, FSDPModule):
             self.reshard()  # what the last pass put together lies in memory that the next one takes
-        for name, whole in merged_weights(self.model, keep=keep):
-            yield name, whole.to("cpu", dtype)
+        for name, weight in merged_weights(self.model, keep=keep):
+            yield name, weight.to("cpu", dtype)
 
     def scored(self, ids: torch.Tensor) -> torch.Tensor:
         """A forward method to FSDP: parameters are whole inside."""
@@ -203,6 +207,11 @@ class Student(torch.nn.Module):
         rows = torch.nn.functional.linear(layer.lora_dropout[NAME](hidden), down) * layer.scaling[NAME]
         return Side(hidden, self._own_head(), LowRank(rows, up))
 
+    def whole_head(self) -> Head:
+        """The lm_head as it is now, whole. Collective where the student is sharded."""
+        head = self.head()
+        return replace(head, weight=whole(head.weight), bias=None if head.bias is None else whole(head.bias))
+
     def forward(
         self,
         batch: PackedBatch,
@@ -210,17 +219,21 @@ class Student(torch.nn.Module):
         loss: LossSpec | None,
         seed: int = 0,
         scale: float = 1.0,
-    ) -> tuple[torch.Tensor, torch.Tensor] | TokenMetrics:
+    ) -> tuple[torch.Tensor, torch.Tensor] | TokenMetrics | CrossMetrics:
         """The loss of the batch with its gradients, and LOSS_SUMS [8] for reading; metrics where loss is None.
 
         A batch without teacher rows is for a loss of cross-entropy alone, for which no teacher is needed.
         seed: a sampled divergence draws by it; another one for every step. scale: multiplies the loss, not LOSS_SUMS
         """
         hidden = self.hidden(batch)
-        vocab_size = teachers[0].vocab_size if teachers else self._vocab_size
+        own = not teachers or self.across is not None
+        vocab_size = self._vocab_size if own else teachers[0].vocab_size
         # Rows whose teacher nobody asked for are not in the batch: the loss is cross-entropy alone then.
         sides = [Side(rows, teacher.head) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
         student, weights = self.side(hidden), None
+        crossing = self.across if batch.aligned else None
+        if loss is None and crossing is not None:
+            return crossing.metrics(Side(hidden, self.head()), sides, batch)
         if loss is None:
             shares = [teacher.weight for teacher in teachers]
             return measured(Side(hidden, self.head()), sides, batch, shares if sides else (), vocab_size)
@@ -228,8 +241,11 @@ class Student(torch.nn.Module):
             size = vocab_size or len(student.head.weight)
             rows, written = batch.stale
             weights = self.importance.weights(Side(hidden, self.head()), batch.next_tokens, rows, written, size)
-        losses, sums = [], []
-        for taught in lessons(student, sides, batch, weights):
+        outs, losses, sums = [], [], []
+        if crossing is not None:
+            side = Side(hidden, self.head())
+            outs = [crossing.loss(side, sides, batch, loss, weights=weights, seed=seed, scale=scale)]
+        for taught in [] if outs else lessons(student, sides, batch, weights):
             problem = pose(
                 taught.student,
                 taught.teachers,
@@ -241,7 +257,8 @@ class Student(torch.nn.Module):
                 seed=seed,
                 loss_scale=scale,
             )
-            out = distill(problem, chunk_tokens=loss.chunk_tokens, head_grad_fp32=loss.head_grad_fp32)
+            outs.append(distill(problem, chunk_tokens=loss.chunk_tokens, head_grad_fp32=loss.head_grad_fp32))
+        for out in outs:
             losses.append(out.loss)
             ranked = torch.full_like(out.kd, out.metrics.num_ranked)
             seen = out.metrics.teacher_entropy, out.metrics.top1_agree, out.metrics.top_k_mass
@@ -249,10 +266,10 @@ class Student(torch.nn.Module):
         return torch.stack(losses).sum(), torch.stack(sums).sum(0)
 
     @torch.no_grad()
-    def measure(self, batch: PackedBatch, teachers: Sequence[TeacherHead]) -> TokenMetrics:
+    def measure(self, batch: PackedBatch, teachers: Sequence[TeacherHead]) -> TokenMetrics | CrossMetrics:
         """Sums of the evaluation metrics over the batch's supervised tokens."""
         metrics = self(batch, teachers, None)
-        assert isinstance(metrics, TokenMetrics)
+        assert isinstance(metrics, TokenMetrics | CrossMetrics)
         return metrics
 
 

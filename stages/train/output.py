@@ -11,6 +11,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from kdpipe.manifests.aligned import ALIGNED
 from kdpipe.manifests.durable import canonical, disk_error, fsync_folder, fsync_tree, usual_modes, write_once
 from kdpipe.manifests.errors import ConfigError, CorruptError
 from kdpipe.manifests.failpoints import failpoint
@@ -45,7 +46,7 @@ REPORT = "report.html"
 SUBMITTED = "submit"
 """Folder of what was sent to a cluster for it."""
 FILES = {EVENTS, INCIDENTS, RUNNING_FILE, LOG, REPORT}
-FOLDERS = {UNFINISHED, CHECKPOINTS, TEACHERS, SUBMITTED, TENSORBOARD, WANDB}
+FOLDERS = {ALIGNED, UNFINISHED, CHECKPOINTS, TEACHERS, SUBMITTED, TENSORBOARD, WANDB}
 """What an interrupted run leaves in its output."""
 
 

@@ -22,12 +22,15 @@ from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.run import Metrics, RunRecord
 from kdpipe.manifests.running import alone_in
 from kdpipe.stages import evaluate
+from kdpipe.stages.align import Crossing
 from kdpipe.stages.extract.reading import INCIDENTS
 from kdpipe.stages.feed.batches import Batches, PlannedBatches
 from kdpipe.stages.feed.packing import Packer
+from kdpipe.stages.loss.cross import extra_of
 from kdpipe.stages.models.device import described, pick_device
 from kdpipe.stages.ranks import Ranks, joined
 from kdpipe.stages.student import (
+    Across,
     Lora,
     TeacherHead,
     check_student,
@@ -37,6 +40,7 @@ from kdpipe.stages.student import (
     load_sharded,
     load_teacher_head,
     lora_of,
+    shard_beside,
 )
 from kdpipe.stages.student.export import AdapterExport, companions, export
 from kdpipe.stages.train.checkpoint import Checkpoints
@@ -81,6 +85,9 @@ def _next_command(training: Training, found: Found, record: RunRecord) -> str:
         return f"measure it against a teacher with its tokenizer, on a cache: {shlex.join([*measure, 'CACHE'])}"
     if not found.rows_are_kept:
         return f"no rows were kept; measure it on a cache of its teacher: {shlex.join([*measure, 'CACHE'])}"
+    if found.crossing is not None:
+        measure += [str(training.caches[0]), "--data", *map(str, training.data)]
+        return f"measure it on any cache of its teacher, with the cache's data: {shlex.join(measure)}"
     if record.metrics:
         return f"measure it on any cache of its teacher: {shlex.join([*measure, str(training.caches[0])])}"
     return (
@@ -106,7 +113,7 @@ def _complete(
         progress.event("accepted", inputs=found.inputs.model_dump(mode="json"))
         asked = stack.enter_context(asked_to_stop(say=ranks.rank == 0))
         if run is not None:
-            if training.data and ranks.rank == 0:
+            if training.data and not training.caches and ranks.rank == 0:
                 output.list_incidents(found.dataset.tables[0].folder / INCIDENTS)
             run.loop.resume(training.resume, progress)
             run.steps(progress, asked, keep)
@@ -154,6 +161,7 @@ def _measured(
             ranks=ranks,
             stop=stop,
             own=found.own,
+            aligned=None if found.crossing is None else found.crossing.aligned,
         )
         metrics |= {"dtype": dtype}
         progress.event("eval", step=record.num_steps, **metrics)
@@ -209,6 +217,8 @@ class Run:
             lora=lora,
             seed=spec.seed,
         ).train()
+        if found.crossing is not None:
+            self.student.across = self._across(found.crossing, heads[0])
         self.student.examine(exam_text(dataset, np.arange(len(dataset)), self.student.model.config), training.student)
         if spec.fsdp.compile:
             compile_layers(self.student)
@@ -229,6 +239,7 @@ class Run:
             pin=ranks.device.type == "cuda",
         )
         self.heads, self.own = heads, found.own
+        self._sizes = evaluate.token_sizes(found.model)
         self.batches: Batches = self.planned
         if found.own is not None:
             self.batches = found.own.batches(self.planned, self.student, heads[0].vocab_size, ranks, spec.seed)
@@ -256,6 +267,27 @@ class Run:
         if "update/seconds" in due:
             self.heads = self.trainer.heads = self._load_heads()
         return due
+
+    def _across(self, crossing: Crossing, teacher: TeacherHead) -> Across:
+        """What the student has beside it to learn from a teacher with another tokenizer. Collective."""
+        spec, device = self.training.spec, self.ranks.device
+        vocabulary, extra = crossing.aligned.vocabulary.to(device), None
+        if spec.loss.kd_weight > 0.0:
+            head = self.student.whole_head()
+            tokenizer = crossing.tokenizer
+            extra = extra_of(
+                crossing.method,
+                head.weight.shape[1],
+                teacher.head.weight.shape[1],
+                vocabulary,
+                spec.loss.options,
+                heads=(head, teacher.head),
+                encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+            )
+        if extra is not None:
+            extra = extra.to(device)
+            shard_beside(extra, self.ranks.mesh(spec.train.fsdp.shard_size), getattr(torch, spec.train.dtype), device)
+        return Across(vocabulary, crossing.method, extra)
 
     def _load_heads(self) -> list[TeacherHead]:
         return [load_teacher_head(teacher, self.ranks.device) for teacher in self.dataset.teachers]
@@ -309,7 +341,8 @@ class Run:
             samples = self.heldout[: max(int(within.sum()), 1)]
             packer = Packer(self.dataset, padded=self.student.padded, pin=ranks.device.type == "cuda")
             feed = evaluate.batches(self.dataset, packer, samples, share, rank=ranks.rank, world_size=ranks.world_size)
-            metrics |= evaluate.measure(self.student, self.heads, feed, ranks.device, Silent())
+            num_bytes = evaluate.text_bytes(self.dataset, samples, self._sizes)
+            metrics |= evaluate.measure(self.student, self.heads, feed, ranks.device, Silent(), num_bytes=num_bytes)
         if self.own is not None:
             metrics |= self.own.measure(self.student, self.heads, ranks, share)
         progress.event("eval", step=self.trainer.done, **metrics, dtype=spec.dtype)

@@ -24,11 +24,13 @@ from kdpipe.manifests.provenance import digest_tokenizer, num_bytes
 from kdpipe.manifests.run import CHECKPOINT_FILE, RunInputs, read_run
 from kdpipe.manifests.running import require_nobody_in
 from kdpipe.manifests.specs import FsdpSpec, Io, RunSpec, Unmatched
+from kdpipe.stages.align import Asked, Crossing, cross
 from kdpipe.stages.evaluate import Measures
 from kdpipe.stages.extract.reading import Reading, incident_notes
 from kdpipe.stages.feed.batches import Batches, PlannedBatches, require_samples
 from kdpipe.stages.feed.dataset import Dataset, by_teacher, of_caches
 from kdpipe.stages.loss import find_divergence
+from kdpipe.stages.loss.cross import check_loss
 from kdpipe.stages.models.context import context_of
 from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.models.folder import ModelFolder
@@ -66,7 +68,9 @@ class Training:
     caches: caches of one teacher, or of more where spec.loss says what they are; none where data are trained on alone
     weights: the share of each cache in the supervised tokens of an epoch; () takes every sample once
     unmatched: what becomes of samples that not all teachers of the same ones have
-    data: data files and folders, where there is no cache; spec.data says how they become samples
+    data: data files and folders, where there is no cache, or those that the caches were made of, for a student with
+        another tokenizer; spec.data says how they become samples
+    align, align_floor: how such a student learns, and how much of the text must be aligned
     workers: processes that tokenise them; None: as many as it is worth, up to one a core
     output: folder the trained student is written to
     copies: of the caches on this node's own disk, where their files are read instead; () reads the caches themselves
@@ -87,6 +91,8 @@ class Training:
     weights: tuple[float, ...] = ()
     unmatched: Unmatched = "refuse"
     data: tuple[Path, ...] = ()
+    align: str = "auto"
+    align_floor: float = 0.0
     copies: tuple[Path, ...] = ()
     workers: int | None = None
     device: str = "auto"
@@ -131,6 +137,7 @@ class Found:
 
     notes: what whoever watches should know of the caches or the data, a line each
     rows_are_kept: the teacher's rows are there when the run has ended, so that more can be measured on them
+    crossing: how its samples are aligned with the caches', where the student has another tokenizer
     """
 
     model: ModelFolder
@@ -139,6 +146,7 @@ class Found:
     notes: tuple[str, ...] = ()
     rows_are_kept: bool = True
     own: OwnAnswering | None = None
+    crossing: Crossing | None = None
 
     @property
     def samples(self) -> tuple[np.ndarray, np.ndarray]:
@@ -164,8 +172,24 @@ def find(training: Training, progress: Progress = SILENT) -> Found:
     caches = open_caches(training)
     dataset = of_caches(caches, training.spec.loss, unmatched=training.unmatched)
     _check_weights(training, dataset)
-    inputs = training.inputs or run_inputs(training, model, dataset)
-    return Found(model=model, dataset=dataset, inputs=inputs, notes=(*_notes(training, caches), *dataset.notes))
+    crossing = cross(model, dataset, caches, _asked_across(training), progress)
+    if crossing is not None:
+        dataset = crossing.dataset
+    inputs = training.inputs or run_inputs(training, model, dataset, crossing)
+    notes = (*_notes(training, caches), *dataset.notes)
+    return Found(model=model, dataset=dataset, inputs=inputs, notes=notes, crossing=crossing)
+
+
+def _asked_across(training: Training) -> Asked:
+    """What is asked of a student with another tokenizer than its teacher's."""
+    return Asked(
+        data=training.data,
+        spec=training.spec.data,
+        align=training.align,
+        floor=training.align_floor,
+        workers=training.workers,
+        otherwise=training.output,
+    )
 
 
 def _find_data(training: Training, model: ModelFolder, progress: Progress) -> Found:
@@ -207,9 +231,12 @@ def check_training(training: Training, nproc: int, found: Found | None = None) -
     lora = lora_of(found.model, training.spec.student)
     check_export(lora, found.model, training.spec.train.export)
     for path, plan in zip(training.caches, found.dataset.plans, strict=bool(training.caches)):
-        _check_settings(training.spec, path, plan)
+        _check_settings(training.spec, path, plan, own_lengths=found.crossing is not None)
     require_context(found.model, found.dataset, np.arange(len(found.dataset)))
-    find_divergence(training.spec.loss.divergence).resolve(training.spec.loss.options)
+    if found.crossing is not None:
+        check_loss(found.crossing.method, training.spec.loss)
+    else:
+        find_divergence(training.spec.loss.divergence).resolve(training.spec.loss.options)
     train_samples, _ = found.samples
     if not len(train_samples):
         raise ConfigError(
@@ -321,9 +348,12 @@ def _check_weights(training: Training, dataset: Dataset) -> None:
         )
 
 
-def _check_settings(spec: RunSpec, cache: Path, plan: Prepared) -> None:
-    """A run file that says how data was to be prepared must say what the cache was made with."""
-    for field in spec.data.model_fields_set & SamplesSettings.model_fields.keys():
+def _check_settings(spec: RunSpec, cache: Path, plan: Prepared, *, own_lengths: bool) -> None:
+    """A run file that says how data was to be prepared must say what the cache was made with.
+
+    own_lengths: max_length is in tokens of the student's own
+    """
+    for field in spec.data.model_fields_set & SamplesSettings.model_fields.keys() - {*["max_length"] * own_lengths}:
         asked, made = getattr(spec.data, field), getattr(plan.settings, field)
         if asked != made:
             raise ConfigError(
@@ -332,19 +362,25 @@ def _check_settings(spec: RunSpec, cache: Path, plan: Prepared) -> None:
             )
 
 
-def run_inputs(training: Training, model: ModelFolder, dataset: Dataset) -> RunInputs:
+def run_inputs(training: Training, model: ModelFolder, dataset: Dataset, crossing: Crossing | None = None) -> RunInputs:
     """What its result depends on, [data] as the caches were made (the first, where they differ), not as asked."""
     taught = bool(dataset.teachers)
     fraction, made = heldout_fraction(training.spec), dataset.plans[0].settings
     fraction = dataset.heldout_fraction if fraction is None else fraction
-    used = {"max_length": made.max_length, "overlong": made.overlong, "supervise": made.supervise}
+    own = None if taught and crossing is None else dataset.tables[0].plan
+    used = {
+        "max_length": (own or dataset.plans[0]).settings.max_length,
+        "overlong": made.overlong,
+        "supervise": made.supervise,
+    }
     data = training.spec.data.model_copy(update={**used, "heldout_fraction": fraction})
     return RunInputs(
         student=model.digest(),
         tokenizer=digest_tokenizer(training.student),
         caches=tuple(plan.fingerprint.overall() for plan in dataset.plans) if taught else (),
         cache_weights=training.weights,
-        data="" if taught else dataset.plans[0].fingerprint.data,
+        data="" if own is None else own.fingerprint.data,
+        align="" if crossing is None else crossing.method,
         heldout_fraction=fraction,
         spec=training.spec.model_copy(update={"data": data}),
     )

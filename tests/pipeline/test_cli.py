@@ -134,11 +134,6 @@ REFUSED = {
     "a key that is not compared": (["train", *RUN, "--set", "data.strict=true"], "--strict: it is of use with --data"),
     "an option of data with a cache": (["train", *RUN, "--bad-records", "skip"], "--bad-records: it is of use with"),
     "an option of caches with data": (["train", *SFT, "--io", "pread"], "--io: it is of use with --cache alone"),
-    "data and a cache": (
-        ["train", *RUN, "--data", "d"],
-        "E-CONFIG --data: --cache trains on a teacher's rows, with the samples that they were made for; --data trains",
-    ),
-    "data by --set and a cache": (["train", *RUN, "--set", "data.paths=['d']"], "take one of the two"),
     "neither data nor a cache": (
         ["train", "--student", "s", "--output", "o"],
         "kdpipe train: option '--cache' (a teacher's rows) or '--data' (no teacher) is missing; see",
@@ -597,8 +592,7 @@ def test_a_run_files_data_are_those_of_its_cache(
     run_file.write_text("[data]\npaths = 'd'\nstrict = true\n[cache]\npath = 'c'\nseed = 3\n")
     line = ("train", "--config", run_file, "--student", "s", "--output", "o", "--device", "cpu")
     assert main(*line)[0] == 0
-    assert (stages[-1][0].caches, stages[-1][0].data) == ((Path("c"),), ())
-    assert "take one of the two: --set cache.path=[] leaves out the run file's cache" in main(*line, "--data", "e")[2]
+    assert (stages[-1][0].caches, stages[-1][0].data) == ((Path("c"),), (Path("d"),))
     assert main(*line, "--data", "e", "--set", "cache.path=[]")[0] == 0
     assert (stages[-1][0].caches, stages[-1][0].data) == ((), (Path("e"),))
 

@@ -113,18 +113,7 @@ def posed(
     loss_scale: Tensor | float,
 ) -> Task:
     """The checked arguments; ConfigError in one line where two disagree."""
-    if method.divergences and loss.divergence not in method.divergences:
-        raise ConfigError(
-            f"{loss.divergence} is not for method {method.name}, which takes: {', '.join(method.divergences)}",
-            where="loss.divergence",
-        )
-    if not method.divergences and loss.divergence != LossSpec.model_fields["divergence"].default:
-        raise ConfigError(
-            f"method {method.name} has a distance of its own, got {loss.divergence!r}; leave it out",
-            where="loss.divergence",
-        )
-    divergence = find(loss.divergence)
-    options, divergence_options = resolved(method, divergence if method.divergences else None, loss.options)
+    options, divergence_options = check_loss(method.name, loss)
     alone = loss.model_copy(update={"kd_weight": 0.0, "divergence": "forward_kl", "options": {}})
     num_rows = student.hidden.shape[0]
     if labels is None and loss.kd_weight < 1.0:
@@ -162,7 +151,7 @@ def posed(
         spans=spans,
         vocabulary=vocabulary,
         extra=extra,
-        divergence=divergence,
+        divergence=find(loss.divergence),
         divergence_options=divergence_options,
         options=options,
         temperature=float(loss.temperature),
@@ -173,6 +162,25 @@ def posed(
         keys=torch.arange(num_rows, device=student.hidden.device) if keys is None else keys,
         seed=seed,
     )
+
+
+def check_loss(name: str, loss: LossSpec) -> tuple[dict[str, float], dict[str, float]]:
+    """The options of a method and those of its divergence, with their values.
+
+    Raises ConfigError for a method that is none, a divergence that it does not take, an option that neither has.
+    """
+    method = find_method(name)
+    if method.divergences and loss.divergence not in method.divergences:
+        raise ConfigError(
+            f"{loss.divergence} is not for method {method.name}, which takes: {', '.join(method.divergences)}",
+            where="loss.divergence",
+        )
+    if not method.divergences and loss.divergence != LossSpec.model_fields["divergence"].default:
+        raise ConfigError(
+            f"method {method.name} has a distance of its own, got {loss.divergence!r}; leave it out",
+            where="loss.divergence",
+        )
+    return resolved(method, find(loss.divergence) if method.divergences else None, loss.options)
 
 
 def resolved(

@@ -27,6 +27,7 @@ from kdpipe.stages.extract.staging import staged
 from kdpipe.stages.prepare import pool, prepare
 from kdpipe.stages.prepare import samples as samples_module
 from kdpipe.stages.prepare.sources import RawRecord
+from kdpipe.stages.prepare.work import Preparing
 
 NUM_RECORDS = 90
 
@@ -140,7 +141,7 @@ def batches(num: int, taken: list[int], long_from: int = 10_000) -> Iterator[lis
 
 def test_no_more_than_a_few_batches_are_on_their_way(chatml: Any) -> None:
     taken: list[int] = []
-    results = pool.in_processes(2, batches(30, taken), (chatml, DataSpec(), ()))
+    results = pool.in_processes(2, batches(30, taken), (Preparing, chatml, DataSpec(), ()))
     for number, result in enumerate(results):
         assert len(result.outcomes) == 2
         assert len(taken) <= number + 2 * pool.IN_FLIGHT + 1
@@ -148,7 +149,7 @@ def test_no_more_than_a_few_batches_are_on_their_way(chatml: Any) -> None:
 
 
 def test_a_process_that_dies_is_one_line_that_names_the_place_and_the_others_end(chatml: Any) -> None:
-    results = pool.in_processes(2, batches(10_000, []), (chatml, DataSpec(), ()))
+    results = pool.in_processes(2, batches(10_000, []), (Preparing, chatml, DataSpec(), ()))
     next(results)
     first = min(children())
     os.kill(first, signal.SIGKILL)
@@ -166,7 +167,7 @@ def test_a_process_that_stands_still_is_not_waited_for_without_end(
 ) -> None:
     """The fifth batch, which is sent when the third result is taken, may be more than a link holds."""
     monkeypatch.setattr(pool, "SILENCE_S", start_s)
-    results = pool.in_processes(1, batches(10_000, [], long_from=long_from), (chatml, DataSpec(), ()))
+    results = pool.in_processes(1, batches(10_000, [], long_from=long_from), (Preparing, chatml, DataSpec(), ()))
     for _ in range(3):
         next(results)
     monkeypatch.setattr(pool, "SILENCE_S", 0.2)
@@ -180,7 +181,7 @@ def test_a_process_that_stands_still_is_not_waited_for_without_end(
 def test_an_exception_in_a_process_is_raised_here_and_says_where_it_was(chatml: Any) -> None:
     broken = [RawRecord(source="f", line=1, place="f:1", fields=None)]  # type: ignore[arg-type]
     with pytest.raises(AttributeError) as caught:
-        list(pool.in_processes(1, [broken], (chatml, DataSpec(), ())))
+        list(pool.in_processes(1, [broken], (Preparing, chatml, DataSpec(), ())))
     assert "read_form" in caught.value.__notes__[0]
     assert children() == set()
 
@@ -193,10 +194,10 @@ def test_a_process_that_cannot_start_says_its_last_word(
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(TemporaryError, match=r"ended with exit code 3 \(cannot load it\); out of memory"):
-        list(pool.in_processes(2, batches(3, []), (chatml, DataSpec(), ())))
+        list(pool.in_processes(2, batches(3, []), (Preparing, chatml, DataSpec(), ())))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
     with pytest.raises(TemporaryError, match="no process can be started to prepare data: No such file"):
-        list(pool.in_processes(2, batches(3, []), (chatml, DataSpec(), ())))
+        list(pool.in_processes(2, batches(3, []), (Preparing, chatml, DataSpec(), ())))
 
 
 def test_closing_early_ends_the_processes(data: list[Path], chatml: Any) -> None:
@@ -216,6 +217,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the te
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.stages.prepare import pool
 from kdpipe.stages.prepare.sources import RawRecord
+from kdpipe.stages.prepare.work import Preparing
 record = RawRecord(source="f", line=1, place="f:1", raw=b'{"prompt": "q", "completion": "a"}')
 with open(sys.argv[1], "rb") as file: tokenizer = pickle.load(file)
 results = pool.in_processes(1, itertools.repeat([record]), (tokenizer, DataSpec(), ()))
