@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
-from tools import house_doc, loss_doc, run_file_doc, scale_doc
+from tools import house_doc, loss_doc, recipe_doc, run_file_doc, scale_doc
 
 from kdpipe.manifests.specs import load
 from kdpipe.pipeline import cli
@@ -64,6 +64,10 @@ def test_readme_has_a_line_for_every_module_and_the_page_of_the_house_is_its_too
     assert text == house_doc.readme(text)
     for path in (path for room in house_doc.ROOMS for path in (ROOT / room).rglob("*.py") if path.read_text().strip()):
         assert f"`{path.relative_to(ROOT)}`" in text
+
+
+def test_the_page_of_recipes_is_made_from_them() -> None:
+    assert (ROOT / "docs" / "recipes.md").read_text() == recipe_doc.page()
 
 
 def test_the_page_of_the_losses_is_what_their_table_says() -> None:

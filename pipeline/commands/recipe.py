@@ -35,7 +35,7 @@ def command(name: str | None, out: Path | None) -> None:
         if out is not None:
             raise ConfigError("name the recipe that is to be written: kdpipe recipe NAME --out FILE", where="--out")
         for each, text in known.items():
-            click.echo(f"{each:24}{text.splitlines()[0].removeprefix('# ')}")
+            click.echo(f"{each:23}{text.splitlines()[0].removeprefix('# ')}")
         return
     if name not in known:
         raise ConfigError(f"no such recipe, known: {', '.join(known)}{nearest(name, known)}", where=name)

@@ -21,7 +21,7 @@ def test_another_case_and_another_projects_name_are_near() -> None:
 
 def test_other_names_lead_to_words_that_there_are() -> None:
     keys = {key for table in RunFile.model_fields.values() for key in table.annotation.model_fields}  # type: ignore[union-attr]
-    words = {*keys, *DIVERGENCES, *ENGINES, "bfloat16", "float16", "float32", "cuda"}
+    words = {*keys, *DIVERGENCES, *ENGINES, *LOSS_OPTIONS, "bfloat16", "float16", "float32", "cuda", "cosine"}
     assert {name for names in OTHER_NAMES.values() for name in names} <= words
 
 

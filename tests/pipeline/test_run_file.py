@@ -102,13 +102,15 @@ def test_the_student_that_is_measured_is_the_one_that_the_file_trains(
             "kdpipe.stages.evaluate.evaluate_student", lambda *of, seen=seen, **_: seen.append(of) or {}
         )
         assert main("eval", "--config", "run.toml", "--cache", "c")[0] == 0
-        assert seen == [(Path(meant), Path("c"))]
+        assert seen == [(Path(meant), (Path("c"),))]
 
 
 GOOD = {
     "teacher.trust_remote_code": '"123456789012"',
     "student.trust_remote_code": '"123456789012"',
     "loss.preset": "trl",
+    "cache.weights": "[0.5]",
+    "student.lora_base_bits": "4",
     "loss.options": "{}",
     "engine.args": "{}",
     "train.betas": "[0.5, 0.5]",
