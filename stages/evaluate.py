@@ -204,7 +204,7 @@ def score(
         metrics = measure(model, teachers, feed, device, progress, stop, num_bytes=num_bytes)
     if aligned is not None:
         figures = aligned.record.figures
-        metrics |= {"aligned_tokens": figures.share_of_rows, "aligned_bytes": figures.share_of_bytes}
+        metrics |= {"aligned_token_share": figures.share_of_rows, "aligned_byte_share": figures.share_of_bytes}
     if own is not None:
         metrics |= own.measure(model, teachers, ranks, batch_tokens)
     progress.end()

@@ -86,7 +86,7 @@ def test_a_student_learns_loads_and_scores_what_training_said(far_bench: Bench, 
     assert scores == pytest.approx({name: metrics[name] for name in scores}, rel=1e-4)
     assert scores["shared_mass"] + scores["unmatched_mass"] == pytest.approx(1.0)
     assert 0 < scores["exact_tokens"] < scores["num_tokens"]
-    assert scores["aligned_bytes"] > 0.9
+    assert scores["aligned_byte_share"] > 0.9
     assert any("--data" in note and "measure it" in note for note in recorder.notes)
 
 
