@@ -236,6 +236,7 @@ class Cache:
             "times_grown": plan.generation,
             "fingerprint": plan.fingerprint.overall(),
             "teacher": plan.head.architecture,
+            **({} if plan.head.top_k is None else {"biased": f"imported: {plan.head.top_k} tokens of a row alone"}),
             "engine": plan.engine.model_dump(),
             "settings": plan.settings.model_dump(),
             "heldout_fraction": plan.heldout_fraction,

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict
 
 from kdpipe.manifests.specs import Dtype
 
+TOP_K = "TopK"
+"""In place of an architecture: a teacher of which a row has the likeliest tokens alone, imported from elsewhere."""
+
 
 class HeadRecord(BaseModel):
     """teacher/head.json"""
@@ -19,7 +22,7 @@ class HeadRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     architecture: str
-    """Class name of the model, e.g. Qwen3ForCausalLM."""
+    """Class name of the model, e.g. Qwen3ForCausalLM, or TOP_K."""
     hidden_size: int
     """Width of a row."""
     vocab_size: int
@@ -35,3 +38,8 @@ class HeadRecord(BaseModel):
     """Final logit soft cap (Gemma), None where there is none."""
     scale: float
     """Factor on the logits (Cohere: logit_scale; Granite: 1/logits_scaling)."""
+
+    @property
+    def top_k(self) -> int | None:
+        """Tokens that a row has, where it has no hidden state: k log-probabilities, falling, then the k ids."""
+        return self.hidden_size // 2 if self.architecture == TOP_K else None

@@ -74,8 +74,9 @@ def measure(
     num_bytes: of text that the tokens of all batches of all ranks stand for; 0 where that is not known
     """
     student.eval()
-    several = len(teachers) if len(teachers) > 1 else 0
-    across = student.across is not None and bool(teachers)
+    taught = bool(teachers) and all(teacher.top_k is None for teacher in teachers)
+    several = len(teachers) if taught and len(teachers) > 1 else 0
+    across = student.across is not None and taught
     total = torch.zeros(len(CROSS) if across else 6 + 2 * several, dtype=torch.float64, device=device)
     for batch, num_tokens in feed:
         total += student.measure(batch.to(device), teachers).flat()
@@ -87,7 +88,7 @@ def measure(
     if across:
         found = cross_summary(CrossMetrics.of_flat(total))
     else:
-        found = summary(TokenMetrics.of_flat(total), taught=bool(teachers))
+        found = summary(TokenMetrics.of_flat(total), taught=taught)
     return found | bits_per_byte(found, num_bytes)
 
 

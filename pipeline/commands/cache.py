@@ -1,6 +1,6 @@
 """kdpipe cache info|verify|repair|gc|compare: from the files alone, without torch; --recompute runs a teacher.
 
-kdpipe cache export: the likeliest tokens of its rows, in formats of other projects; needs torch, no teacher.
+kdpipe cache export|import: the likeliest tokens of its rows, in formats of other projects; needs torch, no teacher.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ cache_argument = click.argument("cache", type=PATH, metavar="CACHE")
 @click.group("cache", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Look at a cache, check or repair it, compare two, or export one; needs no GPU, and only export torch.
+    """Look at a cache, check or repair it, compare two, export or import one; no GPU, and torch for the last two alone.
 
     \b
     kdpipe cache info    CACHE
@@ -43,6 +43,7 @@ def command(ctx: click.Context) -> None:
     kdpipe cache gc      CACHE
     kdpipe cache compare CACHE OTHER
     kdpipe cache export  CACHE OUT
+    kdpipe cache import  CACHE --from FILES --tokenizer MODEL
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -292,4 +293,40 @@ def export(cache: Path, out: Path, top_k: int, columns: str, files: Files, devic
         found = export_cache(
             opened, out, columns=columns, files=files, top_k=top_k, device=pick_device(device), progress=progress
         )
+    show(dataclasses.asdict(found), as_json=as_json)
+
+
+@command.command("import")
+@cache_argument
+@click.option(
+    "--from",
+    "sources",
+    type=PATH,
+    multiple=True,
+    required=True,
+    metavar="FILE...",
+    help="Parquet files of top-k rows, or folders of them.",
+)
+@click.option(
+    "--tokenizer", type=PATH, required=True, metavar="FOLDER", help="A model whose tokenizer made the token ids."
+)
+@click.option(
+    "--heldout-fraction", type=Finite(0, 1), default=0.05, show_default=True, help="Share kept out of training."
+)
+@json_option
+def import_cache(
+    cache: Path, sources: tuple[Path, ...], tokenizer: Path, heldout_fraction: float, as_json: bool
+) -> None:
+    """Make a CACHE of top-k rows that another project has stored: what `export` writes, DistillKit's, axolotl's.
+
+    Such a cache is biased: it has what the k tokens say and no more. A loss that needs more is refused, and no
+    divergence from its teacher is measured.
+
+    \b
+    kdpipe cache import CACHE --from captured/*.parquet --tokenizer models/large
+    """
+    from kdpipe.stages.exchange import import_rows  # torch takes seconds: not for --help
+
+    with results_only(), watch("cache import", EventLog(None)) as progress:
+        found = import_rows(cache, sources, tokenizer, heldout_fraction=heldout_fraction, progress=progress)
     show(dataclasses.asdict(found), as_json=as_json)

@@ -67,6 +67,8 @@ def export_cache(
 ) -> Exported:
     """Write a complete cache into a folder that is not there. Raises ConfigError, SpaceError; what the cache raises."""
     (teacher,) = of_caches([cache]).teachers
+    if teacher.record.top_k is not None:
+        raise ConfigError("it was imported itself, and has no more than it was made of", where=cache.path)
     top = TopK(teacher, top_k, device)
     if os.path.lexists(out):
         raise ConfigError("it is there already; name another folder", where=out)

@@ -3,7 +3,7 @@
 from kdpipe.stages.loss.divergences import DIVERGENCES
 from kdpipe.stages.loss.divergences import find as find_divergence
 from kdpipe.stages.loss.fused import distill, fused_distill_loss
-from kdpipe.stages.loss.head import LowRank, Side
+from kdpipe.stages.loss.head import LowRank, Side, TopKSide
 from kdpipe.stages.loss.importance import Importance
 from kdpipe.stages.loss.metrics import TokenMetrics, token_metrics
 from kdpipe.stages.loss.problem import DistillLoss, Problem, pose
@@ -19,6 +19,7 @@ __all__ = [
     "Problem",
     "Side",
     "TokenMetrics",
+    "TopKSide",
     "distill",
     "find_divergence",
     "fused_distill_loss",

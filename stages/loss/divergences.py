@@ -61,6 +61,14 @@ class Divergence:
     options: Mapping[str, Option] = field(default_factory=dict)
     draws: str | None = None
     """The option that says how many uniform numbers a token's draw takes; the dense definition takes them by name."""
+    entries: str | int | None = None
+    """How many of the teacher's likeliest tokens it looks at one by one, or the option that says so; None for all."""
+
+    def is_of(self, top_k: int, given: Mapping[str, float]) -> bool:
+        """Whether it can be had of the top_k likeliest tokens and the sum of the others."""
+        if self.entries is None:
+            return False
+        return (self.entries if isinstance(self.entries, int) else self.resolve(given)[self.entries]) <= top_k
 
     def resolve(self, given: Mapping[str, float]) -> dict[str, float]:
         """Every option with its value; ConfigError for an unknown name or a value out of range."""
@@ -167,6 +175,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
             source="KDFlow's top1_ce",
             reference=dense.top1_ce,
             value_and_grad=pointwise.top1_ce,
+            entries=1,
         ),
         Divergence(
             name="alpha_beta",
@@ -187,6 +196,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
             reference=dense.top_k_kl,
             value_and_grad=pointwise.top_k_kl,
             options={"k": K},
+            entries="k",
         ),
         Divergence(
             name="top_k_reverse_kl",
@@ -195,6 +205,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
             reference=dense.top_k_reverse_kl,
             value_and_grad=pointwise.top_k_reverse_kl,
             options={"k": K},
+            entries="k",
         ),
         Divergence(
             name="sampled_kl",

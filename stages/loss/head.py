@@ -2,6 +2,7 @@
 
 # Shapes: T tokens, V vocabulary, r rank of an adapter on the head.
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.loss.divergences import is_number
 from kdpipe.stages.models.head import Head
 
+LEAST_LEFT = 1e-12
+"""Probability that the tokens which are not known have at least: their sum may have been scaled to 1."""
 DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -40,6 +43,14 @@ class Side:
         """Some of its rows, by places int64 [K]."""
         low = None if self.low is None else LowRank(self.low.rows[places], self.low.up)
         return Side(self.hidden[places], self.head, low)
+
+    def dense(self, vocab_size: int) -> Tensor:
+        """Finished logits [T, V] in fp32, or in fp64 where the hidden states are fp64; differentiable."""
+        dtype = torch.promote_types(self.hidden.dtype, torch.float32)
+        raw = self.hidden.to(dtype) @ self.head.weight[:vocab_size].to(dtype).T
+        if self.low is not None:
+            raw = raw + self.low.rows.to(dtype) @ self.low.up[:vocab_size].to(dtype).T
+        return self.head.finish.apply(raw, self.head.bias)
 
     def raw_logits(self, start: int, stop: int, out: Tensor) -> Tensor:
         """hidden[start:stop] @ weight.T into out's first rows [stop - start, V], in the inputs' dtype, unfinished."""
@@ -73,3 +84,28 @@ class Side:
             raise ConfigError(f"softcap must be a number above 0, got {softcap!r}; None means no softcap", where=owner)
         if not (is_number(self.head.scale) and 0 < abs(self.head.scale) < float("inf")):
             raise ConfigError(f"scale must be a number other than 0, got {self.head.scale!r}", where=owner)
+
+
+class TopKSide(Side):
+    """A teacher of which a row has the K likeliest tokens alone: hidden [T, 2 K] is their log-probabilities, then ids.
+
+    Its logits are log-probabilities: those of the K, and what they leave of 1 spread evenly over all others, which is
+    right for a loss that looks at the K and at the others' sum, and for no other.
+    """
+
+    @classmethod
+    def of(cls, rows: Tensor, vocab_size: int) -> "TopKSide":
+        """Of rows [T, 2 K]; its head is none, but takes them."""
+        return cls(rows, Head(rows.new_zeros(1, 1).expand(vocab_size, rows.shape[1])))
+
+    def dense(self, vocab_size: int) -> Tensor:
+        out = self.hidden.new_empty(len(self.hidden), vocab_size)
+        return self.raw_logits(0, len(self.hidden), out)
+
+    def raw_logits(self, start: int, stop: int, out: Tensor) -> Tensor:
+        logprobs, ids = self.hidden[start:stop].chunk(2, dim=-1)
+        others = max(out.shape[1] - ids.shape[1], 1)
+        left = (1.0 - logprobs.double().exp().sum(-1, keepdim=True)).clamp_min(LEAST_LEFT)
+        rows = out[: stop - start]
+        rows.copy_((left.log() - math.log(others)).expand_as(rows))
+        return rows.scatter_(1, ids.long(), logprobs.to(out.dtype))

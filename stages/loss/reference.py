@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.manifests.sample import IGNORED
-from kdpipe.stages.loss.head import Side
 from kdpipe.stages.loss.problem import RANKED_EVERY, TOP_K, DistillLoss, Metrics, Problem, pose_tensors
-from kdpipe.stages.models.head import Head
 
 
 def reference_distill_loss(
@@ -33,8 +31,8 @@ def reference_distill_loss(
     """The same record as `fused_distill_loss` from the same arguments; chunks and their sum's dtype cannot matter."""
     problem = pose_tensors(student_hidden, student_head, teacher_hidden, teacher_head, labels, **arguments)
     with torch.no_grad():
-        teachers_logits = [dense_logits(teacher, problem.vocab_size) for teacher in problem.teachers]
-    return loss_of_logits(problem, dense_logits(problem.student, problem.vocab_size), teachers_logits)
+        teachers_logits = [teacher.dense(problem.vocab_size) for teacher in problem.teachers]
+    return loss_of_logits(problem, problem.student.dense(problem.vocab_size), teachers_logits)
 
 
 def loss_of_logits(problem: Problem, student_logits: Tensor, teachers_logits: Sequence[Tensor]) -> DistillLoss:
@@ -69,14 +67,6 @@ def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     if len(values) == 1:
         return values[0]
     return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(0)
-
-
-def dense_logits(side: Side, vocab_size: int) -> Tensor:
-    """Logits [T, V] in fp32, or in fp64 where the hidden states are fp64."""
-    dtype = torch.promote_types(side.hidden.dtype, torch.float32)
-    bias = None if side.head.bias is None else side.head.bias.to(dtype)
-    head = Head(side.head.weight.to(dtype), bias, side.head.softcap, side.head.scale)
-    return head.logits(side.hidden.to(dtype), vocab_size)
 
 
 def distillation(problem: Problem, log_p_teacher: Tensor, log_p_student: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed.dataset import Teacher
 from kdpipe.stages.feed.packing import PackedBatch
-from kdpipe.stages.loss import Head, Importance, LowRank, Side, TokenMetrics, distill, pose, token_metrics
+from kdpipe.stages.loss import Head, Importance, LowRank, Side, TokenMetrics, TopKSide, distill, pose, token_metrics
 from kdpipe.stages.loss.cross_metrics import CrossMetrics
 from kdpipe.stages.models.adapter import NAME, has_adapter, low_of, product
 from kdpipe.stages.models.backbone import backbone, packed_hidden
@@ -41,11 +41,17 @@ class TeacherHead:
     """The teacher's lm_head on this rank, frozen, and the vocabulary both models are cut to.
 
     weight: beside other teachers of the same samples
+    top_k: of an imported teacher, whose rows have so many tokens and need no head
     """
 
     head: Head
     vocab_size: int
     weight: float = 1.0
+    top_k: int | None = None
+
+    def side(self, rows: torch.Tensor) -> Side:
+        """Its half of a loss on these rows."""
+        return Side(rows, self.head) if self.top_k is None else TopKSide.of(rows, self.vocab_size)
 
 
 def load_teacher_head(teacher: Teacher, device: torch.device) -> TeacherHead:
@@ -67,6 +73,7 @@ def load_teacher_head(teacher: Teacher, device: torch.device) -> TeacherHead:
         head=Head(weight=weight, bias=tensor(arrays.bias), softcap=record.softcap, scale=record.scale),
         vocab_size=record.vocab_size,
         weight=teacher.weight,
+        top_k=record.top_k,
     )
 
 
@@ -229,14 +236,16 @@ class Student(torch.nn.Module):
         own = not teachers or self.across is not None
         vocab_size = self._vocab_size if own else teachers[0].vocab_size
         # Rows whose teacher nobody asked for are not in the batch: the loss is cross-entropy alone then.
-        sides = [Side(rows, teacher.head) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
+        sides = [teacher.side(rows) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
         student, weights = self.side(hidden), None
         crossing = self.across if batch.aligned else None
         if loss is None and crossing is not None:
             return crossing.metrics(Side(hidden, self.head()), sides, batch)
         if loss is None:
+            # Of a few tokens of a row no divergence over the vocabulary can be said.
+            known = sides if all(teacher.top_k is None for teacher in teachers) else []
             shares = [teacher.weight for teacher in teachers]
-            return measured(Side(hidden, self.head()), sides, batch, shares if sides else (), vocab_size)
+            return measured(Side(hidden, self.head()), known, batch, shares, vocab_size)
         if self.importance is not None and batch.stale:
             size = vocab_size or len(student.head.weight)
             rows, written = batch.stale
@@ -310,7 +319,8 @@ def measured(
 ) -> TokenMetrics:
     """The metrics of a batch; where each row has one teacher, against its own."""
     if not (teachers and batch.teacher_places):
-        return token_metrics(student, teachers, batch.labels, weights=weights, vocab_size=vocab_size)
+        given = weights if teachers else ()
+        return token_metrics(student, teachers, batch.labels, weights=given, vocab_size=vocab_size)
     each = [
         token_metrics(lesson.student, lesson.teachers, lesson.labels, vocab_size=vocab_size)
         for lesson in lessons(student, teachers, batch)

@@ -23,7 +23,7 @@ from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.provenance import digest_tokenizer, num_bytes
 from kdpipe.manifests.run import CHECKPOINT_FILE, RunInputs, read_run
 from kdpipe.manifests.running import require_nobody_in
-from kdpipe.manifests.specs import FsdpSpec, Io, RunSpec, Unmatched
+from kdpipe.manifests.specs import FsdpSpec, Io, LossSpec, RunSpec, Unmatched
 from kdpipe.stages.align import Asked, Crossing, cross
 from kdpipe.stages.evaluate import Measures
 from kdpipe.stages.extract.reading import Reading, incident_notes
@@ -237,6 +237,7 @@ def check_training(training: Training, nproc: int, found: Found | None = None) -
         check_loss(found.crossing.method, training.spec.loss)
     else:
         find_divergence(training.spec.loss.divergence).resolve(training.spec.loss.options)
+    _check_imported(training.spec.loss, found.dataset, across=found.crossing is not None)
     train_samples, _ = found.samples
     if not len(train_samples):
         raise ConfigError(
@@ -300,6 +301,12 @@ def _notes(training: Training, caches: Sequence[Cache]) -> Iterator[str]:
                 f"{cache.path} has grown since this run began; it is one of the {len(cache)} samples of then, "
                 "another --output trains on all"
             )
+    for cache in caches:
+        if (top_k := cache.plan.head.top_k) is not None:
+            yield (
+                f"{cache.path} is imported: a loss on {top_k} tokens of a row is biased, and no divergence from its "
+                "teacher is measured"
+            )
     groups = list(by_teacher(caches).values())
     together = len(groups) > 1 and training.spec.loss.teacher_mix != "route"
     for group in groups if together else [caches]:
@@ -346,6 +353,26 @@ def _check_weights(training: Training, dataset: Dataset) -> None:
             "teachers of the same samples have no shares of an epoch; loss.teacher_weights says how much each counts",
             where="cache.weights",
         )
+
+
+def _check_imported(loss: LossSpec, dataset: Dataset, *, across: bool) -> None:
+    """Raises ConfigError for a loss that needs more of a teacher than the few tokens that were imported."""
+    for teacher in dataset.teachers:
+        if (top_k := teacher.record.top_k) is None or not loss.kd_weight:
+            continue
+        has = f"{teacher.where} is imported and has {top_k} tokens of a row"
+        if across:
+            raise ConfigError(f"{has}: a student with a tokenizer of its own needs all", where="student.align")
+        if loss.temperature != 1.0:
+            raise ConfigError(f"{has}, at temperature 1 alone", where="loss.temperature")
+        if len(dataset.teachers) > 1 and loss.teacher_mix == "distributions":
+            raise ConfigError(f"{has}: its losses can be averaged, its distribution not", where="loss.teacher_mix")
+        if not find_divergence(loss.divergence).is_of(top_k, loss.options):
+            raise ConfigError(
+                f"{has}: {loss.divergence} needs more; take top_k_kl or top_k_reverse_kl with loss.options.k of at "
+                f"most {top_k}, or top1_ce",
+                where="loss.divergence",
+            )
 
 
 def _check_settings(spec: RunSpec, cache: Path, plan: Prepared, *, own_lengths: bool) -> None:
