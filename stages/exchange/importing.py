@@ -9,6 +9,7 @@ Invariant: the cache appears under its name whole. Cost: the files are read twic
 
 # Shapes: n tokens of a sample, R rows of it, K tokens of each.
 
+import contextlib
 import hashlib
 import json
 import os
@@ -66,13 +67,19 @@ def import_rows(
     if os.path.lexists(cache):
         raise ConfigError("it is there already; name another folder", where=cache)
     folder = ModelFolder(tokenizer, TeacherError)
-    vocab_size = real_vocab_size(tokenizer, folder.tokenizer, LARGEST_ID)
-    files = files_of(sources)
     scratch = cache.absolute().with_name(f".{cache.name}.import-{os.getpid()}")
     try:
         for name in FOLDERS:
             (scratch / name).mkdir(parents=True)
-        found = _fill(scratch, files, folder.tokenizer, vocab_size, heldout_fraction, progress)
+        work = _Work(
+            folder=scratch,
+            files=files_of(sources),
+            tokenizer=folder.tokenizer,
+            vocab_size=real_vocab_size(tokenizer, folder.tokenizer, LARGEST_ID),
+            heldout_fraction=heldout_fraction,
+            progress=progress,
+        )
+        found = _fill(work)
         fsync_tree(scratch)
         os.rename(scratch, cache.absolute())
         fsync_folder(cache.absolute().parent)
@@ -83,18 +90,23 @@ def import_rows(
     return found
 
 
-def _fill(
-    scratch: Path,
-    files: Sequence[Path],
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    heldout_fraction: float,
-    progress: Progress,
-) -> Imported:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    """An import, and the folder that becomes the cache."""
+
+    folder: Path
+    files: Sequence[Path]
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    heldout_fraction: float
+    progress: Progress
+
+
+def _fill(work: _Work) -> Imported:
     counted = _Counted()
-    writer = SamplesWriter(scratch / SAMPLES_FILE, shard_tokens=SHARD_TOKENS, batch_tokens=0, every_row=False)
-    progress.begin("cache import", total=None, unit="samples")
-    for source, line, found in counted.records(files, vocab_size):
+    writer = SamplesWriter(work.folder / SAMPLES_FILE, shard_tokens=SHARD_TOKENS, batch_tokens=0, every_row=False)
+    work.progress.begin("cache import", total=None, unit="samples")
+    for source, line, found in counted.records(work):
         writer.add(
             Sample(
                 content_id=found.content_id,
@@ -104,24 +116,24 @@ def _fill(
                 supervised=found.supervised,
             )
         )
-        progress.advance(1)
+        work.progress.advance(1)
     shards = writer.close()
     if not counted.num_samples:
-        raise DataError("no record with a row is in it", where=files[0])
-    plan = _plan(scratch, files, tokenizer, vocab_size, counted, shards, writer.data_digest(), heldout_fraction)
-    (scratch / PLAN_FILE).write_bytes(plan.to_bytes())
-    again = (found for _, _, found in _Counted().records(files, vocab_size))
-    samples = Samples(scratch, plan)
+        raise DataError("no record with a row is in it", where=work.files[0])
+    plan = _plan(work, counted, shards, data_digest=writer.data_digest())
+    (work.folder / PLAN_FILE).write_bytes(plan.to_bytes())
+    again = (found for _, _, found in _Counted().records(work))
+    samples = Samples(work.folder, plan)
     for number, shard in enumerate(plan.shards):
-        with ShardWriter(scratch, plan, number, samples.shard(number)) as rows:
+        with ShardWriter(work.folder, plan, number, samples.shard(number)) as rows:
             at = 0
             for _ in range(shard.num_samples):
                 top = next(again).top
                 rows.hidden[at : at + len(top.ids)] = np.concatenate([top.logprobs, top.ids.astype(np.float32)], -1)
                 at += len(top.ids)
             rows.commit()
-    progress.end()
-    Cache(scratch, plan).require_complete()
+    work.progress.end()
+    Cache(work.folder, plan).require_complete()
     return counted.summary()
 
 
@@ -133,10 +145,10 @@ class _Counted:
         self.top_k: int | None = None
         self._left_out = 0.0
 
-    def records(self, files: Sequence[Path], vocab_size: int) -> Iterator[tuple[str, int, Found]]:
+    def records(self, work: _Work) -> Iterator[tuple[str, int, Found]]:
         """Every record that has a row, with its file and its 1-based row there. Raises DataError for another K."""
-        for path in files:
-            for line, (place, found) in enumerate(read_file(path, vocab_size), start=1):
+        for path in work.files:
+            for line, (place, found) in enumerate(read_file(path, work.vocab_size), start=1):
                 if not len(found.top.ids):
                     self.without_rows += 1
                     continue
@@ -162,21 +174,12 @@ class _Counted:
         )
 
 
-def _plan(
-    scratch: Path,
-    files: Sequence[Path],
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    counted: _Counted,
-    shards: ShardTable,
-    data_digest: str,
-    heldout_fraction: float,
-) -> Plan:
+def _plan(work: _Work, counted: _Counted, shards: ShardTable, *, data_digest: str) -> Plan:
     found = counted.summary()
     head = HeadRecord(
         architecture=TOP_K,
         hidden_size=2 * found.top_k,
-        vocab_size=vocab_size,
+        vocab_size=work.vocab_size,
         head_rows=1,
         dtype="float32",
         tied=False,
@@ -184,12 +187,12 @@ def _plan(
         softcap=None,
         scale=1.0,
     )
-    write_teacher(tokenizer, Head(torch.zeros(1, head.hidden_size)), head, scratch / "teacher")
+    write_teacher(work.tokenizer, Head(torch.zeros(1, head.hidden_size)), head, work.folder / "teacher")
     return Plan(
         fingerprint=Fingerprint(
-            teacher=digest_json([TOP_K, found.top_k, _teacher(files)]),
-            tokenizer=digest_json(json.loads(tokenizer.backend_tokenizer.to_str())),
-            template=digest_json(tokenizer.chat_template),
+            teacher=digest_json([TOP_K, found.top_k, _teacher(work.files)]),
+            tokenizer=digest_json(json.loads(work.tokenizer.backend_tokenizer.to_str())),
+            template=digest_json(work.tokenizer.chat_template),
             data=data_digest,
         ),
         settings=Settings(
@@ -210,12 +213,12 @@ def _plan(
         num_tokens=int(shards.num_tokens.sum()),
         num_rows=int(shards.num_rows.sum()),
         num_shards=len(shards),
-        heldout_fraction=heldout_fraction,
+        heldout_fraction=work.heldout_fraction,
         counts={"kept": found.num_samples, "without_rows": found.without_rows},
-        samples_digest=hashlib.sha256((scratch / SAMPLES_FILE).read_bytes()).hexdigest(),
-        vocabulary_digest=vocabulary_digest(tokenizer),
-        teacher_files=teacher_files(scratch / "teacher"),
-        shards_digest=write_shards(scratch / SHARDS_FILE, shards),
+        samples_digest=hashlib.sha256((work.folder / SAMPLES_FILE).read_bytes()).hexdigest(),
+        vocabulary_digest=vocabulary_digest(work.tokenizer),
+        teacher_files=teacher_files(work.folder / "teacher"),
+        shards_digest=write_shards(work.folder / SHARDS_FILE, shards),
         shards=shards,
         grown_from=(),
     )
@@ -223,7 +226,6 @@ def _plan(
 
 def _teacher(files: Sequence[Path]) -> str:
     """What the rows are of: the teacher that an export names, else the files themselves."""
-    record = files[0].parent / RECORD
-    if record.exists():
-        return str(json.loads(record.read_text())["teacher"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((files[0].parent / RECORD).read_text())["teacher"])
     return digest_json([digest_file(path) for path in files])

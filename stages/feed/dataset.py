@@ -90,6 +90,7 @@ class Dataset:
     taught_by: the number of each sample's teacher, int64 [N], where each has one; None where every teacher has all
     usable: bool [N], the samples that `split` may give; None for all
     plans: of everything that it is made of, in the order in which it was named; those of the tables when not given
+    sources: the number of the plan that each sample is of, int64 [N]; of its table when not given
     notes: what the user should know of it, a line each
     """
 
@@ -102,11 +103,13 @@ class Dataset:
         taught_by: np.ndarray | None = None,
         usable: np.ndarray | None = None,
         plans: Sequence[Prepared] = (),
+        sources: np.ndarray | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.tables, self.teachers, self.vocab_size = tuple(tables), tuple(teachers), vocab_size
         self.taught_by, self.usable, self.notes = taught_by, usable, tuple(notes)
         self.plans = tuple(plans) or tuple(table.plan for table in tables)
+        self._sources = sources
         self._first = [0, *accumulate(table.plan.num_samples for table in tables)]
         self.num_tokens = np.concatenate([table.column("num_tokens") for table in tables]).astype(np.int64)
         self.num_supervised = np.concatenate([table.column("num_supervised") for table in tables]).astype(np.int64)
@@ -119,13 +122,22 @@ class Dataset:
         which = bisect_right(self._first, sample) - 1
         return self.tables[which].tokens(sample - self._first[which])
 
-    def table_of(self, samples: np.ndarray) -> np.ndarray:
-        """Which table each sample is of."""
+    def source_of(self, samples: np.ndarray) -> np.ndarray:
+        """Which plan each sample is of."""
+        if self._sources is not None:
+            return self._sources[samples]
         return np.searchsorted(self._first, samples, side="right") - 1
 
     def without_teachers(self) -> "Dataset":
         """The same samples, whose rows nobody asks for."""
-        return Dataset(self.tables, vocab_size=self.vocab_size, usable=self.usable, plans=self.plans, notes=self.notes)
+        return Dataset(
+            self.tables,
+            vocab_size=self.vocab_size,
+            usable=self.usable,
+            plans=self.plans,
+            sources=self._sources,
+            notes=self.notes,
+        )
 
     @property
     def names(self) -> str:
@@ -182,7 +194,14 @@ def beside(dataset: Dataset, table: Samples, spans: SpanTable, *, vocab_size: in
     (teacher,) = dataset.teachers
     text = Beside(spans=spans, tokens=dataset.tokens)
     joined = replace(teacher, rows=JoinedRows(teacher.rows, spans.places), beside=text)
-    return Dataset([table], [joined], vocab_size=vocab_size, plans=dataset.plans, notes=(*dataset.notes, *notes))
+    return Dataset(
+        [table],
+        [joined],
+        vocab_size=vocab_size,
+        plans=dataset.plans,
+        sources=dataset.source_of(spans.places),
+        notes=(*dataset.notes, *notes),
+    )
 
 
 def by_teacher(caches: Sequence[Cache]) -> dict[str, list[Cache]]:

@@ -61,23 +61,25 @@ class Shuffled:
 
 
 class Mixture:
-    """The training samples of a data set's tables in shares of an epoch's supervised tokens.
+    """The training samples of what a data set is made of in shares of an epoch's supervised tokens.
 
-    weights: one a table, above 0, whatever their sum
-    Raises ConfigError for a table of which no supervised token is left to train on.
+    weights: one a plan, above 0, whatever their sum
+    Raises ConfigError for a plan of whose samples no supervised token is left to train on.
     """
 
     def __init__(
         self, dataset: Dataset, samples: np.ndarray, seed: int, batch_tokens: int, weights: Sequence[float]
     ) -> None:
-        table = dataset.table_of(samples)
-        self._sources = [samples[table == number] for number in range(len(dataset.tables))]
+        source = dataset.source_of(samples)
+        self._sources = [samples[source == number] for number in range(len(dataset.plans))]
         self._num_supervised, self._seed = dataset.num_supervised, seed
         supervised = [dataset.num_supervised[source] for source in self._sources]
-        for number, targets in enumerate(supervised):
+        for number, targets in enumerate(supervised, start=1):
             if not targets.sum():
-                where = dataset.tables[number].folder
-                raise ConfigError("no supervised token of it is left to train on; leave its share out", where=where)
+                raise ConfigError(
+                    f"no supervised token of cache number {number} is left to train on; leave it out",
+                    where="cache.weights",
+                )
         lengths = [dataset.num_tokens[source] for source in self._sources]
         shares = Shares.of(lengths, supervised, weights, batch_tokens)
         self._quotas, self.num_steps = shares.quotas, shares.num_steps

@@ -26,7 +26,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def taken(dataset: Dataset, samples: np.ndarray) -> np.ndarray:
     """Supervised tokens of some samples by the table they are of."""
-    return np.bincount(dataset.table_of(samples), weights=dataset.num_supervised[samples], minlength=3)
+    return np.bincount(dataset.source_of(samples), weights=dataset.num_supervised[samples], minlength=3)
 
 
 @settings(max_examples=40)
@@ -37,7 +37,7 @@ def test_every_source_has_its_share_of_each_epoch_to_within_a_sample(
     samples = np.arange(len(three))
     order = Mixture(three, samples, seed, 200, weights).order(epoch)
     wanted = int(three.num_supervised.sum()) * np.array(weights) / sum(weights)
-    longest = [int(three.num_supervised[three.table_of(samples) == table].max()) for table in range(3)]
+    longest = [int(three.num_supervised[three.source_of(samples) == table].max()) for table in range(3)]
     assert (abs(taken(three, order) - wanted) <= np.array(longest) + 1).all()
 
 
@@ -48,7 +48,7 @@ def test_no_sample_comes_again_before_all_others_of_its_source(three: Dataset, w
     for epoch in range(12):
         times.update(mixture.members(epoch).tolist())
         for table in range(3):
-            members = np.flatnonzero(three.table_of(np.arange(len(three))) == table).tolist()
+            members = np.flatnonzero(three.source_of(np.arange(len(three))) == table).tolist()
             counts = [times[member] for member in members if three.num_supervised[member]]
             assert max(counts) - min(counts) <= 1
 
@@ -102,8 +102,8 @@ def test_a_source_much_smaller_than_its_share_is_no_slower(tmp_path: Path) -> No
 
 
 def test_a_source_without_a_supervised_token_is_refused(three: Dataset, tmp_path: Path) -> None:
-    samples = np.flatnonzero(three.table_of(np.arange(len(three))) != 1)
-    with pytest.raises(ConfigError, match=r"15.*no supervised token of it is left to train on"):
+    samples = np.flatnonzero(three.source_of(np.arange(len(three))) != 1)
+    with pytest.raises(ConfigError, match=r"cache.weights: no supervised token of cache number 2 is left"):
         Mixture(three, samples, 0, 200, (1, 1, 1))
 
 
@@ -116,4 +116,13 @@ def test_what_is_held_out_is_in_no_epoch(three: Dataset) -> None:
 
 
 def test_a_sample_is_of_the_table_that_it_lies_in(three: Dataset) -> None:
-    assert three.table_of(np.array([0, 39, 40, 54, 55, 61])).tolist() == [0, 0, 1, 1, 2, 2]
+    assert three.source_of(np.array([0, 39, 40, 54, 55, 61])).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_shares_are_of_what_the_samples_are_of_where_one_table_has_them_all(three: Dataset) -> None:
+    """As for a student with a tokenizer of its own: its samples are one table, whatever cache each is of."""
+    sources = np.arange(40) % 3
+    dataset = Dataset([three.tables[0]], plans=three.plans, sources=sources)
+    mixture = Mixture(dataset, np.arange(40), 0, 200, (1, 1, 8))
+    shares = np.bincount(sources[mixture.order(0)], weights=dataset.num_supervised[mixture.order(0)])
+    assert shares / shares.sum() == pytest.approx([0.1, 0.1, 0.8], abs=0.1)
