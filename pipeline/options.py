@@ -208,6 +208,7 @@ READS = {
             "live.top_p",
             "live.top_k",
             "data.max_length",
+            "data.where",
             "data.bad_records",
             "data.max_bad",
             "data.strict",

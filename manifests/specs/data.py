@@ -26,6 +26,9 @@ class DataSpec(Spec):
     prepare.jsonl, in CACHE/runs or OUTPUT."""
     max_bad: Fraction = 0.01
     """Share of the records that may be left out as bad; more of them is an error."""
+    where: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
+    """Only records whose column has this value become samples: domain=math. A record that lacks the column is a bad
+    one. Teachers of their own for parts of the data: docs/mixtures.md"""
     strict: bool = False
     """A sample whose text is not what its record says (the chat template dropped or changed something, nothing ends an
     answer) is an error, not a count."""

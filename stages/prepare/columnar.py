@@ -6,7 +6,7 @@ needs it complains.
 Cost: plain columns are converted by pyarrow; those with other types in them one value at a time, some ten times slower.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ Row = tuple[dict[str, Any], tuple[str, ...]]
 """The columns of a row that a form may know, and the names of the others that hold something in it."""
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
+def parquet_rows(path: Path, more: Collection[str] = ()) -> Iterator[Row]:
+    """more: columns that are converted too."""
     with pq.ParquetFile(path) as file:
-        known = _known(file.schema_arrow.names, path)
+        known = _known(file.schema_arrow.names, path, more)
         others = [each.name for each in file.schema_arrow if each.name not in known and not pa.types.is_null(each.type)]
         of_columns = _held(file)
         held = {name: of_columns.get(name.partition(".")[0], False) for name in others}
@@ -35,13 +36,13 @@ def parquet_rows(path: Path) -> Iterator[Row]:
                 yield fields, everywhere + unread
 
 
-def arrow_rows(path: Path) -> Iterator[Row]:
-    """An IPC file or an IPC stream, told apart by the file's magic; both mapped, not loaded."""
+def arrow_rows(path: Path, more: Collection[str] = ()) -> Iterator[Row]:
+    """An IPC file or an IPC stream, told apart by the file's magic; both mapped, not loaded. more: as parquet_rows."""
     with pa.memory_map(str(path)) as mapped:
         is_file = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
         reader = pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)
-        known = _known(reader.schema.names, path)
+        known = _known(reader.schema.names, path, more)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
             others = [name for name in batch.schema.names if name not in known]
@@ -50,9 +51,9 @@ def arrow_rows(path: Path) -> Iterator[Row]:
                 yield from zip(_fields(part, known), _unread(part, others), strict=True)
 
 
-def _known(names: list[str], path: Path) -> list[str]:
+def _known(names: list[str], path: Path, more: Collection[str]) -> list[str]:
     """The columns to read. Raises DataError for one that stands there twice."""
-    known = [name for name in names if name in RECORD_COLUMNS]
+    known = [name for name in names if name in RECORD_COLUMNS or name in more]
     if doubled := {name for name in known if known.count(name) > 1}:
         raise DataError(f"has two columns '{min(doubled)}'; keep one", where=path)
     return known

@@ -60,7 +60,7 @@ def prepare(
     """
     preparing = Preparing(tokenizer, spec, stop_ids, prompts)
     files = list_files(paths, on_note)
-    batches = _batches(files, on_note)
+    batches = _batches(files, on_note, spec.where)
     count = num_processes(workers, files, tokenizer)
     worked = (preparing(batch) for batch in batches)
     if count > 1:
@@ -85,7 +85,7 @@ def aligned(
     """
     pairing = Pairing(student, teacher)
     files = list_files(paths, on_note)
-    batches = _batches(files, on_note)
+    batches = _batches(files, on_note, student.spec.where)
     count = min(num_processes(workers, files, each.tokenizer) for each in (student, teacher))
     worked = (pairing(batch) for batch in batches)
     if count > 1:
@@ -120,7 +120,7 @@ def prompts(
     """
     preparing = Preparing(tokenizer, spec, stop_ids, asking=True)
     files = list_files(paths, on_note)
-    worked = (preparing(batch) for batch in _batches(files, on_note))
+    worked = (preparing(batch) for batch in _batches(files, on_note, spec.where))
     outcomes = _outcomes(worked, Counter() if unread is None else unread)
     with closing(_stream(outcomes, spec, on_incident, on_note, _named(files))) as kept:
         for each in kept:
@@ -188,6 +188,9 @@ def _samples(
             yield outcome
     if bad.num > spec.max_bad * num_read:
         raise bad.too_many(num_read, spec.max_bad, where, on_note)
+    if not num_read and spec.where:
+        wanted = ", ".join(f"{name} = {value}" for name, value in spec.where.items())
+        raise DataError(f"holds no record with {wanted} (data.where)", where=where)
     if not num_read:
         raise DataError("holds no record", where=where)
     if not num_samples:
@@ -199,13 +202,16 @@ def _named(files: list[Path]) -> str:
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
 
 
-def _batches(files: list[Path], note: Note) -> Iterator[list[RawRecord]]:
-    """The records of all files. Where a file cannot be read on, those before come first, then the error."""
+def _batches(files: list[Path], note: Note, more: Collection[str]) -> Iterator[list[RawRecord]]:
+    """The records of all files. Where a file cannot be read on, those before come first, then the error.
+
+    more: as in raw_records
+    """
     batch: list[RawRecord] = []
     num_chars = 0
     try:
         for file in files:
-            for record in raw_records(file, on_empty=note if len(files) > 1 else None):
+            for record in raw_records(file, note if len(files) > 1 else None, more):
                 batch.append(record)
                 num_chars += record.num_chars()
                 if len(batch) == BATCH_RECORDS or num_chars >= BATCH_CHARS:

@@ -8,7 +8,7 @@ Cost: one line, one stretch of a JSON array, or a few hundred rows of a columnar
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,15 +67,16 @@ def parsed(record: RawRecord) -> RawRecord:
     return replace(record, raw=None, fields=fields)
 
 
-def raw_records(path: Path, on_empty: Note | None = None) -> Iterator[RawRecord]:
+def raw_records(path: Path, on_empty: Note | None = None, more: Collection[str] = ()) -> Iterator[RawRecord]:
     """Every record of one data file, lazily. Raises DataError where the file is malformed.
 
     on_empty: is told of a file without any record, which is an error otherwise
+    more: columns that no form knows and that are read of a columnar file too; of others all are
     """
     read = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".arrow": _read_arrow}
     num_records = 0
     try:
-        for record in read[path.suffix.lower()](path):
+        for record in read[path.suffix.lower()](path, more):
             num_records += 1
             yield record
     except Exception as err:
@@ -94,7 +95,7 @@ def raw_records(path: Path, on_empty: Note | None = None) -> Iterator[RawRecord]
         on_empty(f"{path}: holds no record")
 
 
-def _read_jsonl(path: Path) -> Iterator[RawRecord]:
+def _read_jsonl(path: Path, more: Collection[str]) -> Iterator[RawRecord]:
     """One object a line; blank lines are skipped but counted."""
     offset = 0
     with path.open("rb") as file:
@@ -129,7 +130,7 @@ def _line_object(raw: bytes, line: int, offset: int, place: str) -> dict[str, An
     return parse_object(text, place)
 
 
-def _read_json(path: Path) -> Iterator[RawRecord]:
+def _read_json(path: Path, more: Collection[str]) -> Iterator[RawRecord]:
     for value in json_values(path):
         place = f"{path}:{value.line} (element {value.number})"
         try:
@@ -140,12 +141,12 @@ def _read_json(path: Path) -> Iterator[RawRecord]:
             yield RawRecord(source=str(path), line=value.line, place=place, fields=fields)
 
 
-def _read_parquet(path: Path) -> Iterator[RawRecord]:
-    return _rows(path, parquet_rows(path))
+def _read_parquet(path: Path, more: Collection[str]) -> Iterator[RawRecord]:
+    return _rows(path, parquet_rows(path, more))
 
 
-def _read_arrow(path: Path) -> Iterator[RawRecord]:
-    return _rows(path, arrow_rows(path))
+def _read_arrow(path: Path, more: Collection[str]) -> Iterator[RawRecord]:
+    return _rows(path, arrow_rows(path, more))
 
 
 def _rows(path: Path, rows: Iterator[Row]) -> Iterator[RawRecord]:

@@ -51,6 +51,7 @@ OF_DATA = [
     (("--bad-records", "skip"), "data_spec.bad_records", "skip"),
     (("--max-bad", "0.25"), "data_spec.max_bad", 0.25),
     (("--strict",), "data_spec.strict", True),
+    (("--where", "domain=math", "level=3"), "data_spec.where", {"domain": "math", "level": "3"}),
     (("--rows", "all"), "rows", "all"),
     (("--dtype", "float16"), "dtype", "float16"),
     (("--set", "data.supervise=completion"), "data_spec.supervise", "completion"),
@@ -80,6 +81,8 @@ OF_TRAIN = [
     (("--loss-preset", "kdflow"), "spec.loss.preset", "kdflow"),
     (("--set", "train.seed=7"), "spec.train.seed", 7),
     (("--cache", "d", "e"), "caches", (Path("c"), Path("d"), Path("e"))),
+    (("--set", "cache.weights=[2]"), "weights", (2.0,)),
+    (("--set", "cache.unmatched=leave_out"), "unmatched", "leave_out"),
 ]
 FLAGS = [
     *((EXTRACT, *each) for each in OF_DATA + OF_EXTRACT),

@@ -113,6 +113,7 @@ GOOD = {
     "student.lora_base_bits": "4",
     "loss.options": "{}",
     "engine.args": "{}",
+    "data.where": "{}",
     "train.betas": "[0.5, 0.5]",
     "sweep.runs": "[]",
     "train.loggers": "tensorboard",

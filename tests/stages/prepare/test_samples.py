@@ -220,3 +220,46 @@ def test_a_file_without_records_among_others_is_noted(chatml: Any, write: Write,
     samples = prepare([tmp_path], chatml, DataSpec(), on_incident=lambda incident: None, on_note=notes.append)
     assert len(list(samples)) == 2
     assert notes == [f"{tmp_path / 'b.parquet'}: holds no record"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow"])
+def test_only_records_with_the_values_that_are_asked_for_become_samples(
+    kind: str, chatml: Any, write: Write, run: Run, tmp_path: Path
+) -> None:
+    records = [chat | {"domain": ("math", "code")[i % 3 == 0], "level": i % 2} for i, chat in enumerate(CHATS)]
+    path = write(records, "a.jsonl") if kind == "jsonl" else tmp_path / f"a.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(records))
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    elif kind == "arrow":
+        table = pa.Table.from_pylist(records)
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    whole = {sample.content_id for sample in run(path, chatml).samples}
+    parts = [
+        {sample.content_id for sample in run(path, chatml, where=where).samples}
+        for where in ({"domain": "math", "level": "0"}, {"domain": "math", "level": "1"}, {"domain": "code"})
+    ]
+    assert [len(part) for part in parts] == [
+        sum(record["domain"] == domain and level in (record["level"], None) for record in records)
+        for domain, level in (("math", 0), ("math", 1), ("code", None))
+    ]
+    assert set.union(*parts) == whole
+    assert sum(map(len, parts)) == len(whole)
+
+
+def test_a_value_that_no_record_has_and_a_record_without_the_column_are_errors(
+    chatml: Any, write: Write, run: Run
+) -> None:
+    path = write([CHATS[0] | {"domain": "math"}, CHATS[1]], "a.jsonl")
+    with pytest.raises(DataError, match=r"a.jsonl:2: it has no 'domain', by which data.where chooses records"):
+        run(path, chatml, where={"domain": "math"})
+    with pytest.raises(DataError, match=r"holds no record with domain = art \(data.where\)"):
+        run(write([CHATS[0] | {"domain": "math"}], "b.jsonl"), chatml, where={"domain": "art"})
+
+
+def test_the_column_that_chooses_records_is_not_counted_as_unread(chatml: Any, write: Write) -> None:
+    path, unread = write([CHATS[0] | {"domain": "math", "other": 1}], "a.jsonl"), Counter[str]()
+    list(prepare([path], chatml, DataSpec(where={"domain": "math"}), on_incident=print, unread=unread))
+    assert unread == {"other": 1}
