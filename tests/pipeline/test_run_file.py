@@ -110,6 +110,8 @@ GOOD = {
     "student.trust_remote_code": '"123456789012"',
     "loss.preset": "trl",
     "cache.weights": "[0.5]",
+    "loss.teacher_mix": "losses",
+    "train.export": "merged",
     "student.lora_base_bits": "4",
     "loss.options": "{}",
     "engine.args": "{}",

@@ -99,7 +99,8 @@ def test_a_student_learns_what_it_would_from_the_whole_rows(bench: Bench, import
         assert theirs["kd"] == pytest.approx(sums["kd"], rel=1e-5)
         for name, gradient in whole.items():
             assert (some[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
-        assert set(scores) == {"heldout_ce", "perplexity", "num_tokens"}, "no divergence is measured"
+        assert "heldout_ce" in scores
+        assert not {"heldout_kl", "heldout_reverse_kl", "top1_agreement", "teacher_ce"} & set(scores)
 
 
 def test_a_run_says_that_it_is_biased(bench: Bench, imported: Cache, tmp_path: Path) -> None:
