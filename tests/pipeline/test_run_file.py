@@ -111,6 +111,7 @@ GOOD = {
     "loss.preset": "trl",
     "cache.weights": "[0.5]",
     "loss.teacher_mix": "losses",
+    "loss.teacher_weights": "[0.5]",
     "train.export": "merged",
     "student.lora_base_bits": "4",
     "loss.options": "{}",
