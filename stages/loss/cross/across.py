@@ -161,6 +161,7 @@ def posed(
         labels=problem.labels,
         keys=torch.arange(num_rows, device=student.hidden.device) if keys is None else keys,
         seed=seed,
+        chunk_tokens=loss.chunk_tokens,
     )
 
 

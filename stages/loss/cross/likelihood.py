@@ -18,7 +18,6 @@ from kdpipe.stages.loss.cross.rows import Rows
 from kdpipe.stages.loss.cross.task import Task
 from kdpipe.stages.loss.divergences import Divergence
 from kdpipe.stages.loss.head import Side
-from kdpipe.stages.loss.layout import CHUNK_TOKENS
 from kdpipe.stages.loss.spans import members
 
 BELOW_ONE = 1e-6
@@ -28,7 +27,7 @@ BELOW_ONE = 1e-6
 def chunk_passes(task: Task) -> Passes:
     """One pass over all rows, after both models' likelihoods of the spans."""
     own, (rows, spans) = task.problem.student, members(task.spans.student)
-    chunk = CHUNK_TOKENS.get(own.hidden.device.type, CHUNK_TOKENS["cuda"])
+    chunk = task.chunk_rows
     with torch.no_grad():
         log_s = _summed(own, task.spans.student, task.spans.student_tokens, task.student_size, task.temperature, chunk)
         log_t = _summed(

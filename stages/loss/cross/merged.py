@@ -16,7 +16,6 @@ from kdpipe.stages.loss.cross.passes import Passes, likelihoods
 from kdpipe.stages.loss.cross.rows import Pair
 from kdpipe.stages.loss.cross.task import Order, Task, alone, compared
 from kdpipe.stages.loss.head import Side
-from kdpipe.stages.loss.layout import CHUNK_TOKENS
 from kdpipe.stages.loss.spans import members
 
 
@@ -90,6 +89,7 @@ def _others(side: Side, runs: Tensor, tokens: Tensor, chosen: Tensor, size: int,
     rows, spans = members(runs)
     other = rows != chosen[spans]
     rows, spans = rows[other], spans[other]
-    chunk = CHUNK_TOKENS.get(side.hidden.device.type, CHUNK_TOKENS["cuda"])
-    found = likelihoods(Side(side.hidden[rows], side.head), tokens[rows], size, task.temperature, chunk_tokens=chunk)
+    found = likelihoods(
+        Side(side.hidden[rows], side.head), tokens[rows], size, task.temperature, chunk_tokens=task.chunk_rows
+    )
     return found.new_zeros(len(runs)).index_add_(0, spans, found)

@@ -17,6 +17,7 @@ from kdpipe.stages.loss.cross.passes import Pass
 from kdpipe.stages.loss.cross.rows import Pair, Rows
 from kdpipe.stages.loss.divergences import Divergence
 from kdpipe.stages.loss.head import Side
+from kdpipe.stages.loss.layout import CHUNK_TOKENS
 from kdpipe.stages.loss.problem import Problem, drawn
 from kdpipe.stages.loss.spans import Spans, members
 
@@ -66,6 +67,7 @@ class Task:
     labels: Tensor
     keys: Tensor
     seed: int
+    chunk_tokens: int | None
 
     @property
     def student_size(self) -> int:
@@ -79,6 +81,12 @@ class Task:
     def cross_entropy(self) -> bool:
         """Whether a row alone has a gradient."""
         return self.kd_weight < 1.0 or self.problem.z_loss > 0.0
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows whose logits exist at a time where likelihoods are read."""
+        usual = CHUNK_TOKENS.get(self.labels.device.type, CHUNK_TOKENS["cuda"])
+        return self.chunk_tokens or usual
 
     def span_weights(self) -> Tensor:
         """Of each span the mean weight of its student's rows, fp32 [K]."""

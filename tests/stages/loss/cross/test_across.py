@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from tests.stages.loss.cross.cases import Case, errors, make_case, outcome
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.loss import DIVERGENCES, Side
 from kdpipe.stages.loss.cross import METHODS, distill_across, extra_of, find_method, reference
 from kdpipe.stages.loss.cross.reference import reference_across
+from kdpipe.stages.loss.memory import keep_heap
 from kdpipe.stages.loss.spans import Spans
 
 EXACT = 3e-6
@@ -95,6 +97,31 @@ def test_how_rows_are_chunked_does_not_change_the_result(method: str) -> None:
     for chunk_tokens in (1, 13, 10_000):
         off = errors(outcome(distill_across, case, method, kd_weight=0.5, chunk_tokens=chunk_tokens), whole)
         assert max(off.values()) < 2e-6, (chunk_tokens, off)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operator returned."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for each in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(each, torch.Tensor) and each.untyped_storage().nbytes():
+                self.size = max(self.size, each.numel())
+        return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_array_of_all_rows_and_a_whole_vocabulary_is_made(method: str) -> None:
+    case = make_case(200, sizes=(211, 199), num_shared=150)
+    keep_heap()  # which allocates once, to free it
+    with Largest() as largest:
+        outcome(distill_across, case, method, kd_weight=0.5, chunk_tokens=8)
+    assert 23 * 211 <= largest.size < len(case.labels) * 199 / 4
+    with Largest() as dense:
+        outcome(reference_across, case, method, kd_weight=0.5)
+    assert dense.size >= len(case.labels) * 199
 
 
 @pytest.mark.slow
