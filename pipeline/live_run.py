@@ -67,8 +67,13 @@ def planned(run: RunFile, folder: Path, command: str, *, keep_rows: bool, prompt
         return found.publish()
 
 
-def training_of(run: RunFile, plan: Path, device: str, *, resume: str, made_with: MadeWith) -> "Training":
-    """The student's side of a live run; plan: the folder of the samples' plan."""
+def training_of(
+    run: RunFile, plan: Path, device: str, *, resume: str, made_with: MadeWith, data: tuple[Path, ...] = ()
+) -> "Training":
+    """The student's side of a live run; plan: the folder of the samples' plan.
+
+    data: what the plan is of, for a student that may have another tokenizer
+    """
     from kdpipe.stages.train import Training
 
     assert run.student.path is not None, "RunCommand has asked for it"
@@ -76,6 +81,10 @@ def training_of(run: RunFile, plan: Path, device: str, *, resume: str, made_with
     return Training(
         student=run.student.path,
         caches=(plan,),
+        data=data,
+        align=run.student.align,
+        align_floor=run.student.align_floor,
+        workers=run.data.workers,
         output=run.train.output,
         spec=run.training(),
         device=device,

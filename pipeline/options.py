@@ -234,7 +234,12 @@ READS = {
         others=(
             "student.path",
             "train.output",
-            "data",
+            "data.heldout_fraction",
+            "data.max_length",
+            "data.bad_records",
+            "data.max_bad",
+            "data.strict",
+            "data.workers",
             "train.batch_tokens",
             "loss.teacher_mix",
             "loss.teacher_weights",

@@ -103,7 +103,8 @@ def _check_start(member: Member, *, is_new: bool) -> None:
     find_divergence(run.loss.divergence).resolve(run.loss.options)
     Output(member.output).require_free()
     if is_new and run.student.path is not None and run.teacher.path is not None:
-        check_student_of(run.student.path, run.teacher.path, run.teacher.trust_remote_code)
+        live = run.sweep.command == "onpolicy"
+        check_student_of(run.student.path, run.teacher.path, run.teacher.trust_remote_code, live=live)
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     folder, kept = run.live.tee or plan_folder_of(output, "stream"), run.live.tee is not None
     with results_only():
         made = this_command(teacher=run.teacher.path, student=student, data=run.data.paths, output=output)
-        training = training_of(run, folder, device, resume=resume, made_with=made)
+        training = training_of(run, folder, device, resume=resume, made_with=made, data=run.data.paths)
         with gone_if_refused(folder):
             plan = planned(run, folder, "stream", keep_rows=kept)
             found = check_training(training, nproc, find_beside(training, kept=kept))

@@ -54,13 +54,13 @@ class Aligned:
 
 
 def align(
-    reading: Reading, caches: Sequence[Cache], progress: Progress, *, vocab_size: int, otherwise: Path | None = None
+    reading: Reading, caches: Sequence[Cache], progress: Progress, *, vocab_size: int, places: Sequence[Path]
 ) -> Aligned:
     """The samples of the data for the student of `reading`, joined to those of the caches, made or found.
 
     reading: whose spec has max_length in the student's tokens, the rest as the caches were made
     vocab_size: ids that the student's head has a row for
-    otherwise: a folder for them where the first cache's cannot be written to; None raises then
+    places: folders that may hold them, the first that can be written to
     Raises the errors of data and tokenizers, CacheError for caches made in different ways, DataError for data that are
     not what the caches were made of, SpaceError.
     """
@@ -68,7 +68,7 @@ def align(
     require_one_way(caches)
     joining = Joining(reading, caches, teacher)
     asked = joining.asked(vocab_size)
-    places = [caches[0].path / ALIGNED, *([] if otherwise is None else [otherwise / ALIGNED])]
+    places = [place / ALIGNED for place in places]
     for place in places:
         sweep(scratch_of(place, asked[:KEY_DIGITS]))
         if (found := _opened(place / asked[:KEY_DIGITS], asked, joining, vocab_size, progress)) is not None:

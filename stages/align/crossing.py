@@ -48,7 +48,7 @@ class Asked:
     data: files and folders that the caches were made of
     spec: how they become samples: max_length in the student's tokens, that of the caches when not given
     align: student.align; floor: student.align_floor
-    otherwise: folder for the aligned samples where the cache's cannot be written to
+    places: folders for the aligned samples, the first that can be written to; the first cache's when not given
     """
 
     data: tuple[Path, ...] = ()
@@ -56,7 +56,7 @@ class Asked:
     align: str = "auto"
     floor: float = 0.0
     workers: int | None = None
-    otherwise: Path | None = None
+    places: tuple[Path, ...] = ()
 
 
 def cross(
@@ -101,7 +101,7 @@ def cross(
         context=context_of(model.config),
         workers=asked.workers,
     )
-    aligned = align(reading, caches, progress, vocab_size=vocab_size, otherwise=asked.otherwise)
+    aligned = align(reading, caches, progress, vocab_size=vocab_size, places=asked.places or (caches[0].path,))
     figures = aligned.record.figures
     if figures.share_of_bytes < asked.floor:
         raise ConfigError(

@@ -57,13 +57,13 @@ class Joining:
     def asked(self, vocab_size: int) -> str:
         """sha256 over all that decides what comes of it."""
         reading, inputs, student = self.reading, Inputs(), self.reading.tokenizer
+        stops = sorted({*reading.model.stop_ids, -1 if student.eos_token_id is None else student.eos_token_id})
         return digest_json(
             {
                 "version": VERSION,
                 "data": [[path.suffix.lower(), inputs.digest(path)] for path in list_files(reading.data)],
-                "spec": reading.spec.model_dump(mode="json", exclude={"subset"}),
-                "student": [_definition(student), digest_json(student.chat_template), sorted(reading.model.stop_ids)],
-                "special": [student.eos_token, student.bos_token],
+                "spec": reading.spec.model_dump(mode="json", exclude={"subset", "heldout_fraction"}),
+                "student": [_definition(student), digest_json(student.chat_template), student.bos_token, stops],
                 "context": None if reading.context is None else reading.context.tokens,
                 "vocab_size": vocab_size,
                 "teacher": [_definition(self.teacher), digest_json(self.teacher.chat_template), self._stops],

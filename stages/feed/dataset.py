@@ -128,6 +128,19 @@ class Dataset:
             return self._sources[samples]
         return np.searchsorted(self._first, samples, side="right") - 1
 
+    def with_teachers(self, teachers: Sequence[Teacher]) -> "Dataset":
+        """The same samples, with rows from elsewhere."""
+        return Dataset(
+            self.tables,
+            teachers,
+            vocab_size=self.vocab_size,
+            taught_by=self.taught_by,
+            usable=self.usable,
+            plans=self.plans,
+            sources=self._sources,
+            notes=self.notes,
+        )
+
     def without_teachers(self) -> "Dataset":
         """The same samples, whose rows nobody asks for."""
         return Dataset(

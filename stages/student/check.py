@@ -21,8 +21,8 @@ from kdpipe.stages.models.vocabulary import real_vocab_size, vocabulary_differen
 from kdpipe.stages.teacher.describe import describe_teacher
 
 OTHER_TOKENIZER = (
-    "such a student learns from a cache, with the data that the cache was made of: kdpipe extract, then kdpipe train "
-    "with --cache and --data"
+    "such a student learns from the answers of data: kdpipe extract, then kdpipe train with --cache and --data, or "
+    "kdpipe stream"
 )
 IDS = ("pad_token_id", "eos_token_id")
 """Config fields that name ids which end up in a batch or end a text."""
@@ -63,7 +63,7 @@ def own_vocab_size(model: ModelFolder) -> int:
 def check_student_of(folder: Path, teacher: Path, trust: str | None = None, *, live: bool = False) -> str:
     """Whether the student in `folder` can learn from a cache of this teacher, before there is one.
 
-    live: it is to learn beside the teacher, which takes a student with the teacher's tokenizer
+    live: it is to write answers for the teacher, which takes the teacher's tokenizer
     trust: digest of the teacher's own code that may run, and of the student's where it has the same
     What could not be checked is returned in words, "" for nothing. Raises StudentError as check_student does,
     TeacherError for a folder that is no teacher.

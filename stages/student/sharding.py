@@ -123,7 +123,7 @@ def shard_beside(beside: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, device
 
     Rank 0's weights. Before the student's first forward pass, which makes them part of it.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = _precision(dtype)
     for module in beside.modules():
         if isinstance(module, nn.Linear):
             _hand_out(module, device)
@@ -173,7 +173,7 @@ def _fully_shard(
 
     Gradients are summed over ranks, not averaged: the loss is divided once, by the tokens of all ranks.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = _precision(dtype)
     layers = set(student.model._no_split_modules or ())
     apart = {parameter for parameter in student.parameters() if in_4_bits(parameter)}  # whole on every rank
     for module in student.model.modules():
@@ -188,6 +188,10 @@ def _fully_shard(
     for module in student.modules():
         _sum_gradients(module)
     return student
+
+
+def _precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
 
 def _sum_gradients(module: nn.Module) -> None:

@@ -47,6 +47,7 @@ from kdpipe.stages.student import (
     require_compiler,
     require_context,
 )
+from kdpipe.stages.student.across import AUTO, NONE
 from kdpipe.stages.train.checkpoint import CHECKPOINTS
 from kdpipe.stages.train.output import INCIDENTS, Output
 from kdpipe.stages.train.samples import open_samples, prepare_samples
@@ -172,15 +173,17 @@ def find(training: Training, progress: Progress = SILENT) -> Found:
     caches = open_caches(training)
     dataset = of_caches(caches, training.spec.loss, unmatched=training.unmatched)
     _check_weights(training, dataset)
-    crossing = cross(model, dataset, caches, _asked_across(training), progress)
+    crossing = cross(model, dataset, caches, asked_across(training), progress)
     if crossing is not None:
         dataset = crossing.dataset
     inputs = training.inputs or run_inputs(training, model, dataset, crossing)
     notes = (*_notes(training, caches), *dataset.notes)
+    if crossing is None and training.align not in (AUTO, NONE):
+        notes += (f"student.align={training.align}: the student has the teacher's tokenizer, so nothing is aligned",)
     return Found(model=model, dataset=dataset, inputs=inputs, notes=notes, crossing=crossing)
 
 
-def _asked_across(training: Training) -> Asked:
+def asked_across(training: Training) -> Asked:
     """What is asked of a student with another tokenizer than its teacher's."""
     return Asked(
         data=training.data,
@@ -188,7 +191,7 @@ def _asked_across(training: Training) -> Asked:
         align=training.align,
         floor=training.align_floor,
         workers=training.workers,
-        otherwise=training.output,
+        places=(training.caches[0], training.output),  # not a copy on this node's disk
     )
 
 

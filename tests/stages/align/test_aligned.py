@@ -112,11 +112,11 @@ def test_a_cache_that_cannot_be_written_to_is_aligned_elsewhere(
     monkeypatch.setattr(Path, "mkdir", refused)  # the tests run as root, whom no mode keeps out
     with pytest.raises(InputError, match="permission denied; choose another place"):
         crossing(far_bench, cache)
-    recorder = Recorder()
-    found = crossing(far_bench, cache, otherwise=tmp_path / "out", progress=recorder)
+    recorder, places = Recorder(), (cache, tmp_path / "out")
+    found = crossing(far_bench, cache, places=places, progress=recorder)
     assert found.aligned.folder.parent == tmp_path / "out" / ALIGNED
     assert any("cannot be written to" in note for note in recorder.notes)
-    assert crossing(far_bench, cache, otherwise=tmp_path / "out").aligned.folder == found.aligned.folder
+    assert crossing(far_bench, cache, places=places).aligned.folder == found.aligned.folder
 
 
 def test_what_only_one_has_is_counted_and_left_out(far_bench: Bench, cache: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tests.conftest import Apart, Bench
 from tests.stages.ranks import Recorder, read_steps, train_and_record, train_until
 from tests.stages.train.test_train import training_for
 
+from kdpipe.manifests.aligned import ALIGNED
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import read_run
@@ -18,7 +19,7 @@ from kdpipe.manifests.specs import DataSpec, LossSpec
 from kdpipe.pipeline.launch import launch
 from kdpipe.stages.evaluate import evaluate_student
 from kdpipe.stages.train import train
-from kdpipe.stages.train.training import Training, check_training
+from kdpipe.stages.train.training import Training, check_training, find
 
 
 def across(bench: Bench, output: Path, align: str = "auto", **changes: object) -> Training:
@@ -73,6 +74,7 @@ def test_a_student_learns_loads_and_scores_what_training_said(far_bench: Bench, 
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.float32
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert "<|turn|>" in tokenizer.chat_template, "it keeps the template that its samples went through"
+    before = set((far_bench.cache / ALIGNED).iterdir())
     scores = evaluate_student(
         tmp_path,
         [far_bench.cache],
@@ -87,6 +89,7 @@ def test_a_student_learns_loads_and_scores_what_training_said(far_bench: Bench, 
     assert scores["shared_mass"] + scores["unmatched_mass"] == pytest.approx(1.0)
     assert 0 < scores["exact_tokens"] < scores["num_tokens"]
     assert scores["aligned_byte_share"] > 0.9
+    assert set((far_bench.cache / ALIGNED).iterdir()) == before, "eval finds what train made"
     assert any("--data" in note and "measure it" in note for note in recorder.notes)
 
 
@@ -115,6 +118,12 @@ def test_bits_per_byte_are_the_cross_entropy_over_the_text(bench: Bench, tmp_pat
     num_bytes = sum(len(tokenizer.decode(each, skip_special_tokens=True).encode()) for each in ids)
     bits = found["heldout_ce"] * found["num_tokens"] / num_bytes / math.log(2)
     assert found["heldout_bits_per_byte"] == pytest.approx(bits)
+
+
+def test_a_method_for_a_student_of_the_teachers_tokenizer_is_said_to_do_nothing(bench: Bench, tmp_path: Path) -> None:
+    training = training_for(bench, tmp_path)
+    assert not any("nothing is aligned" in note for note in find(training).notes)
+    assert any("student.align=uld" in note for note in find(replace(training, align="uld")).notes)
 
 
 def test_another_method_or_other_data_are_another_run(far_bench: Bench, tmp_path: Path) -> None:
