@@ -33,7 +33,7 @@ LOSS_OPTIONS = (
 docs/cross-losses.md say."""
 
 
-ALONE = ("kd_weight", "chunk_tokens", "label_smoothing", "z_loss", "head_grad_fp32")
+ALONE = ("kd_weight", "chunk_tokens", "label_smoothing", "z_loss", "router_weight", "head_grad_fp32")
 """Keys of [loss] that mean something without a teacher."""
 
 
@@ -61,6 +61,9 @@ class LossSpec(Spec):
     """Share of the cross-entropy's target that is spread evenly over the vocabulary."""
     z_loss: Annotated[float, Field(ge=0.0)] = 0.0
     """Adds this times the squared logarithm of the student's softmax denominator; 1e-4 keeps logits from drifting."""
+    router_weight: Annotated[float | None, Field(ge=0.0)] = None
+    """Weight of the load-balancing loss of a mixture of experts, which is added for every supervised token; that of the
+    student's config (router_aux_loss_coef) when not given, 0 leaves it out."""
     head_grad_fp32: bool = True
     """Sum the head's gradient over chunks in float32; false saves memory and is as exact up to some 16 chunks."""
     teacher_mix: TeacherMix | None = None

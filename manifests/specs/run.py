@@ -39,7 +39,9 @@ class RunSpec(Spec):
     train: TrainSpec = TrainSpec()
 
     def without_teacher(self) -> "RunSpec":
-        """The same with a loss that needs none. Raises ConfigError for one that does."""
+        """The same with a loss that needs none, if its base is no teacher. Raises ConfigError for one that does."""
+        if self.student.lora_teacher:
+            return self
         return self.model_copy(update={"loss": self.loss.without_teacher()})
 
 

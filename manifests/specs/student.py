@@ -29,6 +29,9 @@ class StudentSpec(Spec):
     lora_base_bits: Annotated[int, Field(ge=4, le=4)] | None = None
     """Keep the linear layers under the adapters in 4 bits (QLoRA: nf4, quantised twice, by bitsandbytes); in the
     precision of their files when not given."""
+    lora_teacher: bool = False
+    """With --data: the student's teacher is its own base, the same weights without the adapter, in the same pass; no
+    rows are stored and no second model is loaded. loss says what is made of it."""
 
 
 class StudentTable(StudentSpec):

@@ -29,11 +29,14 @@ from kdpipe.manifests.errors import ConfigError, CorruptError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.run import TEACHERS
 from kdpipe.manifests.specs import Dtype, FsdpSpec, LiveSpec
+from kdpipe.stages.models.adapter import is_adapted
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.rows import as_array
 from kdpipe.stages.student import Student, load_sharded
 from kdpipe.stages.student.export import Companions, export
+from kdpipe.stages.student.lora import merged_weights
+from kdpipe.stages.student.sharding import own_part
 from kdpipe.stages.teacher.describe import describe_teacher
 from kdpipe.stages.teacher.head import read_head
 from kdpipe.stages.train.checkpoint import UNFINISHED, checkpoint_folders
@@ -149,9 +152,15 @@ class TeacherUpdates:
             ).requires_grad_(False)
         if isinstance(student, FSDPModule):
             student.reshard()  # after an evaluation the root's parameters are whole
-        named = dict(student.named_parameters())
-        for name, average in self._average.named_parameters():
-            _part(average).mul_(self._ema).add_(_part(named[name]), alpha=1.0 - self._ema)
+        averages = dict(self._average.model.named_parameters())
+        if is_adapted(student.model):
+            weights = (
+                (name, own_part(whole, averages[name])) for name, whole in merged_weights(student.model, keep=True)
+            )
+        else:
+            weights = ((name, _part(weight)) for name, weight in student.model.named_parameters())
+        for name, weight in weights:
+            _part(averages[name]).mul_(self._ema).add_(weight, alpha=1.0 - self._ema)
         return self._average
 
     def _publish(self, scratch: Path, version: int) -> None:

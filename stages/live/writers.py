@@ -97,7 +97,7 @@ class EngineWriter:
         if version == self._version:
             return {}
         dtype = getattr(torch, self._dtype)
-        weights = list(self._student.weights(dtype, keep=self._engine is not None))
+        weights = list(self._student.weights(dtype, keep=self._engine is not None, as_filed=True))
         ours = self._student.logprobs(self._text)
         self._version = version
         return self._ranks.together(lambda: self._updated(weights, ours, version))

@@ -11,6 +11,7 @@ Room: peft is imported when an adapter is met, and not before; it takes seconds 
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,19 @@ def has_adapter(layer: nn.Module) -> bool:
 def low_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights of a layer's adapter as they are now: A [r, in], B [out, r]."""
     return layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The model as it is without its adapter, for as long as the block lasts."""
+    adapted = list(layers(model))
+    for layer in adapted:
+        layer._disable_adapters = True  # peft's own switch freezes the adapter too
+    try:
+        yield
+    finally:
+        for layer in adapted:
+            layer._disable_adapters = False
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -28,16 +28,21 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """The input of the lm_head for every token, [1, L, D] packed or [S, L, D] padded.
+    """The input of the lm_head for every token, [1, L, D] packed or [S, L, D] padded."""
+    hidden: torch.Tensor = packed_output(model, batch).last_hidden_state
+    return hidden
+
+
+def packed_output(model: nn.Module, batch: PackedBatch, **more: bool) -> Any:
+    """What the backbone makes of a batch, as the model's own record; more: what else it is to put there.
 
     Padded on the right, positions are the model's own, which count from its first token as they do without padding.
     """
     if batch.attention_mask is not None:
-        output = backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return output.last_hidden_state
+        return backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **more)
     bounds = torch.nn.functional.pad(batch.seq_lens.cumsum(0), (1, 0)).to(torch.int32)
     longest = max(end - begin for begin, end in pairwise(batch.bounds))
-    output = backbone(model)(
+    return backbone(model)(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         use_cache=False,
@@ -46,8 +51,8 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
         max_length_q=longest,
         max_length_k=longest,
         sample_bounds=SampleBounds(batch.bounds),
+        **more,
     )
-    return output.last_hidden_state
 
 
 @contextmanager

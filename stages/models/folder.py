@@ -228,6 +228,11 @@ class ModelFolder:
                 quantization_config=settings,
                 device_map={"": device},
             )
+            for module in model.modules():
+                # Where a CPU has AVX512-BF16, bitsandbytes packs a weight anew in a pass of evaluation, for a product
+                # that has no gradient and that it takes in training too from then on.
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    module.support_avx512bf16_for_cpu = False
             return model
 
     def _whole(self, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from kdpipe.stages.student.check import (
     require_context,
 )
 from kdpipe.stages.student.exam import exam_text
-from kdpipe.stages.student.lora import Lora, check_export, lora_of, num_trainable, trainable
+from kdpipe.stages.student.lora import Lora, check_export, check_own_teacher, lora_of, num_trainable, trainable
 from kdpipe.stages.student.sharding import compile_layers, load_sharded, reduce_gradients, shard, shard_beside
 from kdpipe.stages.student.student import (
     LOSS_SUMS,
@@ -26,6 +26,7 @@ __all__ = [
     "Student",
     "TeacherHead",
     "check_export",
+    "check_own_teacher",
     "check_student",
     "check_student_of",
     "checkpoint_dtype",

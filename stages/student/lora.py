@@ -132,6 +132,19 @@ def check_export(lora: Lora | None, model: ModelFolder, export: str | None) -> N
         )
 
 
+def check_own_teacher(lora: Lora | None, spec: StudentSpec, *, taught: bool) -> None:
+    """Raises ConfigError where the student's base cannot be its teacher."""
+    if spec.lora_teacher and lora is None:
+        raise ConfigError(
+            "its base is what an adapter is put on: give student.lora_rank too", where="student.lora_teacher"
+        )
+    if spec.lora_teacher and taught:
+        raise ConfigError(
+            "the rows of another teacher are given; leave it out, or train on data alone (--data)",
+            where="student.lora_teacher",
+        )
+
+
 def attach(model: Any, lora: Lora, seed: int) -> dict[str, torch.Tensor]:
     """Put the adapter on a model, its values still on the meta device, and freeze the rest; the values by name."""
     adapter.inject(model, lora.config)

@@ -111,6 +111,14 @@ def shard(
     return _fully_shard(student, mesh, dtype, offload, lambda module: _hand_out(module, device))
 
 
+def own_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that is whole here, as it has of another one of the same shape, on its device."""
+    if not isinstance(like, DTensor):
+        return whole.to(like.device)
+    shape, (row, *_) = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return whole[row : row + shape[0]].to(like.device)
+
+
 def compile_layers(student: Student) -> None:
     """Compile each layer in place, at its first forward pass: after the exam, whose passes are like no step's."""
     for module in student.modules():

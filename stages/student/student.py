@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed.dataset import Teacher
 from kdpipe.stages.feed.packing import PackedBatch
 from kdpipe.stages.loss import Head, Importance, LowRank, Side, TokenMetrics, TopKSide, distill, pose, token_metrics
 from kdpipe.stages.loss.cross_metrics import CrossMetrics
-from kdpipe.stages.models.adapter import NAME, has_adapter, low_of, product
-from kdpipe.stages.models.backbone import backbone, packed_hidden
+from kdpipe.stages.models.adapter import NAME, has_adapter, low_of, product, without_adapter
+from kdpipe.stages.models.backbone import backbone, packed_hidden, packed_output
 from kdpipe.stages.models.formula import logit_formula
+from kdpipe.stages.models.router import router_loss, router_weight
 from kdpipe.stages.rollout.decode import Ended, Way, decode, trial
 from kdpipe.stages.rollout.sampling import Sampling
 from kdpipe.stages.rollout.writer import Answer, Prompt
@@ -32,8 +34,8 @@ from kdpipe.stages.student.across import Across
 from kdpipe.stages.student.exam import examine
 from kdpipe.stages.student.lora import merged_weights, whole
 
-LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked")
-"""What a training batch's forward pass tells of itself, sums over its tokens; see loss.Metrics."""
+LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked", "router")
+"""What a training batch's forward pass tells of itself, sums over its rows; see loss.Metrics, and models/router.py."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -84,6 +86,7 @@ class Student(torch.nn.Module):
     vocab_size: ids that its data can have, where no teacher says how many; the rows of its head when not given
     importance: weighs rows that an older student wrote, where that is wanted
     across: what it needs to learn from a teacher with another tokenizer; None where it has the student's
+    own_teacher: it is taught by its own base, the model without its adapter
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
@@ -91,6 +94,7 @@ class Student(torch.nn.Module):
         self.model, self._vocab_size = model, vocab_size
         self.importance: Importance | None = None
         self.across: Across | None = None
+        self.own_teacher = False
         self._formula = logit_formula(model.config)
         self._padded: bool | None = None
         self._text = np.zeros(0, np.int32)
@@ -160,17 +164,19 @@ class Student(torch.nn.Module):
             self.reshard()
         return found
 
-    def weights(self, dtype: torch.dtype, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, dtype: torch.dtype, *, keep: bool, as_filed: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight as it is now, an adapter merged in, whole, on the CPU, by the model's own name.
 
         Collective where it is sharded.
-
         keep: on this rank; the others only send their parts
+        as_filed: by the names and shapes of its files: a mixture's experts have others in the model
         """
         if isinstance(self, FSDPModule):
             self.reshard()  # what the last pass put together lies in memory that the next one takes
+        filed = as_filed and bool(getattr(self.model, "_weight_conversions", None))
         for name, weight in merged_weights(self.model, keep=keep):
-            yield name, weight.to("cpu", dtype)
+            found = {name: weight.to("cpu", dtype)}
+            yield from (revert_weight_conversion(self.model, found) if filed else found).items()
 
     def scored(self, ids: torch.Tensor) -> torch.Tensor:
         """A forward method to FSDP: parameters are whole inside."""
@@ -185,8 +191,17 @@ class Student(torch.nn.Module):
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Head inputs of the supervised rows, [R, D], in the head's dtype: Mamba's last norm gives float32."""
-        rows = packed_hidden(self.model, batch).flatten(0, 1)[batch.row_positions]
+        return self._rows(packed_hidden(self.model, batch), batch)
+
+    def _rows(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        rows = hidden.flatten(0, 1)[batch.row_positions]
         return rows.to(self.model.get_output_embeddings().weight.dtype)
+
+    def _routed(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `hidden`, and the batch's router loss once for each of its rows."""
+        output = packed_output(self.model, batch, output_router_logits=True)
+        found = router_loss(self.model, output.router_logits, batch.attention_mask)
+        return self._rows(output.last_hidden_state, batch), found * len(batch.row_positions)
 
     def head(self) -> Head:
         """The lm_head as it is now, an adapter merged in: whole, in the dtype of the pass, if called inside forward."""
@@ -219,6 +234,16 @@ class Student(torch.nn.Module):
         head = self.head()
         return replace(head, weight=whole(head.weight), bias=None if head.bias is None else whole(head.bias))
 
+    @torch.no_grad()
+    def _base_side(self, batch: PackedBatch) -> Side:
+        """Its base as a teacher: the same pass without the adapter and without dropout."""
+        training = self.model.training
+        self.model.eval()
+        with without_adapter(self.model):
+            rows = self.hidden(batch)
+        self.model.train(training)
+        return Side(rows, self._own_head())
+
     def forward(
         self,
         batch: PackedBatch,
@@ -227,16 +252,18 @@ class Student(torch.nn.Module):
         seed: int = 0,
         scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor] | TokenMetrics | CrossMetrics:
-        """The loss of the batch with its gradients, and LOSS_SUMS [8] for reading; metrics where loss is None.
+        """The loss of the batch with its gradients, and LOSS_SUMS [9] for reading; metrics where loss is None.
 
         A batch without teacher rows is for a loss of cross-entropy alone, for which no teacher is needed.
         seed: a sampled divergence draws by it; another one for every step. scale: multiplies the loss, not LOSS_SUMS
         """
-        hidden = self.hidden(batch)
+        base = [self._base_side(batch)] if self.own_teacher and loss is not None and loss.kd_weight else []
+        balance = 0.0 if loss is None else router_weight(self.model, loss.router_weight)
+        hidden, routed = self._routed(batch) if balance else (self.hidden(batch), None)
         own = not teachers or self.across is not None
         vocab_size = self._vocab_size if own else teachers[0].vocab_size
         # Rows whose teacher nobody asked for are not in the batch: the loss is cross-entropy alone then.
-        sides = [teacher.side(rows) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
+        sides = base or [teacher.side(rows) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
         student, weights = self.side(hidden), None
         crossing = self.across if batch.aligned else None
         if loss is None and crossing is not None:
@@ -272,7 +299,11 @@ class Student(torch.nn.Module):
             ranked = torch.full_like(out.kd, out.metrics.num_ranked)
             seen = out.metrics.teacher_entropy, out.metrics.top1_agree, out.metrics.top_k_mass
             sums.append(torch.stack([out.loss.detach() / scale, out.kd, out.ce, out.z, *seen, ranked]))
-        return torch.stack(losses).sum(), torch.stack(sums).sum(0)
+        total, told = torch.stack(losses).sum(), torch.stack(sums).sum(0)
+        if routed is None:
+            return total, torch.nn.functional.pad(told, (0, 1))
+        told[0] += balance * routed.detach()
+        return total + scale * balance * routed, torch.cat([told, routed.detach()[None]])
 
     @torch.no_grad()
     def measure(self, batch: PackedBatch, teachers: Sequence[TeacherHead]) -> TokenMetrics | CrossMetrics:

@@ -11,12 +11,13 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from kdpipe.manifests.durable import disk_error, make_folder
-from kdpipe.manifests.errors import KdpipeError, TemporaryError, stopped
+from kdpipe.manifests.errors import CheckFailed, KdpipeError, TemporaryError, stopped
 from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.run import Metrics, RunRecord
@@ -29,9 +30,11 @@ from kdpipe.stages.feed.packing import Packer
 from kdpipe.stages.loss.cross import extra_of
 from kdpipe.stages.models.device import described, pick_device
 from kdpipe.stages.ranks import Ranks, joined
+from kdpipe.stages.rollout.probe import BOUNDS, gap
 from kdpipe.stages.student import (
     Across,
     Lora,
+    Student,
     TeacherHead,
     check_student,
     checkpoint_dtype,
@@ -52,6 +55,8 @@ from kdpipe.stages.train.training import Found, Training, find
 
 FEW_STEPS = 8
 """An epoch of fewer is worth a word: the default batch takes small data in one step."""
+CHECKED_TOKENS = 64
+"""Of the text on which a merged student is compared with the one that was trained."""
 
 
 def train(training: Training, progress: Progress, found: Found | None = None) -> dict[str, object]:
@@ -219,7 +224,10 @@ class Run:
         ).train()
         if found.crossing is not None:
             self.student.across = self._across(found.crossing, heads[0])
-        self.student.examine(exam_text(dataset, np.arange(len(dataset)), self.student.model.config), training.student)
+        text = exam_text(dataset, np.arange(len(dataset)), self.student.model.config)
+        self.student.examine(text, training.student)
+        self._lora, self._text = lora, text[:CHECKED_TOKENS]
+        self.student.own_teacher = training.spec.student.lora_teacher
         if spec.fsdp.compile:
             compile_layers(self.student)
         self.notes = (*found.model.notes, *self.beside.notes)
@@ -355,6 +363,7 @@ class Run:
             if self.ranks.rank == 0:
                 output.make_scratch()
             export(self.student, self.beside, output.scratch, rank=self.ranks.rank)
+            self._check_merged(output.scratch)
         except Exception as err:
             problem = err  # whatever it is, no step is to be lost by it
         self._require_exported(problem, progress)
@@ -370,6 +379,26 @@ class Run:
         record = self.ranks.from_first(lambda: output.seal(record))
         self.checkpoints.remove()
         return record
+
+    def _check_merged(self, folder: Path) -> None:
+        """A student that was written with its adapter merged in says what it says here. Collective; rank 0 looks.
+
+        Raises CheckFailed.
+        """
+        if self._lora is None or self.beside.adapter is not None:
+            return
+        dtype = self.training.spec.train.dtype
+        ours = self.student.logprobs(self._text)
+        if self.ranks.rank == 0:
+            written = Student(self._found.model.at(folder).load(getattr(torch, dtype), self.ranks.device))
+            found = gap(written.logprobs(self._text), ours)
+            stored = str(self.beside.dtype).removeprefix("torch.")
+            if not found <= (allowed := max(BOUNDS[dtype], BOUNDS[stored])):  # type: ignore[index]
+                raise CheckFailed(
+                    f"the student with its adapter merged in is {found:.1e} nats from the one that was trained, "
+                    f"allowed are {allowed:.1e}; train.export=adapter writes the adapter alone",
+                    where=folder,
+                )
 
     def _require_exported(self, problem: Exception | None, progress: Progress) -> None:
         """Where a rank could not export the student, keep the last step's state and raise why. Collective."""

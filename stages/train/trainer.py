@@ -72,7 +72,7 @@ class Trainer:
         count = self.batches.num_supervised(step)
         sums = self.backward(step, max(count, 1))
         num_tokens = int(sums.pop("num_tokens"))
-        logged = _means(sums, max(count, 1), taught=bool(self.heads))
+        logged = _means(sums, max(count, 1), taught=bool(self.heads) or self.student.own_teacher)
         norm = self._clip()
         lr = self.lr_factor * learning_rate(step, self.num_steps, self.spec)
         if not count:
@@ -160,6 +160,8 @@ def _means(sums: dict[str, float], count: int, *, taught: bool) -> dict[str, flo
     """
     ranked = sums["num_ranked"]
     logged = {f"{name}/mean": sums[name] / count for name in ("loss", *(["kd"] if taught else []), "ce", "z")}
+    if sums["router"]:
+        logged["router/mean"] = sums["router"] / count
     if ranked:
         logged["teacher_entropy/mean"] = sums["teacher_entropy"] / count
         logged |= {"top1_agreement": sums["top1_agree"] / ranked, "top_k_mass": sums["top_k_mass"] / ranked}

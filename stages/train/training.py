@@ -39,6 +39,7 @@ from kdpipe.stages.student import (
     Lora,
     Student,
     check_export,
+    check_own_teacher,
     check_student,
     checkpoint_dtype,
     lora_of,
@@ -215,7 +216,10 @@ def _find_data(training: Training, model: ModelFolder, progress: Progress) -> Fo
         table = open_samples(training.output, training.inputs.data)
     dataset = Dataset([table], vocab_size=own_vocab_size(model))
     listed = incident_notes(table.plan.counts, str(training.output / INCIDENTS))
-    notes = (f"no teacher: cross-entropy on {len(dataset):,} samples of the data, loss.kd_weight is 0", *listed)
+    how = "no teacher: cross-entropy on {}, loss.kd_weight is 0"
+    if training.spec.student.lora_teacher:
+        how = "its own base is its teacher, on {}"
+    notes = (how.format(f"{len(dataset):,} samples of the data"), *listed)
     inputs = training.inputs or run_inputs(training, model, dataset)
     return Found(model=model, dataset=dataset, inputs=inputs, notes=notes, rows_are_kept=False)
 
@@ -227,12 +231,13 @@ def check_training(training: Training, nproc: int, found: Found | None = None) -
     found: what was opened already
     """
     _check_start(training)
-    if not training.caches and training.spec.loss.kd_weight:
+    if not training.caches and training.spec.loss.kd_weight and not training.spec.student.lora_teacher:
         raise ConfigError("data without a teacher's rows are trained on with 0", where="loss.kd_weight")
     found = found or find(training)
     check_student(found.model, *found.dataset.teachers)
     lora = lora_of(found.model, training.spec.student)
     check_export(lora, found.model, training.spec.train.export)
+    check_own_teacher(lora, training.spec.student, taught=bool(found.dataset.teachers))
     for path, plan in zip(training.caches, found.dataset.plans, strict=bool(training.caches)):
         _check_settings(training.spec, path, plan, own_lengths=found.crossing is not None)
     require_context(found.model, found.dataset, np.arange(len(found.dataset)))

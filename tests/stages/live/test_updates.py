@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from kdpipe.manifests.errors import ConfigError, CorruptError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.ring import RingReader, RingWriter, make_ring
 from kdpipe.manifests.sample import prompt_of
-from kdpipe.manifests.specs import DataSpec, LossSpec, RunFile
+from kdpipe.manifests.specs import DataSpec, LossSpec, RunFile, StudentSpec
 from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.live.onpolicy import fed_by, find_onpolicy
 from kdpipe.stages.live.serve import serve_plan
@@ -153,6 +154,37 @@ def test_an_average_is_what_is_reckoned_by_hand(pair: Bench, tmp_path: Path) -> 
         for name, tensor in found.items():
             assert tensor.dtype == torch.float32
             assert torch.allclose(tensor.double(), mean[name], rtol=1e-6, atol=1e-7), (step, name)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.75])
+def test_of_a_student_of_adapters_the_teacher_is_made_with_them_merged_in(
+    pair: Bench, ema: float, tmp_path: Path
+) -> None:
+    """A copy has nothing to teach it; an average is that of the merged weights."""
+    training = training_for(pair, tmp_path / "out", loss=LossSpec(kd_weight=0.5), max_steps=3, save_every=1, lr=1e-2)
+    spec = training.spec.model_copy(update={"student": StudentSpec(lora_rank=4)})
+    copies = Copies(training.output, tmp_path)
+    updated(pair, replace(training, spec=spec), copies, every=1, lmbda=0.5, ema=ema)
+    base = load_file(pair.student / "model.safetensors")
+    mean = {name: tensor.double() for name, tensor in load_file(pair.teacher / "model.safetensors").items()}
+    for step in (1, 2):
+        trained = student_at(tmp_path, step)
+        assert trained
+        for name, tensor in base.items():
+            layer = name.removesuffix(".weight")
+            now = tensor.double()
+            if f"{layer}.lora_A.default.weight" in trained:
+                down, up = (trained[f"{layer}.lora_{part}.default.weight"].double() for part in "AB")
+                now = now + 16 / 4 * up @ down
+            mean[name] = ema * mean[name] + (1 - ema) * now
+        found = load_file(tmp_path / "teachers" / f"{step:06d}" / "model.safetensors")
+        assert found.keys() == mean.keys()
+        for name, tensor in found.items():
+            assert torch.allclose(tensor.double(), mean[name], rtol=1e-5, atol=1e-6), (step, name)
+    if not ema:
+        kd = [step["kd/mean"] for step in of(copies, "step")]
+        assert kd[0] > 0.1
+        assert max(map(abs, kd[1:])) < 1e-6
 
 
 def test_rows_and_head_after_an_update_are_those_of_the_new_teacher(pair: Bench, tmp_path: Path) -> None:

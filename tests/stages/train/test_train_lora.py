@@ -1,29 +1,34 @@
 """Training by adapters: only they have gradients, moments and a checkpoint; what is written is what was trained."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 from tests.conftest import Apart, Bench
-from tests.models import make_adapter
+from tests.models import make_adapter, make_model, make_tokenizer
 from tests.opened import load_student, student_in
 from tests.stages import by_hand
 from tests.stages.ranks import Recorder, first_gradients, read_steps, train_logged, train_until
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.errors import CheckFailed, ConfigError
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import read_run
 from kdpipe.manifests.specs import LossSpec, RunSpec, StudentSpec, TrainSpec
 from kdpipe.pipeline.launch import launch
 from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.dataset import of_caches
+from kdpipe.stages.models import adapter
+from kdpipe.stages.models.adapter import own_weights, widened
 from kdpipe.stages.ranks import joined
+from kdpipe.stages.student import Student
 from kdpipe.stages.train import train
 from kdpipe.stages.train.run import Run
 from kdpipe.stages.train.training import Training, check_training, find
@@ -171,6 +176,21 @@ def test_a_run_that_was_killed_ends_as_one_that_never_stopped(
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+def test_an_engine_beside_the_student_is_given_merged_weights(bench: Bench, everywhere: Path, tmp_path: Path) -> None:
+    """By the names of the base, as SGLang loads them; the student's own scores are theirs."""
+    training = lora(bench, tmp_path / "run", student=everywhere, keys={})
+    with joined(CPU) as ranks:
+        run = Run(training, find(training), ranks)
+        found = dict(run.student.weights(torch.float32, keep=True))
+        ours = run.student.logprobs(np.arange(3, 60, dtype=np.int32))
+    right = load_student(everywhere, torch.float32, CPU)
+    assert found.keys() == dict(right.named_parameters()).keys()
+    for name, weight in right.named_parameters():
+        torch.testing.assert_close(found[name], weight.detach(), rtol=1e-5, atol=1e-6)
+    theirs = Student(right).logprobs(np.arange(3, 60, dtype=np.int32))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_ranks_take_the_steps_of_one(dtype: str, bench: Bench, tmp_path: Path) -> None:
     keys = {"lora_rank": 4, "lora_head": True}
@@ -182,6 +202,123 @@ def test_two_ranks_take_the_steps_of_one(dtype: str, bench: Bench, tmp_path: Pat
         ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
         for name, value in ours.items():
             torch.testing.assert_close(theirs[name], value, rtol=2e-3, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student whose layers are as wide as bitsandbytes' blocks."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    folder = tmp_path_factory.mktemp("wide")
+    return make_tokenizer(make_model("llama", folder, vocab_size=320, seed=1, sizes=sizes))
+
+
+def test_over_4_bits_the_gradients_are_those_over_the_weights_that_these_stand_for(
+    bench: Bench, wide: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = student_in(wide).load_in_4_bits(torch.float32, torch.float32, CPU)
+    plain = load_student(wide, torch.float32, CPU)
+    with torch.no_grad():
+        for name, weight, _ in own_weights(model):
+            plain.get_parameter(name).copy_(widened(weight))
+    rounded = [
+        name
+        for name, weight in load_student(wide, torch.float32, CPU).named_parameters()
+        if not torch.equal(weight, plain.get_parameter(name))
+    ]
+    assert len(rounded) == 2 * 7
+    other = make_tokenizer(tmp_path / "other")
+    plain.save_pretrained(other)
+    ours, theirs = (make_adapter(folder, tmp_path / f"on_{folder.name}") for folder in (wide, other))
+    bits = {"lora_base_bits": 4}
+    trainings = {
+        "bits": lora(bench, tmp_path / "run", student=ours, keys=bits, grad_checkpointing=True),
+        "plain": lora(bench, tmp_path / "run", student=theirs, keys={}),
+    }
+    first_gradients(trainings, tmp_path)
+    (found, bits_sums, _), (whole, sums, _) = (torch.load(tmp_path / name, weights_only=True) for name in trainings)
+    assert bits_sums["loss"] == pytest.approx(sums["loss"], rel=1e-5)
+    for name, gradient in whole.items():
+        if gradient is not None:
+            assert (found[name] - gradient).norm() / gradient.norm() < 1e-4, name
+
+
+def test_over_4_bits_a_merged_export_has_the_logits_of_what_was_trained(
+    bench: Bench, wide: Path, tmp_path: Path
+) -> None:
+    """Out of the 4 bits; measured before the export and after it."""
+    pytest.importorskip("bitsandbytes")
+    recorder = Recorder()
+    training = lora(
+        bench,
+        tmp_path / "run",
+        student=wide,
+        keys={"lora_rank": 4, "lora_base_bits": 4},
+        export="merged",
+        eval_every=1,
+        max_steps=2,
+        lr=1e-9,
+    )
+    metrics = train(training, recorder)
+    assert metrics["heldout_kl"] == pytest.approx(recorder.values("eval", "heldout_kl")[0], rel=1e-4)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
+def test_a_merged_student_that_says_other_things_than_the_trained_one_is_refused(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "product", lambda layer, down, up: torch.zeros(len(up), down.shape[1]))
+    with pytest.raises(CheckFailed, match=r"with its adapter merged in is .* nats from the one that was trained"):
+        train(lora(bench, tmp_path / "run", export="merged", save_every=0), Silent())
+    assert not (tmp_path / "run" / "kdpipe.json").exists()
+
+
+def test_the_base_teaches_by_switching_the_adapter_off(bench: Bench, everywhere: Path, tmp_path: Path) -> None:
+    """Against the base's own logits in float64; on data alone, with no rows and no second model."""
+    training = dataclasses.replace(
+        lora(bench, tmp_path / "run", student=everywhere, keys={"lora_teacher": True}, batch_tokens=600),
+        caches=(),
+        data=(bench.data,),
+    )
+    recorder = Recorder()
+    train(training, recorder)
+    prepared = recorder.values("step", "kd/mean")
+    assert prepared[0] > 0.01
+    table = find(dataclasses.replace(training, output=tmp_path / "again")).dataset
+    members = PlannedBatches(table, table.split(0.05)[0], seed=0, batch_tokens=600).samples(0)
+    base = by_hand.load(bench.student)
+    student = peft.PeftModel.from_pretrained(by_hand.load(bench.student), str(everywhere)).double()
+    total, count = 0.0, 0
+    for member in members.tolist():
+        text = table.tokens(member)
+        ids = torch.tensor(text.token_ids, dtype=torch.int64)
+        at = torch.nonzero(torch.tensor(text.supervised)[1:])[:, 0]
+        with torch.no_grad():
+            t, s = (model(ids[None]).logits[0, at, :300].div(1.5).log_softmax(-1) for model in (base, student))
+        total, count = total + float((t.exp() * (t - s)).sum()), count + len(at)
+    assert prepared[0] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "data", "words"),
+    [
+        ({"lora_teacher": True}, True, r"student\.lora_teacher: its base is what an adapter is put on"),
+        (
+            {"lora_teacher": True, "lora_rank": 4},
+            False,
+            r"student\.lora_teacher: the rows of another teacher are given",
+        ),
+    ],
+)
+def test_a_base_that_cannot_be_the_teacher_is_refused(
+    keys: dict[str, Any], data: bool, words: str, bench: Bench, tmp_path: Path
+) -> None:
+    training = lora(bench, tmp_path / "run", keys=keys)
+    if data:
+        training = dataclasses.replace(training, caches=(), data=(bench.data,))
+    with pytest.raises(ConfigError, match=words):
+        check_training(training, 1)
 
 
 def test_export_is_for_adapters_alone(bench: Bench, tmp_path: Path) -> None:
