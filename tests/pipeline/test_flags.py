@@ -37,6 +37,7 @@ def given(main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callab
             raise DataError("seen")
 
         monkeypatch.setattr(STAGES[words[0]], stage)
+        monkeypatch.setattr("kdpipe.pipeline.commands.train.find_data", lambda training: None)  # opens what is named
         assert main(*words) == (4, "", "E-DATA: seen\n")
         return seen[0]
 
