@@ -1,10 +1,13 @@
 """Likelihood of equal text: each span's probability under both models, compared as the outcome of one coin.
 
     p = exp(sum of log T / tau),  q = exp(sum of log S / tau)     over the span's own tokens, a little below 1
-    loss of a span = D({p, 1 - p}, {q, 1 - q}), any divergence of the table that does not draw or rank
+    loss of a span = tau D({p, 1 - p}, {q, 1 - q}), any divergence of the table that does not draw or rank
 
-Approximate likelihood matching, Minixhofer et al. 2025, arXiv 2503.20083. Only the tokens that were written count, so
-no two vocabularies meet; a span's gradient is a pull on the log-probability of each of its tokens.
+Approximate likelihood matching, Minixhofer et al. 2025, arXiv 2503.20083. Theirs has no factor tau: at their tau of 100
+it is some hundredths of a cross-entropy, and its weight is left to a balance of gradients. With the factor the forward
+KL of a large tau is a log(a / b) - a + b, a and b the surprisals of teacher and student, whatever tau. Only the tokens
+that were written count, so no two vocabularies meet; a span's gradient is a pull on the log-probability of each of its
+tokens.
 Cost: the student's logits twice, the teacher's once.
 """
 
@@ -62,12 +65,12 @@ def _summed(side: Side, runs: Tensor, tokens: Tensor, size: int, temperature: fl
 def coin_distance(
     divergence: Divergence, options: dict[str, float], log_t: Tensor, log_s: Tensor, tau: float
 ) -> tuple[Tensor, Tensor]:
-    """D of the two coins [K] and its slope with respect to log_s [K]."""
+    """tau D of the two coins [K] and its slope with respect to log_s [K]; in fp64, as both coins are almost certain."""
     with torch.enable_grad():
-        own = log_s.detach().requires_grad_()
-        values = divergence.reference(coin(log_t, tau), coin(own, tau), **options)
+        own = log_s.double().detach().requires_grad_()
+        values = tau * divergence.reference(coin(log_t.double(), tau), coin(own, tau), **options)
         (slopes,) = torch.autograd.grad(values.sum(), own)
-    return values.detach(), slopes
+    return values.detach().to(log_s.dtype), slopes.to(log_s.dtype)
 
 
 def coin(log_p: Tensor, tau: float) -> Tensor:

@@ -98,7 +98,7 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             name="chunk",
-            formula="D({p, 1 - p}, {q, 1 - q}) of every span, log p and log q its log-likelihoods over tau",
+            formula="tau D({p, 1 - p}, {q, 1 - q}) of every span, log p and log q its log-likelihoods over tau",
             source="ALM, Minixhofer et al. 2025, arXiv 2503.20083",
             when="vocabularies with little in common, byte-level students; sees the text's own tokens alone",
             divergences=tuple(name for name in EVERY if name not in DRAWN_OR_RANKED),

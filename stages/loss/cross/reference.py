@@ -212,7 +212,7 @@ def chunk(dense: Dense, span: int) -> Tensor:
     spans = dense.spans
     log_q = likelihood(dense.log_s, spans.student[span].tolist(), spans.student_tokens)
     log_p = likelihood(dense.log_t, spans.teacher[span].tolist(), spans.teacher_tokens)
-    return dense.divergence(coin(log_p), coin(log_q), 0)
+    return dense.options["tau"] * dense.divergence(coin(log_p), coin(log_q), 0)
 
 
 def dskd(dense: Dense, span: int) -> Tensor | None:
