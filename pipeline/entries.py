@@ -33,12 +33,13 @@ def entries_of(place: Path) -> list[Entry]:
         return list(_of_run_file(load(place)))
     if (place / SUBMIT / JOBS_FILE).exists():
         return [*_of_submission(place), *_others(place)]
-    if is_run(place):
+    inside = list(_others(place))
+    if is_run(place) and not (inside and _is_of_a_sweep(place)):
         return [_student(place.absolute().name, place)]
     if (place / PLAN_FILE).exists():
         return list(_of_cache(place))
-    if found := list(_others(place)):
-        return found
+    if inside:
+        return inside
     raise ConfigError(
         "no run is here, nor in a folder of it" if place.is_dir() else "there is no such run file or folder",
         where=place,
@@ -49,6 +50,13 @@ def entries_of(place: Path) -> list[Entry]:
 def is_run(folder: Path) -> bool:
     """Whether a student is, or was, trained into a folder, or was to be."""
     return any((folder / name).exists() for name in (RUN_FILE, EVENTS, LOG))
+
+
+def _is_of_a_sweep(folder: Path) -> bool:
+    """Whether the events in a folder are those of a sweep, whose runs have folders in it, and not a student's."""
+    head, tail = ends_of(folder / EVENTS)
+    commands = {event.get("command") for event in [*head, *tail] if event["kind"] == "run"}
+    return commands == {"sweep"} and not (folder / RUN_FILE).exists()
 
 
 def _of_run_file(run: RunFile) -> Iterator[Entry]:

@@ -180,6 +180,17 @@ def test_a_local_sweep_tells_running_from_killed_from_not_begun(main: Main, tmp_
     assert json.loads(main("status", out / "seed-1", "--json")[1])["steps"][0]["state"] == "finished"
 
 
+def test_a_local_sweeps_own_events_hide_none_of_its_runs(main: Main, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_run(out / "a", step=100, ending="finished")
+    write_run(out / "b", step=7, ending="failed", error="E-CHECK step 8: not finite")
+    events = [{"time": 1.0, "kind": "run", "command": "sweep"}, {"time": 2.0, "kind": "finished"}]
+    (out / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    code, text, _ = main("status", out, "--json")
+    assert [(row["name"], row["state"]) for row in json.loads(text)["steps"]] == [("a", "finished"), ("b", "failed")]
+    assert code == 1
+
+
 def session(cache: Path, name: str, part: list[int] | None, *events: dict[str, object], pid: int = 0) -> None:
     run = {"kind": "run", "command": "extract", "host": platform.node(), "pid": pid, "part": part}
     lines = [json.dumps({"time": 100.0, **event}) for event in (run, *events)]
