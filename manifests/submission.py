@@ -32,6 +32,8 @@ class Task(Record):
     """Name of the step: "extract", "seal", "train/lr-0.0003", "report"."""
     part: int | None = None
     """Of a step that several tasks share, from 1."""
+    parts: int | None = None
+    """How many share it; this job may have but some of them."""
     output: str
     """Folder, or file, that it writes."""
 
@@ -78,8 +80,10 @@ class Submission(Record):
     """Oldest first; a step that was submitted again is in several, and the last one counts."""
 
     def latest(self) -> dict[tuple[str, int | None], tuple[Job, Task]]:
-        """The last job and task of every (step, part)."""
-        return {(task.step, task.part): (job, task) for job in self.jobs for task in job.tasks}
+        """The last job and task of every (step, part), of a step as many share it now."""
+        tasks = [(job, task) for job in self.jobs for task in job.tasks]
+        parts = {task.step: task.parts for _, task in tasks}
+        return {(task.step, task.part): (job, task) for job, task in tasks if task.parts == parts[task.step]}
 
 
 def submission_folder(output: Path) -> Path:

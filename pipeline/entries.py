@@ -91,8 +91,7 @@ def _tasks(record: Submission, folder: Path) -> Iterator[Entry]:
         if step == EXTRACT:
             if where not in sessions:
                 sessions[where] = _sessions(where)
-            count = sum(each.step == EXTRACT for each in job.tasks)
-            name = f"{EXTRACT} {part}/{count}" if part is not None else EXTRACT
+            name = f"{EXTRACT} {part}/{task.parts or '?'}" if part is not None else EXTRACT
             own = sessions[where].get(part) or RunState(output=where, status="absent")
             yield Entry(name=name, output=where, own=own, sent=job, task=task, log=log)
         elif step in (SEAL, REPORT):

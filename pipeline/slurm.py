@@ -142,7 +142,9 @@ class Batch:
         step = self.steps[0]
         if step.parts > 1:
             output = str(folder / step.output)
-            return tuple(Task(index=part, step=step.name, part=part, output=output) for part in self.indices)
+            return tuple(
+                Task(index=part, step=step.name, part=part, parts=step.parts, output=output) for part in self.indices
+            )
         places: Sequence[int | None] = self.indices or (None,)
         return tuple(
             Task(index=index, step=step.name, output=str(folder / step.output))

@@ -109,7 +109,7 @@ def test_a_thousand_and_one_students_are_two_arrays(tmp_path: Path) -> None:
 def test_only_the_parts_that_are_left_are_tasks(tmp_path: Path) -> None:
     (extract, *_) = batches(tmp_path, parts=[4, 2])
     assert "#SBATCH --array=2,4%2\n" in script(extract)
-    assert [(task.index, task.part) for task in extract.tasks(Path("/project"))] == [(2, 2), (4, 4)]
+    assert [(task.index, task.part, task.parts) for task in extract.tasks(Path("/project"))] == [(2, 2, 4), (4, 4, 4)]
 
 
 def test_array_words() -> None:

@@ -216,11 +216,29 @@ def test_parts_of_an_extraction_are_told_by_their_last_sessions(main: Main, tmp_
     assert {row["state"] for row in json.loads(main("status", cache, "--json")[1])["steps"]} == {"finished"}
 
 
+def extracted(cache: Path, part: int, parts: int) -> Task:
+    return Task(index=part, step="extract", part=part, parts=parts, output=str(cache))
+
+
+def test_a_part_that_was_sent_again_alone_keeps_its_name(
+    main: Main, slurm: Callable[..., Path], tmp_path: Path
+) -> None:
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    of_two, of_three = [extracted(cache, part, 2) for part in (1, 2)], [extracted(cache, part, 3) for part in (1, 2, 3)]
+    submit(out, ("extract", 4, of_three, ()), ("extract", 5, of_two, ()), ("extract", 6, of_two[1:], ()))
+    slurm(("5_1", "RUNNING", "None"), ("6_2", "PENDING", "Resources"))
+    rows = json.loads(main("status", out, "--json")[1])["steps"]
+    assert [(row["name"], row["state"], row["job"]) for row in rows] == [
+        ("extract 1/2", "running", "5_1"),
+        ("extract 2/2", "waiting", "6_2"),
+    ], "the parts of before, of three, are no more"
+
+
 def test_parts_that_were_submitted_have_their_jobs(main: Main, slurm: Callable[..., Path], tmp_path: Path) -> None:
     out, cache = tmp_path / "out", tmp_path / "cache"
     make_plan(cache, make_samples(21))
     session(cache, "1-a", [1, 2], {"kind": "plan", "missing": [0]}, {"kind": "finished"})
-    parts = [Task(index=part, step="extract", part=part, output=str(cache)) for part in (1, 2)]
+    parts = [extracted(cache, part, 2) for part in (1, 2)]
     seal = Task(index=None, step="seal", output=str(cache))
     submit(out, ("extract", 5, parts, ()), ("seal", 6, [seal], ("extract",)))
     slurm(("5_2", "FAILED", "NonZeroExitCode"), ("6", "CANCELLED", "DependencyNeverSatisfied"))
