@@ -131,12 +131,17 @@ class _Side:
             after -= 1
         return after - 1
 
-    def num_bytes(self) -> int:
-        """Bytes of text that the targets stand for; none for special tokens."""
+    def bytes_after(self) -> np.ndarray:
+        """Bytes of text that the targets up to each token stand for, int64 [n + 1], 0 first; none for special tokens.
+
+        A token that the vocabulary lacks stands for its text. One whose end is not known leaves its bytes to the next.
+        """
         ends = np.maximum.accumulate(np.where(self.ends == INSIDE, 0, self.ends))[: len(self.sample.token_ids)]
-        sizes = np.diff(ends, prepend=0)
-        special = np.array([self.party.table[index] is None for index in self.sample.token_ids[: len(sizes)].tolist()])
-        return int(sizes[self.sample.supervised[: len(sizes)] & ~special].sum()) if len(sizes) else 0
+        table, unknown = self.party.table, self.party.tokenizer.unk_token_id
+        ids = self.sample.token_ids[: len(ends)].tolist()
+        counts = np.array([table[index] is not None or index == unknown for index in ids], dtype=bool)
+        counts &= self.sample.supervised[: len(ends)]
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.diff(ends, prepend=0) * counts)])
 
     def within(self, span: Span) -> Cuts:
         return cuts_within(self.text, self.cuts, *self.text.within(span))
@@ -160,12 +165,13 @@ def _alignment(student: _Side, teacher: _Side) -> Alignment:
     other_rows, other_kept = teacher.rows(spans[:, 2], spans[:, 3])
     both = kept & other_kept
     runs = np.stack([rows, spans[:, 1], other_rows, spans[:, 3]], axis=1)[both]
-    sample = teacher.sample
+    sample, sizes = teacher.sample, student.bytes_after()
+    first, after = (np.minimum(places, len(sizes) - 1) for places in (spans[both, 0], spans[both, 0] + spans[both, 1]))
     return Alignment(
         spans=runs.astype(np.int32),
         digest=sample_digest(sample.content_id, sample.token_ids, sample.supervised),
-        num_bytes=student.num_bytes(),
-        aligned_bytes=int(spans[both, 4].sum()),
+        num_bytes=int(sizes[-1]),
+        aligned_bytes=int((sizes[after] - sizes[first]).sum()),
     )
 
 

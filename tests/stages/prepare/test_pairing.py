@@ -27,8 +27,9 @@ ANSWER = {"role": "assistant", "content": "The last hidden state after the final
 @cache
 def side(name: str) -> Any:
     """A tokenizer with a chat template."""
-    template = {"byte-level": CHAT_TEMPLATE, "unigram": tokenizers.CHAT, "thinking": THINKING}[name]
-    tokenizer = tokenizers.byte_level() if name == "byte-level" else tokenizers.unigram(800)
+    template = {"byte-level": CHAT_TEMPLATE, "thinking": THINKING}.get(name, tokenizers.CHAT)
+    made = {"byte-level": tokenizers.byte_level, "words": tokenizers.wordpiece}
+    tokenizer = made.get(name, lambda: tokenizers.unigram(800))()
     ends = ["<|im_start|>", "<|im_end|>"] if name == "byte-level" else ["<|turn|>", "<|stop|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": ends})
     tokenizer.eos_token, tokenizer.chat_template = ends[1], template
@@ -73,6 +74,20 @@ def aligned(record: dict[str, Any], student: Party, teacher: Party) -> list[tupl
 
 def joined(spans: list[tuple[str, str]]) -> tuple[str, str]:
     return "".join(one for one, _ in spans), "".join(other for _, other in spans)
+
+
+@pytest.mark.parametrize("words", ["use <|turn|> and <|turn|> here", "Zażółć 🙂🙂 gęślą ÀÉÎ ", "plain words alone"])
+@pytest.mark.parametrize("names", [("byte-level", "unigram"), ("unigram", "byte-level"), ("words", "byte-level")])
+def test_no_more_bytes_are_aligned_than_there_are(words: str, names: tuple[str, str]) -> None:
+    record = {"messages": [QUESTION, {"role": "assistant", "content": words}]}
+    student = party(names[0])
+    outcome, _ = pair(record, student, party(names[1]))
+    assert outcome.alignment is not None
+    special = words.count("<|turn|>") * len("<|turn|>") if names[0] != "byte-level" else 0
+    blank = outcome.alignment.num_bytes - len(words.strip().encode()) + special
+    assert blank in (0, 1), "one before the end of the turn may be a target"
+    assert 0 <= outcome.alignment.aligned_bytes <= outcome.alignment.num_bytes
+    assert outcome.alignment.aligned_bytes > 0
 
 
 @pytest.mark.parametrize("names", [("byte-level", "unigram"), ("unigram", "byte-level"), ("thinking", "byte-level")])
