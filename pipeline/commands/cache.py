@@ -273,7 +273,13 @@ def compare_caches(cache: Path, other: Path, tolerance: float | None, as_json: b
     show_default=True,
     help="Parquet files, or a Hugging Face dataset for load_from_disk.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the logits are computed; auto takes a GPU where there is one.",
+)
 @json_option
 def export(cache: Path, out: Path, top_k: int, columns: str, files: Files, device: DeviceChoice, as_json: bool) -> None:
     """Write the likeliest tokens of every row into OUT, as other projects read them; what is left out is said.

@@ -438,6 +438,8 @@ class FakeTraining:
     copies: object = None
     weights: tuple[float, ...] = ()
     unmatched: str = "refuse"
+    align: str = "auto"
+    align_floor: float = 0.5
     loggers: tuple[str, ...] = ()
 
 
@@ -474,7 +476,7 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
 
     def check_training(training: object, nproc: int, found: object = None) -> object:
         calls.append(("check", nproc))
-        return types.SimpleNamespace(inputs="as found")
+        return types.SimpleNamespace(inputs="as found", crossing=None)
 
     sizes = ModelSizes(params=7000, layers=2, hidden=5, queries=5, keys=5, intermediate=20, vocab=11)
     monkeypatch.setattr(outlook, "sizes_of", lambda folder, params: sizes)
