@@ -15,6 +15,14 @@ from kdpipe.manifests.errors import LayoutError
 MAX_RECORD_BYTES = 16 << 20
 """A record names files and settings: 100,000 files are some 10 MiB."""
 
+EXPECTED = {
+    "path_type": "expected a path",
+    "model_type": "expected a table of keys",
+    "dict_type": "expected a table",
+    "tuple_type": "expected a list",
+}
+"""Of pydantic's findings, by type, those that it says in words of Python."""
+
 
 class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -44,8 +52,5 @@ def first_problem(err: ValidationError) -> str:
 
 def in_words(problem: Mapping[str, Any]) -> str:
     """One of pydantic's findings as our errors say it."""
-    if problem["type"] == "path_type":
-        return "expected a path"
-    if problem["type"] == "model_type":
-        return "expected a table of keys"
-    return str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    said = str(problem["msg"]).removeprefix("Value error, ").replace("Tuple should", "a list should")
+    return EXPECTED.get(problem["type"]) or said.replace("Input should be", "expected")

@@ -17,7 +17,7 @@ from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.provenance import digest_model, digest_tokenizer
 from kdpipe.manifests.run import ELASTIC, RunInputs, read_run
-from kdpipe.manifests.specs import Member, RunFile, members_of, override, sweep_output
+from kdpipe.manifests.specs import OF_LORA, Member, RunFile, members_of, override, sweep_output
 from kdpipe.pipeline.options import OF_CACHES, READS, key_of, readers, within
 
 EXTRACT, SEAL, REPORT = "extract", "seal", "report"
@@ -125,6 +125,11 @@ def _check(run: RunFile, members: tuple[Member, ...], sets: tuple[str, ...]) -> 
         for key in READS[command].needs:
             if not getattr(getattr(member.run, key.partition(".")[0]), key.rpartition(".")[2]):
                 raise ConfigError(f"it has no {key}; give it in the run file or let it vary", where=where)
+        student = member.run.student
+        if not student.lora_rank and (idle := sorted(student.model_fields_set & {*OF_LORA})):
+            raise ConfigError(
+                f"student.{idle[0]} is of use with student.lora_rank alone; give both or none", where=where
+            )
         if command == "train":
             _check_sources(member, sets)
     varied = {key for member in members for key in member.overrides}

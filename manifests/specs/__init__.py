@@ -19,7 +19,7 @@ from kdpipe.manifests.specs.cache import MAX_SHARD_TOKENS, SHARD_TOKENS, CacheSp
 from kdpipe.manifests.specs.data import DataSpec, DataTable
 from kdpipe.manifests.specs.live import LiveSpec
 from kdpipe.manifests.specs.loss import LOSS_OPTIONS, PRESETS, LossSpec, TeacherMix
-from kdpipe.manifests.specs.members import Member, members_of, sweep_output
+from kdpipe.manifests.specs.members import Member, members_of, same_run, sweep_output
 from kdpipe.manifests.specs.run import (
     RunFile,
     RunSpec,
@@ -32,7 +32,7 @@ from kdpipe.manifests.specs.run import (
     with_keys,
 )
 from kdpipe.manifests.specs.slurm import Resources, SlurmSpec
-from kdpipe.manifests.specs.student import EvalSpec, StudentSpec, StudentTable
+from kdpipe.manifests.specs.student import OF_LORA, EvalSpec, StudentSpec, StudentTable
 from kdpipe.manifests.specs.sweep import SweepSpec
 from kdpipe.manifests.specs.teacher import EngineSpec, TeacherSpec
 from kdpipe.manifests.specs.train import FsdpSpec, TrainSpec, TrainTable
@@ -40,6 +40,7 @@ from kdpipe.manifests.specs.train import FsdpSpec, TrainSpec, TrainTable
 __all__ = [
     "LOSS_OPTIONS",
     "MAX_SHARD_TOKENS",
+    "OF_LORA",
     "PRESETS",
     "SHARD_TOKENS",
     "CacheSpec",
@@ -78,6 +79,7 @@ __all__ = [
     "members_of",
     "misspelt_keys",
     "override",
+    "same_run",
     "sweep_output",
     "with_keys",
 ]

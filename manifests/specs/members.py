@@ -2,31 +2,35 @@
 
     run file with [sweep] -> members_of -> Member(name "lr-0.0003_seed-1", overrides, run), ...
 
-Invariant: every member is valid before any of them runs; no two have one name, and no two are the same run. Pure: the
-same run file gives the same members in the same order, the last key of the grid varying fastest.
+Invariant: every member is valid before any of them runs; no two have one name, and no two are the same run. Pure but
+for links in paths: one run file always gives the same members in the same order, the last key of the grid fastest.
 """
 
 import itertools
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
 from kdpipe.manifests.durable import canonical
 from kdpipe.manifests.errors import ConfigError
-from kdpipe.manifests.specs.run import RunFile, fields, with_keys
+from kdpipe.manifests.specs.run import RunFile, fields, override, with_keys
 from kdpipe.manifests.specs.sweep import NAME
 
 MOST_RUNS = 10_000
 LONGEST_NAME = 200
 """A name is a folder's, which has 255 bytes at most."""
 UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
-TAKEN = ("submit", "report.html", "events.jsonl")
-"""What else lies in a sweep's output."""
+TAKEN = ("submit", "report.html", "events.jsonl", "kdpipe.json", "log.txt", "prepare.jsonl", "answers.jsonl")
+TAKEN += ("checkpoints", "teachers", "tensorboard", "wandb", "aligned")
+"""What else lies in the output of a sweep or of a run, by which a folder is known for one."""
 BASE = "base"
 """Name of a run that differs in nothing from the run file."""
 
@@ -61,9 +65,12 @@ def members_of(run: RunFile) -> tuple[Member, ...]:
     if not run.sweep.grid and not run.sweep.runs:
         return (_member(run, safe(output.absolute().name), {}, output),)
     named = _named(run)
-    _require_each_once((name for name, _ in named), "two runs are named '{}'; name them apart in sweep.runs")
     members = tuple(_member(run, name, keys, output / name) for name, keys in named)
-    _require_other_runs(members)
+    if same := same_run(members):
+        raise ConfigError(f"runs {same[0].name} and {same[1].name} are the same; keep one", where="sweep")
+    for name, times in Counter(member.name for member in members).items():
+        if times > 1:
+            raise ConfigError(f"two runs are named '{name}'; name them apart in sweep.runs", where="sweep")
     return members
 
 
@@ -86,6 +93,12 @@ def _named(run: RunFile) -> list[tuple[str, Keys]]:
     size = len(listed) * math.prod(map(len, grid.values()))
     if size > MOST_RUNS:
         raise ConfigError(f"{size:,} runs; {MOST_RUNS:,} are the most of one sweep", where="sweep")
+    for key, values in grid.items():
+        contents = list(map(canonical, values))
+        for content, times in Counter(contents).items():
+            if times > 1:
+                again = override(key, values[contents.index(content)])
+                raise ConfigError(f"the value {again} is given twice; leave one out", where="sweep.grid")
     for entry in listed:
         for key, other in itertools.product(entry.keys() - {NAME}, grid):
             if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
@@ -157,9 +170,11 @@ def _plain(value: JsonValue, of_text: Callable[[str], str] = str) -> str:
 
 
 def _require_name(name: str) -> None:
-    if name in TAKEN or safe(name) != name:
+    if name in TAKEN:
+        raise ConfigError(f"'{name}' cannot be a run's name: kdpipe's own files in an output have it", where="sweep")
+    if safe(name) != name:
         expected = "letters, digits and . _ + -, not a dot or a dash first"
-        raise ConfigError(f"'{name}' cannot be a run's name: {expected}, and none of {', '.join(TAKEN)}", where="sweep")
+        raise ConfigError(f"'{name}' cannot be a run's name: {expected}", where="sweep")
     if len(name) > LONGEST_NAME:
         raise ConfigError(
             f"the name of a run is {len(name)} characters long, {name[:40]}...; name the runs in sweep.runs",
@@ -167,16 +182,24 @@ def _require_name(name: str) -> None:
         )
 
 
-def _require_each_once(names: Iterable[str], problem: str) -> None:
-    for name, times in Counter(names).items():
-        if times > 1:
-            raise ConfigError(problem.format(name), where="sweep")
+def same_run(members: Sequence[Member], *, but: str = "sweep") -> tuple[Member, Member] | None:
+    """The first two that would train one student twice: a value may be written in two ways (1 and 1.0, s and x/../s).
 
-
-def _require_other_runs(members: Sequence[Member]) -> None:
-    """A value written in two ways (1 and 1.0) would train one student twice."""
-    seen: dict[bytes, str] = {}
+    but: a table that makes no other run
+    """
+    real = cache(os.path.realpath)
+    seen: dict[bytes, Member] = {}
     for member in members:
-        content = canonical(member.run.model_dump(mode="json", exclude={"train": {"output"}}))
-        if (other := seen.setdefault(content, member.name)) != member.name:
-            raise ConfigError(f"runs {other} and {member.name} are the same; keep one", where="sweep")
+        content = canonical(_with_paths(member.run.model_dump(exclude={"train": {"output"}, but: True}), real))
+        if (other := seen.setdefault(content, member)) is not member:
+            return other, member
+    return None
+
+
+def _with_paths(value: Any, real: Callable[[Path], str]) -> Any:
+    """A dump as JSON holds it, each path as the disk has it."""
+    if isinstance(value, Mapping):
+        return {key: _with_paths(entry, real) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_paths(entry, real) for entry in value]
+    return real(value) if isinstance(value, Path) else value

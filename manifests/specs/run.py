@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import json
 import re
 import tomllib
@@ -28,6 +29,8 @@ from kdpipe.manifests.specs.teacher import EngineSpec, TeacherSpec
 from kdpipe.manifests.specs.train import TrainSpec, TrainTable
 
 S = TypeVar("S", bound=Spec)
+KINDS = ("bool", "int", "float", "str", "list", "dict")
+"""What pydantic writes after the key of a value that may be of several."""
 
 
 class RunSpec(Spec):
@@ -251,4 +254,5 @@ def _explain(err: ValidationError) -> str:
         return (
             f"'{key}' = {first['input']!r}: expected {first['ctx']['expected']}{nearest(str(first['input']), choices)}"
         )
+    key = ".".join(itertools.takewhile(lambda part: part not in KINDS, [*tables, leaf]))
     return f"'{key}' = {first['input']!r}: {in_words(first)}"

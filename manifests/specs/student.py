@@ -9,6 +9,9 @@ from kdpipe.manifests.specs.base import CodeDigest, Count, DeviceChoice, DtypeCh
 
 ALL_LINEAR = "all-linear"
 
+OF_LORA = ("lora_alpha", "lora_dropout", "lora_targets", "lora_head")
+"""Keys of a new adapter: of use with a lora_rank alone."""
+
 Align = Literal["auto", "none", "shared-vocab", "uld", "gold", "xtoken", "chunk", "dskd"]
 
 

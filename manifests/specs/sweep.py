@@ -45,11 +45,11 @@ class SweepSpec(Spec):
     @classmethod
     def _whole_keys_of_runs(cls, given: Any) -> Any:
         if not isinstance(given, list | tuple):
-            return given
+            raise ValueError("expected a list of tables ([[sweep.runs]])")
         runs = [whole_keys(run) if isinstance(run, Mapping) else run for run in given]
         for run in runs:
-            if isinstance(run, Mapping) and not isinstance(run.get(NAME, ""), str):
-                raise ValueError(f"a name is a text, got {run[NAME]!r}")
+            if isinstance(run, Mapping) and NAME in run and not (isinstance(run[NAME], str) and run[NAME]):
+                raise ValueError(f"a name is a text, got {run[NAME]!r}; leave it out for one of what varies")
         return runs
 
 

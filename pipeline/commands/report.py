@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -38,6 +39,7 @@ def command(
     """
     if out is None and csv_file is None and png_file is None and not as_json:
         out = PAGE
+    _require_apart({"--out": out, "--csv": csv_file, "--png": png_file})
     if (drawn := out or png_file) is not None:
         _require_drawing(drawn)
     report = gather(runs)
@@ -51,6 +53,14 @@ def command(
             _write(file, make())
             written[name] = file
     show(written | json_of(report) if as_json else written, as_json=as_json)
+
+
+def _require_apart(files: Mapping[str, Path | None]) -> None:
+    """Raises ConfigError where two options name one file."""
+    named: dict[str, str] = {}
+    for option, file in files.items():
+        if file is not None and (other := named.setdefault(os.path.realpath(file), option)) != option:
+            raise ConfigError(f"{other} and {option} name one file; give each its own", where=file)
 
 
 def _require_drawing(file: Path) -> None:

@@ -22,7 +22,7 @@ from kdpipe.manifests.errors import (
 )
 from kdpipe.manifests.run import EVENTS
 from kdpipe.manifests.running import alone_in, require_nobody_in
-from kdpipe.manifests.specs import Member, RunFile, members_of, override, sweep_output
+from kdpipe.manifests.specs import Member, RunFile, members_of, override, same_run, sweep_output
 from kdpipe.pipeline.local import Outcome, run_steps, share_out
 from kdpipe.pipeline.options import RunCommand, group_for, json_option, run_file_argument, this_command, typed
 from kdpipe.pipeline.precheck import require_trainable
@@ -30,7 +30,7 @@ from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.pipeline.prospect import Prospect, prospect_of
 from kdpipe.pipeline.roles import Share, all_gpus
 from kdpipe.pipeline.runs import state_of
-from kdpipe.pipeline.steps import REPORT, REPORT_FILE, Step, disk_of, steps_of
+from kdpipe.pipeline.steps import OF_SUBMIT, REPORT, REPORT_FILE, Step, disk_of, steps_of
 from kdpipe.pipeline.sweep_view import Show, name_of, print_commands, print_students, said
 
 WORST_FIRST = (InternalError, InputError, CheckFailed, DriftError, IncompleteError, TemporaryError)
@@ -66,6 +66,12 @@ def command(run: RunFile, dry_run: bool, as_json: bool) -> None:
     if not run.sweep.grid and not run.sweep.runs:
         raise ConfigError(
             "it varies nothing: give sweep.grid or sweep.runs, or train its one student with kdpipe train"
+        )
+    if same := same_run(members_of(run), but=OF_SUBMIT):
+        raise ConfigError(
+            f"runs {same[0].name} and {same[1].name} differ in [{OF_SUBMIT}] alone, which only kdpipe submit reads; "
+            "keep one",
+            where="sweep",
         )
     output = sweep_output(run)
     if not dry_run:

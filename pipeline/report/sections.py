@@ -1,7 +1,7 @@
 """Sections: what a report says, each from the records it is about; "" where there is nothing to say."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -70,18 +70,21 @@ def _says_something(table: Table, column: Column) -> bool:
     return any(row.get(column.key) not in usual for row in table.rows)
 
 
-def _best(table: Table, column: Column) -> object:
-    values = [row[column.key] for row in table.rows if isinstance(row.get(column.key), int | float)]
-    if not values or not column.better:
-        return None
-    return (min if column.better == "low" else max)(values, key=lambda value: float(str(value)))
+def _best(table: Table, column: Column) -> list[Row]:
+    """The rows with the best figure, of the finished runs; of all where none of those has it."""
+    rows = [row for row in table.rows if isinstance(row.get(column.key), int | float)]
+    rows = [row for row in rows if row["status"] == "finished"] or rows
+    if not rows or not column.better:
+        return []
+    best = (min if column.better == "low" else max)(float(str(row[column.key])) for row in rows)
+    return [row for row in rows if row[column.key] == best]
 
 
 def _is_under_way(row: Row) -> bool:
     return row["status"] != "finished" and row["metrics_step"] is not None
 
 
-def _run_cell(row: Row, column: Column, best: Mapping[str, object], colours: Mapping[str, str]) -> Cell:
+def _run_cell(row: Row, column: Column, best: Mapping[str, Sequence[Row]], colours: Mapping[str, str]) -> Cell:
     value = row.get(column.key)
     if column.key == "run":
         return Cell(value=value, html=dot(colours.get(str(value))) + escape(str(value)))
@@ -92,7 +95,7 @@ def _run_cell(row: Row, column: Column, best: Mapping[str, object], colours: Map
     if column.key == "steps" and row["num_steps"] not in (None, value):
         of_all = f'{text_of(value, "count")} <span class="soft">of {text_of(row["num_steps"], "count")}</span>'
         return Cell(value=value, html=of_all)
-    is_best = value is not None and best.get(column.key) == value
+    is_best = row in best.get(column.key, ())
     is_late = column.key in best and _is_under_way(row)
     return Cell(value=value, classes=("best",) * is_best + ("underway",) * is_late)
 

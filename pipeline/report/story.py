@@ -40,7 +40,7 @@ class Story:
     num_missing: steps up to the last one that left no event: a full disk loses events, never steps
     seconds: of all sessions at work, lost steps included
     step_seconds: of the steps that count
-    metrics: final figures; those of the last evaluation where there are none yet
+    metrics: final figures; those of the last evaluation after a step where there are none yet
     notes: with how often each was said
     error: how it ended, where that was not well; of one that was refused before it began, the last line of its log
     commands: of its sessions, the last one last
@@ -175,7 +175,7 @@ def _sum_up(story: Story, steps: Mapping[int, Point], evals: Mapping[int, Point]
         last = story.steps[-1]
         story.num_tokens, story.num_skipped = int(total), int(last.get("num_skipped", 0))
         story.step, story.num_missing = int(last["step"]), int(last["step"]) - len(story.steps)
-    if story.evals:
+    if story.evals and story.evals[-1]["step"]:  # before the first step it is the untrained student
         story.metrics = {key: value for key, value in story.evals[-1].items() if key not in AXES}
         story.measured_after = int(story.evals[-1]["step"])
 

@@ -30,13 +30,11 @@ from kdpipe.manifests.durable import canonical
 from kdpipe.manifests.errors import ConfigError, StudentError
 from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.specs import StudentSpec
-from kdpipe.manifests.specs.student import ALL_LINEAR
+from kdpipe.manifests.specs.student import ALL_LINEAR, OF_LORA
 from kdpipe.stages.draws import mixed_seed
 from kdpipe.stages.models import adapter
 from kdpipe.stages.models.folder import ModelFolder
 
-OF_LORA = ("lora_alpha", "lora_dropout", "lora_targets", "lora_head")
-"""Keys that say how a new adapter is made."""
 TORCHTUNE = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """Layers by the names that torchtune has for them."""
 PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.run import EVENTS, LOG, RUN_FILE, TEACHERS, TENSORBOARD, WANDB
 from kdpipe.manifests.specs import RunFile, StudentTable, TrainTable, load, members_of, override, with_keys
 from kdpipe.manifests.specs.members import MOST_RUNS, Member
 from kdpipe.manifests.specs.run import _apply
@@ -138,7 +139,13 @@ def test_set_makes_a_grid_too(names: Callable[..., list[str]]) -> None:
         ("[sweep.grid]\ntrain.lr = []\n", "train.lr has no value"),
         ('[sweep.grid]\ntrain.lr = [1]\n"train.lr" = [2]\n', "'train.lr' is given twice"),
         ('[sweep.grid]\n"train..lr" = [2]\n', "'train..lr' is not of the form table.key"),
-        ("[sweep.grid]\ntrain.lr = [1, 1]\n", "two runs are named 'lr-1'"),
+        ("[sweep.grid]\ntrain.lr = [1e-4, 0.0001]\n", "the value train.lr=0.0001 is given twice; leave one out"),
+        ("[[sweep.runs]]\ntrain.lr = 1\n[[sweep.runs]]\ntrain.lr = '1'\n", "runs lr-1 and lr-1 are the same"),
+        ("[[sweep.runs]]\nname = 'a'\n[[sweep.runs]]\nname = 'a'\ntrain.lr = 1\n", "two runs are named 'a'; name them"),
+        ("[sweep.grid]\ntrain.lr = [nan]\n", "'sweep.grid.train.lr.0' = nan: expected a finite number"),
+        ("[[sweep.runs]]\ntrain.betas = [nan, 1]\n", "'sweep.runs.0.train.betas' = nan: expected a finite number"),
+        ("[sweep.runs]\nname = 'a'\n", "expected a list of tables ([[sweep.runs]])"),
+        ("[[sweep.runs]]\nname = ''\n", "a name is a text, got ''; leave it out"),
         ("[sweep.grid]\ntrain.lr = [1, 1.0]\n", "runs lr-1 and lr-1.0 are the same"),
         ("[sweep.grid]\ntrain.output = ['x']\n", "run output-x: 'train.output' cannot vary"),
         ("[sweep.grid]\nsweep.jobs = [1]\n", "'sweep.jobs' cannot vary"),
@@ -151,7 +158,7 @@ def test_set_makes_a_grid_too(names: Callable[..., list[str]]) -> None:
         ("[[sweep.runs]]\nname = 'submit'\n", "'submit' cannot be a run's name"),
         ("[[sweep.runs]]\nname = '.hidden'\n", "'.hidden' cannot be a run's name"),
         ("[[sweep.runs]]\nname = 3\n", "a name is a text, got 3"),
-        ("[sweep]\nruns = [1]\n", "'sweep.runs.0' = 1: "),
+        ("[sweep]\nruns = [1]\n", "'sweep.runs.0' = 1: expected a table"),
         ("[sweep]\njob = 2\n", "unknown key 'sweep.job'; did you mean 'jobs'?"),
         ("[sweep]\njobs = 0\n", "'sweep.jobs' = 0: "),
         (f"[sweep.grid]\nloss.divergence = ['{'x' * 300}']\n", "the name of a run is 311 characters long"),
@@ -161,6 +168,19 @@ def test_what_is_wrong_with_a_run_is_said_before_any_runs(refused: Callable[...,
     message = refused(text)
     assert message.startswith("E-CONFIG ")
     assert says in message
+
+
+def test_one_folder_spelt_twice_is_one_run(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to("student")
+    for other in ("x/../student", "student/", "linked"):
+        grid = f"[sweep.grid]\nstudent.path = ['{tmp_path}/student', '{tmp_path}/{other}']\n"
+        assert refused(grid).endswith("are the same; keep one")
+    assert refused("[sweep.grid]\ndata.paths = [['./d', 'e'], ['d', 'e']]\n").endswith("are the same; keep one")
+
+
+@pytest.mark.parametrize("name", [RUN_FILE, LOG, EVENTS, TEACHERS, TENSORBOARD, WANDB, "checkpoints", "aligned"])
+def test_no_run_has_the_name_of_a_file_of_an_output(refused: Callable[..., str], name: str) -> None:
+    assert f"'{name}' cannot be a run's name" in refused(f"[[sweep.runs]]\nname = '{name}'\n")
 
 
 def test_more_runs_than_anyone_means_are_counted_not_made(refused: Callable[..., str]) -> None:

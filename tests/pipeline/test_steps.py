@@ -114,6 +114,15 @@ def test_a_key_that_the_command_does_not_read_cannot_vary(steps: Steps, grid: st
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "grid", ["student.lora_rank = [0]\nstudent.lora_targets = ['q', 'v']", "student.lora_rank = [8, 0]"]
+)
+def test_keys_of_an_adapter_without_a_rank_are_refused_before_any_runs(steps: Steps, grid: str) -> None:
+    text = RUN.replace("train.lr = [1e-3, 3e-4]", grid).replace("[student]", "[student]\nlora_targets = ['k']")
+    with pytest.raises(ConfigError, match=r"run .*-0.*: student\.lora_targets is of use with student\.lora_rank alone"):
+        steps(text)
+
+
 def test_a_teacher_without_a_cache_is_not_left_out_unasked(steps: Steps) -> None:
     text = RUN.replace('[cache]\npath = "c"\n', "")
     with pytest.raises(ConfigError, match="the run file names a teacher and no cache of its rows"):

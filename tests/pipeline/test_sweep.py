@@ -73,6 +73,8 @@ def test_a_sweep_is_refused_before_it_starts(folder: Path, main: Main) -> None:
     assert main("sweep")[2].startswith("E-CONFIG kdpipe sweep: no run file is named")
     assert main("sweep", "run.toml", "--config", "run.toml")[2].startswith("E-CONFIG kdpipe sweep: two run files")
     assert "it varies nothing" in main("sweep", "run.toml", "--set", "sweep.grid={}")[2]
+    nodes = main("sweep", "run.toml", "--set", "sweep.grid={slurm={nodes=[1, 2]}}", "--dry-run")
+    assert "runs nodes-1 and nodes-2 differ in [slurm] alone, which only kdpipe submit reads" in nodes[2]
     code, _, err = main("sweep", "run.toml", "--set", "student.path=none")
     assert (code, err) == (4, "E-STUDENT none: no such folder\n")
     Path("runs").mkdir()

@@ -13,6 +13,8 @@ from tests.conftest import Main
 from tests.runs import BEGAN, inputs_of, session, write_events, write_run
 
 from kdpipe.manifests.run import read_run
+from kdpipe.pipeline.report import sections
+from kdpipe.pipeline.report.gather import gather
 
 
 @pytest.fixture
@@ -49,6 +51,30 @@ def test_the_table_in_a_file_has_the_records_numbers_in_full(runs: Path, main: M
     assert rows["c"]["error"] == 'E-CHECK step 3: not finite, "nan"'
     assert (rows["c"]["status"], rows["c"]["exit_code"], rows["c"]["steps"]) == ("failed", "1", "2")
     assert [rows[name]["train.lr"] for name in "abc"] == ["0.01", "0.001", "0.0001"]
+
+
+def test_the_mark_of_the_best_is_the_finished_runs_even_where_another_was_better_on_its_way(
+    tmp_path: Path,
+) -> None:
+    write_run(tmp_path / "good", heldout_kl=0.75)  # the other's last evaluation is 0.41
+    write_events(tmp_path / "killed", session(1, 5, began=BEGAN, inputs=inputs_of()))
+    report = gather([tmp_path])
+    assert "best: good" in sections.tiles(report)
+    table = sections.runs(report)
+    assert 'class="n best" data-value="0.75"' in table
+    assert 'class="n underway" data-value="0.41"' in table
+    assert "best underway" not in table
+
+
+@pytest.mark.parametrize("options", [("--out", "--csv"), ("--csv", "--png"), ("--out", "--png")])
+def test_two_of_the_files_cannot_be_one(
+    options: tuple[str, str], runs: Path, main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = main("report", runs, options[0], "x", options[1], tmp_path / "runs" / ".." / "x")
+    assert code == 4
+    assert f"{options[0]} and {options[1]} name one file" in err
+    assert not Path("x").exists()
 
 
 def test_without_a_file_asked_for_it_is_a_page_here(

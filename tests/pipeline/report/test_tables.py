@@ -61,6 +61,15 @@ def test_a_run_under_way_is_after_those_that_have_finished(tmp_path: Path) -> No
     assert [(row["run"], row["metrics_step"]) for row in table.rows] == [("a", 8), ("c", 4)]
 
 
+def test_the_untrained_student_of_a_run_that_made_no_step_is_no_result(tmp_path: Path) -> None:
+    failed = write_events(tmp_path / "a", session(1, 1, began=BEGAN, inputs=inputs_of()))
+    (untrained,) = stories(failed)
+    assert ([point["step"] for point in untrained.evals], untrained.metrics) == ([0], {})
+    under_way = write_events(tmp_path / "b", session(1, 3, began=BEGAN, inputs=inputs_of()))
+    assert [row["run"] for row in tabulate(stories(failed, under_way)).rows] == ["b", "a"]
+    assert tabulate([untrained]).result is None
+
+
 def test_a_run_in_progress_has_its_keys_from_its_events(tmp_path: Path) -> None:
     events = session(1, 3, began=BEGAN, inputs=inputs_of({"train": {"lr": 0.5}}))
     table = tabulate(stories(write_events(tmp_path / "b", events), write_run(tmp_path / "a")))
