@@ -28,8 +28,8 @@ MOST_RUNS = 10_000
 LONGEST_NAME = 200
 """A name is a folder's, which has 255 bytes at most."""
 UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
-TAKEN = ("submit", "report.html", "events.jsonl", "kdpipe.json", "log.txt", "prepare.jsonl", "answers.jsonl")
-TAKEN += ("checkpoints", "teachers", "tensorboard", "wandb", "aligned")
+FILES = ("report.html", "events.jsonl", "kdpipe.json", "log.txt", "prepare.jsonl", "answers.jsonl")
+TAKEN = (*FILES, "submit", "checkpoints", "teachers", "tensorboard", "wandb", "aligned")
 """What else lies in the output of a sweep or of a run, by which a folder is known for one."""
 BASE = "base"
 """Name of a run that differs in nothing from the run file."""
