@@ -31,18 +31,13 @@ class Work:
 
     num_tokens: int
     num_rows: int
-    heldout_fraction: float
     teacher_params: int
     head_params: int
-
-    @property
-    def train_tokens(self) -> float:
-        return self.num_tokens * (1 - self.heldout_fraction)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentCost:
-    """One student's training. passes: teacher passes over the training samples that a live teacher would make"""
+    """One student's training. passes: of the teacher over the cache's tokens, that a live teacher would make"""
 
     name: str
     params: int
@@ -63,35 +58,28 @@ def student_cost(
     work: Work,
     rate: Rate,
     *,
+    num_steps: int,
+    trained_tokens: int,
     export_bytes: int,
-    epochs: float,
-    batch_tokens: int,
-    subset: float = 1.0,
-    max_steps: int | None = None,
     checkpoints: int = 0,
     trained: int | None = None,
 ) -> StudentCost:
-    """Of a student that trains for some epochs, or steps where these are fewer.
+    """Of a student that trains on so many tokens.
 
-    subset: share of the training samples that it sees
     export_bytes: of the student that is written
     checkpoints: kept at a time; there is one more while it is written
     trained: parameters that are; all when not given
     """
-    tokens = work.train_tokens * subset
-    steps = max(round(epochs * -(-tokens // batch_tokens)), 1)
-    done = min(steps, max_steps or steps)
-    tokens_seen = epochs * tokens * done / steps
     state = STATE_BYTES * (params if trained is None else trained)
-    rows = tokens_seen * work.num_rows / max(work.num_tokens, 1)
-    operations = step_flops(params, 1, trained) * tokens_seen + forward_flops(work.head_params, 1) * rows
+    rows = trained_tokens * work.num_rows / max(work.num_tokens, 1)
+    operations = step_flops(params, 1, trained) * trained_tokens + forward_flops(work.head_params, 1) * rows
     return StudentCost(
         name=name,
         params=params,
-        trained_tokens=round(tokens_seen),
-        num_steps=done,
+        trained_tokens=trained_tokens,
+        num_steps=num_steps,
         seconds=operations / (forward_flops(work.teacher_params, 1) * rate.tokens_per_second),
-        passes=tokens_seen / max(work.train_tokens, 1),
+        passes=trained_tokens / max(work.num_tokens, 1),
         output_bytes=export_bytes + (state * (checkpoints + 1) if checkpoints else 0),
     )
 
@@ -106,9 +94,17 @@ def cached_seconds(work: Work, rate: Rate, students: Sequence[StudentCost]) -> f
     return teacher_seconds(work, rate) + sum(each.seconds for each in students)
 
 
-def break_even_epochs(students: int) -> float:
-    """Epochs beyond which so many students together run a live teacher more than once: 1 for one student, 1/4 for four.
+def live_over_cached(work: Work, rate: Rate, students: Sequence[StudentCost], count: int) -> float:
+    """live_seconds over cached_seconds of so many students that are as these on average: above 1 a cache is cheaper."""
+    share = count / len(students)
+    teacher, alone = teacher_seconds(work, rate), sum(each.seconds for each in students)
+    return live_seconds(work, rate, students) * share / (teacher + alone * share)
 
-    The same wherever the time goes: both ways train the students alike.
+
+def break_even_epochs(students: int, passes: float) -> float:
+    """Epochs beyond which so many students together run a live teacher more than once.
+
+    passes: of the teacher in an epoch. 1: 1 epoch for one student, 1/4 for four. The same wherever the time goes: both
+    ways train the students alike.
     """
-    return 1 / students
+    return 1 / (students * passes)

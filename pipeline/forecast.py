@@ -31,19 +31,13 @@ NOT_LINEAR = re.compile(r"embed|\bw[tp]e\b|lm_head|\.experts\.|norm")
 """In the names of matrices that are no linear layer's: embeddings, the head, the experts of a mixture."""
 
 
-def break_even_students(epochs: float) -> int:
+def break_even_students(passes: Fraction) -> int:
     """Smallest number of students that together run the teacher more than once without a cache.
 
-    One epoch: 2. Two epochs or more: 1, its second epoch is already saved. Half an epoch: 3.
+    passes: of the teacher over the cache's tokens, in the training of one. 1: 2 students. 2 or more: 1, its second
+    epoch is already saved. 1/2: 3.
     """
-    return math.floor(1 / Fraction(str(epochs))) + 1
-
-
-def live_over_cached(students: int, epochs: float, *, teacher_params: int, student_params: int) -> float:
-    """Operations of training `students` with a live teacher over those with a cache: above 1 the cache is cheaper."""
-    teacher, student = forward_flops(teacher_params, 1), step_flops(student_params, 1)
-    passes = students * epochs
-    return passes * (teacher + student) / (teacher + passes * student)
+    return math.floor(1 / passes) + 1
 
 
 def forward_flops(params: int, num_tokens: int) -> int:
@@ -57,12 +51,6 @@ def step_flops(params: int, num_tokens: int, trained: int | None = None) -> int:
     trained: how many of the parameters are; all when not given
     """
     return (4 * params + 2 * (params if trained is None else trained)) * num_tokens
-
-
-def compare(epochs: float, *, teacher_params: int, student_params: int) -> dict[str, float]:
-    """live_over_cached for a few numbers of students, keyed by that number as JSON wants it."""
-    sizes = {"teacher_params": teacher_params, "student_params": student_params}
-    return {f"{count}": live_over_cached(count, epochs, **sizes) for count in FLEET}
 
 
 def free_bytes(folder: Path) -> int:

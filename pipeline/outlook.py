@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kdpipe.manifests.adapter import base_of
+from kdpipe.manifests.sample import Sample, is_heldout, is_in_subset
 from kdpipe.manifests.specs import RunFile
 from kdpipe.manifests.specs.members import members_of
 from kdpipe.manifests.specs.teacher import CUDA_BATCH_TOKENS
@@ -15,6 +19,7 @@ from kdpipe.pipeline.costs import (
     Work,
     break_even_epochs,
     cached_seconds,
+    live_over_cached,
     live_seconds,
     student_cost,
     teacher_seconds,
@@ -22,7 +27,6 @@ from kdpipe.pipeline.costs import (
 from kdpipe.pipeline.forecast import (
     FLEET,
     break_even_students,
-    compare,
     count_trained,
     exported_bytes,
     forward_flops,
@@ -30,7 +34,10 @@ from kdpipe.pipeline.forecast import (
     step_flops,
 )
 from kdpipe.pipeline.memory import ModelSizes, extract_bytes, train_bytes
+from kdpipe.pipeline.prospect import Work as Steps
+from kdpipe.pipeline.prospect import work_of
 from kdpipe.pipeline.room import Room, room_at
+from kdpipe.stages.feed.lengths import steps_of
 
 if TYPE_CHECKING:
     from kdpipe.stages.extract import Forecast
@@ -49,19 +56,56 @@ HOW = (
 )
 
 
+@dataclass(kw_only=True, slots=True)
+class Epoch:
+    """What an epoch trains on."""
+
+    num_samples: int = 0
+    num_tokens: int = 0
+
+
+class Epochs:
+    """Of some runs: those of the samples that go by that are not held out and belong to a run's subset."""
+
+    def __init__(self, runs: Sequence[RunFile]) -> None:
+        self._epochs = {(run.data.heldout_fraction, run.data.subset): Epoch() for run in runs}
+
+    def see(self, sample: Sample) -> None:
+        content_id = np.frombuffer(sample.content_id, np.uint8)[None]
+        for (heldout, subset), epoch in self._epochs.items():
+            if not is_heldout(content_id, heldout)[0] and is_in_subset(content_id, subset)[0]:
+                epoch.num_samples += 1
+                epoch.num_tokens += len(sample.token_ids)
+
+    def of(self, run: RunFile) -> Epoch:
+        return self._epochs[run.data.heldout_fraction, run.data.subset]
+
+    def steps(self, run: RunFile) -> Steps:
+        """Of all its epochs, or as many as max_steps leaves."""
+        epoch = self.of(run)
+        if not epoch.num_samples:
+            return Steps(num_steps=0, num_tokens=0)
+        steps = steps_of(epoch.num_samples, epoch.num_tokens, run.train.batch_tokens)
+        return work_of(run.train, steps, epoch.num_tokens)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outlook:
     """What a plan comes to.
 
+    num_runs: students, or 1 where none is named
+    trained_tokens, epoch_tokens: of all runs, over all of their steps and in an epoch of each
     cache_bytes: by the codec that is asked for
-    estimated_seconds: at a matrix product's speed
+    estimated_seconds: at a matrix product's speed; train: of all students, one after the other
     memory: of each stage, the most of all students
     """
 
     found: "Forecast"
     room: Room
     rate: Rate
-    epochs: float
+    num_runs: int
+    trained_tokens: int
+    epoch_tokens: int
     cache_bytes: int
     work: Work
     students: Sequence[StudentCost]
@@ -72,17 +116,28 @@ class Outlook:
     def figures(self, *, whole: bool) -> dict[str, object]:
         """As kdpipe plan shows them. whole: each student of a sweep too"""
         smallest = min(self.found.bytes_per_codec.values()) + self.found.head_bytes
+        all_tokens = self.num_runs * self.found.num_tokens
         figures: dict[str, object] = {
             **asdict(self.found),
             "free_bytes": self.room.free_bytes,
             "fits": smallest <= self.room.free_bytes,
-            "epochs": self.epochs,
-            "break_even_students": break_even_students(self.epochs),
-            "break_even_epochs": {f"{count}": break_even_epochs(count) for count in FLEET},
+            "epochs": 0.0,
+            "break_even_students": None,
+            "break_even_epochs": None,
         }
+        if self.epoch_tokens:
+            passes = self.epoch_tokens / all_tokens
+            figures |= {
+                "epochs": self.trained_tokens / self.epoch_tokens,
+                "break_even_students": break_even_students(Fraction(self.trained_tokens, all_tokens)),
+                "break_even_epochs": {f"{count}": break_even_epochs(count, passes) for count in FLEET},
+            }
         if self.student_params is not None:
-            sizes = {"teacher_params": self.found.teacher_params, "student_params": self.student_params}
-            figures |= {"student_params": self.student_params, "live_over_cached": compare(self.epochs, **sizes)}
+            figures["student_params"] = self.student_params
+        if self.students:
+            figures["live_over_cached"] = {
+                f"{count}": live_over_cached(self.work, self.rate, self.students, count) for count in FLEET
+            }
         figures |= {"estimated_seconds": self.estimated_seconds, "room": self._room(), "teacher": self._teacher()}
         if self.students:
             figures |= {"students": self._students(), "total": self._total()}
@@ -137,11 +192,14 @@ def students_of(run: RunFile) -> list[tuple[str, RunFile]]:
     return [] if run.student.path is None else [(run.student.path.name, run)]
 
 
-def outlook_of(run: RunFile, found: "Forecast", params: Mapping[Path, int], rate: Rate | None) -> Outlook:
+def outlook_of(
+    run: RunFile, found: "Forecast", params: Mapping[Path, int], rate: Rate | None, epochs: Epochs
+) -> Outlook:
     """What a run file comes to. Loads torch, to time a matrix product and to read configs.
 
     params: parameters of each student, by its folder
     rate: the teacher's, measured or given; None estimates it
+    epochs: of its students, or of itself where it names none; they have seen every sample
     """
     import torch
 
@@ -149,48 +207,51 @@ def outlook_of(run: RunFile, found: "Forecast", params: Mapping[Path, int], rate
     from kdpipe.stages.models.speed import matmul_flops
 
     device = pick_device("auto")
-    speed = {name: matmul_flops(getattr(torch, name), device) for name in {found.dtype, run.train.dtype}}
+    students = students_of(run)
+    dtypes = {found.dtype, *(one.train.dtype for _, one in students)}
+    speed = {name: matmul_flops(getattr(torch, name), device) for name in dtypes}
     seconds = {"extract": forward_flops(found.teacher_params, found.num_tokens) / speed[found.dtype]}
-    own = None if run.student.path is None else params[run.student.path]
-    if own is not None:
-        assert run.student.path is not None, "its parameters are counted"
-        trained = count_trained(run.student.path, run.student)
-        seconds["train"] = step_flops(own, found.num_tokens, trained) * run.train.epochs / speed[run.train.dtype]
+    if students:
+        seconds["train"] = sum(_flops(one, epochs.steps(one), params) / speed[one.train.dtype] for _, one in students)
     work = Work(
         num_tokens=found.num_tokens,
         num_rows=found.num_rows,
-        heldout_fraction=run.data.heldout_fraction,
         teacher_params=found.teacher_params,
         head_params=found.vocab_size * found.hidden_size,
     )
     rate = rate or Rate(tokens_per_second=found.num_tokens / seconds["extract"], came="estimated")
-    students = students_of(run)
+    runs = [one for _, one in students] or [run]
     return Outlook(
         found=found,
         room=room_at((*run.cache.path, Path())[0]),
         rate=rate,
-        epochs=run.train.epochs,
+        num_runs=len(runs),
+        trained_tokens=sum(epochs.steps(one).num_tokens for one in runs),
+        epoch_tokens=sum(epochs.of(one).num_tokens for one in runs),
         cache_bytes=found.bytes_per_codec[run.cache.codec] + found.head_bytes,
         work=work,
-        students=[_cost(name, one, work, rate, params) for name, one in students],
-        student_params=own,
+        students=[_cost(name, one, work, rate, params, epochs.steps(one)) for name, one in students],
+        student_params=None if run.student.path is None else params[run.student.path],
         estimated_seconds=seconds,
         memory=_memory(run, found, students, params),
     )
 
 
-def _cost(name: str, run: RunFile, work: Work, rate: Rate, params: Mapping[Path, int]) -> StudentCost:
+def _flops(run: RunFile, steps: Steps, params: Mapping[Path, int]) -> int:
+    assert run.student.path is not None, "students_of has looked"
+    return step_flops(params[run.student.path], steps.num_tokens, count_trained(run.student.path, run.student))
+
+
+def _cost(name: str, run: RunFile, work: Work, rate: Rate, params: Mapping[Path, int], steps: Steps) -> StudentCost:
     assert run.student.path is not None, "students_of has looked"
     return student_cost(
         name,
         params[run.student.path],
         work,
         rate,
+        num_steps=steps.num_steps,
+        trained_tokens=steps.num_tokens,
         export_bytes=exported_bytes(run),
-        epochs=run.train.epochs,
-        batch_tokens=run.train.batch_tokens,
-        subset=run.data.subset,
-        max_steps=run.train.max_steps,
         checkpoints=run.train.keep if run.train.save_every else 0,
         trained=count_trained(run.student.path, run.student),
     )

@@ -42,10 +42,13 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unread:
-    """Of a cache that is still to be planned, as kdpipe plan says it; seconds: at least"""
+    """Of a cache that is still to be planned, as kdpipe plan says it.
 
-    num_samples: int
-    num_tokens: int
+    works: of each run, by its name
+    seconds: at least
+    """
+
+    works: Mapping[str, Work]
     cache_bytes: int
     seconds: float
 
@@ -160,8 +163,9 @@ def _read(run: RunFile, words: Sequence[str]) -> Unread:
         sys.exit(done.returncode)
     found = json.loads(done.stdout)
     return Unread(
-        num_samples=found["num_samples"],
-        num_tokens=found["num_tokens"],
+        works={
+            each["name"]: Work(num_steps=each["num_steps"], num_tokens=each["trained_tokens"]) for each in found["runs"]
+        },
         cache_bytes=found["bytes_per_codec"][run.cache.codec] + found["head_bytes"],
         seconds=found["estimated_seconds"]["extract"],
     )
@@ -181,14 +185,13 @@ def _work(step: Step, unread: Unread | None) -> Work | None:
         return None
     train, weights = member.run.train, member.run.cache.weights
     if unread is not None:
-        lengths = [_expected(member, unread)]
-    elif member.run.cache.path and all((path / PLAN_FILE).exists() for path in member.run.cache.path):
-        lengths, supervised = _planned(member)
-        if weights and all(len(each) and each.any() for each in supervised):
-            shares = Shares.of(lengths, supervised, weights, train.batch_tokens)
-            return work_of(train, shares.num_steps, shares.num_tokens)
-    else:
+        return unread.works[member.name]
+    if not member.run.cache.path or not all((path / PLAN_FILE).exists() for path in member.run.cache.path):
         return None
+    lengths, supervised = _planned(member)
+    if weights and all(len(each) and each.any() for each in supervised):
+        shares = Shares.of(lengths, supervised, weights, train.batch_tokens)
+        return work_of(train, shares.num_steps, shares.num_tokens)
     together = np.concatenate(lengths)
     if not len(together):
         return None
@@ -216,12 +219,6 @@ def _planned(member: Member) -> tuple[list[np.ndarray], list[np.ndarray]]:
         lengths.append(one.num_tokens()[trained].astype(np.int64))
         supervised.append(one.num_supervised()[trained].astype(np.int64))
     return lengths, supervised
-
-
-def _expected(member: Member, unread: Unread) -> np.ndarray:
-    """As `_planned`, of samples that are counted alone: all of one length."""
-    count = round(unread.num_samples * (1 - member.run.data.heldout_fraction) * member.run.data.subset)
-    return np.full(count, unread.num_tokens // max(unread.num_samples, 1), dtype=np.int64)
 
 
 def _seconds(

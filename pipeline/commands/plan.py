@@ -8,7 +8,7 @@ from kdpipe.manifests.specs import RunFile
 from kdpipe.pipeline.costs import From, Rate
 from kdpipe.pipeline.forecast import count_parameters
 from kdpipe.pipeline.options import Finite, RunCommand, json_option
-from kdpipe.pipeline.outlook import outlook_of, students_of
+from kdpipe.pipeline.outlook import Epochs, outlook_of, students_of
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 
@@ -46,14 +46,15 @@ def command(run: RunFile, probed: int | None, given_rate: float | None, as_json:
     """
     if probed is not None and given_rate is not None:
         raise click.UsageError("--probe measures the rate that --teacher-tokens-per-second gives; take one of the two")
-    folders = {run.student.path, *(one.student.path for _, one in students_of(run))}
+    students = [one for _, one in students_of(run)]
+    folders = {run.student.path, *(one.student.path for one in students)}
     params = {path: count_parameters(path) for path in folders if path is not None}
     # torch takes seconds: not for --help or a misspelt option
     from kdpipe.stages.extract import ExtractSpec, forecast
     from kdpipe.stages.student import check_student_of
 
     with results_only(), watch("plan", EventLog(None)) as progress:
-        spec = ExtractSpec.of(run)
+        spec, epochs = ExtractSpec.of(run), Epochs(students or [run])
         for path in params:
             trust = run.student.trust_remote_code or run.teacher.trust_remote_code
             if unchecked := check_student_of(path, spec.teacher, trust):
@@ -62,12 +63,13 @@ def command(run: RunFile, probed: int | None, given_rate: float | None, as_json:
             from kdpipe.stages.extract.probe import Drawn, probe
 
             drawn = Drawn(probed)
-            found = forecast(spec, progress, drawn.see)
+            found = forecast(spec, progress, epochs.see, drawn.see)
             measured = probe(spec, drawn.samples(), progress)
         else:
-            found, measured = forecast(spec, progress), None
+            found, measured = forecast(spec, progress, epochs.see), None
     given = measured.tokens_per_second if measured is not None else given_rate
     came: From = "measured" if measured is not None else "given"
-    outlook = outlook_of(run, found, params, None if given is None else Rate(tokens_per_second=given, came=came))
+    rate = None if given is None else Rate(tokens_per_second=given, came=came)
+    outlook = outlook_of(run, found, params, rate, epochs)
     figures = outlook.figures(whole=as_json)
     show(figures if measured is None else {**figures, "probe": dataclasses.asdict(measured)}, as_json=as_json)

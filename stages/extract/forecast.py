@@ -45,10 +45,10 @@ class Forecast:
     teacher_params: int
 
 
-def forecast(spec: ExtractSpec, progress: Progress, see: Callable[[Sample], None] = lambda sample: None) -> Forecast:
+def forecast(spec: ExtractSpec, progress: Progress, *see: Callable[[Sample], None]) -> Forecast:
     """Read the data as extract would and say what comes of it. Writes nothing, loads no weights.
 
-    see: called with every sample
+    see: each is called with every sample
     """
     find_codec(spec.codec, where="--codec")
     folder = ModelFolder(spec.teacher, TeacherError, spec.options.trust)
@@ -60,7 +60,8 @@ def forecast(spec: ExtractSpec, progress: Progress, see: Callable[[Sample], None
     read = read_samples(spec.reading(info), lambda incident: incidents.update([incident.kind]), unread, progress)
     with closing(read):
         for sample in read:
-            see(sample)
+            for each in see:
+                each(sample)
             num_samples += 1
             longest = max(longest, len(sample.token_ids))
             num_tokens += len(sample.token_ids)

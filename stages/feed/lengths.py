@@ -8,7 +8,12 @@ import numpy as np
 
 def num_steps(num_tokens: np.ndarray, batch_tokens: int) -> int:
     """Steps of an epoch: as few as keep the mean step within batch_tokens, and no more than there are samples."""
-    return min(max(-(-int(num_tokens.sum()) // batch_tokens), 1), len(num_tokens))
+    return steps_of(len(num_tokens), int(num_tokens.sum()), batch_tokens)
+
+
+def steps_of(num_samples: int, num_tokens: int, batch_tokens: int) -> int:
+    """As num_steps, of samples that are counted alone."""
+    return min(max(-(-num_tokens // batch_tokens), 1), num_samples)
 
 
 def planned_steps(steps_per_epoch: int, *, epochs: float, max_steps: int | None) -> int:

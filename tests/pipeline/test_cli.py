@@ -405,6 +405,12 @@ def test_an_equal_cache_shows_how_many_rows_are_equal_and_no_worst_one(main: Mai
 # What it hands to the stages
 
 
+SEEN = Sample(
+    content_id=b"\xee" * 16, source="d", line=1, token_ids=np.arange(21, dtype=np.int32), supervised=np.ones(21, bool)
+)
+"""The one sample of the forecast, which is not held out."""
+
+
 @dataclass(frozen=True)
 class FakeForecast:
     num_rows: int = 12
@@ -448,8 +454,9 @@ def stages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[tuple[
     """Stages that only write down what they were given."""
     calls: list[tuple[object, ...]] = []
 
-    def forecast(spec: object, progress: object) -> FakeForecast:
+    def forecast(spec: object, progress: object, see: Callable[[Sample], None]) -> FakeForecast:
         calls.append((spec,))
+        see(SEEN)
         print("a library says hello")
         return FakeForecast()
 
@@ -536,8 +543,10 @@ def test_plan_compares_the_cost_for_a_given_student(main: Main, stages: list, tm
     assert stages[0] == ("check", tmp_path, Path("t"), None), "before the data is read"
     assert found["estimated_seconds"].keys() == {"extract", "train"}
     assert all(0 < seconds < 1 for seconds in found["estimated_seconds"].values())
-    # One student, two epochs: (2 * (2 * 7000 + 6 * 300)) operations a token against 2 * 7000 + 2 * 6 * 300.
-    assert found["live_over_cached"]["1"] == pytest.approx(31600 / 17600)
+    # Two epochs of 21 tokens: for each 2 * 7000 operations of the teacher and 6 * 300 of the student, and for each of
+    # 12 rows 2 * 55 of the teacher's head.
+    teacher, student = 2 * 7000 * 21, 2 * (6 * 300 * 21 + 2 * 55 * 12)
+    assert found["live_over_cached"]["1"] == pytest.approx((2 * teacher + student) / (teacher + student))
 
 
 def test_extract_ends_with_the_cache_and_keeps_its_events(main: Main, stages: list, cache: Path) -> None:

@@ -2,36 +2,21 @@
 
 import json
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from kdpipe.manifests.errors import StudentError
-from kdpipe.pipeline.forecast import break_even_students, compare, count_parameters, live_over_cached, weight_bytes
+from kdpipe.pipeline.forecast import break_even_students, count_parameters, weight_bytes
 
 
-@pytest.mark.parametrize("epochs", [0.1, 0.3, 0.5, 0.7, 1, 1.5, 2, 3])
-def test_break_even_is_the_first_number_of_students_that_cost_more_than_one_teacher_pass(epochs: float) -> None:
-    students = break_even_students(epochs)
+@pytest.mark.parametrize("passes", map(Fraction, ["0.1", "0.3", "0.5", "0.7", "1", "1.5", "2", "3"]))
+def test_break_even_is_the_first_number_of_students_that_cost_more_than_one_teacher_pass(passes: Fraction) -> None:
+    students = break_even_students(passes)
     assert students >= 1
-    assert round(students * epochs, 9) > 1
-    assert round((students - 1) * epochs, 9) <= 1
-
-
-def test_the_ratio_crosses_one_where_the_students_break_even() -> None:
-    sizes = {"teacher_params": 7_000, "student_params": 300}
-    for epochs in (0.25, 1.0, 3.0):
-        first = break_even_students(epochs)
-        assert live_over_cached(first, epochs, **sizes) > 1
-        assert live_over_cached(first - 1, epochs, **sizes) <= 1 or first == 1
-
-
-def test_many_students_approach_the_ratio_of_their_steps() -> None:
-    limit = (2 * 7_000 + 6 * 300) / (6 * 300)
-    ratios = list(compare(1.0, teacher_params=7_000, student_params=300).values())
-    assert ratios == sorted(ratios)
-    assert ratios[-1] < limit
-    assert live_over_cached(10**7, 1.0, teacher_params=7_000, student_params=300) == pytest.approx(limit, rel=1e-5)
+    assert students * passes > 1
+    assert (students - 1) * passes <= 1
 
 
 def safetensors(path: Path, header: bytes) -> None:

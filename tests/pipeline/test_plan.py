@@ -1,12 +1,16 @@
 """kdpipe plan on real models: rates, a sweep's sum, and what it says of how it knows."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from tests.conftest import Bench, Main
 
 from kdpipe.manifests.sample import Sample, content_id
+from kdpipe.manifests.specs import load
+from kdpipe.pipeline.prospect import Prospect, prospect_of
+from kdpipe.pipeline.steps import disk_of, steps_of
 from kdpipe.stages.extract.probe import Drawn
 
 
@@ -40,13 +44,67 @@ def test_a_sweep_is_summed_over_its_students_at_a_given_rate(main: Main, plan: P
     assert found["room"]["output_bytes"] == sum(run["output_bytes"] for run in found["runs"])
     live = (found["students"]["seconds"] + sum(run["trained_tokens"] for run in found["runs"]) / 1000) / 3600
     assert found["total"]["live_teacher_hours"] == pytest.approx(live)
-    assert found["break_even_epochs"]["4"] == 0.25
     assert found["fits"] is found["room"]["fits"] is True
     assert found["room"]["files"] == found["num_files"] > 2 * found["num_shards"]
     assert "by the rate that was given" in found["how"][0]
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "runs").exists()
     assert "runs" not in main("plan", "--config", plan)[1].split(), "a list is for programs"
+
+
+@pytest.mark.parametrize(
+    ("sets", "runs"),
+    [
+        (("sweep.grid={}",), 1),
+        (("sweep.grid={}", "train.max_steps=1", "train.epochs=10"), 1),
+        (("sweep.grid={}", "data.subset=0.3"), 1),
+        (("data.subset=0.5",), 4),
+        (('sweep.grid={"data.heldout_fraction"=[0.25, 0.6]}',), 2),
+    ],
+)
+def test_what_pays_is_reckoned_of_the_steps_that_are_planned(
+    main: Main, plan: Path, sets: tuple[str, ...], runs: int
+) -> None:
+    rate = ("--teacher-tokens-per-second", 1000)
+    code, out, err = main("plan", "--config", plan, *rate, "--json", "--set", *sets, "train.dtype=float32")
+    assert code == 0, err
+    found = json.loads(out)
+    trained = found["students"]["trained_tokens"]
+    passes = Fraction(trained, found["num_tokens"] * runs)
+    students = found["break_even_students"]
+    assert students * passes > 1 >= (students - 1) * passes
+    assert found["live_over_cached"][f"{runs}"] == pytest.approx(found["total"]["live_over_cached"])
+    assert found["epochs"] / found["break_even_epochs"]["1"] == pytest.approx(float(passes))
+    assert sum(run["passes"] for run in found["runs"]) == pytest.approx(float(passes) * runs)
+    seconds = found["estimated_seconds"]
+    assert found["dtype"] == "float32", "as the student's: one speed of both"
+    assert seconds["train"] / seconds["extract"] == pytest.approx(
+        6 * found["student_params"] * trained / (2 * found["teacher_params"] * found["num_tokens"])
+    )
+
+
+def test_steps_and_tokens_are_those_of_the_cache_before_there_is_one(main: Main, plan: Path, bench: Bench) -> None:
+    sets = ('sweep.grid={"data.heldout_fraction"=[0.25, 0.5], "data.subset"=[1.0, 0.4]}', "train.epochs=2.5")
+
+    def foreseen(*more: str) -> Prospect:
+        run = load(plan, (*sets, *more))
+        return prospect_of(plan, run, steps_of(plan, run, disk_of(run), (*sets, *more)), (*sets, *more))
+
+    there = foreseen(f"cache.path={bench.cache}").work
+    code, out, err = main("plan", "--config", plan, "--json", "--set", *sets)
+    assert code == 0, err
+    found = json.loads(out)["students"]
+    assert there is not None
+    assert (found["num_steps"], found["trained_tokens"]) == (there.num_steps, there.num_tokens)
+    assert foreseen().work == there
+
+
+def test_a_plan_without_a_sample_to_train_on_has_nothing_to_break_even(main: Main, plan: Path) -> None:
+    code, out, err = main("plan", "--config", plan, "--json", "--set", "data.heldout_fraction=1")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["students"]["trained_tokens"], found["live_over_cached"]["4"]) == (0, 0)
+    assert (found["epochs"], found["break_even_students"], found["break_even_epochs"]) == (0, None, None)
 
 
 def test_a_probe_runs_the_teacher_for_real(main: Main, plan: Path) -> None:
