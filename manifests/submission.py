@@ -4,7 +4,8 @@
     OUT/submit/NAME.sbatch    each job as it was sent                 OUT/submit/jobs.json   this record
 
 Invariant: a job is recorded before it is sent, with the digest that its comment has at Slurm, so that one whose answer
-was lost can be found there; its number is added as soon as it is known. jobs.json is replaced as a whole, and is on the
+was lost can be found there; its number is added as soon as it is known, and without one it is not sent again before
+RESEND_S have passed. jobs.json is replaced as a whole, and is on the
 disk before the next job is sent.
 """
 
@@ -21,6 +22,8 @@ RUN_COPY = "run.toml"
 LOGS = "logs"
 MARK = "kdpipe:"
 """What the comment of each of our jobs begins with; its digest follows."""
+RESEND_S = 600.0
+"""From when a job that Slurm neither answered for nor has is taken for lost: a busy controller may accept it late."""
 
 
 class Task(Record):

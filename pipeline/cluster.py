@@ -132,7 +132,9 @@ class Cluster:
             out, err_text = process.communicate(timeout=self.seconds)
         except subprocess.TimeoutExpired:
             raise NoAnswerError(
-                f"no answer in {self.seconds:g} s (slurm.answer_seconds); run the same command again", where=words[0]
+                f"no answer in {self.seconds:g} s (slurm.answer_seconds)",
+                where=words[0],
+                hint="run the same command again",
             ) from None
         finally:
             _end(process)
@@ -140,7 +142,7 @@ class Cluster:
             return out
         said = _in_one_line(err_text) or f"exit code {process.returncode}"
         if any(word in said for word in NO_ANSWER):
-            raise NoAnswerError(f"{said}; run the same command again", where=words[0])
+            raise NoAnswerError(said, where=words[0], hint="run the same command again")
         raise RefusedError(said, where=words[0])
 
 

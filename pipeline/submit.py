@@ -3,7 +3,8 @@
     steps -> less what waits or runs already -> batches -> recorded, then sent, then its number recorded
 
 Invariant: no job is sent twice. It is in jobs.json before it is sent; where the answer is lost, by a time-out or by our
-own end, it is found at Slurm by its name and the digest in its comment, now or when submit is run again. A job whose
+own end, it is found at Slurm by its name and the digest in its comment, now or when submit is run again; while it is
+not there it is not sent again before RESEND_S have passed. Should it come even later, the copy is ended. A job whose
 step comes after one that is sent anew waits for what has failed, and is sent anew too.
 Cost: one squeue, one sbatch for each kind of job, whatever the number of students.
 """
@@ -23,6 +24,7 @@ from kdpipe.manifests.running import alone_in
 from kdpipe.manifests.specs import RunFile, sweep_output
 from kdpipe.manifests.submission import (
     LOGS,
+    RESEND_S,
     RUN_COPY,
     Job,
     Submission,
@@ -81,10 +83,15 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sent:
-    """What a submission has come to: the jobs sent now, and how many pieces of work wait or run since before."""
+    """What a submission has come to.
+
+    jobs: sent now; active_before: how many pieces of work wait or run since before
+    copies: tasks that Slurm had twice, as it accepted a job long after it was sent; they are ended
+    """
 
     jobs: tuple[Job, ...]
     active_before: int
+    copies: tuple["Active", ...] = ()
 
 
 def submit(wanted: Wanted, disk: Disk, cluster: Cluster) -> Sent:
@@ -100,14 +107,16 @@ def submit(wanted: Wanted, disk: Disk, cluster: Cluster) -> Sent:
     with alone_in(wanted.submission):
         sending = Sending(wanted, cluster)
         sending.require_same_run_file()
+        cluster.cancel(task_ids(sending.copies))
         left = sending.left(wanted.steps(disk))
         if left.steps:
+            sending.require_answers()
             sending.keep_run_file()
             sending.drop(left.in_vain)
         before = len(sending.active)
         for batch in wanted.batches(left.steps, left.parts):
             sending.send(batch)
-        return Sent(jobs=tuple(sending.sent), active_before=before)
+        return Sent(jobs=tuple(sending.sent), active_before=before, copies=tuple(sending.copies))
 
 
 def is_all_active(wanted: Wanted, disk: Disk, cluster: Cluster) -> bool:
@@ -119,7 +128,7 @@ def is_all_active(wanted: Wanted, disk: Disk, cluster: Cluster) -> bool:
         return False
     sending = Sending(wanted, cluster)
     sending.require_same_run_file()
-    return not sending.left(wanted.steps(disk)).steps
+    return not sending.copies and not sending.left(wanted.steps(disk)).steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +151,7 @@ class Sending:
         self._queue = queue
         self._record = found_again(record, queue)
         self.active = active_pieces(self._record, queue)
+        self.copies = copies_of(self._record, queue)
         self.sent: list[Job] = []
 
     def left(self, steps: Sequence[Step]) -> Left:
@@ -176,6 +186,11 @@ class Sending:
                 "or end them first: kdpipe cancel",
                 where=self._wanted.config,
             )
+
+    def require_answers(self) -> None:
+        """Raises NoAnswerError where a job was sent that Slurm may still accept."""
+        for job in unanswered(self._record):
+            raise NoAnswerError(still_open(job), where=job.name)
 
     def keep_run_file(self) -> None:
         """Copy the run file for the jobs to read."""
@@ -217,16 +232,19 @@ class Sending:
             return self._look_for(job, err)
 
     def _look_for(self, job: Job, err: NoAnswerError) -> int:
-        """The number of a job whose answer was lost. Raises `err` where Slurm has not got it."""
+        """The number of a job whose answer was lost. Raises NoAnswerError where Slurm has not got it."""
         for look in range(LOOKS):
             for queued in self._cluster.queue():
                 if is_of(queued, job) and queued.id not in self._known:
                     return queued.id
             time.sleep(look)
-        raise err
+        raise NoAnswerError(f"{err.fact}; {still_open(job)}", where=err.where) from err
 
     def _digest(self, text: str) -> str:
-        """Of a script and of how often its like was sent: no two jobs of a submission have the same."""
+        """Of a script and of how many were sent before: no two jobs of a submission have the same.
+
+        One that is taken for lost is forgotten, so that when it is sent again its digest is the same.
+        """
         times = len(self._record.jobs)
         return hashlib.sha256(f"{self._wanted.submission}\n{times}\n{text}".encode()).hexdigest()[:16]
 
@@ -256,12 +274,13 @@ class Active:
 
 
 def found_again(record: Submission, queue: Sequence[Queued]) -> Submission:
-    """The record with the numbers of jobs whose answer was lost; those that Slurm does not know were never sent."""
+    """The record with the numbers of jobs whose answer was lost, without those that Slurm has not got in RESEND_S."""
     jobs = []
+    queue = sorted(queue, key=lambda queued: queued.is_over)
     for job in record.jobs:
         if job.id is None:
             number = next((queued.id for queued in queue if is_of(queued, job)), None)
-            if number is None:
+            if number is None and time.time() - job.sent > RESEND_S:
                 continue
             job = job.model_copy(update={"id": number})
         jobs.append(job)
@@ -278,6 +297,35 @@ def active_pieces(record: Submission, queue: Sequence[Queued]) -> dict[Piece, Ac
             if queued is not None and is_of(queued, job):
                 found[task.step, task.part] = Active(job=job, task=task, state=queued.state)
     return found
+
+
+def copies_of(record: Submission, queue: Sequence[Queued]) -> list[Active]:
+    """What waits or runs of a job that Slurm has under another number too, the one that is recorded."""
+    numbers = {job.id for job in record.jobs}
+    sent = {(job.name, job.comment): job for job in record.jobs}
+    found = []
+    for queued in queue:
+        job = sent.get((queued.name, queued.comment))
+        if job is not None and not queued.is_over and queued.id not in numbers:
+            copy = job.model_copy(update={"id": queued.id})
+            found += [
+                Active(job=copy, task=task, state=queued.state) for task in job.tasks if task.index == queued.index
+            ]
+    return found
+
+
+def unanswered(record: Submission) -> list[Job]:
+    """The jobs that Slurm may still accept."""
+    return [job for job in record.jobs if job.id is None]
+
+
+def still_open(job: Job) -> str:
+    """What to do about a job that Slurm may still accept."""
+    sent, then = (time.strftime("%H:%M:%S", time.localtime(at)) for at in (job.sent, job.sent + RESEND_S))
+    return (
+        f"{job.name}, sent at {sent}, is not at Slurm yet but may still come (to look: squeue --name={job.name}); "
+        f"after {then} it is taken for lost: run the same command again"
+    )
 
 
 def is_of(queued: Queued, job: Job) -> bool:
@@ -300,7 +348,8 @@ def task_ids(pieces: Collection[Active]) -> list[str]:
 def cancel(output: Path, cluster: Cluster) -> list[Active]:
     """End what of a submission waits or runs, and nothing else; what that was. Raises ConfigError where there is none.
 
-    Those that wait are ended first, so that none starts because the one before it has ended.
+    Those that wait are ended first, so that none starts because the one before it has ended. Raises NoAnswerError, when
+    they are ended, where one more was sent that Slurm may still accept.
     """
     record = read_submission(output)
     if record is None:
@@ -309,9 +358,11 @@ def cancel(output: Path, cluster: Cluster) -> list[Active]:
         queue = cluster.queue()
         record = found_again(record, queue)
         write_submission(output, record)
-        active = list(active_pieces(record, queue).values())
+        active = [*active_pieces(record, queue).values(), *copies_of(record, queue)]
         if active:
             ids = task_ids(active)
             cluster.cancel(ids, pending_alone=True)
             cluster.cancel(ids)
+        for job in unanswered(record):
+            raise NoAnswerError(f"{len(active)} tasks of it are ended, but {still_open(job)}", where=output)
         return active

@@ -16,6 +16,8 @@ from kdpipe.pipeline.slurm import Batch
 from kdpipe.pipeline.steps import disk_of
 from kdpipe.pipeline.submit import Wanted, is_all_active, submit
 
+NONE_LEFT = "none: all that is left waits or runs already"
+
 
 @click.command("submit", cls=RunCommand)
 @run_file_argument
@@ -46,15 +48,18 @@ def command(run: RunFile, dry_run: bool, as_json: bool) -> None:
         return
     cluster = Cluster(seconds=run.slurm.answer_seconds)
     if is_all_active(wanted, disk, cluster):
-        show({"jobs": [] if as_json else "none: all that is left waits or runs already"}, as_json=as_json)
+        show({"jobs": [] if as_json else NONE_LEFT}, as_json=as_json)
         return
     for warning in preflight(wanted, steps, cluster):
         print(f"warning: {warning}", file=sys.stderr)
     sent = submit(wanted, disk, cluster)
+    if sent.copies:
+        ended = ", ".join(f"{piece.task_id} {piece.job.name}" for piece in sent.copies)
+        print(f"warning: Slurm had them twice, the copies are ended: {ended}", file=sys.stderr)
     jobs = [_as_record(job) if as_json else _in_words(job) for job in sent.jobs]
     show(
         {
-            "jobs": jobs,
+            "jobs": jobs or ([] if as_json else NONE_LEFT),
             "active_before": sent.active_before,
             "folder": wanted.submission,
         },

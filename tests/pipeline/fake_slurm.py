@@ -1,7 +1,8 @@
 """A small Slurm that runs nothing: sbatch, squeue, scancel and scontrol as one script, which PATH has by four names.
 
 Its folder ($FAKE_SLURM) has jobs.txt, a line a task as squeue prints it, and calls.txt, every command line. A file
-`hang` there lets the next sbatch accept and then say nothing, `lose` accept and report a time-out, `deny` refuse.
+`hang` there lets the next sbatch accept and then say nothing, `lose` accept and report a time-out, `deny` refuse;
+`late` report a time-out, and accept when the test says so (`accept`).
 """
 
 import os
@@ -45,6 +46,12 @@ def set_state(folder: Path, state: str, *ids: str) -> None:
     (folder / "jobs.txt").write_text("".join(lines))
 
 
+def accept(folder: Path) -> None:
+    """The jobs that came late."""
+    with open(folder / "jobs.txt", "a") as file:
+        file.write((folder / "late.txt").read_text())
+
+
 def calls(folder: Path, command: str) -> list[list[str]]:
     """The arguments of every call of a command."""
     lines = (line.split("\t") for line in (folder / "calls.txt").read_text().splitlines())
@@ -76,13 +83,14 @@ def _sbatch(folder: Path, words: list[str]) -> int:
     text = Path(words[-1]).read_text()
     name = re.findall(r"^#SBATCH --job-name=(.*)$", text, re.MULTILINE)[0]
     array = re.findall(r"^#SBATCH --array=(.*)$", text, re.MULTILINE)
-    number = max((int(job[0]) for job in jobs(folder)), default=6) + 1
-    with open(folder / "jobs.txt", "a") as file:
+    late = _take(folder / "late")
+    number = max((int(job[0]) for job in jobs(folder)), default=6) + 1 + 90 * late
+    with open(folder / ("late.txt" if late else "jobs.txt"), "a") as file:
         for index in _tasks(array[0]) if array else ["N/A"]:
             file.write(f"{number}|{index}|PENDING|None|{options.get('comment', '')}|{name}\n")
     if _take(folder / "hang"):
         time.sleep(60)
-    if _take(folder / "lose"):
+    if late or _take(folder / "lose"):
         print("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", file=sys.stderr)
         return 1
     print(number)

@@ -1,6 +1,7 @@
 """Submitting: every piece of work is sent once, whatever is lost on the way; what is sent again is what is missing."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -14,7 +15,7 @@ from tests.pipeline import fake_slurm
 from kdpipe.manifests.errors import BusyError, ConfigError, NoAnswerError, RefusedError
 from kdpipe.manifests.running import alone_in
 from kdpipe.manifests.specs import load, members_of
-from kdpipe.manifests.submission import read_submission, submission_folder
+from kdpipe.manifests.submission import RESEND_S, read_submission, submission_folder
 from kdpipe.pipeline import submit as submit_module
 from kdpipe.pipeline.cluster import Cluster
 from kdpipe.pipeline.preflight import preflight
@@ -164,7 +165,58 @@ def test_an_answer_that_is_lost_and_not_found_is_left_to_the_next_submit(
     monkeypatch.undo()
     monkeypatch.setenv("PATH", f"{slurm / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("FAKE_SLURM", str(slurm))
+    with pytest.raises(NoAnswerError, match=r"out-extract, sent at .* may still come"):
+        send()
+    assert fake_slurm.calls(slurm, "sbatch") == []
+    pass_time(monkeypatch)
     assert [job.name for job in send().jobs] == IN_ORDER
+
+
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So much that a job without an answer is taken for lost."""
+    then = time.time() + RESEND_S + 1.0
+    monkeypatch.setattr(submit_module.time, "time", lambda: then)
+
+
+@pytest.fixture
+def late(slurm: Path, send: Send, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Slurm that has taken the first job of a submission, and has neither said nor shown it yet."""
+    (slurm / "late").touch()
+    monkeypatch.setattr(submit_module.time, "sleep", lambda seconds: None)
+    with pytest.raises(NoAnswerError, match=r"timed out .* may still come"):
+        send()
+    return slurm
+
+
+def test_a_job_that_slurm_accepts_late_is_not_sent_twice(late: Path, send: Send, tmp_path: Path) -> None:
+    with pytest.raises(NoAnswerError, match=r"squeue --name=out-extract.* run the same command again"):
+        send()
+    with pytest.raises(NoAnswerError, match="0 tasks of it are ended, but out-extract"):
+        cancel(tmp_path / "out", Cluster())
+    fake_slurm.accept(late)
+    assert [job.name for job in send().jobs] == IN_ORDER[1:]
+    assert sorted(names(late)) == sorted(IN_ORDER)
+    assert len(fake_slurm.jobs(late)) == 9
+
+
+@pytest.mark.parametrize("how", ["submit", "cancel"])
+def test_a_job_that_comes_when_it_was_taken_for_lost_is_ended(
+    late: Path, send: Send, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pass_time(monkeypatch)
+    assert [job.id for job in send().jobs] == [7, 8, 9, 10, 11]
+    fake_slurm.accept(late)
+    config = tmp_path / "run.toml"
+    wanted = Wanted(config=config, run=load(config), sets=(), folder=tmp_path)
+    if how == "submit":
+        assert not is_all_active(wanted, Disk(), Cluster())
+        again = send()
+        assert (again.jobs, [piece.task_id for piece in again.copies]) == ((), ["97_1", "97_2", "97_3"])
+        assert {job[0] for job in fake_slurm.jobs(late) if job[2] == "CANCELLED"} == {"97"}
+        assert is_all_active(wanted, Disk(), Cluster())
+    else:
+        assert len(cancel(tmp_path / "out", Cluster())) == 12
+        assert {job[2] for job in fake_slurm.jobs(late)} == {"CANCELLED"}
 
 
 def test_what_slurm_refuses_is_its_own_words_and_is_not_recorded(slurm: Path, send: Send, tmp_path: Path) -> None:
