@@ -182,10 +182,9 @@ def _measured(
 def _in_words(metrics: Mapping[str, float]) -> str:
     """The figures that say most, of the data's own answers where it has any."""
     if "heldout_kl" in metrics:
-        return (
-            f"held-out KL {metrics['heldout_kl']:.4f}, top-1 agreement {metrics['top1_agreement']:.3f}, over "
-            f"{metrics['num_tokens']:,} tokens"
-        )
+        exact = metrics.get("exact_tokens")  # across tokenizers both figures are over these alone
+        over = f"{metrics['num_tokens']:,} tokens" if exact is None else f"{exact:,} exact tokens"
+        return f"held-out KL {metrics['heldout_kl']:.4f}, top-1 agreement {metrics['top1_agreement']:.3f}, over {over}"
     if "heldout_ce" in metrics:
         return f"held-out cross-entropy {metrics['heldout_ce']:.4f}, over {metrics['num_tokens']:,} tokens"
     return (

@@ -93,6 +93,16 @@ def test_a_student_learns_loads_and_scores_what_training_said(far_bench: Bench, 
     assert any("--data" in note and "measure it" in note for note in recorder.notes)
 
 
+def test_what_is_said_before_training_names_the_tokens_that_it_is_over(far_bench: Bench, tmp_path: Path) -> None:
+    """Defect: the divergence was said to be over all tokens of the cross-entropy."""
+    recorder = Recorder()
+    train(across(far_bench, tmp_path, max_steps=1), recorder)
+    (exact, _), (num_tokens, _) = (recorder.values("eval", name) for name in ("exact_tokens", "num_tokens"))
+    assert exact < num_tokens
+    (said,) = (note for note in recorder.notes if note.startswith("before training: held-out KL"))
+    assert said.endswith(f", over {int(exact):,} exact tokens")
+
+
 def test_cross_entropy_alone_is_measured_against_the_teacher_too(far_bench: Bench, tmp_path: Path) -> None:
     metrics = train(across(far_bench, tmp_path, max_steps=2, loss=LossSpec(kd_weight=0.0)), Silent())
     assert {"heldout_kl", "heldout_bits_per_byte", "shared_mass"} <= metrics.keys()
