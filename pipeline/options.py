@@ -7,6 +7,7 @@ its keys, --config and --set, and is given the whole as `run`.
 import grp
 import math
 import os
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -264,7 +265,8 @@ READS = {
 class Command(click.Command):
     """A command of kdpipe: an option that lacks its value is named, as click would take the next option for the value.
 
-    Its repeatable options also take several values: `--data a b` is `--data a --data b`.
+    Its repeatable options also take several values: `--data a b` is `--data a --data b`. Those of the run file's keys
+    take a list as the file writes it, too (`_listed`).
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -400,8 +402,19 @@ def _given(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             continue
         if isinstance(value, tuple) and isinstance(value[0], tuple):
             yield from ((f"{key}.{name}", text) for name, text in value)
+        elif isinstance(value, tuple):
+            yield key, tuple(each for text in value for each in _listed(text))
         else:
             yield key, value
+
+
+def _listed(text: str) -> list[Any]:
+    """What is in a list as the run file writes it, else the text itself: '["a", "b"]' -> ["a", "b"]."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return [text]
+    return value if isinstance(value, list) else [text]
 
 
 TYPED = f"{__name__}.typed"

@@ -80,6 +80,7 @@ OF_TRAIN = [
     (("--resume", "never"), "resume", "never"),
     (("--resume", "o/checkpoints/000002"), "resume", "o/checkpoints/000002"),
     (("--loss-preset", "kdflow"), "spec.loss.preset", "kdflow"),
+    (("--lora-rank", "4", "--lora-targets", "q_proj", "v_proj"), "spec.student.lora_targets", ("q_proj", "v_proj")),
     (("--set", "train.seed=7"), "spec.train.seed", 7),
     (("--cache", "d", "e"), "caches", (Path("c"), Path("d"), Path("e"))),
     (("--set", "cache.weights=[2]"), "weights", (2.0,)),
@@ -99,6 +100,13 @@ def test_a_flag_reaches_its_stage(
     read = attrgetter(field)
     assert read(given(*line)) != value, "it says nothing that does not hold without it"
     assert read(given(*line, *flag)) == value
+
+
+@pytest.mark.parametrize("text", ['["q_proj", "v_proj"]', "['q_proj','v_proj']"])
+def test_an_option_takes_a_list_as_the_run_file_writes_it(text: str, given: Callable[..., Any]) -> None:
+    made = given(*TRAIN, "--lora-rank", "4", "--lora-targets", text)
+    assert made.spec.student.lora_targets == ("q_proj", "v_proj")
+    assert given(*TRAIN, "--cache", '["d", "[e"]', "[f]").caches == (Path("c"), Path("d"), Path("[e"), Path("[f]"))
 
 
 @pytest.mark.parametrize(
