@@ -41,9 +41,11 @@ kdpipe eval    --config run.toml
 ```
 
 Paths are relative to the folder where the command runs. `--set table.key=value` overrides a key of the file, an option
-of the command line overrides both. An unknown key is an error that names the nearest known one, and so is `--set` of a
-key that the command does not read. In training `[data]` must agree with the cache, save for `heldout_fraction`;
-data of a file without `[teacher]` and `[cache]` are trained on alone, by cross-entropy.
+of the command line overrides both; that of a list takes several values, is repeated, or takes the list as the file
+writes it: `--lora-targets q_proj v_proj` is `--lora-targets '["q_proj", "v_proj"]'`. An unknown key is an error that
+names the nearest known one, and so is `--set` of a key that the command does not read. In training `[data]` must agree
+with the cache, save for `heldout_fraction`; data of a file without `[teacher]` and `[cache]` are trained on alone, by
+cross-entropy.
 """
 
 

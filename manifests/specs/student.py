@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from kdpipe.manifests.specs.base import CodeDigest, Count, DeviceChoice, DtypeChoice, Flag, Fraction, Spec, several
 
@@ -11,6 +11,21 @@ ALL_LINEAR = "all-linear"
 
 OF_LORA = ("lora_alpha", "lora_dropout", "lora_targets", "lora_head")
 """Keys of a new adapter: of use with a lora_rank alone."""
+
+
+def _layers(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError(f"it names no layer; leave the key out for {ALL_LINEAR}, or set lora_rank to 0")
+    if ALL_LINEAR in names and len(names) > 1:
+        raise ValueError(f"{ALL_LINEAR} stands for all of them and goes with no other name")
+    return names
+
+
+def _width(bits: int) -> int:
+    if bits != 4:
+        raise ValueError(f"{bits} bits are not offered; 4 is the only width")
+    return bits
+
 
 Align = Literal["auto", "none", "shared-vocab", "uld", "gold", "xtoken", "chunk", "dskd"]
 
@@ -25,11 +40,11 @@ class StudentSpec(Spec):
     """An adapter's product counts lora_alpha / lora_rank times."""
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of an adapter's inputs that are zero in a training step."""
-    lora_targets: Annotated[tuple[str, ...], BeforeValidator(several), Field(min_length=1)] = (ALL_LINEAR,)
+    lora_targets: Annotated[tuple[str, ...], BeforeValidator(several), AfterValidator(_layers)] = (ALL_LINEAR,)
     """Names of the layers that get an adapter, as ["q_proj", "v_proj"]; all-linear: every linear one but the head."""
     lora_head: bool = False
     """An adapter on the output head too, where its weights are its own and not the embedding's."""
-    lora_base_bits: Annotated[int, Field(ge=4, le=4)] | None = None
+    lora_base_bits: Annotated[int, AfterValidator(_width)] | None = None
     """Keep the linear layers under the adapters in 4 bits (QLoRA: nf4, quantised twice, by bitsandbytes); in the
     precision of their files when not given."""
     lora_teacher: bool = False

@@ -28,6 +28,7 @@ from pydantic import JsonValue
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import disk_error, fsync_folder, fsync_tree
 from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.places import require_outside
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import row_positions
 from kdpipe.stages.exchange.columns import COLUMNS, Cut
@@ -66,6 +67,7 @@ def export_cache(
     cache: Cache, out: Path, *, columns: str, files: Files, top_k: int, device: torch.device, progress: Progress
 ) -> Exported:
     """Write a complete cache into a folder that is not there. Raises ConfigError, SpaceError; what the cache raises."""
+    require_outside(out, option="OUT")
     (teacher,) = of_caches([cache]).teachers
     if teacher.record.top_k is not None:
         raise ConfigError("it was imported itself, and has no more than it was made of", where=cache.path)

@@ -86,7 +86,7 @@ def generate(spec: GenerateSpec, progress: Progress) -> dict[str, object]:
     """
     _check_places(spec)
     model = ModelFolder(spec.model, TeacherError, spec.options.trust)
-    info = describe_teacher(model, spec.dtype)
+    info = describe_teacher(model, spec.dtype, head_is_read=False)
     device: Device = "cuda" if pick_device(spec.device).type == "cuda" else "cpu"
     choice = pick_engine(spec.engine, architecture=info.architecture, device=device)
     if spec.engine == "auto" and device == "cuda":

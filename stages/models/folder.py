@@ -106,6 +106,7 @@ class ModelFolder:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer, with the ids of its own tokenizer.json; see tokenizer.py."""
+        self._require_folder()
         with self.answering("its tokenizer does not load"):
             place = self.place if self._tokens == self.base.path else self._tokens
             made_by_auto = partial(self._from_pretrained, AutoTokenizer, place)
@@ -287,11 +288,14 @@ class ModelFolder:
             str(place or self.place), local_files_only=True, trust_remote_code=bool(self.code), **arguments
         )
 
+    def _require_folder(self) -> None:
+        if not self.path.is_dir():
+            raise self.error("this is not a folder" if self.path.exists() else "no such folder", where=self.path)
+
     def _require_config(self) -> None:
         if self.is_adapter:
             return self.base._require_config()
-        if not self.path.is_dir():
-            raise self.error("this is not a folder" if self.path.exists() else "no such folder", where=self.path)
+        self._require_folder()
         if not (self.path / "config.json").is_file():
             raise self.error("no config.json here; a model folder is one that save_pretrained wrote", where=self.path)
         for path in (*self.path.iterdir(), *self.path.glob("additional_chat_templates/*")):

@@ -54,9 +54,10 @@ class TeacherInfo:
         return self.bias_key is not None
 
 
-def describe_teacher(folder: ModelFolder, dtype: DtypeChoice = "auto") -> TeacherInfo:
+def describe_teacher(folder: ModelFolder, dtype: DtypeChoice = "auto", *, head_is_read: bool = True) -> TeacherInfo:
     """What the teacher in a folder is. "auto" is the config's dtype, else that of the head in the files.
 
+    head_is_read: its head is taken from the files, where an adapter's part of it is not; false for a model that writes
     Raises TeacherError for a folder, a config or weight files that cannot be a teacher.
     """
     path, config, files, model = folder.path, folder.config, folder.weights, folder.skeleton()
@@ -64,7 +65,7 @@ def describe_teacher(folder: ModelFolder, dtype: DtypeChoice = "auto") -> Teache
     if not isinstance(getattr(head, "weight", None), torch.nn.Parameter):
         raise TeacherError(f"{type(model).__name__} has no lm_head with a weight; not a causal LM", where=path)
     with folder.answering("the adapter cannot be read"):
-        if folder.is_adapter and changes(path, _module_name(model, head)):
+        if head_is_read and folder.is_adapter and changes(path, _module_name(model, head)):
             raise TeacherError(
                 "its adapter changes the output head, which a teacher has in its files: merge it into its base model "
                 "(peft: merge_and_unload, then save_pretrained; kdpipe train: train.export=merged)",

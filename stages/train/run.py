@@ -91,10 +91,11 @@ def _next_command(training: Training, found: Found, record: RunRecord) -> str:
     if not found.rows_are_kept:
         return f"no rows were kept; measure it on a cache of its teacher: {shlex.join([*measure, 'CACHE'])}"
     if found.crossing is not None:
-        measure += [str(training.caches[0]), "--data", *map(str, training.data)]
+        measure += [*map(str, training.caches), "--data", *map(str, training.data)]
         return f"measure it on any cache of its teacher, with the cache's data: {shlex.join(measure)}"
     if record.metrics:
-        return f"measure it on any cache of its teacher: {shlex.join([*measure, str(training.caches[0])])}"
+        whose = "its teacher" if len(found.dataset.teachers) == 1 else "its teachers"
+        return f"measure it on any cache of {whose}: {shlex.join([*measure, *map(str, training.caches)])}"
     return (
         "nothing was held out of its training, so measure it on a cache of other texts: "
         f"{shlex.join([*measure, 'OTHER', '--heldout-fraction', '1'])}"

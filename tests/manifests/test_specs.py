@@ -130,3 +130,15 @@ def test_shares_of_caches_are_one_a_cache_and_above_0() -> None:
     assert load(None, (caches, "cache.weights=[3, 1]")).cache.weights == (3.0, 1.0)
     assert "'cache.weights' = [1]: 1 weights for 2 caches; give one each" in refused(caches, "cache.weights=[1]")
     assert "cache.weights" in refused(caches, "cache.weights=[1, 0]")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("student.lora_targets=[]", "it names no layer"),
+        ("student.lora_targets=['all-linear', 'q_proj']", "goes with no other name"),
+        ("student.lora_base_bits=8", "4 is the only width"),
+    ],
+)
+def test_keys_of_adapters_are_refused_in_plain_words(override: str, says: str) -> None:
+    assert says in refused(override)

@@ -143,6 +143,8 @@ def test_a_folder_that_is_there_and_more_tokens_than_there_are_are_refused(cache
         exported(cache, tmp_path / "out", "top-k")
     with pytest.raises(ConfigError, match="--top-k: 98 tokens of a vocabulary of 97; keep fewer"):
         exported(cache, tmp_path / "other", "top-k", top_k=98)
+    with pytest.raises(ConfigError, match="lies in the cache"):
+        exported(cache, cache.path / "inside", "top-k")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

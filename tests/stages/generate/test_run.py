@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.chats import write_chats
 from tests.conftest import Apart
-from tests.models import make_model, make_tokenizer
+from tests.models import make_adapter, make_model, make_tokenizer
 from tests.parrots import make_parrot
 from tests.stages.generating import WINDOW, generate_small
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -349,3 +349,20 @@ def test_chats_with_answers_and_without_are_the_same_prompts(spec: GenerateSpec,
     cache = extract(ExtractSpec(teacher=spec.model, data=(other.out,)), tmp_path / "cache", Silent())
     assert isinstance(cache, Cache)
     assert not any(name.startswith("not read") for name in cache.plan.counts)
+
+
+def test_a_model_whose_adapter_changes_its_head_writes_as_the_merged_one(made: Path, spec: GenerateSpec) -> None:
+    from peft import PeftModel
+
+    folder = spec.out.parent
+    adapter = make_adapter(made / "model", folder / "adapter", targets=["q_proj", "lm_head"])
+    base = AutoModelForCausalLM.from_pretrained(made / "model")
+    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder / "merged")
+    AutoTokenizer.from_pretrained(made / "model").save_pretrained(folder / "merged")
+    written = []
+    for name in ("adapter", "merged"):
+        generate(replace(spec, model=folder / name, out=folder / f"{name}.jsonl"), Silent())
+        written.append([json.loads(line)["messages"] for line in (folder / f"{name}.jsonl").read_text().splitlines()])
+    assert written[0] == written[1]
+    with pytest.raises(TeacherError, match="output head"):
+        extract(ExtractSpec(teacher=adapter, data=(made / "chats.jsonl",)), folder / "cache", Silent())

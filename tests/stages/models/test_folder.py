@@ -177,3 +177,8 @@ def test_a_size_of_nothing_is_one_line_and_no_warning(tmp_path: Path) -> None:
     with pytest.raises(StudentError, match="is it the config of another model") as caught:
         ModelFolder(folder, StudentError).examine()
     assert str(caught.value).count("\n") == 0
+
+
+def test_a_folder_that_is_missing_is_not_one_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="no such folder"):
+        _ = ModelFolder(tmp_path / "nowhere", TeacherError).tokenizer

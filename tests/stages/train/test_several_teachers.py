@@ -137,6 +137,7 @@ def test_a_run_records_all_teachers_and_is_measured_against_them_again(
     assert record.inputs.caches == tuple(Cache.open(path).plan.fingerprint.overall() for path in both)
     assert record.inputs.spec.loss.teacher_weights == WEIGHTS
     assert any(note == f"teachers by number: 1 {both[0]}; 2 {both[1]}" for note in recorder.notes)
+    assert any(note.endswith(f"--cache {both[0]} {both[1]}") for note in recorder.notes), "how it is measured"
     found = evaluate_student(
         tmp_path / "out",
         both,
