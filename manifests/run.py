@@ -4,9 +4,9 @@
 written after every file it names, and the folder gets its name after that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import JsonValue, field_validator
 
@@ -58,6 +58,7 @@ ELASTIC = (
 """Inputs that may change between a checkpoint and the run that goes on from it: the steps are the same with any."""
 
 
+V = TypeVar("V")
 Metrics = dict[str, int | float | str]
 """Figures by name, and the dtype they were measured in."""
 
@@ -92,6 +93,12 @@ class RunInputs(Record):
         return None
 
 
+def in_order(metrics: Mapping[str, V]) -> dict[str, V]:
+    """The metrics in the order of METRICS, then others by their names."""
+    known = [name for name in METRICS if name in metrics]
+    return {name: metrics[name] for name in (*known, *sorted(metrics.keys() - set(known)))}
+
+
 class WrittenFile(Record):
     """A file as it was written."""
 
@@ -118,10 +125,7 @@ class RunRecord(Record):
     @field_validator("metrics")
     @classmethod
     def _in_order(cls, metrics: Metrics | None) -> Metrics | None:
-        if metrics is None:
-            return None
-        known = [name for name in METRICS if name in metrics]
-        return {name: metrics[name] for name in (*known, *sorted(metrics.keys() - set(known)))}
+        return None if metrics is None else in_order(metrics)
 
 
 class CheckpointRecord(Record):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CheckFailed, ConfigError, StudentError
 from kdpipe.manifests.progress import Progress
-from kdpipe.manifests.run import read_run
+from kdpipe.manifests.run import in_order, read_run
 from kdpipe.manifests.specs import DataSpec, DeviceChoice, DtypeChoice, Io, LossSpec, Unmatched
 from kdpipe.stages.align import Aligned, Asked, cross
 from kdpipe.stages.feed.dataset import ONE_TEACHER, Dataset, by_teacher, of_caches
@@ -89,7 +89,7 @@ def measure(
         found = cross_summary(CrossMetrics.of_flat(total))
     else:
         found = summary(TokenMetrics.of_flat(total), taught=taught)
-    return found | bits_per_byte(found, num_bytes)
+    return in_order(found | bits_per_byte(found, num_bytes))
 
 
 def token_sizes(student: ModelFolder) -> np.ndarray | None:

@@ -113,7 +113,8 @@ def scores(bench: Bench, members: Iterable[int]) -> dict[str, float]:
     """The figures of an evaluation."""
     cache, teacher, student = Cache.open(bench.cache), load(bench.teacher), load(bench.student)
     names = ("heldout_kl", "heldout_reverse_kl", "top1_agreement", "heldout_ce", "teacher_ce")
-    total, count = dict.fromkeys(names, 0.0), 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bench.student)
+    total, count, num_bytes = dict.fromkeys(names, 0.0), 0, 0
     for index in members:
         ids = torch.tensor(cache[index].token_ids, dtype=torch.int64)
         at = torch.nonzero(torch.tensor(cache[index].supervised)[1:])[:, 0]
@@ -125,8 +126,13 @@ def scores(bench: Bench, members: Iterable[int]) -> dict[str, float]:
         total["heldout_ce"] -= float(s.gather(1, ids[at + 1][:, None]).sum())
         total["teacher_ce"] -= float(t.gather(1, ids[at + 1][:, None]).sum())
         count += len(at)
+        num_bytes += len(tokenizer.decode(ids[at + 1], skip_special_tokens=True).encode())
     means = {name: value / count for name, value in total.items()}
-    return means | {"perplexity": 2.718281828459045 ** means["heldout_ce"], "num_tokens": count}
+    return means | {
+        "heldout_bits_per_byte": total["heldout_ce"] / num_bytes / 0.6931471805599453,
+        "perplexity": 2.718281828459045 ** means["heldout_ce"],
+        "num_tokens": count,
+    }
 
 
 def trained(

@@ -220,7 +220,7 @@ from kdpipe.stages.prepare.sources import RawRecord
 from kdpipe.stages.prepare.work import Preparing
 record = RawRecord(source="f", line=1, place="f:1", raw=b'{"prompt": "q", "completion": "a"}')
 with open(sys.argv[1], "rb") as file: tokenizer = pickle.load(file)
-results = pool.in_processes(1, itertools.repeat([record]), (tokenizer, DataSpec(), ()))
+results = pool.in_processes(1, itertools.repeat([record]), (Preparing, tokenizer, DataSpec(), ()))
 next(results)
 print("at work", flush=True)
 for _ in results: pass

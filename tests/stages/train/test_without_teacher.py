@@ -119,7 +119,7 @@ def test_the_first_steps_are_those_of_transformers_own_loss(bench: Bench, tmp_pa
 def test_nothing_is_said_of_a_teacher_that_there_is_none_of(bench: Bench, tmp_path: Path) -> None:
     recorder = Recorder()
     metrics = train(training_for(bench, tmp_path / "out"), recorder)
-    figures = {"heldout_ce", "perplexity", "num_tokens", "dtype"}
+    figures = {"heldout_ce", "heldout_bits_per_byte", "perplexity", "num_tokens", "dtype"}
     assert metrics.keys() == figures | {"num_steps", "trained_tokens"}
     assert {frozenset(fields) for kind, fields in recorder.events if kind == "eval"} == {frozenset(figures | {"step"})}
     logged = {name for kind, fields in recorder.events if kind == "step" for name in fields}
