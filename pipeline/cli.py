@@ -22,7 +22,7 @@ from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.specs import full_keys, misspelt_keys
 from kdpipe.pipeline.endings import Terminated, ending
 from kdpipe.pipeline.last_net import crash_of, kept
-from kdpipe.pipeline.options import READS, readers
+from kdpipe.pipeline.reads import READS, readers
 from kdpipe.pipeline.streams import lasting_streams
 
 # name -> what `kdpipe --help` says of it; the command is the object `command` in kdpipe.pipeline.commands.NAME.

@@ -18,7 +18,8 @@ from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.provenance import digest_model, digest_tokenizer
 from kdpipe.manifests.run import ELASTIC, RunInputs, read_run
 from kdpipe.manifests.specs import OF_LORA, Member, RunFile, members_of, override, sweep_output
-from kdpipe.pipeline.options import OF_CACHES, READS, key_of, readers, within
+from kdpipe.pipeline.options import key_of
+from kdpipe.pipeline.reads import OF_CACHES, READS, readers, within
 
 EXTRACT, SEAL, REPORT = "extract", "seal", "report"
 OF_SUBMIT = "slurm"

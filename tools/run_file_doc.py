@@ -4,7 +4,7 @@ python tools/run_file_doc.py            prints the page; tests/test_docs.py comp
 """
 
 from kdpipe.manifests.specs import fields, flag_of
-from kdpipe.pipeline.options import READS
+from kdpipe.pipeline.reads import READS
 
 HEAD = """# The run file
 

@@ -11,7 +11,6 @@ from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import RunFile, flag_of
 from kdpipe.pipeline.exporters import require_installed
 from kdpipe.pipeline.options import (
-    OF_CACHES,
     RunCommand,
     group_for,
     json_option,
@@ -19,9 +18,9 @@ from kdpipe.pipeline.options import (
     resume_option,
     this_command,
     typed,
-    within,
 )
 from kdpipe.pipeline.output import results_only, show
+from kdpipe.pipeline.reads import OF_CACHES, within
 from kdpipe.pipeline.training import (
     choose_device,
     choose_nproc,

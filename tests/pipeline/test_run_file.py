@@ -10,7 +10,8 @@ from tests.conftest import Main
 from tests.pipeline.test_flags import given as given
 
 from kdpipe.manifests.specs import fields
-from kdpipe.pipeline.options import READS, KeyOption
+from kdpipe.pipeline.options import KeyOption
+from kdpipe.pipeline.reads import READS
 
 RUN = """
 [teacher]

@@ -496,7 +496,7 @@ def test_cross_entropy_alone_reads_no_teacher_row(
     monkeypatch.setattr(Shard, "rows", lambda *_: pytest.fail("a row was read"))
     training = training_for(bench, tmp_path, loss=LossSpec(kd_weight=0.0), max_steps=2)
     spec = training.spec.model_copy(update={"data": DataSpec(heldout_fraction=0)})
-    train(dataclasses.replace(training, spec=spec), Silent())
+    assert train(dataclasses.replace(training, spec=spec), Silent())["num_steps"] == 2
 
 
 def test_the_next_steps_rows_are_wanted_before_this_step_is_packed(

@@ -309,4 +309,4 @@ def test_a_cache_with_rows_is_trained_on_by_cross_entropy_without_reading_them(
     training = of_the_cache(training, bench, tmp_path / "out")
     spec = training.spec.model_copy(update={"data": DataSpec(max_length=128, heldout_fraction=0)})
     monkeypatch.setattr(Cache, "rows", lambda *_: pytest.fail("rows were read"))
-    train(dataclasses.replace(training, spec=spec), Silent())
+    assert train(dataclasses.replace(training, spec=spec), Silent())["num_steps"] > 0
