@@ -15,10 +15,10 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from kdpipe.manifests.errors import InputError, KdpipeError, LayoutError, SpaceError
+from kdpipe.manifests.errors import BusyError, InputError, KdpipeError, LayoutError, SpaceError
 from kdpipe.manifests.failpoints import failpoint
 
 MOMENT_S = 2.0
@@ -135,6 +135,16 @@ def hold(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def hold_alone(descriptor: int, where: object) -> None:
+    """As `hold`, for work that a later process goes on with. Raises BusyError where another one is at it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BusyError("another process is writing it; wait for it", where=where) from None
+    except OSError:  # a file system without locks
+        return
+
+
 def sweep(scratch: Iterable[Path]) -> None:
     """Remove work in progress, files or folders, that no living process holds: what kills left behind.
 
@@ -214,6 +224,15 @@ def put_aside(folder: Path, *paths: Path) -> list[Path]:
     except OSError as err:
         raise disk_error(err, folder / QUARANTINE) from err
     return aside
+
+
+@contextlib.contextmanager
+def as_disk_error(where: Path) -> Iterator[None]:
+    """A failed system call of the block is an error of ours."""
+    try:
+        yield
+    except OSError as err:
+        raise disk_error(err, where) from err
 
 
 def disk_error(err: OSError, where: Path) -> KdpipeError:

@@ -10,6 +10,7 @@ import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import ClassVar, Final, Literal
 
 from pydantic import ValidationError
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from kdpipe.manifests.durable import QUARANTINE, read_small
 from kdpipe.manifests.errors import CacheError, LayoutError
 from kdpipe.manifests.made_with import last_extraction
+from kdpipe.manifests.packed import is_packed
 from kdpipe.manifests.prepared import Ancestor, Count, Prepared, SamplesFingerprint, SamplesSettings
 from kdpipe.manifests.record import Record, first_problem
 from kdpipe.manifests.shard_table import SHARDS_FILE, ShardTable, read_shards
@@ -186,6 +188,9 @@ def _no_cache(folder: Path) -> str:
     """What is said of a folder that is no cache: what it is, where that shows."""
     if (folder / "config.json").exists():
         return "this is a model, not a cache: PLAN.json is missing; name a folder that kdpipe extract made"
+    if is_packed(folder):
+        target = folder.with_suffix("") if folder.suffix else folder.with_name(f"{folder.name}-unpacked")
+        return f"this is a packed cache; unpack it first: kdpipe cache unpack {quote(str(folder))} {quote(str(target))}"
     if folder.is_file():
         return "this is a file, a cache is a folder; make one of data with kdpipe extract, or train on them with --data"
     if not folder.exists():

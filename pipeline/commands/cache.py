@@ -1,5 +1,6 @@
 """kdpipe cache info|verify|repair|gc|compare: from the files alone, without torch; --recompute runs a teacher.
 
+kdpipe cache pack|unpack: a whole cache as one file for cold storage, and back; without torch too.
 kdpipe cache export|import: the likeliest tokens of its rows, in formats of other projects; needs torch, no teacher.
 """
 
@@ -16,11 +17,15 @@ from kdpipe.manifests.durable import QUARANTINE
 from kdpipe.manifests.errors import CheckFailed, ConfigError, DriftError, IncompleteError, KdpipeError
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.made_with import repair as way_out
+from kdpipe.manifests.pack import pack
+from kdpipe.manifests.packed import is_packed
 from kdpipe.manifests.specs import DeviceChoice, RunFile, flag_of
+from kdpipe.manifests.unpack import check_packed, unpack
 from kdpipe.manifests.verify import Finding, Level, collect_garbage, examine, repair
 from kdpipe.pipeline.options import PATH, Command, Finite, RunCommand, json_option, typed
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
+from kdpipe.pipeline.room import room_at
 
 if TYPE_CHECKING:
     from kdpipe.stages.extract.recompute import Recomputed
@@ -34,7 +39,7 @@ cache_argument = click.argument("cache", type=PATH, metavar="CACHE")
 @click.group("cache", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Look at a cache, check or repair it, compare two, export or import one; no GPU, and torch for the last two alone.
+    """Look at a cache, check or repair it, compare two, pack, export or import one; no GPU, no torch but for the last.
 
     \b
     kdpipe cache info    CACHE
@@ -42,6 +47,8 @@ def command(ctx: click.Context) -> None:
     kdpipe cache repair  CACHE
     kdpipe cache gc      CACHE
     kdpipe cache compare CACHE OTHER
+    kdpipe cache pack    CACHE FILE
+    kdpipe cache unpack  FILE CACHE
     kdpipe cache export  CACHE OUT
     kdpipe cache import  CACHE --from FILES --tokenizer MODEL
     """
@@ -87,6 +94,8 @@ def verify(
 ) -> None:
     """Check a cache against its checksums, digests and plan; by default every byte. Tells all damage, not the first.
 
+    A packed cache is checked as it lies, every byte.
+
     Exits 0 when all is good, 1 where there is damage (`kdpipe cache repair` puts it aside), 2 when only shards are
     missing, 3 where the teacher now gives other rows than are stored.
 
@@ -104,6 +113,9 @@ def verify(
     if len(asked) > 1:
         raise ConfigError(f"how far to look is one choice, --{' or --'.join(asked)}", where=f"--{asked[0]}")
     level = asked[0] if asked else "full"
+    if is_packed(cache):
+        _verify_packed(cache, as_json=as_json)
+        return
     opened = Cache.open(cache, io=run.cache.io)
     findings = _looked_at(opened, level)
     shards = [finding for finding in findings if isinstance(finding.part, int)]
@@ -143,6 +155,18 @@ def verify(
             f"{again.bound:g}); is the engine another, or were the rows wrong from the start?",
             where=cache,
         )
+
+
+def _verify_packed(packed: Path, *, as_json: bool) -> None:
+    """Every byte of a packed cache against its digests."""
+    with watch("cache verify", EventLog(None)) as progress:
+        problems = check_packed(packed, progress)
+    result: dict[str, object] = {"ok": not problems, "packed_bytes": packed.stat().st_size}
+    if problems or as_json:
+        result |= {"problems": [error.without_hint() for error in problems]}
+    show(result, as_json=as_json)
+    if problems:
+        raise problems[0]
 
 
 def _verdict(cache: Path, damage: Sequence[KdpipeError], findings: Sequence[Finding]) -> KdpipeError:
@@ -253,6 +277,42 @@ def compare_caches(cache: Path, other: Path, tolerance: float | None, as_json: b
             f"(allowed {bound:g}); were the teachers the same?",
             where=other,
         )
+
+
+@command.command("pack")
+@cache_argument
+@click.argument("out", type=PATH, metavar="FILE")
+@json_option
+def pack_cache(cache: Path, out: Path, as_json: bool) -> None:
+    """Write a whole cache into one FILE for tape or object storage, about two thirds of the size; bit for bit.
+
+    Every shard is checked first. Interrupted? The same command goes on. `kdpipe cache verify FILE` checks it as it
+    lies; nothing trains from it before `kdpipe cache unpack`.
+
+    \b
+    kdpipe cache pack CACHE /archive/cache.kdpack
+    """
+    opened = Cache.open(cache)
+    with watch("cache pack", EventLog(None), where=out, kept=lambda: "what is packed is kept") as progress:
+        found = pack(opened, out, progress, most_bytes=room_at(out.parent).most_bytes)
+    show(dataclasses.asdict(found), as_json=as_json)
+
+
+@command.command("unpack")
+@click.argument("packed", type=PATH, metavar="FILE")
+@cache_argument
+@json_option
+def unpack_cache(packed: Path, cache: Path, as_json: bool) -> None:
+    """Make a CACHE of what `kdpipe cache pack` has written, bit for bit, and check every byte of it.
+
+    Interrupted? The same command goes on.
+
+    \b
+    kdpipe cache unpack /archive/cache.kdpack CACHE
+    """
+    with watch("cache unpack", EventLog(None), where=cache, kept=lambda: "whole files are kept") as progress:
+        opened = unpack(packed, cache, progress, most_bytes=room_at(cache.parent).most_bytes)
+    show(opened.info(), as_json=as_json)
 
 
 @command.command("export")
