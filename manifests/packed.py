@@ -120,7 +120,8 @@ def restored(data: bytes, cut: Cut) -> bytes:
     return ordered.transpose(2, 1, 0).tobytes()
 
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 def in_order(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
