@@ -145,6 +145,20 @@ def hold_alone(descriptor: int, where: object) -> None:
         return
 
 
+@contextlib.contextmanager
+def scratch_folder(folder: Path, name: str) -> Iterator[Path]:
+    """A new folder for work that will be published as `name`, held, and gone when the block ends. Raises OSError."""
+    scratch = scratch_name(folder, name)
+    scratch.mkdir()
+    held = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+    hold(held)
+    try:
+        yield scratch
+    finally:
+        os.close(held)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def sweep(scratch: Iterable[Path]) -> None:
     """Remove work in progress, files or folders, that no living process holds: what kills left behind.
 

@@ -20,6 +20,9 @@ from kdpipe.pipeline.runs import ENDINGS, Event, RunState, Status, ends_of, stat
 from kdpipe.pipeline.standing import Entry
 from kdpipe.pipeline.steps import EXTRACT, REPORT, SEAL, is_complete
 
+Part = tuple[int, int]
+"""The first of four parts of an extraction is (1, 4)."""
+WHOLE: Part = (1, 1)
 SILENT_S = 60.0
 """Longest silence of an extraction at work, which writes an event every ten seconds."""
 
@@ -84,7 +87,7 @@ def _of_submission(output: Path) -> list[Entry]:
 
 
 def _tasks(record: Submission, folder: Path) -> Iterator[Entry]:
-    sessions: dict[Path, dict[int | None, RunState]] = {}
+    sessions: dict[Path, dict[Part, RunState]] = {}
     for (step, part), (job, task) in record.latest().items():
         where, log = Path(task.output), job.log(folder, task)
         entry = Entry(name=step, output=where, sent=job, task=task, log=log)
@@ -92,7 +95,8 @@ def _tasks(record: Submission, folder: Path) -> Iterator[Entry]:
             if where not in sessions:
                 sessions[where] = _sessions(where)
             name = f"{EXTRACT} {part}/{task.parts or '?'}" if part is not None else EXTRACT
-            own = sessions[where].get(part) or RunState(output=where, status="absent")
+            sent = WHOLE if part is None else (part, task.parts or 1)
+            own = sessions[where].get(sent) or RunState(output=where, status="absent")
             yield Entry(name=name, output=where, own=own, sent=job, task=task, log=log)
         elif step in (SEAL, REPORT):
             made = _complete(where) if step == SEAL else _is_newer(where, job.sent)
@@ -120,27 +124,26 @@ def _student(name: str, output: Path) -> Entry:
 
 
 def _of_cache(cache: Path) -> Iterator[Entry]:
-    """The extraction of a cache, a row for each part of one that was shared."""
-    sessions = _sessions(cache) or {None: RunState(output=cache, status="absent")}
-    shared = {part: own for part, own in sessions.items() if part is not None}
-    if shared and sessions.get(None, RunState(output=cache, status="absent")).status != "finished":
-        yield from (Entry(name=f"{EXTRACT} {part}", output=cache, own=shared[part]) for part in sorted(shared))
-    else:
-        yield Entry(name=EXTRACT, output=cache, own=sessions.get(None))
+    """The extraction of a cache as it was asked for last, a row for each part where it was shared."""
+    sessions = _sessions(cache) or {WHOLE: RunState(output=cache, status="absent")}
+    _, count = next(reversed(sessions))
+    for index, own in sorted((part[0], own) for part, own in sessions.items() if part[1] == count):
+        yield Entry(name=EXTRACT if count == 1 else f"{EXTRACT} {index}/{count}", output=cache, own=own)
 
 
-def _sessions(cache: Path) -> dict[int | None, RunState]:
-    """How the last extraction of each part of a cache stands, None for one of the whole; all finished where it is."""
-    found: dict[int | None, RunState] = {}
+def _sessions(cache: Path) -> dict[Part, RunState]:
+    """How the last extraction of each part of a cache stands, the newest last; all finished where the cache is."""
+    found: dict[Part, RunState] = {}
     for path in sorted((cache / "runs").glob("*.jsonl")):
         head, tail = ends_of(path)
         begun = next((event for event in [*head, *tail] if event["kind"] == "run"), None)
         if begun is not None and begun.get("command") == "extract":
-            part = begun.get("part")
-            found[part[0] if isinstance(part, list) and part else None] = _session(cache, begun, head, tail)
+            index, count = begun.get("part") or WHOLE
+            found.pop((index, count), None)
+            found[index, count] = _session(cache, begun, head, tail)
     if not _complete(cache):
         return found
-    return {part: RunState(output=cache, status="finished") for part in found or [None]}
+    return {part: RunState(output=cache, status="finished") for part in found or [WHOLE]}
 
 
 def _session(cache: Path, begun: Event, head: Sequence[Event], tail: Sequence[Event]) -> RunState:

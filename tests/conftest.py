@@ -31,6 +31,12 @@ hypothesis.settings.register_profile("kdpipe", deadline=None, suppress_health_ch
 hypothesis.settings.load_profile("kdpipe")
 
 
+def pytest_configure() -> None:
+    """Where the tests run in a shell's background, Ctrl-C is ignored by them and by all that they start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of several workers the first begins with the longest file, which would otherwise keep one of them at the end."""
     if hasattr(config, "workerinput"):
@@ -146,10 +152,13 @@ def main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(*args: object) -> tuple[int, str, str]:
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)}
+        cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
         try:
             with pytest.raises(SystemExit) as done:
                 cli.main([str(arg) for arg in args])
         finally:
+            os.sched_setaffinity(0, cores)
+            torch.set_num_threads(threads)
             for number, handler in before.items():
                 signal.signal(number, handler)
         out, err = capfd.readouterr()

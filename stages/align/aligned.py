@@ -8,7 +8,6 @@ Cost: the data tokenised twice, once for a student's tokenizer; later the data's
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ from kdpipe.manifests.durable import (
     disk_error,
     fsync_folder,
     fsync_tree,
-    hold,
-    scratch_name,
+    scratch_folder,
     scratch_of,
     sweep,
 )
@@ -76,7 +74,7 @@ def align(
     for place in places:
         try:
             place.mkdir(parents=True, exist_ok=True)
-            with _scratch_folder(place, asked) as folder:
+            with scratch_folder(place, asked[:KEY_DIGITS]) as folder:
                 joining.write(folder, asked, vocab_size, progress)
                 fsync_tree(folder)
                 _put(folder, place / asked[:KEY_DIGITS])
@@ -127,20 +125,6 @@ def _opened(place: Path, asked: str, joining: Joining, vocab_size: int, progress
         vocabulary=joining.vocabulary(vocab_size, record.ends),
         folder=place,
     )
-
-
-@contextlib.contextmanager
-def _scratch_folder(place: Path, asked: str) -> Iterator[Path]:
-    """A folder of this process alone, gone when the block ends; it is held, so that nobody sweeps it."""
-    folder = scratch_name(place, asked[:KEY_DIGITS])
-    folder.mkdir()
-    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    hold(held)
-    try:
-        yield folder
-    finally:
-        os.close(held)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put(folder: Path, place: Path) -> None:

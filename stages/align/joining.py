@@ -23,17 +23,26 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import canonical
 from kdpipe.manifests.errors import CacheError, DataError
 from kdpipe.manifests.plan import SAMPLES_FILE
-from kdpipe.manifests.prepared import PREPARED_FILE, Prepared, SamplesFingerprint, SamplesSettings
+from kdpipe.manifests.prepared import PREPARED_FILE
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.sample import Incident, Sample, SampleTokens
 from kdpipe.manifests.samples import SamplesWriter
 from kdpipe.manifests.specs import SHARD_TOKENS, DataSpec
 from kdpipe.stages.extract.inputs import Inputs
-from kdpipe.stages.extract.reading import INCIDENTS, Reading, check_context, check_ids, counts_of, finish, tell_unread
+from kdpipe.stages.extract.reading import (
+    INCIDENTS,
+    Reading,
+    check_context,
+    check_ids,
+    counts_of,
+    finish,
+    tell_unread,
+    unread_record,
+)
 from kdpipe.stages.feed.dataset import Dataset
 from kdpipe.stages.models.vocabularies import SharedVocabulary, token_bytes
-from kdpipe.stages.models.vocabulary import vocabulary_digest
+from kdpipe.stages.models.vocabulary import tokenizer_digest
 from kdpipe.stages.prepare.files import list_files
 from kdpipe.stages.prepare.pairing import Party, sample_digest
 from kdpipe.stages.prepare.samples import aligned
@@ -63,10 +72,10 @@ class Joining:
                 "version": VERSION,
                 "data": [[path.suffix.lower(), inputs.digest(path)] for path in list_files(reading.data)],
                 "spec": reading.spec.model_dump(mode="json", exclude={"subset", "heldout_fraction"}),
-                "student": [_definition(student), digest_json(student.chat_template), student.bos_token, stops],
+                "student": [tokenizer_digest(student), digest_json(student.chat_template), student.bos_token, stops],
                 "context": None if reading.context is None else reading.context.tokens,
                 "vocab_size": vocab_size,
-                "teacher": [_definition(self.teacher), digest_json(self.teacher.chat_template), self._stops],
+                "teacher": [tokenizer_digest(self.teacher), digest_json(self.teacher.chat_template), self._stops],
                 "caches": [cache.plan.digest for cache in self.caches],
                 "versions": [transformers.__version__],
             }
@@ -103,9 +112,10 @@ class Joining:
                 "that it was extracted from",
                 where=reading.data[0],
             )
-        prepared = self._prepared().changed(
+        unread_yet = unread_record(reading, max(cache.plan.heldout_fraction for cache in self.caches))
+        prepared = unread_yet.changed(
             **written.fields(),
-            fingerprint=self._prepared().fingerprint.model_copy(update={"data": written.data_digest}),
+            fingerprint=unread_yet.fingerprint.model_copy(update={"data": written.data_digest}),
         )
         ends = self._ends(early)
         tally["not_in_data"] = known.num_unseen()
@@ -113,9 +123,9 @@ class Joining:
         result = AlignedRecord(
             asked=asked,
             caches=tuple(cache.plan.digest for cache in self.caches),
-            student_tokenizer=_definition(reading.tokenizer),
+            student_tokenizer=tokenizer_digest(reading.tokenizer),
             student_template=digest_json(reading.tokenizer.chat_template),
-            teacher_tokenizer=_definition(self.teacher),
+            teacher_tokenizer=tokenizer_digest(self.teacher),
             teacher_template=digest_json(self.teacher.chat_template),
             ends=ends,
             figures=AlignmentFigures(**{name: tally[name] for name in AlignmentFigures.model_fields}),
@@ -163,28 +173,6 @@ class Joining:
         """The tokens by which most answers end on either side."""
         ours = trained_stops(early, self.reading.tokenizer)
         return ((ours[0], self._stops[0]),) if ours and self._stops else ()
-
-    def _prepared(self) -> Prepared:
-        """The record of the student's samples, as far as it is known before they are read."""
-        tokenizer, spec = self.reading.tokenizer, self.reading.spec
-        return Prepared(
-            fingerprint=SamplesFingerprint(
-                tokenizer=_definition(tokenizer), template=digest_json(tokenizer.chat_template), data=""
-            ),
-            settings=SamplesSettings(
-                max_length=spec.max_length, overlong=spec.overlong, supervise=spec.supervise, shard_tokens=SHARD_TOKENS
-            ),
-            num_samples=0,
-            num_tokens=0,
-            num_rows=0,
-            heldout_fraction=max(cache.plan.heldout_fraction for cache in self.caches),
-            counts={},
-            samples_digest="",
-            shards_digest="",
-            num_shards=0,
-            vocabulary_digest=vocabulary_digest(tokenizer),
-            grown_from=(),
-        )
 
 
 class _Known:
@@ -265,7 +253,3 @@ def _measured(sample: Sample, alignment: Alignment) -> dict[str, int]:
         "num_spans": len(spans),
         "teacher_rows": int(spans[:, 3].sum()),
     }
-
-
-def _definition(tokenizer: PreTrainedTokenizerBase) -> str:
-    return digest_json(json.loads(tokenizer.backend_tokenizer.to_str()))

@@ -39,7 +39,7 @@ from kdpipe.stages.exchange.reading import Found, files_of, read_file
 from kdpipe.stages.extract.staging import write_teacher
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.head import Head
-from kdpipe.stages.models.vocabulary import real_vocab_size, vocabulary_digest
+from kdpipe.stages.models.vocabulary import real_vocab_size, tokenizer_digest, vocabulary_digest
 
 LARGEST_ID = 1 << 24
 """From here on float32 does not hold every whole number."""
@@ -191,7 +191,7 @@ def _plan(work: _Work, counted: _Counted, shards: ShardTable, *, data_digest: st
     return Plan(
         fingerprint=Fingerprint(
             teacher=digest_json([TOP_K, found.top_k, _teacher(work.files)]),
-            tokenizer=digest_json(json.loads(work.tokenizer.backend_tokenizer.to_str())),
+            tokenizer=tokenizer_digest(work.tokenizer),
             template=digest_json(work.tokenizer.chat_template),
             data=data_digest,
         ),

@@ -3,7 +3,6 @@
 An existing cache must have been made by the same teacher with the same settings.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.present import Present
 from kdpipe.stages.extract.reading import INCIDENTS, incident_notes, write_samples
 from kdpipe.stages.extract.spec import ExtractSpec
-from kdpipe.stages.models.vocabulary import real_vocab_size, vocabulary_digest
+from kdpipe.stages.models.vocabulary import real_vocab_size, tokenizer_digest, vocabulary_digest
 from kdpipe.stages.teacher import engine_class, pick_engine
 from kdpipe.stages.teacher.describe import TeacherInfo
 from kdpipe.stages.teacher.head import head_record
@@ -152,7 +151,7 @@ def plan_without_samples(
     return Plan(
         fingerprint=Fingerprint(
             teacher=info.folder.digest(inputs.digest),
-            tokenizer=digest_json(json.loads(tokenizer.backend_tokenizer.to_str())),
+            tokenizer=tokenizer_digest(tokenizer),
             template=digest_json(tokenizer.chat_template),
             data="",
         ),

@@ -11,18 +11,19 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kdpipe.manifests.errors import (
-    DataError,
-)
+from kdpipe.manifests.errors import DataError
 from kdpipe.manifests.plan import SAMPLES_FILE
+from kdpipe.manifests.prepared import Prepared, SamplesFingerprint, SamplesSettings
 from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.sample import KEPT, Incident, Sample
 from kdpipe.manifests.samples import SamplesWriter
 from kdpipe.manifests.shard_table import SHARDS_FILE, ShardTable, write_shards
-from kdpipe.manifests.specs import DataSpec
+from kdpipe.manifests.specs import SHARD_TOKENS, DataSpec
 from kdpipe.stages.extract.present import Present
 from kdpipe.stages.models.context import Context
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.vocabulary import tokenizer_digest, vocabulary_digest
 from kdpipe.stages.prepare import prepare
 
 INCIDENTS = Path("runs", "prepare.jsonl")
@@ -78,6 +79,29 @@ class Written:
         sums = {name: int(self.shards.columns[name].sum()) for name in ("num_samples", "num_tokens", "num_rows")}
         digests = {"samples_digest": self.samples_digest, "shards_digest": self.shards_digest}
         return sums | digests | {"counts": self.counts, "num_shards": len(self.shards), "shards": self.shards}
+
+
+def unread_record(reading: Reading, heldout_fraction: float) -> Prepared:
+    """The record of the samples of some data, as far as it is known before they are read."""
+    tokenizer, spec = reading.tokenizer, reading.spec
+    return Prepared(
+        fingerprint=SamplesFingerprint(
+            tokenizer=tokenizer_digest(tokenizer), template=digest_json(tokenizer.chat_template), data=""
+        ),
+        settings=SamplesSettings(
+            max_length=spec.max_length, overlong=spec.overlong, supervise=spec.supervise, shard_tokens=SHARD_TOKENS
+        ),
+        num_samples=0,
+        num_tokens=0,
+        num_rows=0,
+        heldout_fraction=heldout_fraction,
+        counts={},
+        samples_digest="",
+        shards_digest="",
+        num_shards=0,
+        vocabulary_digest=vocabulary_digest(tokenizer),
+        grown_from=(),
+    )
 
 
 def write_samples(

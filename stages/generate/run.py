@@ -35,6 +35,7 @@ from kdpipe.stages.generate.file import AnswersFile, count_lines, whole_lines
 from kdpipe.stages.models.context import context_of
 from kdpipe.stages.models.device import pick_device
 from kdpipe.stages.models.folder import ModelFolder
+from kdpipe.stages.models.vocabulary import tokenizer_digest
 from kdpipe.stages.prepare.files import list_files
 from kdpipe.stages.prepare.samples import Asked, prompts
 from kdpipe.stages.rollout.local import LocalWriter
@@ -161,7 +162,7 @@ def _writing(spec: GenerateSpec, info: TeacherInfo, device: Device, engine: str)
     data = [[path.suffix.lower(), digest_file(path)] for path in list_files(spec.prompts)]
     return WritingRecord(
         model=model.digest(),
-        tokenizer=digest_json(json.loads(tokenizer.backend_tokenizer.to_str())),
+        tokenizer=tokenizer_digest(tokenizer),
         template=digest_json(tokenizer.chat_template),
         prompts=digest_json(data),
         max_length=spec.data_spec.max_length,

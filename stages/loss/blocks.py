@@ -123,16 +123,8 @@ def block_step(formula: Formula, shape: Hashable, *, compiled: bool) -> Step:
             gradient = gradient * (formula.kd_weight * formula.kd_scale / formula.temperature)
             entropy = sum_of([-(p * log_p).sum(-1) for log_p, p in teachers], formula.teacher_weights)
         if labels is not None:
-            labelled, target = (labels != IGNORED).float(), labels.clamp_min(0)[:, None]
-            smoothing = formula.label_smoothing
-            ce = -log_p.gather(1, target).squeeze(-1) * labelled
-            if smoothing:
-                ce = (1.0 - smoothing) * ce - smoothing * log_p.mean(-1) * labelled
-            if formula.kd_weight < 1.0:
-                wanted = one_hot(target, p)
-                if smoothing:
-                    wanted = (1.0 - smoothing) * wanted + smoothing / p.shape[1]
-                gradient = gradient + (p - wanted) * (labelled * (1.0 - formula.kd_weight))[:, None]
+            ce, pull = cross_entropy(log_p, p, labels, smoothing=formula.label_smoothing, share=1.0 - formula.kd_weight)
+            gradient = gradient if pull is None else gradient + pull
         if formula.z_loss:
             gradient = gradient + p * (2.0 * formula.z_loss * log_total)[:, None]
         if weights is not None:
@@ -146,6 +138,25 @@ def block_step(formula: Formula, shape: Hashable, *, compiled: bool) -> Step:
         return Block(values, bias)
 
     return Compiled(step) if compiled else step
+
+
+def cross_entropy(
+    log_p: Tensor, p: Tensor, labels: Tensor, *, smoothing: float, share: float
+) -> tuple[Tensor, Tensor | None]:
+    """The cross-entropy [R] of log p and p [R, V], 0 where labels are IGNORED, and its gradient times `share` of it.
+
+    The gradient is None where the share is 0.
+    """
+    labelled, target = (labels != IGNORED).float(), labels.clamp_min(0)[:, None]
+    ce = -log_p.gather(1, target).squeeze(-1) * labelled
+    if smoothing:
+        ce = (1.0 - smoothing) * ce - smoothing * log_p.mean(-1) * labelled
+    if share == 0.0:
+        return ce, None
+    wanted = one_hot(target, p)
+    if smoothing:
+        wanted = (1.0 - smoothing) * wanted + smoothing / p.shape[1]
+    return ce, (p - wanted) * (labelled * share)[:, None]
 
 
 def targets(

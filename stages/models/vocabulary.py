@@ -1,11 +1,13 @@
 """Vocabulary: which ids a tokenizer makes, and whether two models mean the same by them."""
 
 import hashlib
+import json
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.errors import InputError, TeacherError
+from kdpipe.manifests.provenance import digest_json
 
 
 def real_vocab_size(
@@ -28,6 +30,11 @@ def real_vocab_size(
             )
         size = head_rows
     return size
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of the definition of a tokenizer with a fast backend."""
+    return digest_json(json.loads(tokenizer.backend_tokenizer.to_str()))
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:

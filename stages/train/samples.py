@@ -8,23 +8,26 @@ Cost: the data tokenised once; not again while no file changes.
 """
 
 import contextlib
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from kdpipe.manifests.durable import disk_error, fsync_folder, fsync_tree, hold, scratch_name, scratch_of, sweep
+from kdpipe.manifests.durable import (
+    disk_error,
+    fsync_folder,
+    fsync_tree,
+    scratch_folder,
+    scratch_name,
+    scratch_of,
+    sweep,
+)
 from kdpipe.manifests.errors import KdpipeError, TemporaryError
-from kdpipe.manifests.prepared import PREPARED_FILE, Prepared, SamplesFingerprint, SamplesSettings, read_prepared
+from kdpipe.manifests.prepared import PREPARED_FILE, Prepared, read_prepared
 from kdpipe.manifests.progress import Progress
-from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.running import require_nobody_in
 from kdpipe.manifests.samples import Samples
-from kdpipe.manifests.specs import SHARD_TOKENS
 from kdpipe.stages.extract.inputs import Inputs
-from kdpipe.stages.extract.reading import INCIDENTS, Reading, write_samples
-from kdpipe.stages.models.vocabulary import vocabulary_digest
+from kdpipe.stages.extract.reading import INCIDENTS, Reading, unread_record, write_samples
 from kdpipe.stages.train.output import Output
 
 
@@ -44,7 +47,7 @@ def prepare_samples(reading: Reading, output: Path, progress: Progress, *, vocab
     sweep(scratch_of(place.parent, place.name))
     existing = read_prepared(place)
     inputs = Inputs() if existing is None else Inputs.of(place)
-    wanted = _without_samples(reading)
+    wanted = unread_record(reading, reading.spec.heldout_fraction)
     choices = {
         "prepared": wanted.model_dump(mode="json"),
         "spec": reading.spec.model_dump(mode="json", exclude={"subset"}),
@@ -54,7 +57,9 @@ def prepare_samples(reading: Reading, output: Path, progress: Progress, *, vocab
     asked = inputs.asked(reading.model.path, reading.data, choices)
     try:
         if existing is None or not inputs.were_asked(asked):
-            with _scratch_folder(place) as folder:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with scratch_folder(place.parent, place.name) as folder:
+                (folder / INCIDENTS).parent.mkdir()
                 written = write_samples(
                     reading, folder, progress, vocab_size=vocab_size, shard_tokens=wanted.settings.shard_tokens
                 )
@@ -104,48 +109,6 @@ def _opened(place: Path, prepared: Prepared) -> Samples:
     samples = Samples(place, prepared)
     samples.verify()
     return samples
-
-
-def _without_samples(reading: Reading) -> Prepared:
-    """All of the record that is decided before any data is read."""
-    tokenizer, spec = reading.tokenizer, reading.spec
-    return Prepared(
-        fingerprint=SamplesFingerprint(
-            tokenizer=digest_json(json.loads(tokenizer.backend_tokenizer.to_str())),
-            template=digest_json(tokenizer.chat_template),
-            data="",
-        ),
-        settings=SamplesSettings(
-            max_length=spec.max_length,
-            overlong=spec.overlong,
-            supervise=spec.supervise,
-            shard_tokens=SHARD_TOKENS,
-        ),
-        num_samples=0,
-        num_tokens=0,
-        num_rows=0,
-        heldout_fraction=spec.heldout_fraction,
-        counts={},
-        samples_digest="",
-        shards_digest="",
-        num_shards=0,
-        vocabulary_digest=vocabulary_digest(tokenizer),
-        grown_from=(),
-    )
-
-
-@contextlib.contextmanager
-def _scratch_folder(place: Path) -> Iterator[Path]:
-    """A folder of this process alone, gone when the block ends; it is held, so that nobody sweeps it."""
-    folder = scratch_name(place.parent, place.name)
-    (folder / INCIDENTS).parent.mkdir(parents=True)
-    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    hold(held)
-    try:
-        yield folder
-    finally:
-        os.close(held)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put(folder: Path, place: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import Bench
+from tests.conftest import Bench, Main
 from tests.integration.running import SETS, ended, started, steps_of, wait_for
 
 from kdpipe.manifests.cache import Cache
@@ -52,7 +52,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_its_own_answers
     assert all(step["rollout/num_answers"] > 0 for step in steps)
 
 
-def test_answers_are_kept_as_a_cache_from_which_a_second_student_trains(bench: Bench, tmp_path: Path) -> None:
+def test_answers_are_kept_as_a_cache_from_which_a_second_student_trains(
+    bench: Bench, main: Main, tmp_path: Path
+) -> None:
     words = asked(bench, tmp_path / "out", "--lmbda", 0.6, "--tee", tmp_path / "kept")
     code, _, err = ended(started(*words))
     assert code == 0, err
@@ -62,21 +64,24 @@ def test_answers_are_kept_as_a_cache_from_which_a_second_student_trains(bench: B
     for view, each in zip(cache, sorted(written, key=lambda each: each["index"]), strict=True):
         assert view.token_ids[view.supervised].tolist() == each["token_ids"]
         assert len(view.rows) == len(each["token_ids"])
-    assert ended(started("cache", "verify", tmp_path / "kept", "--recompute", 5, "--teacher", bench.teacher))[0] == 0
+    assert main("cache", "verify", tmp_path / "kept", "--recompute", 5, "--teacher", bench.teacher)[0] == 0
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["kept", "out"]
     second = ["--student", bench.student, "--cache", tmp_path / "kept", "--output", tmp_path / "second"]
-    code, _, err = ended(started("train", *second, "--set", *SETS))
+    code, _, err = main("train", *second, "--nproc", 1, "--set", *SETS)
     assert code == 0, err
-    code, _, err = ended(started(*words))
+    code, _, err = main(*words)
     assert code == 0, err
     assert "already" in err
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_weights(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [(4,), pytest.param((2, 6), marks=pytest.mark.slow)], ids=len)
+def test_killed_at_any_moment_it_goes_on_to_the_same_weights(
+    killed: tuple[int, ...], bench: Bench, tmp_path: Path
+) -> None:
     """Two steps ahead, the answers kept: every file of the run counts."""
     more = ["--lmbda", 0.7, "--overlap", 2]
     weights, logs, rows = [], [], []
-    for name, kills in (("whole", ()), ("killed", (2, 6))):
+    for name, kills in (("whole", ()), ("killed", killed)):
         output, kept = tmp_path / name, tmp_path / f"kept-{name}"
         for step in kills:
             process = started(*asked(bench, output, *more, "--tee", kept))
@@ -102,6 +107,7 @@ def own_teacher(bench: Bench, output: Path, *more: object) -> list[object]:
     return [*words, "--json"]
 
 
+@pytest.mark.slow
 def test_a_student_with_itself_as_teacher_learns_from_its_average(bench: Bench, tmp_path: Path) -> None:
     output = tmp_path / "out"
     code, _, err = ended(started(*own_teacher(bench, output)))
@@ -179,11 +185,13 @@ def test_two_ranks_whose_answers_are_all_left_out_end_with_the_student_they_bega
     assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
 
 
-def test_answers_that_the_student_does_not_write_are_the_teachers_with_seq_kd(bench: Bench, tmp_path: Path) -> None:
+def test_answers_that_the_student_does_not_write_are_the_teachers_with_seq_kd(
+    bench: Bench, main: Main, tmp_path: Path
+) -> None:
     """As if they had been written by kdpipe generate before."""
     answers, weights = tmp_path / "answers.jsonl", []
     words = ["--model", bench.teacher, "--prompts", bench.data, "--out", answers, "--max-new-tokens", 12]
-    assert ended(started("generate", *words, "--max-length", 128))[0] == 0
+    assert main("generate", *words, "--max-length", 128)[0] == 0
     for name, prompts, more in (("at once", bench.data, ["--seq-kd"]), ("in two", answers, [])):
         given = asked(bench, tmp_path / name, "--lmbda", 0.5, *more)
         given[given.index("--prompts") + 1] = prompts
@@ -195,7 +203,7 @@ def test_answers_that_the_student_does_not_write_are_the_teachers_with_seq_kd(be
     assert (tmp_path / "at once" / "answers.jsonl").read_bytes() == answers.read_bytes()
 
 
-def test_a_refused_run_leaves_nothing_behind(bench: Bench, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_nothing_behind(bench: Bench, main: Main, tmp_path: Path) -> None:
     for words, says in (
         (asked(bench, tmp_path / "out", "--max-new-tokens", 5000), "the student reads"),
         (asked(bench, tmp_path / "out", "--tee", tmp_path / "out" / "kept"), "it lies in the student's --output"),
@@ -205,13 +213,13 @@ def test_a_refused_run_leaves_nothing_behind(bench: Bench, tmp_path: Path) -> No
         if words[0] == "stream":
             at = words.index("--max-new-tokens")
             del words[at : at + 2]
-        code, _, err = ended(started(*words))
+        code, _, err = main(*words)
         assert code == 4, err
         assert says in err, err
         assert list(tmp_path.iterdir()) == [], err
 
 
-def test_a_run_that_starts_again_keeps_nothing_of_the_one_before(bench: Bench, tmp_path: Path) -> None:
+def test_a_run_that_starts_again_keeps_nothing_of_the_one_before(bench: Bench, main: Main, tmp_path: Path) -> None:
     """Its answers have the same indices, and at the first step the same tokens."""
     output, kept = tmp_path / "out", tmp_path / "kept"
     more = ["--lmbda", 1, "--tee", kept, "--max-new-tokens", 3]
@@ -219,7 +227,7 @@ def test_a_run_that_starts_again_keeps_nothing_of_the_one_before(bench: Bench, t
     wait_for(lambda: steps_of(output) >= 4 or process.poll() is not None)
     process.kill()
     assert ended(process)[0] == -signal.SIGKILL
-    code, _, err = ended(started(*asked(bench, output, *more, "--truncated", "drop")))
+    code, _, err = main(*asked(bench, output, *more, "--truncated", "drop"))
     assert code == 4, err
     assert "live.truncated is train, this run's is drop" in err
     code, _, err = ended(started(*asked(bench, output, *more, "--truncated", "drop", "--resume", "never")))

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.conftest import Bench
+from tests.conftest import Bench, Main
 from tests.integration.running import SETS, ended, started, steps_of, wait_for
 
 from kdpipe.manifests.ring import RingReader, make_ring
@@ -129,9 +129,9 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_weights(bench: Bench, o
     ],
 )
 def test_what_cannot_be_is_said_in_one_line_before_anything_runs(
-    words: list[str], says: str, bench: Bench, tmp_path: Path
+    words: list[str], says: str, bench: Bench, main: Main, tmp_path: Path
 ) -> None:
-    code, out, err = ended(started(*streaming(bench, tmp_path / "out"), *words))
+    code, out, err = main(*streaming(bench, tmp_path / "out"), *words)
     assert (code, out) == (4, "")
     assert says in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()

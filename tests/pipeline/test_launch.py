@@ -133,10 +133,10 @@ INTERRUPTED, TEMPORARY = (130, "INTERRUPTED"), (75, "TEMPORARY")
 @pytest.mark.parametrize(
     ("number", "group", "code", "word"),
     [
-        (signal.SIGINT, False, *INTERRUPTED),
+        pytest.param(signal.SIGINT, False, *INTERRUPTED, marks=pytest.mark.slow),
         (signal.SIGINT, True, *INTERRUPTED),
         (signal.SIGTERM, False, *TEMPORARY),
-        (signal.SIGTERM, True, *TEMPORARY),
+        pytest.param(signal.SIGTERM, True, *TEMPORARY, marks=pytest.mark.slow),
         (signal.SIGHUP, True, *TEMPORARY),  # defect: multiprocessing's own helper died of it, and printed tracebacks
     ],
 )

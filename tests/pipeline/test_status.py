@@ -207,10 +207,13 @@ def test_parts_of_an_extraction_are_told_by_their_last_sessions(main: Main, tmp_
     code, text, _ = main("status", cache, "--json")
     rows = json.loads(text)["steps"]
     assert [(row["name"], row["state"], row["step"], row["num_steps"]) for row in rows] == [
-        ("extract 1", "failed", 0, 1),
-        ("extract 2", "running", 1, 2),
+        ("extract 1/2", "failed", 0, 1),
+        ("extract 2/2", "running", 1, 2),
     ]
     assert (code, rows[0]["why"]) == (1, "E-GATE: swapped")
+    session(cache, "4-d", [3, 3], {"kind": "plan", "missing": [3]}, pid=os.getpid())
+    rows = json.loads(main("status", cache, "--json")[1])["steps"]
+    assert [(row["name"], row["state"]) for row in rows] == [("extract 3/3", "running")], "it was shared anew"
     for number in range(len(plan.shards)):
         fill_shard(cache, number)
     assert {row["state"] for row in json.loads(main("status", cache, "--json")[1])["steps"]} == {"finished"}

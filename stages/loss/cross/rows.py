@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.manifests.sample import IGNORED
-from kdpipe.stages.loss.blocks import Block, Compiled, Step
+from kdpipe.stages.loss.blocks import Block, Compiled, Step, cross_entropy
 from kdpipe.stages.loss.pointwise import normalised, one_hot
 from kdpipe.stages.loss.problem import Problem
 from kdpipe.stages.models.head import Finish
@@ -154,17 +154,10 @@ def row_step(formula: RowFormula, shape: Hashable = None, *, compiled: bool) -> 
         z = log_total.square()
         entropy = pull = torch.zeros_like(z)
         kd = entropy if rows.kd is None else rows.kd
-        gradient = torch.zeros_like(log_p)
-        labelled, target = (rows.labels != IGNORED).float(), rows.labels.clamp_min(0)[:, None]
-        smoothing = formula.label_smoothing
-        ce = -log_p.gather(1, target).squeeze(-1) * labelled
-        if smoothing:
-            ce = (1.0 - smoothing) * ce - smoothing * log_p.mean(-1) * labelled
-        if formula.kd_weight < 1.0:
-            wanted = one_hot(target, p)
-            if smoothing:
-                wanted = (1.0 - smoothing) * wanted + smoothing / p.shape[1]
-            gradient = (p - wanted) * (labelled * (1.0 - formula.kd_weight))[:, None]
+        ce, gradient = cross_entropy(
+            log_p, p, rows.labels, smoothing=formula.label_smoothing, share=1.0 - formula.kd_weight
+        )
+        gradient = torch.zeros_like(log_p) if gradient is None else gradient
         if formula.z_loss:
             gradient = gradient + p * (2.0 * formula.z_loss * log_total)[:, None]
         ce, z, gradient = ce * rows.weights, z * rows.weights, gradient * rows.weights[:, None]

@@ -212,8 +212,7 @@ def test_closing_early_ends_the_processes(data: list[Path], chatml: Any) -> None
 def test_processes_end_with_the_one_that_started_them(number: int, chatml: Any, tmp_path: Path) -> None:
     """Killed, it cannot end them: they see that their link has ended. Ctrl-C goes to all of a terminal's programs."""
     code = """
-import itertools, pickle, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
+import itertools, pickle, sys
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.stages.prepare import pool
 from kdpipe.stages.prepare.sources import RawRecord

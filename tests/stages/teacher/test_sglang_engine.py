@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.conftest import Bench
+from tests.conftest import Bench, Main
 from tests.engines import FAULTS, engines_end, hosts
 from tests.models import make_model, make_own, make_tokenizer
 from tests.opened import teacher_in
@@ -88,8 +88,8 @@ def own_rows(folder: Path, dtype: str, requests: Sequence[Request]) -> torch.Ten
     ).double()
 
 
-USUAL = [("llama", "float32", "128"), ("qwen3", "bfloat16", "-1")]
-"""Each model, dtype and chunk once, as an engine takes half a minute to start; all together are for the long tests."""
+USUAL = [("llama", "float32", "128")]
+"""One, as an engine takes half a minute to start; every other model, dtype and chunk is for the long tests."""
 LONG = [
     pytest.param(kind, dtype, chunk, marks=pytest.mark.slow)
     for kind, dtype, chunk in itertools.product(("llama", "qwen3"), ("float32", "bfloat16"), ("128", "-1"))
@@ -125,7 +125,8 @@ def test_every_row_is_there_in_order_and_transformers_own(kind: str, dtype: Dtyp
         assert 0 < measured.row_error < 0.06
 
 
-@pytest.mark.parametrize("ranks", [{"tp": 2}, pytest.param({"dp": 2}, marks=pytest.mark.slow)], ids=["tp", "dp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [{"tp": 2}, {"dp": 2}], ids=["tp", "dp"])
 def test_of_several_ranks_the_first_writes_each_row(ranks: dict[str, int], fault: Path, tmp_path: Path) -> None:
     fault.write_text("second rank")  # zeros there: two writers of equal rows would not show
     folder = make_model("llama", tmp_path / "teacher", sizes=SIZES)
@@ -229,6 +230,7 @@ def test_a_teachers_own_code_runs_in_sglang_with_its_digest(bench: Bench, tmp_pa
     assert len((tmp_path / "ran").read_text().splitlines()) > 1, "here for the canary, and in SGLang"
 
 
+@pytest.mark.slow
 def test_a_sink_that_did_not_load_stops_the_run_before_anything_is_written(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +299,7 @@ def test_the_engine_ends_with_a_killed_extraction(
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".cache")]
 
 
-def test_a_student_trains_beside_it(bench: Bench, tmp_path: Path) -> None:
+def test_a_student_trains_beside_it(bench: Bench, main: Main, tmp_path: Path) -> None:
     """kdpipe stream: rows go from SGLang's scheduler into the ring, and the first loss is that of the cached rows."""
     sets = ["train.max_steps=3", "train.dtype=float32", "train.batch_tokens=600", "train.save_every=0"]
     data = ["--data", bench.data, "--max-length", 128, "--heldout-fraction", 0.25, "--engine", "sglang"]
@@ -307,18 +309,10 @@ def test_a_student_trains_beside_it(bench: Bench, tmp_path: Path) -> None:
     }
     losses = {}
     for name, first in words.items():
-        command = [*first, "--student", bench.student, "--output", tmp_path / name, "--set", *sets]
-        done = subprocess.run(
-            [sys.executable, "-m", "kdpipe.pipeline.cli", *map(str, command)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        code, _, err = main(*first, "--student", bench.student, "--output", tmp_path / name, "--set", *sets)
+        assert code == 0, err
         events = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]
         losses[name] = [event["loss/mean"] for event in events if event["kind"] == "step"]
-        assert ("teacher: canary: rows differ from transformers' own by" in done.stderr) == (name == "live")
+        assert ("teacher: canary: rows differ from transformers' own by" in err) == (name == "live")
     assert len(losses["live"]) == 3
     assert losses["live"] == pytest.approx(losses["cached"], rel=1e-4)

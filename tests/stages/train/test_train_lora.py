@@ -191,7 +191,7 @@ def test_an_engine_beside_the_student_is_given_merged_weights(bench: Bench, ever
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_two_ranks_take_the_steps_of_one(dtype: str, bench: Bench, tmp_path: Path) -> None:
     keys = {"lora_rank": 4, "lora_head": True}
     one, two = (lora(bench, tmp_path / name, keys=keys, dtype=dtype) for name in ("one", "two"))
