@@ -38,7 +38,8 @@ def command(run: RunFile, probed: int | None, given_rate: float | None, as_json:
     With --student, or a run file with [student] or [sweep], also what the students come to, in hours and bytes;
     live_over_cached is the cost with a live teacher over that with a cache, break_even_students and break_even_epochs
     where the two are equal. Without a rate of the teacher the hours are a lower bound: operations at the speed of a
-    matrix product that is timed here. A student that train would refuse, for another tokenizer, is refused here.
+    matrix product that is timed here. A student that train would refuse is refused here; the hours of one with
+    another tokenizer are reckoned with the teacher's tokens.
 
     \b
     kdpipe plan --teacher models/large --data chat.jsonl more.parquet --cache /scratch/cache --probe 32
