@@ -32,8 +32,8 @@ def test_links_lead_to_files(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_backticks_exist(page: Path) -> None:
-    for name in re.findall(r"`((?:tests|tools|stages|pipeline|manifests|docs)/[\w/.-]+)`", page.read_text()):
-        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:tests|tools|stages|pipeline|manifests|docs)/[\w/.*-]+)`", page.read_text()):
+        assert list(ROOT.glob(name)), name
 
 
 @pytest.mark.parametrize("line", commands())
