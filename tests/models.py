@@ -26,6 +26,9 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+EXPERTS = ("qwen3_moe", "mixtral")
+ROUTED: dict[str, Any] = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
+
 # What each kind is here for; the rest of its config is SMALL.
 OWN: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
@@ -35,6 +38,8 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "tie_word_embeddings": True},
     "phi": {"tie_word_embeddings": False},
+    "qwen3_moe": {"tie_word_embeddings": False, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 12} | ROUTED,
+    "mixtral": {"tie_word_embeddings": False, "num_local_experts": 4} | ROUTED,
 }
 
 CHAT_TEMPLATE = (
@@ -85,7 +90,7 @@ def make_model(
     seed: int = 0,
     sizes: Mapping[str, float] | None = None,
 ) -> Path:
-    """A random causal LM of `kind` (one of KINDS) saved in `folder` as safetensors; `sizes` overrides its config."""
+    """A random causal LM of `kind` (one of KINDS or EXPERTS) saved in `folder`; `sizes` overrides its config."""
     config = transformers.AutoConfig.for_model(kind, vocab_size=vocab_size, **{**SMALL, **OWN[kind], **(sizes or {})})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

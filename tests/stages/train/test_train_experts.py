@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tests.conftest import Bench
-from tests.models import SMALL, make_tokenizer
+from tests.models import EXPERTS, ROUTED, make_model, make_tokenizer
 from tests.stages import by_hand
 from tests.stages.ranks import Recorder, first_gradients
 
@@ -22,24 +22,13 @@ from kdpipe.stages.train import train
 from kdpipe.stages.train.run import Run
 from kdpipe.stages.train.training import Training, find
 
-EXPERTS: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 12},
-    "mixtral": {"num_local_experts": 4},
-}
-WEIGHT = 0.3
+WEIGHT = ROUTED["router_aux_loss_coef"]
 
 
 @pytest.fixture(scope="module")
 def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {}
-    for kind, sizes in EXPERTS.items():
-        own = {"num_experts_per_tok": 2, "router_aux_loss_coef": WEIGHT, "tie_word_embeddings": False}
-        config = transformers.AutoConfig.for_model(kind, vocab_size=320, **{**SMALL, **sizes, **own})
-        torch.manual_seed(1)
-        made[kind] = tmp_path_factory.mktemp(kind)
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(made[kind])
-        make_tokenizer(made[kind])
-    return made
+    folder = tmp_path_factory.mktemp("mixtures")
+    return {kind: make_tokenizer(make_model(kind, folder / kind, vocab_size=320, seed=1)) for kind in EXPERTS}
 
 
 def training_of(bench: Bench, student: Path, output: Path, loss: LossSpec, **changes: Any) -> Training:
@@ -49,11 +38,11 @@ def training_of(bench: Bench, student: Path, output: Path, loss: LossSpec, **cha
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-@pytest.mark.parametrize(("nproc", "asked"), [(1, None), (2, 0.0)])
+@pytest.mark.parametrize(("nproc", "asked"), [(1, None), (2, 0.0), pytest.param(2, None, marks=pytest.mark.slow)])
 def test_one_steps_gradients_equal_those_by_hand(
     kind: str, nproc: int, asked: float | None, bench: Bench, mixtures: dict[str, Path], tmp_path: Path
 ) -> None:
-    """In float64, each sample alone; the router loss over all tokens, which one rank has in one batch."""
+    """In float64, each sample alone; the router loss over all tokens of a batch, of which each rank has one."""
     loss = LossSpec(kd_weight=0.5, temperature=1.5, router_weight=asked)
     training = training_of(bench, mixtures[kind], tmp_path / "run", loss, grad_checkpointing=nproc == 1)
     if nproc == 1:
@@ -63,7 +52,12 @@ def test_one_steps_gradients_equal_those_by_hand(
     found, sums, _ = torch.load(tmp_path / "found", weights_only=True)
 
     rows = of_caches([Cache.open(bench.cache)])
-    members = PlannedBatches(rows, rows.split(None)[0], seed=0, batch_tokens=600).samples(0).tolist()
+    ranks = [
+        PlannedBatches(rows, rows.split(None)[0], seed=0, batch_tokens=600, rank=rank, world_size=nproc)
+        for rank in range(nproc)
+    ]
+    batches = [batch.tolist() for rank in ranks for batch in rank.mine(0)]
+    members = [member for batch in batches for member in batch]
     student: Any = transformers.AutoModelForCausalLM.from_pretrained(
         mixtures[kind], dtype=torch.float64, experts_implementation="eager"
     )
@@ -71,7 +65,11 @@ def test_one_steps_gradients_equal_those_by_hand(
     student.config.output_router_logits = True
     student.register_forward_hook(lambda module, given, output: routers.append(output.router_logits))
     right = by_hand.sums(by_hand.load(bench.teacher), student, Cache.open(bench.cache), members, loss, 0)
-    balance = balanced([torch.cat(layer) for layer in zip(*routers, strict=True)])
+    supervised, balance = dict(zip(members, rows.num_supervised[members].tolist(), strict=True)), torch.zeros(())
+    for batch in batches:  # a batch's router loss counts once for each of its rows
+        mine = [routers[members.index(member)] for member in batch]
+        one = balanced([torch.cat(layer) for layer in zip(*mine, strict=True)])
+        balance = balance + one * sum(supervised[member] for member in batch) / right.num_tokens
     weight = WEIGHT if asked is None else asked
     (right.loss / right.num_tokens + weight * balance).backward()
 
