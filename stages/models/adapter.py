@@ -9,9 +9,12 @@ Room: peft is imported when an adapter is met, and not before; it takes seconds 
 # Shapes: r rank of an adapter, out and in widths of a layer.
 
 import copy
+import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,28 @@ def require_peft(error: type[InputError], where: object) -> None:
     """Raises `error` where peft is not installed."""
     if find_spec("peft") is None:
         raise error("adapters need peft, which is not installed: pip install 'kdpipe[lora]'", where=where)
+    import_bitsandbytes()
+
+
+def import_bitsandbytes() -> None:
+    """Import it where it is installed: peft does otherwise, with or without 4 bits.
+
+    On some CPUs it asks a hub for a compiled kernel then, and says that there is none; products of a weight under an
+    adapter never take it (ModelFolder.load_in_4_bits).
+    """
+    if "bitsandbytes" in sys.modules or find_spec("bitsandbytes") is None:
+        return
+    logger, kernels = logging.getLogger("bitsandbytes.backends.cpu.ops"), sys.modules.get("kernels")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # its import fails, which bitsandbytes is ready for
+    try:
+        import_module("bitsandbytes")
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
 
 
 def loaded(model: Any, folder: Path) -> Any:

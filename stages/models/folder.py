@@ -31,7 +31,8 @@ from transformers import (
 from kdpipe.manifests.adapter import BASE_RECORD, base_of, is_adapter, with_tokenizer
 from kdpipe.manifests.errors import InputError, is_of_others
 from kdpipe.manifests.provenance import digest_file, digest_model
-from kdpipe.stages.models.adapter import loaded, merged, require_peft
+from kdpipe.manifests.run import read_run
+from kdpipe.stages.models.adapter import import_bitsandbytes, loaded, merged, require_peft
 from kdpipe.stages.models.own_code import OwnCode, allowed_code, place_of
 from kdpipe.stages.models.tokenizer import read_tokenizer, tokenizer_files
 from kdpipe.stages.models.weights import require_all, require_fitting, stored_dtype, weight_files
@@ -143,6 +144,12 @@ class ModelFolder:
                 return found
         return frozenset()
 
+    @property
+    def untrained_stop_ids(self) -> frozenset[int]:
+        """Less those that training has added: a student's samples are made by the same ones before and after it."""
+        record = read_run(self.path)
+        return self.stop_ids - set(record.added_stops if record is not None else ())
+
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object of the folder; empty where the file is missing."""
         path = self.file(name)
@@ -215,6 +222,7 @@ class ModelFolder:
         computed: what these layers' products are taken in
         """
         self.examine()
+        import_bitsandbytes()
         settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +217,15 @@ def test_an_adapter_is_its_base_with_the_adapter_merged_in(llama: Path, tmp_path
     again = shutil.copytree(folder, tmp_path / "copy")
     assert found.digest() == student_in(again).digest()
     assert found.digest() not in (student_in(llama).digest(), student_in(make_adapter(llama, again, seed=1)).digest())
+
+
+def test_bitsandbytes_is_imported_without_a_word_and_without_asking_a_hub() -> None:
+    """Defect: on a CPU with AVX512-BF16 it said that a kernel could not be fetched, with or without 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    code = (
+        "import sys; from pathlib import Path; from kdpipe.manifests.errors import StudentError; "
+        "from kdpipe.stages.models.adapter import require_peft; require_peft(StudentError, Path()); "
+        "assert 'bitsandbytes' in sys.modules; assert 'kernels' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""

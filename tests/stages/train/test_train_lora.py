@@ -204,10 +204,10 @@ def test_two_ranks_take_the_steps_of_one(dtype: str, bench: Bench, tmp_path: Pat
             torch.testing.assert_close(theirs[name], value, rtol=2e-3, atol=2e-5)
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student whose layers are as wide as bitsandbytes' blocks."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128}
+@pytest.fixture(scope="module", params=[(64, 128), (48, 80)], ids=str)
+def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student whose layers are as wide as some of bitsandbytes' blocks of 64, and one whose layers are not."""
+    sizes = dict(zip(("hidden_size", "intermediate_size"), request.param, strict=True))
     folder = tmp_path_factory.mktemp("wide")
     return make_tokenizer(make_model("llama", folder, vocab_size=320, seed=1, sizes=sizes))
 
