@@ -119,6 +119,8 @@ class RunRecord(Record):
     """Of the exported student on all held-out samples; None until it was measured, {} where none is held out."""
     files: dict[str, WrittenFile]
     """The student's files, by their names in the folder."""
+    added_stops: tuple[int, ...] = ()
+    """Ids at which its generation config says to stop because it was trained to end its answers with them."""
     made_with: MadeWith | None = None
     """The command that made it, for people; compared with nothing."""
 

@@ -70,7 +70,7 @@ Every step's event (`OUTPUT/events.jsonl`) has, per supervised token, `loss/mean
 (what `z_loss` multiplies). With a teacher (`kd_weight` above 0) it has `teacher_entropy/mean` and, over every 16th
 token of each batch, `top1_agreement` (the student likes no token better than the teacher's likeliest) and `top_k_mass`
 (its probability of the teacher's ten likeliest); these three are at the loss's temperature. They come from the same
-pass as the loss.
+pass as the loss. Across tokenizers [they are over other tokens](cross-losses.md#what-a-step-tells-of-itself).
 
 ## How it is computed
 

@@ -66,7 +66,9 @@ class Joining:
     def asked(self, vocab_size: int) -> str:
         """sha256 over all that decides what comes of it."""
         reading, inputs, student = self.reading, Inputs(), self.reading.tokenizer
-        stops = sorted({*reading.model.stop_ids, -1 if student.eos_token_id is None else student.eos_token_id})
+        stops = sorted(
+            {*reading.model.untrained_stop_ids, -1 if student.eos_token_id is None else student.eos_token_id}
+        )
         return digest_json(
             {
                 "version": VERSION,
@@ -79,6 +81,7 @@ class Joining:
                 "caches": [cache.plan.digest for cache in self.caches],
                 "versions": [transformers.__version__],
             }
+            | ({"prompts": True} if reading.prompts else {})
         )
 
     def write(self, folder: Path, asked: str, vocab_size: int, progress: Progress) -> None:
@@ -149,8 +152,8 @@ class Joining:
         """The student's samples with their alignments."""
         reading, settings = self.reading, self._settings
         theirs = {"max_length": settings.max_length, "overlong": settings.overlong, "supervise": settings.supervise}
-        student = _party(reading.tokenizer, reading.spec, tuple(reading.model.stop_ids))
-        teacher = _party(self.teacher, reading.spec.model_copy(update=theirs), self._stops)
+        student = _party(reading, reading.tokenizer, reading.spec, tuple(reading.model.untrained_stop_ids))
+        teacher = _party(reading, self.teacher, reading.spec.model_copy(update=theirs), self._stops)
         progress.begin("align", total=None, unit="samples")
         read = aligned(
             reading.data,
@@ -235,8 +238,9 @@ def require_one_way(caches: Sequence[Cache]) -> None:
                 )
 
 
-def _party(tokenizer: PreTrainedTokenizerBase, spec: DataSpec, stop_ids: tuple[int, ...]) -> Party:
-    return Party(tokenizer=tokenizer, spec=spec, stop_ids=stop_ids, table=token_bytes(tokenizer))
+def _party(reading: Reading, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, stop_ids: tuple[int, ...]) -> Party:
+    table = token_bytes(tokenizer)
+    return Party(tokenizer=tokenizer, spec=spec, stop_ids=stop_ids, table=table, prompts=reading.prompts)
 
 
 def _measured(sample: Sample, alignment: Alignment) -> dict[str, int]:
@@ -244,7 +248,7 @@ def _measured(sample: Sample, alignment: Alignment) -> dict[str, int]:
     exact = (spans[:, 1] == 1) & (spans[:, 3] == 1)
     return {
         "num_samples": 1,
-        "empty_samples": int(not len(spans)),
+        "empty_samples": int(not len(spans) and sample.supervised.any()),
         "num_rows": int(sample.supervised[1:].sum()),
         "aligned_rows": int(spans[:, 1].sum()),
         "exact_rows": int(exact.sum()),

@@ -131,7 +131,10 @@ def distill(problem: Problem, *, chunk_tokens: int | None = None, head_grad_fp32
         torch.is_grad_enabled(),
     )
     kd, ce, z, entropy, agree, mass = sums
-    metrics = Metrics(teacher_entropy=entropy, top1_agree=agree, top_k_mass=mass, num_ranked=num_ranked)
+    num_taught = problem.num_tokens if problem.teachers else 0
+    metrics = Metrics(
+        teacher_entropy=entropy, top1_agree=agree, top_k_mass=mass, num_taught=num_taught, num_ranked=num_ranked
+    )
     return DistillLoss(kd=kd, ce=ce, z=z, loss=loss, metrics=metrics)
 
 
@@ -256,9 +259,14 @@ def ranked(problem: Problem, student_raw: Tensor, teachers_raw: Sequence[Tensor]
         return torch.zeros(2, dtype=torch.float32, device=student_raw.device)
     student = problem.student.head
     logits = student.finish.apply(student_raw.float(), student.bias) / problem.temperature
-    places = likings(problem, teachers_raw).topk(min(TOP_K, logits.shape[1]), -1).indices
-    mass = logits.log_softmax(-1).gather(1, places).exp().sum()
-    agree = logits.gather(1, places[:, :1]) == logits.amax(-1, keepdim=True)
+    return agreement(logits, likings(problem, teachers_raw))
+
+
+def agreement(student: Tensor, teacher: Tensor) -> Tensor:
+    """As `ranked`, of the student's logits and of numbers in the order of the teacher's, both over one vocabulary."""
+    places = teacher.topk(min(TOP_K, teacher.shape[1]), -1).indices
+    mass = student.log_softmax(-1).gather(1, places).exp().sum()
+    agree = student.gather(1, places[:, :1]) == student.amax(-1, keepdim=True)
     return torch.stack([agree.sum(dtype=torch.float32), mass])
 
 

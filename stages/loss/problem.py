@@ -51,12 +51,15 @@ class Metrics:
     teacher_entropy: of the teacher's distribution over all tokens, nats
     top1_agree: tokens for which the student likes no other token better than the teacher's likeliest
     top_k_mass: the student's probability of the teacher's TOP_K likeliest tokens
-    num_ranked: how many tokens the last two are over, every RANKED_EVERY-th
+    num_taught: how many tokens the entropy is over; across tokenizers the rows of the student's that are compared
+    num_ranked: how many tokens agreement and mass are over, every RANKED_EVERY-th; across tokenizers of those that are
+        one token on each side, both models over the tokens that they share
     """
 
     teacher_entropy: Tensor
     top1_agree: Tensor
     top_k_mass: Tensor
+    num_taught: int
     num_ranked: int
 
 

@@ -40,7 +40,7 @@ def loss_of_logits(problem: Problem, student_logits: Tensor, teachers_logits: Se
     z = weighted_sum(problem, student_logits.logsumexp(-1).square())
     ce = cross_entropy(problem, student_logits)
     kd = nothing = student_logits.new_zeros(())
-    metrics = Metrics(teacher_entropy=nothing, top1_agree=nothing, top_k_mass=nothing, num_ranked=0)
+    metrics = Metrics(teacher_entropy=nothing, top1_agree=nothing, top_k_mass=nothing, num_taught=0, num_ranked=0)
     if teachers_logits:
         log_p_teachers = [torch.log_softmax(logits / problem.temperature, -1) for logits in teachers_logits]
         log_p_student = torch.log_softmax(student_logits / problem.temperature, -1)
@@ -103,6 +103,7 @@ def measured(log_p_teacher: Tensor, log_p_student: Tensor, teacher_entropy: Tens
         teacher_entropy=teacher_entropy,
         top1_agree=(log_s.gather(-1, places[:, :1]) == log_s.amax(-1, keepdim=True)).sum(dtype=log_s.dtype),
         top_k_mass=log_s.gather(-1, places).exp().sum(),
+        num_taught=len(log_p_teacher),
         num_ranked=len(log_t),
     )
 

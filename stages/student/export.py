@@ -57,6 +57,7 @@ class Companions:
     dtype: of the weights
     code: the student's own, which goes with it: the digest that allows it is the same as before
     notes: what of it is not as it was in the student's folder, a line each
+    added_stops: of the stop ids those that training has added, this one or one before
     adapter: written instead of all weights
     """
 
@@ -65,6 +66,7 @@ class Companions:
     dtype: torch.dtype
     code: OwnCode = NO_CODE
     notes: tuple[str, ...] = ()
+    added_stops: tuple[int, ...] = ()
     adapter: AdapterExport | None = None
 
 
@@ -86,7 +88,15 @@ def companions(model: ModelFolder, dataset: Dataset, dtype: torch.dtype) -> Comp
     if template is not None:
         _replace_template(files, template)
         notes.append("the exported student has the chat template of the cache, which is not its folder's")
-    return Companions(files=files, stop_ids=stop_ids, dtype=dtype, code=model.code, notes=tuple(notes))
+    added = {*missing, *(model.stop_ids - model.untrained_stop_ids)}
+    return Companions(
+        files=files,
+        stop_ids=stop_ids,
+        dtype=dtype,
+        code=model.code,
+        notes=tuple(notes),
+        added_stops=tuple(sorted(added)),
+    )
 
 
 def export(student: Student, beside: Companions, folder: Path, *, rank: int) -> None:

@@ -34,7 +34,18 @@ from kdpipe.stages.student.across import Across
 from kdpipe.stages.student.exam import examine
 from kdpipe.stages.student.lora import merged_weights, whole
 
-LOSS_SUMS = ("loss", "kd", "ce", "z", "teacher_entropy", "top1_agree", "top_k_mass", "num_ranked", "router")
+LOSS_SUMS = (
+    "loss",
+    "kd",
+    "ce",
+    "z",
+    "teacher_entropy",
+    "top1_agree",
+    "top_k_mass",
+    "num_taught",
+    "num_ranked",
+    "router",
+)
 """What a training batch's forward pass tells of itself, sums over its rows; see loss.Metrics, and models/router.py."""
 
 
@@ -252,7 +263,7 @@ class Student(torch.nn.Module):
         seed: int = 0,
         scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor] | TokenMetrics | CrossMetrics:
-        """The loss of the batch with its gradients, and LOSS_SUMS [9] for reading; metrics where loss is None.
+        """The loss of the batch with its gradients, and LOSS_SUMS for reading; metrics where loss is None.
 
         A batch without teacher rows is for a loss of cross-entropy alone, for which no teacher is needed.
         seed: a sampled divergence draws by it; another one for every step. scale: multiplies the loss, not LOSS_SUMS
@@ -296,9 +307,9 @@ class Student(torch.nn.Module):
             outs.append(distill(problem, chunk_tokens=loss.chunk_tokens, head_grad_fp32=loss.head_grad_fp32))
         for out in outs:
             losses.append(out.loss)
-            ranked = torch.full_like(out.kd, out.metrics.num_ranked)
+            counts = (torch.full_like(out.kd, each) for each in (out.metrics.num_taught, out.metrics.num_ranked))
             seen = out.metrics.teacher_entropy, out.metrics.top1_agree, out.metrics.top_k_mass
-            sums.append(torch.stack([out.loss.detach() / scale, out.kd, out.ce, out.z, *seen, ranked]))
+            sums.append(torch.stack([out.loss.detach() / scale, out.kd, out.ce, out.z, *seen, *counts]))
         total, told = torch.stack(losses).sum(), torch.stack(sums).sum(0)
         if routed is None:
             return total, torch.nn.functional.pad(told, (0, 1))

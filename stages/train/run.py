@@ -250,7 +250,9 @@ class Run:
         self._sizes = evaluate.token_sizes(found.model)
         self.batches: Batches = self.planned
         if found.own is not None:
-            self.batches = found.own.batches(self.planned, self.student, heads[0].vocab_size, ranks, spec.seed)
+            self.batches = found.own.batches(
+                self.planned, self.student, dataset.vocab_size or heads[0].vocab_size, ranks, spec.seed
+            )
         self.trainer = Trainer(self.student, self.batches, heads, spec, training.spec.loss, ranks)
         self.checkpoints = Checkpoints(training.output, spec.keep, ranks.device)
         self.loop = Loop(self.trainer, self.checkpoints, self.inputs, training.output)
@@ -374,6 +376,7 @@ class Run:
             num_skipped=self.trainer.num_skipped,
             metrics=None,
             files={},
+            added_stops=self.beside.added_stops,
             made_with=self.training.made_with,
         )
         record = self.ranks.from_first(lambda: output.seal(record))

@@ -163,6 +163,6 @@ def _means(sums: dict[str, float], count: int, *, taught: bool) -> dict[str, flo
     if sums["router"]:
         logged["router/mean"] = sums["router"] / count
     if ranked:
-        logged["teacher_entropy/mean"] = sums["teacher_entropy"] / count
+        logged["teacher_entropy/mean"] = sums["teacher_entropy"] / sums["num_taught"]
         logged |= {"top1_agreement": sums["top1_agree"] / ranked, "top_k_mass": sums["top_k_mass"] / ranked}
     return logged

@@ -86,14 +86,20 @@ def distill_across(
         passes=plan.passes,
         widest=max(task.student_size, task.teacher_size),
     )
-    total, sums = summed(work, chunk_tokens=loss.chunk_tokens, head_grad_fp32=loss.head_grad_fp32)
-    kd, ce, z, entropy = sums
+    total, seen = summed(work, chunk_tokens=loss.chunk_tokens, head_grad_fp32=loss.head_grad_fp32)
+    kd, ce, z, entropy = seen.values
     for further in plan.further(loss):
         found = distill(further, chunk_tokens=loss.chunk_tokens, head_grad_fp32=loss.head_grad_fp32)
         total = total + task.kd_weight * found.loss
         kd = kd + (found.kd if further.teachers else found.ce)
-    nothing = torch.zeros_like(kd)
-    metrics = Metrics(teacher_entropy=entropy, top1_agree=nothing, top_k_mass=nothing, num_ranked=0)
+    agree, mass = seen.ranks
+    metrics = Metrics(
+        teacher_entropy=entropy,
+        top1_agree=agree,
+        top_k_mass=mass,
+        num_taught=seen.num_taught,
+        num_ranked=seen.num_ranked,
+    )
     return DistillLoss(kd=kd, ce=ce, z=z, loss=total, metrics=metrics)
 
 
@@ -276,7 +282,7 @@ def _dskd(task: Task) -> Plan:
     seen = Side(in_student.hidden.detach(), in_student.head)
 
     def passes() -> Passes:
-        yield from compared(task, order, seen, pair, teacher_size=task.student_size)
+        yield from compared(task, order, seen, pair, teacher_size=task.student_size, is_projected=True)
         yield from alone(task, order)
 
     return Plan(

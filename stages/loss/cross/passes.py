@@ -12,13 +12,13 @@ with several chunks, the fp32 sum of the head's: what the loss of one tokenizer 
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdpipe.stages.loss.cross.rows import VALUES, Pair, RowFormula, Rows, row_step
-from kdpipe.stages.loss.fused import INPUTS, Fused, dtypes_of
+from kdpipe.stages.loss.fused import INPUTS, Fused, agreement, dtypes_of
 from kdpipe.stages.loss.gradients import StudentGradients
 from kdpipe.stages.loss.head import Side
 from kdpipe.stages.loss.layout import Layout, pays_to_compile, row_blocks, rows_per_block
@@ -34,6 +34,8 @@ class Pass:
     teacher: a row for each of them, to be compared by `pair`; None for rows alone
     teacher_size: entries of the teacher's vocabulary
     tables: what the pair needs of the two vocabularies
+    ranked: int64, places of rows whose likeliest tokens are compared over those that both have, by `shared`: the ids of
+        the student's and of the teacher's
     differentiate: whether anything of this pass has a gradient
     """
 
@@ -44,11 +46,22 @@ class Pass:
     teacher_size: int = 0
     pair: Pair | None = None
     tables: tuple[Tensor, ...] = ()
+    ranked: Tensor | None = None
+    shared: tuple[Tensor, Tensor] | None = None
     differentiate: bool = True
 
 
 Passes = Generator[Pass, Tensor, None]
 """Yields passes; is sent the VALUES [5, N] of each."""
+
+
+class Seen(NamedTuple):
+    """Sums over all rows of the first four VALUES [4] and of `fused.agreement` [2]; loss.Metrics has the two counts."""
+
+    values: Tensor
+    ranks: Tensor
+    num_taught: int
+    num_ranked: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -70,13 +83,13 @@ class Work:
         return (total + problem.z_loss * z if problem.z_loss else total) * problem.loss_scale
 
 
-def summed(work: Work, *, chunk_tokens: int | None, head_grad_fp32: bool) -> tuple[Tensor, Tensor]:
-    """The loss, with gradients, and the sums of the first four VALUES [4]."""
+def summed(work: Work, *, chunk_tokens: int | None, head_grad_fp32: bool) -> tuple[Tensor, Seen]:
+    """The loss, with gradients, and what its passes have seen."""
     student = work.problem.student
     weight = student.head.weight
     sum_dtype = torch.promote_types(weight.dtype, torch.float32) if head_grad_fp32 else weight.dtype
-    loss, sums = _Across.apply(*student.tensors, work, chunk_tokens, sum_dtype, torch.is_grad_enabled())
-    return loss, sums
+    loss, *seen = _Across.apply(*student.tensors, work, chunk_tokens, sum_dtype, torch.is_grad_enabled())
+    return loss, Seen(*seen)
 
 
 class _Across(Fused):
@@ -94,15 +107,15 @@ class _Across(Fused):
         chunk_tokens: int | None,
         sum_dtype: torch.dtype,
         differentiate: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, *tuple[Any, ...]]:
         wanted = [differentiate and needed for needed in ctx.needs_input_grad[:INPUTS]]
         layout = layout_of(work, chunk_tokens, sums_head=wanted[1] and sum_dtype != student_head.dtype)
         gradients = StudentGradients(work.problem, sum_dtype, one_chunk=layout.num_chunks == 1, wanted=wanted)
-        sums = _run(work, layout, gradients)
+        seen = _run(work, layout, gradients)
         ctx.save_for_backward(*gradients.finish())
         ctx.dtypes = dtypes_of(work.problem.student)
-        ctx.mark_non_differentiable(sums)
-        return work.total(*sums[:3]), sums
+        ctx.mark_non_differentiable(seen.values, seen.ranks)
+        return work.total(*seen.values[:3]), *seen
 
 
 def layout_of(work: Work, chunk_tokens: int | None, *, sums_head: bool) -> Layout:
@@ -118,26 +131,29 @@ def layout_of(work: Work, chunk_tokens: int | None, *, sums_head: bool) -> Layou
     return Layout(chunk_tokens=size, block_rows=rows, num_chunks=num_chunks, compiled=compiled)
 
 
-def _run(work: Work, layout: Layout, gradients: StudentGradients) -> Tensor:
-    """Sums of the first four VALUES over all rows [4]; leaves the gradients in `gradients`."""
+def _run(work: Work, layout: Layout, gradients: StudentGradients) -> Seen:
+    """What there is over all rows; leaves the gradients in `gradients`."""
     hidden = work.problem.student.hidden
     if hidden.device.type == "cpu":
         keep_heap()
     # One chunk holds the gradient of every row until the last pass, several are handed on one by one.
     whole = layout.num_chunks == 1
     buffer = scratch("student", (layout.chunk_tokens + layout.block_rows, work.problem.vocab_size), like=hidden)
-    sums = torch.zeros(4, dtype=torch.float32, device=hidden.device)
+    sums, ranks = (torch.zeros(size, dtype=torch.float32, device=hidden.device) for size in (4, 2))
+    num_taught = num_ranked = 0
     passes = work.passes()
     each = next(passes, None)
     while each is not None:
-        values = _sweep(each, work, layout, gradients, buffer, whole=whole)
+        values = _sweep(each, work, layout, gradients, buffer, ranks, whole=whole)
         sums += values[:4].sum(1)
+        num_taught += 0 if each.teacher is None else each.stop - each.start
+        num_ranked += 0 if each.ranked is None else len(each.ranked)
         each = _next(passes, values)
     if whole and gradients.wanted:
         gradients.add_chunk(0, buffer[: work.problem.num_tokens])
     if layout.num_chunks > 1:
         release_scratch()
-    return sums
+    return Seen(sums, ranks, num_taught, num_ranked)
 
 
 def _next(passes: Passes, values: Tensor) -> Pass | None:
@@ -149,9 +165,12 @@ def _next(passes: Passes, values: Tensor) -> Pass | None:
 
 
 def _sweep(
-    each: Pass, work: Work, layout: Layout, gradients: StudentGradients, buffer: Tensor, *, whole: bool
+    each: Pass, work: Work, layout: Layout, gradients: StudentGradients, buffer: Tensor, ranks: Tensor, *, whole: bool
 ) -> Tensor:
-    """The VALUES [5, N] of a pass; its gradient in the buffer where that is the whole, else handed on."""
+    """The VALUES [5, N] of a pass; its gradient in the buffer where that is the whole, else handed on.
+
+    ranks: what is ranked of it is added to
+    """
     problem, device, count = work.problem, buffer.device, each.stop - each.start
     rows_a_block, differentiate = layout.block_rows, each.differentiate and gradients.wanted
     head = None if each.teacher is None else each.teacher.head
@@ -187,6 +206,7 @@ def _sweep(
         if each.teacher is not None and theirs is not None:
             each.teacher.raw_logits(chunk.start, chunk.stop, theirs)
             theirs[size:].zero_()
+            ranks += _ranked(each, work, own, theirs, chunk)
         for block in row_blocks(filled, rows_a_block):
             at = slice(chunk.start + block.start, chunk.start + block.stop)
             found = step(
@@ -199,6 +219,20 @@ def _sweep(
         elif whole and not differentiate:
             own[:size].zero_()
     return values[:, :count]
+
+
+def _ranked(each: Pass, work: Work, own: Tensor, theirs: Tensor, chunk: slice) -> Tensor:
+    """`fused.agreement` of the rows of a chunk that are ranked, from raw logits; 0 where there are none."""
+    if each.ranked is None or each.shared is None or each.teacher is None:
+        return own.new_zeros(2, dtype=torch.float32)
+    places = each.ranked[(each.ranked >= chunk.start) & (each.ranked < chunk.stop)] - chunk.start
+    logits = [
+        head.finish.apply(raw[places].float(), head.bias).index_select(1, ids)
+        for head, raw, ids in zip(
+            (work.problem.student.head, each.teacher.head), (own, theirs), each.shared, strict=True
+        )
+    ]
+    return agreement(logits[0] / work.temperature, logits[1])
 
 
 def likelihoods(side: Side, tokens: Tensor, vocab_size: int, temperature: float, *, chunk_tokens: int) -> Tensor:

@@ -112,7 +112,7 @@ def reference_across(
     z = (own.logsumexp(-1).square() * weights).sum()
     total = (loss.kd_weight * kd + (1.0 - loss.kd_weight) * ce + loss.z_loss * z) * loss_scale
     nothing = own.new_zeros(())
-    metrics = Metrics(teacher_entropy=nothing, top1_agree=nothing, top_k_mass=nothing, num_ranked=0)
+    metrics = Metrics(teacher_entropy=nothing, top1_agree=nothing, top_k_mass=nothing, num_taught=0, num_ranked=0)
     return DistillLoss(kd=kd.detach(), ce=ce.detach(), z=z.detach(), loss=total, metrics=metrics)
 
 

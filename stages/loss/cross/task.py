@@ -18,7 +18,7 @@ from kdpipe.stages.loss.cross.rows import Pair, Rows
 from kdpipe.stages.loss.divergences import Divergence
 from kdpipe.stages.loss.head import Side
 from kdpipe.stages.loss.layout import CHUNK_TOKENS
-from kdpipe.stages.loss.problem import Problem, drawn
+from kdpipe.stages.loss.problem import RANKED_EVERY, Problem, drawn
 from kdpipe.stages.loss.spans import Spans, members
 
 
@@ -141,9 +141,15 @@ def compared(
     teacher_size: int,
     log_student: Tensor | None = None,
     log_teacher: Tensor | None = None,
+    is_projected: bool = False,
 ) -> Iterator[Pass]:
-    """The pass over the compared rows, or none of it where there are no spans."""
+    """The pass over the compared rows, or none of it where there are no spans.
+
+    is_projected: the teacher's rows are not its own, so nothing is said of its likeliest tokens
+    """
     rows = order.compared
+    exact = task.spans.exact[order.spans].nonzero()[:, 0]
+    shared = task.vocabulary.student_ids.to(rows.device), task.vocabulary.teacher_ids.to(rows.device)
     if order.num_compared:
         yield Pass(
             start=0,
@@ -161,6 +167,8 @@ def compared(
             teacher_size=teacher_size,
             pair=pair,
             tables=tables,
+            ranked=None if is_projected or not len(shared[0]) else exact[::RANKED_EVERY],
+            shared=shared,
         )
 
 

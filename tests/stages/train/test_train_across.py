@@ -1,6 +1,7 @@
 """Training across tokenizers: one rank and two, killed and gone on, measured as eval measures."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,36 @@ def test_a_student_learns_loads_and_scores_what_training_said(far_bench: Bench, 
     assert scores["aligned_byte_share"] > 0.9
     assert set((far_bench.cache / ALIGNED).iterdir()) == before, "eval finds what train made"
     assert any("--data" in note and "measure it" in note for note in recorder.notes)
+
+
+def test_a_student_that_learns_to_stop_is_measured_on_the_samples_that_it_was_trained_on(
+    far_bench: Bench, tmp_path: Path
+) -> None:
+    """Defect: its new stop ids made eval align everything again. Trained once more it asks for the same too."""
+    student = Path(shutil.copytree(far_bench.student, tmp_path / "student"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(student)
+    tokenizer.eos_token = "</s>"  # nothing but the template ends its answers with <|stop|>
+    tokenizer.save_pretrained(student)
+    bench = replace(far_bench, student=student, cache=Path(shutil.copytree(far_bench.cache, tmp_path / "cache")))
+    shutil.rmtree(bench.cache / ALIGNED, ignore_errors=True)
+    for number in range(2):
+        output, recorder = tmp_path / f"out-{number}", Recorder()
+        train(across(bench, output, max_steps=1), recorder)
+        assert any("stops at <|stop|>" in note for note in recorder.notes) == (number == 0)
+        (record,) = filter(None, [read_run(output)])
+        assert record.added_stops == (tokenizer.convert_tokens_to_ids("<|stop|>"),)
+        evaluate_student(
+            output,
+            [bench.cache],
+            heldout_fraction=None,
+            device="cpu",
+            dtype="auto",
+            batch_tokens=900,
+            progress=Silent(),
+            data=(bench.data,),
+        )
+        bench = replace(bench, student=output)
+    assert len(list((bench.cache / ALIGNED).iterdir())) == 1
 
 
 def test_what_is_said_before_training_names_the_tokens_that_it_is_over(far_bench: Bench, tmp_path: Path) -> None:

@@ -256,3 +256,35 @@ def test_every_method_says_what_it_is() -> None:
         assert all((method.formula, method.source, method.when))
         for option in method.options.values():
             assert option.holds(option.default)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 7])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_ranked_is_every_16th_exact_span_over_the_shared_tokens(method: str, chunk_tokens: int | None) -> None:
+    case = make_case(120, num_shared=30)
+    found = outcome(distill_across, case, method, temperature=1.5, chunk_tokens=chunk_tokens).out.metrics
+    if method in ("chunk", "dskd"):
+        assert found.num_ranked == 0, "it has no row of the teacher's own beside one of the student's"
+        return
+    exact = case.spans.exact.nonzero()[::16, 0]
+    student, teacher = (
+        reference.logits_of(side, size)[rows][:, ids]
+        for side, size, rows, ids in (
+            (case.student, 53, case.spans.student[exact, 0], case.vocabulary.student_ids),
+            (case.teacher, 61, case.spans.teacher[exact, 0], case.vocabulary.teacher_ids),
+        )
+    )
+    places = teacher.topk(10).indices
+    assert found.num_ranked == len(exact) > 3
+    assert float(found.top1_agree) == float((student.argmax(-1) == places[:, 0]).sum())
+    mass = (student / 1.5).softmax(-1).gather(1, places).sum()
+    assert float(found.top_k_mass) == pytest.approx(float(mass.detach()), rel=1e-4)
+    compared = case.spans.exact.sum() if method in ("shared-vocab", "xtoken") else len(case.spans)
+    assert found.num_taught == int(compared)
+    if method != "xtoken":  # over the tokens that pieces are made of
+        kept = None if method in ("uld", "gold") else case.vocabulary.teacher_ids
+        rows = case.spans.teacher.sum(1) - 1 if method == "gold" else case.spans.teacher[:, 0]
+        rows = rows if method in ("uld", "gold") else rows[case.spans.exact]
+        logits = reference.logits_of(case.teacher, 61)[rows]
+        log_t = ((logits if kept is None else logits[:, kept]) / 1.5).log_softmax(-1)
+        assert float(found.teacher_entropy) == pytest.approx(float(-(log_t.exp() * log_t).sum()), rel=1e-4)
