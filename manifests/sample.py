@@ -137,15 +137,25 @@ def prompt_of(text: SampleTokens, where: object = None) -> np.ndarray:
     of the answer before.
     Raises DataError, with `where`, for running text: everything in it is a target.
     """
-    targets = np.flatnonzero(text.supervised)
-    if not len(targets):
+    begins = _answers(text)
+    if not len(begins):
         return text.token_ids
-    begins = targets[np.flatnonzero(np.diff(targets, prepend=-2) > 1)]
     if begins[-1] <= 1:  # the first token of a sample is never a target
         raise DataError(
             "there is no prompt in it, all of its tokens are targets; give prompts (docs/data.md)", where=where
         )
     return text.token_ids[: begins[-1]]
+
+
+def num_answers(text: SampleTokens) -> int:
+    """How many runs of supervised tokens a sample has, by `prompt_of` an answer each."""
+    return len(_answers(text))
+
+
+def _answers(text: SampleTokens) -> np.ndarray:
+    """Where each run of supervised tokens begins."""
+    targets = np.flatnonzero(text.supervised)
+    return targets[np.flatnonzero(np.diff(targets, prepend=-2) > 1)]
 
 
 def row_positions(supervised: np.ndarray, *, every: bool = False) -> np.ndarray:

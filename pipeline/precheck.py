@@ -47,33 +47,32 @@ def require_trainable(
 def check(config: Path | None, sets: tuple[str, ...], *, but_busy: bool = False) -> tuple[Member, KdpipeError] | None:
     """The first member that would be refused, and why; as in require_trainable."""
     run = load(config, sets)
-    disk, seen = disk_of(run), set()
+    disk, seen = disk_of(run), dict[object, bool]()
     for member in members_of(run):
         if member.name in disk.finished:
             continue
         model = (member.run.student.path, member.run.cache.path)
         try:
             if run.sweep.command == "train" and set(member.run.cache.path) <= disk.complete and model not in seen:
-                _check_training(member)
+                seen[model] = _check_training(member)
             else:
-                _check_start(member, is_new=model not in seen)
+                seen[model] = _check_start(member, across=seen.get(model))
         except BusyError as err:
             if not but_busy:
                 return member, err
         except KdpipeError as err:
             return member, err
-        seen.add(model)
     return None
 
 
-def _check_training(member: Member) -> None:
-    """As `kdpipe train` does, for a run that begins."""
+def _check_training(member: Member) -> bool:
+    """As `kdpipe train` does, for a run that begins; whether its student has another tokenizer than the teacher."""
     from kdpipe.stages.train import Training, check_training
 
     run = member.run
     assert run.student.path is not None, "steps_of has asked for it"
     if not run.cache.path:
-        return _check_start(member, is_new=True)  # its data are read by the job alone
+        return _check_start(member)  # its data are read by the job alone
     spec = run.training()
     eager = spec.train.model_copy(update={"fsdp": spec.train.fsdp.model_copy(update={"compile": False})})
     training = Training(
@@ -90,21 +89,36 @@ def _check_training(member: Member) -> None:
         trust=run.student.trust_remote_code,
     )
     nproc = run.slurm.nodes * (run.train.nproc or 1)
-    check_training(replace(training, spec=spec.model_copy(update={"train": eager})), nproc)
+    found = check_training(replace(training, spec=spec.model_copy(update={"train": eager})), nproc)
+    return found.crossing is not None
 
 
-def _check_start(member: Member, *, is_new: bool) -> None:
-    """What can be said without the cache."""
+def _check_start(member: Member, across: bool | None = None) -> bool:
+    """What can be said without the cache; whether its student has another tokenizer than the teacher.
+
+    across: that, of a student that was checked with another run
+    """
+    from kdpipe.stages.live.onpolicy import check_across
     from kdpipe.stages.loss import find_divergence
-    from kdpipe.stages.student import check_student_of
+    from kdpipe.stages.loss.cross import check_loss
+    from kdpipe.stages.student import check_student_of, has_other_tokenizer, method_of
     from kdpipe.stages.train.output import Output
 
     run = member.run
-    find_divergence(run.loss.divergence).resolve(run.loss.options)
+    if across is None:
+        across = False
+        if run.student.path is not None and run.teacher.path is not None:
+            given = run.student.path, run.teacher.path, run.teacher.trust_remote_code
+            check_student_of(*given)
+            across = has_other_tokenizer(*given)
+    if across:
+        check_loss(method_of(run.student.align), run.loss)
+        if run.sweep.command == "onpolicy":
+            check_across(run.live, member.output)
+    else:
+        find_divergence(run.loss.divergence).resolve(run.loss.options)
     Output(member.output).require_free()
-    if is_new and run.student.path is not None and run.teacher.path is not None:
-        live = run.sweep.command == "onpolicy"
-        check_student_of(run.student.path, run.teacher.path, run.teacher.trust_remote_code, live=live)
+    return across
 
 
 def main() -> None:

@@ -115,10 +115,7 @@ def read_squeue(text: str) -> Iterator[Job]:
 
 
 def read_sacct(text: str) -> Iterator[Job]:
-    """17_0|CANCELLED by 1000|None|n1|2026-11-30T11:20:00|0:15, and 17_[2-4,7%2] for tasks that have not begun.
-
-    The reason is that for which a job waited last, so of one that has begun it says nothing.
-    """
+    """17_0|CANCELLED by 1000|None|n1|2026-11-30T11:20:00|0:15, and 17_[2-4,7%2] for tasks that have not begun."""
     for line in text.splitlines():
         fields = line.split(MARK)
         if len(fields) != len(SACCT):
@@ -128,7 +125,7 @@ def read_sacct(text: str) -> Iterator[Job]:
         job = Job(
             job=number,
             state=state.split(" ")[0],
-            reason="" if _said(nodes) else _said(reason),
+            reason=_said(reason),
             nodes=_said(nodes),
             started=_seconds(started),
             exit_code=int(code) if code.isdecimal() else None,

@@ -61,6 +61,7 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       who answers a step's samples     feed/batches.py -> live/rollouts.py
       an answer                        live/writers.py -> student/student.py -> rollout/decode.py, sampling.py
                                        or rollout/sglang_writer.py -> sglang/, its weights sglang/update.py
+      read by another tokenizer        align/retelling.py -> prepare/boundaries.py
       told to the teacher, scored      live/answers.py -> manifests/ring.py -> live/serve.py, as for stream
       written down, kept               live/rollout_log.py; live/kept.py -> a cache
       measured                         live/measuring.py -> evaluate.py

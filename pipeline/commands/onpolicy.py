@@ -77,7 +77,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         made = this_command(
             teacher=run.teacher.path, student=student, prompts=data, output=output, cache=run.cache.path
         )
-        training = training_of(run, folder, device, resume=resume, made_with=made)
+        training = training_of(run, folder, device, resume=resume, made_with=made, data=run.data.paths)
         with gone_if_refused(folder):
             plan = planned(run, folder, "onpolicy", keep_rows=False, prompts=True)
             found = check_training(training, nproc, find_onpolicy(training, run))

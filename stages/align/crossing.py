@@ -49,6 +49,7 @@ class Asked:
     spec: how they become samples: max_length in the student's tokens, that of the caches when not given
     align: student.align; floor: student.align_floor
     places: folders for the aligned samples, the first that can be written to; the first cache's when not given
+    prompts: records without an answer are samples too
     """
 
     data: tuple[Path, ...] = ()
@@ -57,6 +58,7 @@ class Asked:
     floor: float = 0.0
     workers: int | None = None
     places: tuple[Path, ...] = ()
+    prompts: bool = False
 
 
 def cross(
@@ -100,10 +102,11 @@ def cross(
         who="student",
         context=context_of(model.config),
         workers=asked.workers,
+        prompts=asked.prompts,
     )
     aligned = align(reading, caches, progress, vocab_size=vocab_size, places=asked.places or (caches[0].path,))
     figures = aligned.record.figures
-    if figures.share_of_bytes < asked.floor:
+    if figures.num_bytes and figures.share_of_bytes < asked.floor:
         raise ConfigError(
             f"{figures.share_of_bytes:.1%} of the supervised bytes are aligned with {where} ({figures.aligned_bytes:,} "
             f"of {figures.num_bytes:,}), less than {asked.floor:.1%}: do the two chat templates show the same answers? "

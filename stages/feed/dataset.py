@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,9 +77,17 @@ class Beside:
     spans: SpanTable
     tokens: Callable[[int], SampleTokens]
 
+    def text(self, sample: int) -> SampleTokens:
+        """The teacher's own sample of the same record."""
+        return self.tokens(int(self.spans.places[sample]))
+
+    def runs(self, sample: int) -> np.ndarray:
+        """Its spans, int32 [K, 4]."""
+        return self.spans.of(sample)
+
     def targets(self, sample: int) -> np.ndarray:
         """The tokens that the teacher's rows of a sample predict, int32 [P]."""
-        text = self.tokens(int(self.spans.places[sample]))
+        text = self.text(sample)
         return text.token_ids[1:][text.supervised[1:]]
 
 
@@ -130,27 +139,28 @@ class Dataset:
 
     def with_teachers(self, teachers: Sequence[Teacher]) -> "Dataset":
         """The same samples, with rows from elsewhere."""
-        return Dataset(
-            self.tables,
-            teachers,
-            vocab_size=self.vocab_size,
-            taught_by=self.taught_by,
-            usable=self.usable,
-            plans=self.plans,
-            sources=self._sources,
-            notes=self.notes,
-        )
+        return Dataset(self.tables, teachers, taught_by=self.taught_by, **self.of_samples)
 
     def without_teachers(self) -> "Dataset":
         """The same samples, whose rows nobody asks for."""
-        return Dataset(
-            self.tables,
-            vocab_size=self.vocab_size,
-            usable=self.usable,
-            plans=self.plans,
-            sources=self._sources,
-            notes=self.notes,
-        )
+        return Dataset(self.tables, **self.of_samples)
+
+    def only(self, usable: np.ndarray, note: str) -> "Dataset":
+        """The same, of which some samples alone are given, bool [N]; note: why the others are not."""
+        usable = usable if self.usable is None else usable & self.usable
+        changed = self.of_samples | {"usable": usable, "notes": (*self.notes, note)}
+        return Dataset(self.tables, self.teachers, taught_by=self.taught_by, **changed)
+
+    @property
+    def of_samples(self) -> dict[str, Any]:
+        """What it was made with beside tables and teachers."""
+        return {
+            "vocab_size": self.vocab_size,
+            "usable": self.usable,
+            "plans": self.plans,
+            "sources": self._sources,
+            "notes": self.notes,
+        }
 
     @property
     def names(self) -> str:

@@ -158,7 +158,7 @@ class Packer:
         """PackedBatch.aligned of samples with so many rows each."""
         found = []
         for text in filter(None, (teacher.beside for teacher in self._dataset.teachers)):
-            spans = [text.spans.of(sample) for sample in samples.tolist()]
+            spans = [text.runs(sample) for sample in samples.tolist()]
             targets = [text.targets(sample) for sample in samples.tolist()]
             theirs = np.array([len(each) for each in targets], dtype=np.int64)
             runs = np.concatenate([np.zeros((0, 4), np.int64), *spans]).astype(np.int64)

@@ -2,12 +2,13 @@
 
     planned samples: 0 .. N-1, as they were read      answers: from N on, added when written, dropped when trained on
 
+A teacher with another tokenizer is told of the answer's text in tokens of its own (align/retelling.py).
 Invariant: an index means one text in a run, whatever the number of ranks.
 """
 
 import os
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,8 +16,10 @@ import numpy as np
 
 from kdpipe.manifests.ring import RingReader
 from kdpipe.manifests.row_source import CacheRows, RingRows, RowSource
-from kdpipe.manifests.sample import SampleTokens
-from kdpipe.stages.feed.dataset import Dataset
+from kdpipe.manifests.sample import SampleTokens, prompt_of
+from kdpipe.stages.align import Retelling, Retold
+from kdpipe.stages.feed.dataset import Beside, Dataset
+from kdpipe.stages.rollout.writer import Answer
 
 MEASURED = 1 << 48
 """Indices from here on are answers of an evaluation."""
@@ -39,23 +42,46 @@ class OwnAnswers(Dataset):
     """The samples of a plan and, under further indices, answers to their prompts.
 
     rows: of both
+    retelling: for a teacher with another tokenizer
     """
 
-    def __init__(self, planned: Dataset, rows: ToldRows) -> None:
-        super().__init__(planned.tables, [replace(teacher, rows=rows) for teacher in planned.teachers])
-        self._rows, self._texts = rows, dict[int, SampleTokens]()
+    def __init__(self, planned: Dataset, rows: ToldRows, retelling: Retelling | None = None) -> None:
+        self._texts, self._retold = dict[int, SampleTokens](), dict[int, Retold]()
+        (teacher,) = planned.teachers
+        if (beside := teacher.beside) is not None:
+            rows = RowsBeside(rows, beside.spans.places, planned.plans[0].num_samples)
+            beside = RetoldBeside(spans=beside.spans, tokens=beside.tokens, retold=self._retold)
+        super().__init__(planned.tables, [replace(teacher, rows=rows, beside=beside)], **planned.of_samples)
+        self._rows, self._retelling = rows, retelling
 
     def tokens(self, sample: int) -> SampleTokens:
         return self._texts[sample] if sample >= len(self) else super().tokens(sample)
 
-    def add(self, index: int, text: SampleTokens) -> None:
-        """An answer with its prompt; its teacher is told of it."""
-        self._texts[index] = text
-        self._rows.tell(index, text)
+    def prompt(self, sample: int) -> np.ndarray:
+        """What is answered anew of a planned sample, int32 [n], a view."""
+        return prompt_of(self.tokens(sample))
+
+    def add(
+        self, index: int, sample: int, answer: Answer, *, imitated: bool = False, written: np.ndarray | None = None
+    ) -> None:
+        """An answer to the prompt of a planned sample; its teacher is told of it. Others: see SampleTokens."""
+        told = joined(self.prompt(sample), answer.token_ids, imitated=imitated, written=written)
+        self._texts[index] = told
+        if self._retelling is not None:
+            (teacher,) = self.teachers
+            assert teacher.beside is not None, "it has another tokenizer"
+            prompt = prompt_of(teacher.beside.text(sample))
+            self._retold[index] = retold = self._retelling.told(prompt, answer.token_ids, ended=answer.ended)
+            told = retold.text
+        self._rows.tell(index, told)
 
     def has(self, index: int) -> bool:
         """Whether this answer was added, and not dropped."""
         return index in self._texts
+
+    def num_aligned(self, index: int) -> int | None:
+        """How many of an answer's tokens stand for text of its teacher's; None where both have one tokenizer."""
+        return int(self._retold[index].spans[:, 1].sum()) if index in self._retold else None
 
     @property
     def waited_s(self) -> float:
@@ -64,6 +90,54 @@ class OwnAnswers(Dataset):
     def drop(self, indices: Iterable[int]) -> None:
         for index in indices:
             self._texts.pop(index, None)
+            self._retold.pop(index, None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RetoldBeside(Beside):
+    """As Beside, and of answers by their indices."""
+
+    retold: Mapping[int, Retold]
+
+    def text(self, sample: int) -> SampleTokens:
+        return self.retold[sample].text if sample in self.retold else Beside.text(self, sample)
+
+    def runs(self, sample: int) -> np.ndarray:
+        return self.retold[sample].spans if sample in self.retold else Beside.runs(self, sample)
+
+
+class RowsBeside:
+    """Rows under the running index of a student with another tokenizer, whose samples are others than its teacher's.
+
+    places: int64 [N], which of the teacher's each of the student's is; num_theirs: how many the teacher has
+    """
+
+    def __init__(self, source: ToldRows, places: np.ndarray, num_theirs: int) -> None:
+        self._source, self._places, self._beyond = source, places, num_theirs - len(places)
+
+    @property
+    def waited_s(self) -> float:
+        return self._source.waited_s
+
+    def tell(self, index: int, text: SampleTokens) -> None:
+        self._source.tell(self._key(index), text)
+
+    def want(self, samples: np.ndarray) -> None:
+        self._source.want(self._keys(samples))
+
+    def rows(self, sample: int) -> np.ndarray:
+        return self._source.rows(self._key(sample))
+
+    def done(self, samples: np.ndarray) -> None:
+        self._source.done(self._keys(samples))
+
+    def _key(self, sample: int) -> int:
+        return int(self._keys(np.array([sample]))[0])
+
+    def _keys(self, samples: np.ndarray) -> np.ndarray:
+        """Answers stay behind the planned samples, of which the teacher may have more."""
+        known = self._places[np.minimum(samples, len(self._places) - 1)]
+        return np.where(samples < len(self._places), known, samples + self._beyond)
 
 
 class LiveRows:

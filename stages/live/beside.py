@@ -35,17 +35,19 @@ class NoRows:
         raise AssertionError("no rows are read before the run")
 
 
-def find_beside(training: Training, *, kept: bool = False, progress: Progress = SILENT) -> Found:
+def find_beside(training: Training, *, kept: bool = False, prompts: bool = False, progress: Progress = SILENT) -> Found:
     """What a training names, opened before there is a teacher; training.caches is the folder of the plan alone.
 
     Its data, where it has any, are aligned with the plan's for a student with another tokenizer.
     kept: the rows will be there when the run has ended
+    prompts: records without an answer are samples too
     """
     (folder,) = training.caches
     plan, model = Cache.open(folder), ModelFolder(training.student, StudentError, training.trust)
     dataset, crossing = of_plan(plan, NoRows()), None
     if training.data:
-        crossing = cross(model, dataset, [plan], asked_across(training), progress)
+        asked = replace(asked_across(training), prompts=prompts)
+        crossing = cross(model, dataset, [plan], asked, progress)
         dataset = dataset if crossing is None else crossing.dataset
     inputs = training.inputs or run_inputs(training, model, dataset, crossing)
     return Found(

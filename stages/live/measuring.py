@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kdpipe.manifests.progress import Silent
-from kdpipe.manifests.sample import prompt_of
 from kdpipe.stages.evaluate import measure
 from kdpipe.stages.feed.order import cut_steps
 from kdpipe.stages.feed.packing import PackedBatch, Packer
-from kdpipe.stages.live.answers import MEASURED, OwnAnswers, joined
+from kdpipe.stages.live.answers import MEASURED, OwnAnswers
 from kdpipe.stages.ranks import Ranks
 from kdpipe.stages.rollout.sampling import Sampling
 from kdpipe.stages.rollout.writer import Prompt
@@ -21,6 +20,15 @@ MOST_EACH = 4
 """... up to so many to each where there are fewer prompts, as single answers differ much."""
 MEASURED_SEED = 0x6D656173
 """Keeps the draws of an evaluation apart from those of steps: they are the same in each, so that it is comparable."""
+FIGURES = {
+    "rollout_kl": "heldout_kl",
+    "rollout_reverse_kl": "heldout_reverse_kl",
+    "rollout_top1_agreement": "top1_agreement",
+    "rollout_tokens": "num_tokens",
+    "rollout_exact_tokens": "exact_tokens",
+}
+"""What of the measured figures is said, by its name; the last one across tokenizers, where it is what the others are
+over."""
 
 
 class Measuring:
@@ -42,26 +50,21 @@ class Measuring:
         mine = self._keys[rank::world_size]
         if not len(self._keys):
             return {}
-        prompts = [prompt_of(self._dataset.tokens(key % len(self._dataset))) for key in mine.tolist()]
+        asked = mine % len(self._dataset)
         answers = student.write(
-            [Prompt(key=key, token_ids=prompt) for key, prompt in zip(mine.tolist(), prompts, strict=True)],
+            [Prompt(key=key, token_ids=self._dataset.prompt(sample)) for key, sample in _pairs(mine, asked)],
             self._sampling,
             MEASURED_SEED,
-            heads[0].vocab_size,
+            self._dataset.vocab_size or heads[0].vocab_size,
         )
         indices = MEASURED + mine
-        for index, prompt, answer in zip(indices.tolist(), prompts, answers, strict=True):
-            self._dataset.add(index, joined(prompt, answer.token_ids, imitated=True))
+        for (index, sample), answer in zip(_pairs(indices, asked), answers, strict=True):
+            self._dataset.add(index, sample, answer, imitated=True)
         packer = Packer(self._dataset, padded=student.padded, pin=student.model.device.type == "cuda")
         feed = self._feed(packer, indices, batch_tokens, -(-len(self._keys) // world_size))
         found = measure(student, heads, feed, student.model.device, Silent())
         self._dataset.drop(indices.tolist())
-        return {
-            "rollout_kl": found["heldout_kl"],
-            "rollout_reverse_kl": found["heldout_reverse_kl"],
-            "rollout_top1_agreement": found["top1_agreement"],
-            "rollout_tokens": found["num_tokens"],
-        }
+        return {name: found[measured] for name, measured in FIGURES.items() if measured in found}
 
     def _feed(
         self, packer: Packer, indices: np.ndarray, batch_tokens: int, count: int
@@ -74,3 +77,7 @@ class Measuring:
         for number in range(count):
             samples = cuts[number] if number < len(cuts) else indices[:0]
             yield (packer.pack(samples) if len(samples) else packer.empty()), 0
+
+
+def _pairs(indices: np.ndarray, samples: np.ndarray) -> Iterator[tuple[int, int]]:
+    return zip(indices.tolist(), samples.tolist(), strict=True)

@@ -14,11 +14,13 @@ from kdpipe.manifests.engine import EngineOptions
 from kdpipe.manifests.errors import CacheError, ConfigError, TeacherError
 from kdpipe.manifests.ring import RingReader
 from kdpipe.manifests.row_source import CacheRows, RingRows
-from kdpipe.manifests.sample import prompt_of
+from kdpipe.manifests.run import ROLLOUTS
+from kdpipe.manifests.sample import num_answers, prompt_of
+from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.manifests.specs import Device, LiveSpec, RunFile
+from kdpipe.stages.align import Retelling
 from kdpipe.stages.feed.batches import Batches, PlannedBatches
-from kdpipe.stages.feed.dataset import Dataset
 from kdpipe.stages.live.answers import LiveRows, OwnAnswers, ToldRows
 from kdpipe.stages.live.beside import NoRows, find_beside
 from kdpipe.stages.live.measuring import Measuring
@@ -34,6 +36,8 @@ from kdpipe.stages.rollout.sglang_writer import SglangWriter
 from kdpipe.stages.student import Student, TeacherHead
 from kdpipe.stages.student.export import taught_stops
 from kdpipe.stages.train.training import Found, Training
+
+MIB = 1 << 20
 
 
 class OnPolicy:
@@ -103,16 +107,77 @@ class OnPolicy:
 
 def find_onpolicy(training: Training, run: RunFile) -> Found:
     """What a training names, opened before there is a teacher; training.caches is the folder of the plan alone."""
-    found = find_beside(training)
+    found = find_beside(training, prompts=True)
     if training.inputs is None:
         inputs = found.inputs.model_copy(update={"rollouts": run.live.rollouts()})
         found = replace(found, inputs=inputs)
+    if found.crossing is not None:
+        check_across(run.live, training.output)
+        found = _of_one_prompt(found, _retelling(found, run))
     return _answering(found, NoRows(), training, run)
+
+
+def check_across(live: LiveSpec, output: Path) -> None:
+    """Raises ConfigError for what a student with another tokenizer than its teacher's cannot have."""
+    for key, given, why in (
+        (
+            "live.tee",
+            live.tee,
+            "rows of the student's answers are of the teacher's tokens, which it cannot learn from without their text; "
+            f"{output}/{ROLLOUTS} will have the answers as text, for kdpipe extract",
+        ),
+        ("live.teacher_update_every", live.teacher_update_every, "a teacher made of the student has its tokenizer"),
+    ):
+        if given:
+            raise ConfigError(f"student and teacher have other tokenizers: {why}; leave it out", where=key)
+
+
+def _retelling(found: Found, run: RunFile) -> Retelling | None:
+    """What tells the teacher of the answers; None where both have one tokenizer."""
+    if (crossing := found.crossing) is None:
+        return None
+    assert run.teacher.path is not None, "the command has asked for it"
+    context = context_of(ModelFolder(run.teacher.path, TeacherError, run.teacher.trust_remote_code).config)
+    head = crossing.cache.plan.head
+    row_bytes = head.hidden_size * DTYPES[TAGS[head.dtype]].itemsize
+    return Retelling(
+        found.model.tokenizer,
+        crossing.tokenizer,
+        crossing.aligned.vocabulary,
+        crossing.aligned.record.ends,
+        most_tokens=None if context is None else context.tokens,
+        most_rows=run.live.ring_mib * MIB // row_bytes,
+    )
+
+
+def _of_one_prompt(found: Found, retelling: Retelling | None) -> Found:
+    """Without the samples whose last answer follows another turn for the teacher, as it was cut elsewhere.
+
+    Nor those of which the teacher reads the prompt alone.
+    """
+    assert retelling is not None, "the tokenizers differ"
+    dataset = found.dataset
+    (teacher,) = dataset.teachers
+    assert teacher.beside is not None, "the tokenizers differ"
+    pairs = ((dataset.tokens(sample), teacher.beside.text(sample)) for sample in range(len(dataset)))
+    usable = [
+        num_answers(own) == num_answers(theirs) and retelling.has_room(prompt_of(theirs, dataset.names))
+        for own, theirs in pairs
+    ]
+    if all(usable):
+        return found
+    note = f"{usable.count(False):,} samples are cut at another turn for the teacher than for the student: left out"
+    return replace(found, dataset=dataset.only(np.array(usable), note), notes=(*found.notes, note))
 
 
 def check_cache(run: RunFile, found: Found) -> None:
     """The caches have rows of these samples, by this teacher. Raises as opening one, and CacheError."""
-    places_in([Cache.open(path, io=run.cache.io) for path in run.cache.path], found.dataset)
+    places_in([Cache.open(path, io=run.cache.io) for path in run.cache.path], _planned(found))
+
+
+def _planned(found: Found) -> Samples:
+    """The samples of the plan, in the teacher's tokens."""
+    return found.dataset.tables[0] if found.crossing is None else found.crossing.cache.samples
 
 
 def check_prompts(found: Found, live: LiveSpec) -> None:
@@ -133,7 +198,7 @@ def fed_by(ring: RingReader, found: Found, training: Training, run: RunFile) -> 
     (teacher,) = found.dataset.teachers
     rows = RingRows(ring, width=teacher.record.hidden_size, dtype=DTYPES[TAGS[teacher.record.dtype]])
     cached = [Cache.open(path, io=run.cache.io) for path in run.cache.path]
-    source = LiveRows(ring, rows, CacheRows(cached), places_in(cached, found.dataset))
+    source = LiveRows(ring, rows, CacheRows(cached), places_in(cached, _planned(found)))
     if run.live.teacher_update_every is None:
         return _answering(found, source, training, run)
     assert run.teacher.path is not None, "the command has asked for it"
@@ -146,24 +211,23 @@ def fed_by(ring: RingReader, found: Found, training: Training, run: RunFile) -> 
         dtype=teacher.record.dtype,
         fsdp=run.train.fsdp,
     )
-    renewed = Dataset(found.dataset.tables, [replace(teacher, read_head=updates.read_head)])
+    renewed = found.dataset.with_teachers([replace(teacher, read_head=updates.read_head)])
     return _answering(replace(found, dataset=renewed), source, training, run, updates)
 
 
 def _answering(
     found: Found, rows: ToldRows, training: Training, run: RunFile, updates: TeacherUpdates | None = None
 ) -> Found:
-    dataset = OwnAnswers(found.dataset, rows)
+    dataset = OwnAnswers(found.dataset, rows, _retelling(found, run))
     return replace(found, dataset=dataset, own=OnPolicy(run, found, dataset, training.output, updates))
 
 
-def places_in(caches: Sequence[Cache], dataset: Dataset) -> np.ndarray:
-    """int64 [N]: where each sample of a data set is in some caches, one after the other; -1 for nowhere.
+def places_in(caches: Sequence[Cache], table: Samples) -> np.ndarray:
+    """int64 [N]: where each sample of a plan is in some caches, one after the other; -1 for nowhere.
 
     Raises CacheError for a cache of another teacher, and for one that has none of the samples.
     """
-    places, first = np.full(len(dataset), -1, dtype=np.int64), 0
-    (plan,), (table,) = dataset.plans, dataset.tables
+    places, first, plan = np.full(table.plan.num_samples, -1, dtype=np.int64), 0, table.plan
     wanted = {identity: number for number, identity in enumerate(table.identities())}
     for cache in caches:
         for part in ("teacher", "tokenizer", "template"):

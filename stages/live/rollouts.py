@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from pydantic import JsonValue
 
-from kdpipe.manifests.sample import prompt_of
 from kdpipe.manifests.specs import LiveSpec
 from kdpipe.stages.draws import mixed_seed, uniform
 from kdpipe.stages.feed.batches import PlannedBatches
 from kdpipe.stages.feed.packing import PackedBatch, Packer
-from kdpipe.stages.live.answers import OwnAnswers, joined
+from kdpipe.stages.live.answers import OwnAnswers
 from kdpipe.stages.live.rollout_log import Rollout, RolloutLog
 from kdpipe.stages.live.writers import RunWriter
 from kdpipe.stages.loss import Importance
@@ -74,7 +73,18 @@ class _Begun:
     started: float
 
 
-SUMS = ("num_supervised", "num_answers", "num_written", "num_ended", "num_old", "num_cut", "entropy", "staleness")
+SUMS = (
+    "num_supervised",
+    "num_answers",
+    "num_written",
+    "num_ended",
+    "num_old",
+    "num_cut",
+    "entropy",
+    "staleness",
+    "num_taught",
+    "num_aligned",
+)
 
 
 class RolloutBatches:
@@ -225,7 +235,7 @@ class RolloutBatches:
         ]
 
     def _write(self, wanted: Sequence[_Wanted], step: int, version: int) -> Callable[[], list[Rollout]]:
-        prompts = [Prompt(key=each.index, token_ids=prompt_of(self._dataset.tokens(each.sample))) for each in wanted]
+        prompts = [Prompt(key=each.index, token_ids=self._dataset.prompt(each.sample)) for each in wanted]
 
         def rollout(each: _Wanted, answer: Answer) -> Rollout:
             return Rollout(index=each.index, sample=each.sample, number=each.number, version=version, answer=answer)
@@ -244,9 +254,8 @@ class RolloutBatches:
 
     def _tell(self, rollout: Rollout, step: int) -> None:
         """The teacher of an answer, and ask for its rows."""
-        prompt = prompt_of(self._dataset.tokens(rollout.sample))
         written = rollout.answer.logprobs if self._importance is not None and rollout.version < step else None
-        self._dataset.add(rollout.index, joined(prompt, rollout.answer.token_ids, written=written))
+        self._dataset.add(rollout.index, rollout.sample, rollout.answer, written=written)
         self._want(np.array([rollout.index], dtype=np.int64))
 
     def _want(self, samples: np.ndarray) -> None:
@@ -275,6 +284,8 @@ class RolloutBatches:
         """SUMS, the shortest and longest answer, and how old the oldest is that is not too old. Collective."""
         lengths = [len(each.answer.token_ids) for each in made.rollouts]
         young = [each for each in made.rollouts if not self._is_old(each, step)]
+        found = ((each, self._dataset.num_aligned(each.index)) for each in made.rollouts)
+        retold = [(each, aligned) for each, aligned in found if aligned is not None]
         own = dict.fromkeys(SUMS, 0.0) | {
             "num_supervised": float(sum(self._supervised(batch) for batch in made.batches)),
             "num_answers": float(len(lengths)),
@@ -284,6 +295,8 @@ class RolloutBatches:
             "num_cut": float(sum(self._is_cut(each) for each in young)),
             "staleness": float(sum(step - each.version for each in young)),
             "entropy": float(sum(float(each.answer.entropies.sum()) for each in made.rollouts)),
+            "num_taught": float(sum(len(each.answer.token_ids) for each, _ in retold)),
+            "num_aligned": float(sum(aligned for _, aligned in retold)),
         }
         total = torch.tensor([own[name] for name in SUMS], dtype=torch.float64, device=self._ranks.device)
         longest, shortest, stalest, made.seconds = self._ranks.largest(
@@ -329,17 +342,22 @@ def figures(sums: dict[str, float], seconds: float) -> dict[str, float]:
         return {"rollout/num_answers": 0}
     # An engine does not measure the entropy; no distribution that is drawn from has one of 0.
     entropy = {"rollout/entropy/mean": sums["entropy"] / written} if sums["entropy"] else {}
-    return entropy | {
-        "rollout/num_answers": int(count),
-        "rollout/num_tokens": int(written),
-        "rollout/num_dropped": int(sums["num_cut"]),
-        "rollout/seconds": seconds,
-        "rollout/tokens_per_second": written / max(seconds, 1e-9),
-        "response_length/min": int(sums["shortest"]),
-        "response_length/mean": written / count,
-        "response_length/max": int(sums["longest"]),
-        "response_length/clip_ratio": 1.0 - sums["num_ended"] / count,
-        "staleness/mean": sums["staleness"] / max(count - sums["num_old"], 1.0),
-        "staleness/max": int(sums["stalest"]),
-        "staleness/dropped": int(sums["num_old"]),
-    }
+    aligned = {"rollout/aligned_share": sums["num_aligned"] / sums["num_taught"]} if sums["num_taught"] else {}
+    return (
+        entropy
+        | aligned
+        | {
+            "rollout/num_answers": int(count),
+            "rollout/num_tokens": int(written),
+            "rollout/num_dropped": int(sums["num_cut"]),
+            "rollout/seconds": seconds,
+            "rollout/tokens_per_second": written / max(seconds, 1e-9),
+            "response_length/min": int(sums["shortest"]),
+            "response_length/mean": written / count,
+            "response_length/max": int(sums["longest"]),
+            "response_length/clip_ratio": 1.0 - sums["num_ended"] / count,
+            "staleness/mean": sums["staleness"] / max(count - sums["num_old"], 1.0),
+            "staleness/max": int(sums["stalest"]),
+            "staleness/dropped": int(sums["num_old"]),
+        }
+    )

@@ -51,15 +51,17 @@ class Party:
 
     stop_ids: tokens at which its generation ends, beside its end of text
     table: bytes of text of every id, as models.vocabularies.token_bytes gives them
+    prompts: a record without an answer is a sample without a target
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     spec: DataSpec
     stop_ids: Collection[int]
     table: TokenBytes
+    prompts: bool = False
 
     def preparing(self) -> Preparing:
-        return Preparing(self.tokenizer, self.spec, self.stop_ids)
+        return Preparing(self.tokenizer, self.spec, self.stop_ids, self.prompts)
 
     def ends_a_turn(self, index: int) -> bool:
         return index in self.stop_ids or index == self.tokenizer.eos_token_id or self.table[index] is None

@@ -1,10 +1,11 @@
 """The student: a causal LM that answers with losses, checked and examined before it is trained, exported after."""
 
-from kdpipe.stages.student.across import Across
+from kdpipe.stages.student.across import Across, method_of
 from kdpipe.stages.student.check import (
     check_student,
     check_student_of,
     checkpoint_dtype,
+    has_other_tokenizer,
     own_vocab_size,
     require_compiler,
     require_context,
@@ -32,9 +33,11 @@ __all__ = [
     "checkpoint_dtype",
     "compile_layers",
     "exam_text",
+    "has_other_tokenizer",
     "load_sharded",
     "load_teacher_head",
     "lora_of",
+    "method_of",
     "num_trainable",
     "own_vocab_size",
     "reduce_gradients",

@@ -20,10 +20,6 @@ from kdpipe.stages.models.own_code import asks_for_code, code_digest
 from kdpipe.stages.models.vocabulary import real_vocab_size, vocabulary_difference, vocabulary_digest
 from kdpipe.stages.teacher.describe import describe_teacher
 
-OTHER_TOKENIZER = (
-    "such a student learns from the answers of data: kdpipe extract, then kdpipe train with --cache and --data, or "
-    "kdpipe stream"
-)
 IDS = ("pad_token_id", "eos_token_id")
 """Config fields that name ids which end up in a batch or end a text."""
 
@@ -43,7 +39,9 @@ def check_student(model: ModelFolder, *teachers: Teacher) -> None:
         _check_model(model, teacher.record.vocab_size, "the cache's")
         if difference := tokenizer_difference(model, teacher):
             raise StudentError(
-                f"its tokenizer is not that of {teacher.where}: {difference}; {OTHER_TOKENIZER}", where=model.path
+                f"its tokenizer is not that of {teacher.where}: {difference}; give the data that its rows are of too "
+                "(--data), so that its texts are aligned with the teacher's",
+                where=model.path,
             )
 
 
@@ -60,26 +58,36 @@ def own_vocab_size(model: ModelFolder) -> int:
     return real_vocab_size(model.path, model.tokenizer, head_rows, StudentError)
 
 
-def check_student_of(folder: Path, teacher: Path, trust: str | None = None, *, live: bool = False) -> str:
+def check_student_of(folder: Path, teacher: Path, trust: str | None = None) -> str:
     """Whether the student in `folder` can learn from a cache of this teacher, before there is one.
 
-    live: it is to write answers for the teacher, which takes the teacher's tokenizer
     trust: digest of the teacher's own code that may run, and of the student's where it has the same
     What could not be checked is returned in words, "" for nothing. Raises StudentError as check_student does,
     TeacherError for a folder that is no teacher.
     """
-    own = asks_for_code(base := base_of(folder))
-    if own and not (trust and code_digest(base).startswith(trust)):
+    if (model := _readable(folder, trust)) is None:
         return f"{folder} brings its own code: train checks the student when that code is allowed"
-    model = ModelFolder(folder, StudentError, trust if own else None)
     other = ModelFolder(teacher, TeacherError, trust)
-    if difference := vocabulary_difference(model.tokenizer, other.tokenizer):
+    if vocabulary_difference(model.tokenizer, other.tokenizer):
         _check_model(model, own_vocab_size(model), "its tokenizer's")
-        if live:
-            raise StudentError(f"its tokenizer is not that of {teacher}: {difference}; {OTHER_TOKENIZER}", where=folder)
         return f"{folder} has another tokenizer than the teacher: kdpipe train aligns its texts (student.align)"
     _check_model(model, real_vocab_size(teacher, other.tokenizer, describe_teacher(other).head_rows), "the teacher's")
     return ""
+
+
+def has_other_tokenizer(folder: Path, teacher: Path, trust: str | None = None) -> bool:
+    """Whether the student's texts are aligned with its teacher's; False where that takes code that is not allowed."""
+    model = _readable(folder, trust)
+    other = ModelFolder(teacher, TeacherError, trust)
+    return model is not None and bool(vocabulary_difference(model.tokenizer, other.tokenizer))
+
+
+def _readable(folder: Path, trust: str | None) -> ModelFolder | None:
+    """A student's folder; None where it brings code of its own that is not allowed."""
+    own = asks_for_code(base := base_of(folder))
+    if own and not (trust and code_digest(base).startswith(trust)):
+        return None
+    return ModelFolder(folder, StudentError, trust if own else None)
 
 
 def _check_model(model: ModelFolder, vocab_size: int, whose: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import Bench, Main
@@ -43,8 +44,34 @@ def test_a_stream_is_the_student_of_a_cache(far_bench: Bench, tmp_path: Path) ->
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["live", "off"], "the plan is gone"
 
 
-def test_on_policy_refuses_it_and_says_what_takes_it(far_bench: Bench, main: Main, tmp_path: Path) -> None:
-    words = ["--teacher", far_bench.teacher, "--student", far_bench.student, "--prompts", far_bench.data]
-    code, _, err = main("onpolicy", *words, "--output", tmp_path / "out", "--max-length", 128)
-    assert code == 4, err
-    assert "kdpipe train with --cache and --data, or kdpipe stream" in err.splitlines()[-1]
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_it_learns_on_policy_from_what_it_writes_and_what_the_data_say(far_bench: Bench, tmp_path: Path) -> None:
+    """Some prompts have no answer in the data. The same command again has nothing left to do."""
+    prompts = tmp_path / "prompts.jsonl"
+    asked = [
+        json.dumps({"messages": [{"role": "user", "content": f"How many rows are {number}?"}]}) for number in range(8)
+    ]
+    prompts.write_text(far_bench.data.read_text() + "\n".join(asked) + "\n")
+    models = ["--teacher", far_bench.teacher, "--student", far_bench.student, "--prompts", prompts]
+    more = ["--max-length", 128, "--heldout-fraction", 0.25, "--lmbda", 0.5, "--max-new-tokens", 12]
+    line = ["onpolicy", *models, *more, "--output", tmp_path / "out", "--json", "--set", *SETS]
+    code, out, err = ended(started(*line, "loss.kd_weight=0.5"))
+    assert code == 0, err
+    assert "another tokenizer than the teacher's" in err
+    steps = [event for event in read_events(tmp_path / "out") if event["kind"] == "step"]
+    assert len(steps) > 2
+    shares = [step["rollout/aligned_share"] for step in steps if step["rollout/num_answers"]]
+    assert shares
+    assert all(0 < share <= 1 for share in shares)
+    found = json.loads(out)
+    assert 0 < found["rollout_exact_tokens"] < found["rollout_tokens"]
+    assert found["rollout_kl"] > 0
+    assert found["heldout_bits_per_byte"] > 0
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "prompts.jsonl"], "the plan is gone"
+    code, again, err = ended(started(*line, "loss.kd_weight=0.5"))
+    assert (code, json.loads(again)) == (0, found), err
+
+
+def read_events(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]

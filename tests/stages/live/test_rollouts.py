@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,12 @@ from transformers import AutoModelForCausalLM
 from kdpipe.manifests.errors import CacheError, ConfigError, TemporaryError
 from kdpipe.manifests.sample import prompt_of
 from kdpipe.manifests.specs import LossSpec, RunFile
+from kdpipe.stages.align import Retelling
 from kdpipe.stages.live.onpolicy import check_prompts, fed_by, find_onpolicy
 from kdpipe.stages.live.rollouts import of_student
+from kdpipe.stages.loss import Head, Side
+from kdpipe.stages.loss.cross.reference import reference_across
+from kdpipe.stages.loss.spans import Spans
 from kdpipe.stages.ranks import joined
 from kdpipe.stages.train import Found, Training, train
 from kdpipe.stages.train.run import Run
@@ -107,6 +112,94 @@ def test_gradients_are_those_of_dense_logits_on_the_answers_that_were_written(be
         own = gradients[name]
         error = (own - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-12)
         assert error < 1e-4, (name, error)
+
+
+@pytest.mark.parametrize("align", ["shared-vocab", pytest.param("gold", marks=pytest.mark.slow)])
+def test_across_tokenizers_gradients_are_those_of_the_answers_as_either_model_reads_them(
+    align: str, far_bench: Bench, tmp_path: Path
+) -> None:
+    """The teacher's row of a span is that of its own tokens behind its own prompt."""
+    training = replace(
+        training_for(far_bench, tmp_path, loss=LossSpec(), grad_accum=2), data=(far_bench.data,), align=align
+    )
+    run_spec = run_file(samples_per_prompt=2)
+    run_spec = run_spec.model_copy(update={"teacher": run_spec.teacher.model_copy(update={"path": far_bench.teacher})})
+    with beside(far_bench, training, run_spec) as found, joined(torch.device("cpu")) as ranks:
+        run = Run(training, found, ranks)
+        count = run.batches.num_supervised(0)
+        sums = run.trainer.backward(0, count)
+        gradients = {name: parameter.grad.full_tensor() for name, parameter in run.student.model.named_parameters()}
+        share = run.batches.told(0)["rollout/aligned_share"]
+        (told,), dataset = found.dataset.teachers, found.dataset
+        assert told.beside is not None
+        assert found.crossing is not None
+        prompts = {
+            int(each): (prompt_of(dataset.tokens(int(each))), prompt_of(told.beside.text(int(each))))
+            for each in run.planned.samples(0)
+        }
+        aligned = found.crossing.aligned
+        retelling = Retelling(
+            found.model.tokenizer,
+            found.crossing.tokenizer,
+            aligned.vocabulary,
+            aligned.record.ends,
+            most_tokens=None,
+            most_rows=1 << 20,
+        )
+    written = rollouts(tmp_path)
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        for path in (far_bench.student, far_bench.teacher)
+    )
+    head = Head(teacher.lm_head.weight.detach())
+    total, num_aligned = torch.zeros((), dtype=torch.float64), 0
+    for each in written:
+        own, theirs = prompts[each["sample"]]
+        answer = np.array(each["token_ids"], np.int32)
+        retold = retelling.told(theirs, answer, ended=each["ended"])
+        ids = torch.tensor([*own.tolist(), *answer.tolist()])
+        hidden = student.model(ids[None]).last_hidden_state[0, len(own) - 1 : -1]
+        others = torch.from_numpy(retold.text.token_ids.astype(np.int64))
+        with torch.no_grad():
+            rows = teacher.model(others[None]).last_hidden_state[0, len(theirs) - 1 : -1]
+        runs = torch.from_numpy(retold.spans.astype(np.int64))
+        spans = Spans(
+            student=runs[:, :2],
+            teacher=runs[:, 2:],
+            student_tokens=ids[len(own) :],
+            teacher_tokens=others[len(theirs) :],
+        )
+        total = (
+            total
+            + reference_across(
+                Side(hidden, Head(student.lm_head.weight)),
+                Side(rows, head),
+                spans,
+                None,
+                method=align,
+                loss=LossSpec(divergence="jsd" if align == "gold" else "forward_kl"),
+                vocabulary=aligned.vocabulary,
+            ).loss
+        )
+        num_aligned += int(runs[:, 1].sum())
+    assert sum(len(each["token_ids"]) for each in written) == count
+    assert num_aligned == round(share * count) > count // 3
+    assert sums["kd"] == pytest.approx(float(total.detach()), rel=1e-4)
+    (total / count).backward()
+    for name, parameter in student.named_parameters():
+        own_gradient = gradients[name].double()
+        error = (own_gradient - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-12)
+        assert error < 1e-4, (name, error)
+
+
+def test_across_tokenizers_what_is_made_of_one_tokenizer_is_refused(far_bench: Bench, tmp_path: Path) -> None:
+    training = replace(training_for(far_bench, tmp_path), data=(far_bench.data,))
+    for live, words in (
+        ({"tee": tmp_path / "kept"}, r"live\.tee: .*rollouts-\*\.jsonl will have the answers as text"),
+        ({"teacher_update_every": 2}, r"live\.teacher_update_every: .*has its tokenizer"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            find_onpolicy(training, run_file(**live))
 
 
 def test_older_answers_are_weighed_by_what_the_student_thinks_of_them_now(bench: Bench, tmp_path: Path) -> None:

@@ -129,13 +129,6 @@ def test_a_normaliser_leaves_spans_that_cover_the_text_in_order(changing: str, c
             assert spans[-1, first] + spans[-1, number] == len(tokens)
 
 
-def test_a_token_that_ends_behind_one_that_follows_it_is_no_boundary() -> None:
-    """Normal forms put marks below a letter before those above it."""
-    text, table = "q\u0307\u0323x", [b"q", "\u0323".encode(), "\u0307".encode(), b"x"]
-    ends = token_ends(Text(text), [0, 1, 2, 3], [(0, 1), (2, 3), (1, 2), (3, 4)], table)
-    assert ends.tolist() == [1, INSIDE, 3, 6]
-
-
 def test_tokens_that_share_a_character_are_cut_by_their_bytes() -> None:
     text, table = "a🙂", [b"a", b"\xf0\x9f", b"\x99\x82", b"\xf0", b"\x9f\x99", b"\x82"]
     whole = token_ends(Text(text), [0, 1, 2], [(0, 1), (1, 2), (1, 2)], table)
