@@ -23,9 +23,9 @@ import numpy as np
 import xxhash
 
 from kdpipe.manifests.access import most_mappings, open_bytes
-from kdpipe.manifests.codec import find_codec
 from kdpipe.manifests.durable import open_regular
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
+from kdpipe.manifests.fitted import Choice, open_fitted, require_known
 from kdpipe.manifests.made_with import extract_again, last_extraction, repair
 from kdpipe.manifests.plan import GROWN, Plan, read_plan
 from kdpipe.manifests.provenance import digest_stream
@@ -53,7 +53,7 @@ class Cache:
 
     def __init__(self, path: Path, plan: Plan, io: Io = "mmap") -> None:
         self.path, self.plan, self.io = path, plan, io
-        find_codec(plan.settings.codec, where=path)
+        require_known(Choice.read(plan.settings.codec, path).name, where=path)
         self.samples = Samples(path, plan, io)
         self._starts = plan.shards.starts
         self._every_row = plan.settings.rows == "all"
@@ -227,7 +227,7 @@ class Cache:
             "num_rows": plan.num_rows,
             "hidden_size": plan.head.hidden_size,
             "vocab_size": plan.head.vocab_size,
-            "codec": plan.settings.codec,
+            **self._codec_info(),
             "dtype": plan.settings.dtype,
             "num_bytes": self.num_bytes(),
             "shards": len(plan.shards),
@@ -243,6 +243,20 @@ class Cache:
             "num_heldout": int(self.heldout().sum()),
             "counts": plan.counts,
             "made_with": self._made_with(),
+        }
+
+    def _codec_info(self) -> dict[str, object]:
+        """Its codec, and of one that is fitted what a row takes and loses."""
+        choice = Choice.read(self.plan.settings.codec)
+        if not choice.is_fitted:
+            return {"codec": choice.name}
+        record = open_fitted(self.path, self.plan).record
+        return {
+            "codec": choice.name,
+            "codec_bytes": record.share,
+            "codec_kl_mean": record.kl_mean,
+            "codec_kl_p99": record.kl_p99,
+            "codec_same_top": record.same_top,
         }
 
     def _made_with(self) -> dict[str, object] | None:

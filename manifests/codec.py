@@ -1,23 +1,24 @@
-"""Codecs: how the rows of a cache are stored, and come back as numbers. One table, `CODECS`; a process may add to it.
+"""Codecs: how the rows of a cache are stored, and come back as numbers.
 
     parts = codec.encode(rows)        rows [R, E] as the teacher gave them -> the shard's tensors by name, [R, ...] each
     codec.decode(parts, out)          out [R, E] in the dtype of the plan
 
-Invariant: each row is stored by itself in a fixed number of bytes, so that a shard's size is known before the teacher
-runs and any run of rows is read alone: encoding some rows gives those rows of all the tensors.
+A plan names one: "raw", or one of your own, added to `CODECS` by a process; or one that is fitted to the teacher, whose
+numbers lie in the cache (fitted.py).
+Invariant: each row is stored by itself in a fixed number of bytes, so that any run of rows is read alone: encoding some
+rows gives those rows of all the tensors. What does not fit there follows in a ragged part, some entries for each row.
 Cost: raw copies nothing; another codec costs a copy of the rows that are read, and one of a shard's while it is filled.
 """
 
-# Shapes: R rows, E teacher width.
+# Shapes: R rows, E teacher width, X entries of the ragged part.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from kdpipe.manifests.errors import ConfigError
-from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.specs import Dtype
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
 
@@ -27,8 +28,27 @@ ENCODED_ROWS = 4096
 """Rows that a writer encodes at a time."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Entries that some rows have more of than others; they lie behind a shard's tables.
+
+    counts: the codec's tensor [R] that says how many each row has
+    tensors: name and dtype by its safetensors tag, [X] each
+    """
+
+    counts: str
+    tensors: tuple[tuple[str, str], ...]
+
+    @property
+    def entry_bytes(self) -> int:
+        return sum(DTYPES[tag].itemsize for _, tag in self.tensors)
+
+
 class Codec(Protocol):
-    """One way to store rows. Its tensors lie in a shard in this order, before the tables."""
+    """One way to store rows. Its tensors lie in a shard in this order, before the tables.
+
+    One that has a ragged part says so by an attribute `ragged`; encode and decode then have its tensors too.
+    """
 
     def tensors(self, num_rows: int, width: int, dtype: Dtype) -> list[TensorSpec]:
         """The tensors of so many rows of the teacher's width and dtype, [num_rows, ...] each."""
@@ -56,24 +76,18 @@ class Raw:
         out[...] = parts["hidden"]
 
 
-CODECS: dict[str, Codec] = {"raw": Raw()}
+RAW = Raw()
+CODECS: dict[str, Codec] = {"raw": RAW}
 """By the name that a plan has. One's own is added before a cache of it is made or read."""
 
 
-def find_codec(name: str, *, where: object) -> Codec:
-    """The codec of this name. Raises ConfigError for one that is not in CODECS; where: what asks for it."""
-    if name not in CODECS:
-        known = ", ".join(sorted(CODECS))
-        raise ConfigError(
-            f"there is no codec '{name}' here{nearest(name, CODECS)} (known: {known}); one of your own is added to "
-            "kdpipe.manifests.codec.CODECS first",
-            where=where,
-        )
-    return CODECS[name]
+def ragged_of(codec: Codec) -> Ragged | None:
+    """Its ragged part, None for a codec all of whose rows are of one size."""
+    return getattr(codec, "ragged", None)
 
 
 def num_bytes(codec: Codec, num_rows: int, width: int, dtype: Dtype) -> int:
-    """Bytes of so many rows."""
+    """Bytes of so many rows, without a ragged part."""
     return sum(math.prod(shape) * DTYPES[tag].itemsize for _, tag, shape in codec.tensors(num_rows, width, dtype))
 
 

@@ -25,7 +25,7 @@ class ScratchFile:
     """
 
     def __init__(self, folder: Path, name: str, num_bytes: int, *, final: Path) -> None:
-        self.path = scratch_name(folder, name)
+        self.path, self._final = scratch_name(folder, name), final
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             hold(self._file)
@@ -44,6 +44,15 @@ class ScratchFile:
         """Make the pages of a place that will be written."""
         if num_bytes and self._has_cheap_holes:  # a length of 0 would mean the rest of the file
             os.posix_fadvise(self._file, begin, num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def resize(self, num_bytes: int) -> None:
+        """Make it longer; its content stays, `map` and `bytes` are others. Raises SpaceError, as when it was made."""
+        try:
+            os.posix_fallocate(self._file, 0, num_bytes)
+            self.map = mmap.mmap(self._file, num_bytes)
+        except OSError as err:
+            raise disk_error(err, self._final) from err
+        self.bytes = np.frombuffer(self.map, np.uint8)
 
     def flush(self) -> None:
         """Put its content on the disk. Raises OSError."""

@@ -2,11 +2,12 @@
 
 Invariant: a shard under its final name is complete, and its commit record holds the digest of its body. The header is
 a pure function of the plan and that digest, so a reader knows every byte of it beforehand.
+Where rows have a ragged part, how long that is follows from the file's size, which the commit record has too.
 Cost: row width x rows on disk; reading raw rows copies nothing; each 1 MiB block is checked once, on first touch.
 Format: FORMAT.md section 4.
 """
 
-# Shapes: N samples of the shard, R rows, E teacher width, n tokens of all its samples together.
+# Shapes: N samples of the shard, R rows, E teacher width, n tokens of all its samples together, X ragged entries.
 
 import math
 import mmap
@@ -21,7 +22,7 @@ import xxhash
 from pydantic import ValidationError
 
 from kdpipe.manifests.access import open_bytes
-from kdpipe.manifests.codec import CODECS, ENCODED_ROWS, Raw, num_bytes
+from kdpipe.manifests.codec import CODECS, ENCODED_ROWS, RAW, Codec, Raw, num_bytes, ragged_of
 from kdpipe.manifests.durable import (
     QUARANTINE,
     canonical,
@@ -35,6 +36,7 @@ from kdpipe.manifests.durable import (
 )
 from kdpipe.manifests.errors import CorruptError, DriftError, IncompleteError, LayoutError
 from kdpipe.manifests.failpoints import failpoint
+from kdpipe.manifests.fitted import codec_of, expected_share
 from kdpipe.manifests.made_with import extract_again, repair
 from kdpipe.manifests.plan import Plan
 from kdpipe.manifests.record import Record, first_problem
@@ -68,13 +70,18 @@ def commit_path(folder: Path, index: int) -> Path:
     return folder / "commits" / f"{index:06d}.json"
 
 
-def shard_layout(plan: Plan, index: int, digest: str) -> Layout:
-    """The layout of a shard: known before the teacher runs, save for the digest's 32 characters."""
+def shard_layout(plan: Plan, index: int, digest: str, *, codec: Codec | None = None, num_ragged: int = 0) -> Layout:
+    """The layout of a shard: known before the teacher runs, save for the digest's 32 characters and a ragged part.
+
+    codec: of the cache, where the plan alone does not say which
+    """
     shard = plan.shards[index]
     width = plan.head.hidden_size
-    codec, dtype = CODECS[plan.settings.codec], plan.settings.dtype
+    codec, dtype = codec or CODECS[plan.settings.codec], plan.settings.dtype
+    ragged = ragged_of(codec)
     tables = (shard.num_samples + 1) * 16 + shard.num_tokens * 5 + shard.num_samples * ID_BYTES
-    num_blocks = -(-(num_bytes(codec, shard.num_rows, width, dtype) + tables) // BLOCK)
+    behind = 0 if ragged is None else num_ragged * ragged.entry_bytes
+    num_blocks = -(-(num_bytes(codec, shard.num_rows, width, dtype) + tables + behind) // BLOCK)
     return lay_out(
         [
             *codec.tensors(shard.num_rows, width, dtype),
@@ -83,6 +90,7 @@ def shard_layout(plan: Plan, index: int, digest: str) -> Layout:
             ("token_ids", "I32", (shard.num_tokens,)),
             ("supervised", "U8", (shard.num_tokens,)),
             ("sample_ids", "U8", (shard.num_samples, ID_BYTES)),
+            *(() if ragged is None else ((name, tag, (num_ragged,)) for name, tag in ragged.tensors)),
             ("crc32c", "U32", (num_blocks,)),
         ],
         {
@@ -93,6 +101,35 @@ def shard_layout(plan: Plan, index: int, digest: str) -> Layout:
             "xxh3_128": digest,
         },
     )
+
+
+def sized_layout(plan: Plan, index: int, digest: str, codec: Codec, size: int) -> Layout:
+    """The layout of a shard of so many bytes; of another size where no number of ragged entries gives that one."""
+    layout, ragged = shard_layout(plan, index, digest, codec=codec), ragged_of(codec)
+    if ragged is None or size <= layout.num_bytes:
+        return layout
+    # Four bytes of checksum follow for every block that there is.
+    content = size - layout.body
+    content -= 4 * -(-content // (BLOCK + 4))
+    count = (content - (layout.tensors["crc32c"].begin - layout.body)) // ragged.entry_bytes
+    return shard_layout(plan, index, digest, codec=codec, num_ragged=max(count, 0))
+
+
+def planned_bytes(folder: Path, plan: Plan, index: int) -> int:
+    """Size of a committed shard's file, by the plan, or by its commit record where it has a ragged part."""
+    codec = codec_of(folder, plan)
+    if ragged_of(codec) is not None:
+        return read_commit(folder, plan, index).num_bytes
+    return shard_layout(plan, index, NO_DIGEST, codec=codec).num_bytes
+
+
+def expected_bytes(folder: Path, plan: Plan, index: int) -> int:
+    """Bytes that a shard will take: exact for raw rows, and else by what a row takes in the mean."""
+    if plan.settings.codec in CODECS:
+        return shard_layout(plan, index, NO_DIGEST).num_bytes
+    raw = num_bytes(RAW, plan.shards[index].num_rows, plan.head.hidden_size, plan.settings.dtype)
+    whole = shard_layout(plan, index, NO_DIGEST, codec=RAW).num_bytes
+    return whole - int(raw * (1 - expected_share(folder, plan)))
 
 
 def blocks(layout: Layout) -> Iterator[tuple[int, int]]:
@@ -113,15 +150,15 @@ class ShardWriter:
 
     def __init__(self, folder: Path, plan: Plan, index: int, samples: pa.RecordBatch) -> None:
         self._folder, self._plan, self._index = folder, plan, index
-        self.layout = shard_layout(plan, index, NO_DIGEST)
+        self._codec = codec_of(folder, plan)
+        self.layout = shard_layout(plan, index, NO_DIGEST, codec=self._codec)
         final, shape = shard_path(folder, index), (plan.shards[index].num_rows, plan.head.hidden_size)
         self._shard = ScratchFile(folder / "tmp", final.name, self.layout.num_bytes, final=final)
         failpoint("shard:allocated")
-        self._bytes, self._codec = self._shard.bytes, CODECS[plan.settings.codec]
         if isinstance(self._codec, Raw):
             self._rows, self._rows_at = self._shard, self.layout.body
         else:
-            size = num_bytes(CODECS["raw"], *shape, plan.settings.dtype)
+            size = num_bytes(RAW, *shape, plan.settings.dtype)
             try:
                 self._rows, self._rows_at = ScratchFile(folder / "tmp", f"{index:06d}.rows", size, final=final), 0
             except BaseException:
@@ -154,11 +191,12 @@ class ShardWriter:
         """
         if self._rows is not self._shard:
             self._encode()
-        table = self.layout.tensors["crc32c"].view(self._bytes)
-        table[:] = [crc32c.crc32c(self._bytes[begin:end]) for begin, end in blocks(self.layout)]
-        digest = xxhash.xxh3_128_hexdigest(self._bytes[self.layout.body :].data)
-        sealed = shard_layout(self._plan, self._index, digest)
-        self._bytes[: sealed.body] = np.frombuffer(sealed.header, np.uint8)
+        data = self._shard.bytes
+        table = self.layout.tensors["crc32c"].view(data)
+        table[:] = [crc32c.crc32c(data[begin:end]) for begin, end in blocks(self.layout)]
+        digest = xxhash.xxh3_128_hexdigest(data[self.layout.body :].data)
+        sealed = sized_layout(self._plan, self._index, digest, self._codec, self.layout.num_bytes)
+        data[: sealed.body] = np.frombuffer(sealed.header, np.uint8)
         failpoint("shard:digested")
         record = _commit_of(self._plan, self._index, sealed, digest)
         final = shard_path(self._folder, self._index)
@@ -171,8 +209,8 @@ class ShardWriter:
         if not fresh:
             self._agree(record, final)
             self._shard.path.unlink(missing_ok=True)
-        data = canonical(record.model_dump())
-        if not write_once(commit_path(self._folder, self._index), data, scratch_folder=self._folder / "tmp"):
+        line = canonical(record.model_dump())
+        if not write_once(commit_path(self._folder, self._index), line, scratch_folder=self._folder / "tmp"):
             first = read_commit(self._folder, self._plan, self._index)
             if first != record:
                 put_aside(self._folder, final)  # it was put in place just now, where the committed one was gone
@@ -192,10 +230,22 @@ class ShardWriter:
             )
 
     def _encode(self) -> None:
-        """Write the rows as they are stored."""
+        """Write the rows as they are stored; a ragged part makes the file longer when all of it is known."""
+        ragged = ragged_of(self._codec)
+        behind: dict[str, list[np.ndarray]] = {name: [] for name, _ in (() if ragged is None else ragged.tensors)}
         for first in range(0, len(self.hidden), ENCODED_ROWS):
             for name, part in self._codec.encode(self.hidden[first : first + ENCODED_ROWS]).items():
-                self.layout.tensors[name].view(self._bytes)[first : first + len(part)] = part
+                if name in behind:
+                    behind[name].append(part)
+                else:
+                    self.layout.tensors[name].view(self._shard.bytes)[first : first + len(part)] = part
+        if behind and self.hidden.size:
+            whole = {name: np.concatenate(parts) for name, parts in behind.items()}
+            count = len(next(iter(whole.values())))
+            self.layout = shard_layout(self._plan, self._index, NO_DIGEST, codec=self._codec, num_ragged=count)
+            self._shard.resize(self.layout.num_bytes)
+            for name, part in whole.items():
+                self.layout.tensors[name].view(self._shard.bytes)[:] = part
 
     def _write_tables(self, samples: pa.RecordBatch) -> None:
         tensors = self.layout.tensors
@@ -207,7 +257,7 @@ class ShardWriter:
             "sample_ids": np.frombuffer(samples.column("content_id").buffers()[1], np.uint8),
         }
         for name, values in columns.items():
-            view = tensors[name].view(self._bytes)
+            view = tensors[name].view(self._shard.bytes)
             view[...] = values[: view.size].reshape(view.shape)
 
 
@@ -249,8 +299,9 @@ def adopt(folder: Path, plan: Plan, index: int) -> bool:
             data = np.memmap(file, np.uint8, mode="r") if size else np.empty(0, np.uint8)
     except FileNotFoundError:
         return False
-    digest = xxhash.xxh3_128_hexdigest(data[shard_layout(plan, index, NO_DIGEST).body :].data)
-    layout = shard_layout(plan, index, digest)
+    codec = codec_of(folder, plan)
+    digest = xxhash.xxh3_128_hexdigest(data[shard_layout(plan, index, NO_DIGEST, codec=codec).body :].data)
+    layout = sized_layout(plan, index, digest, codec, len(data))
     if len(data) != layout.num_bytes or data[: layout.body].tobytes() != layout.header:
         raise CorruptError(
             f"it has no commit record and its bytes have digest {digest}, which is not the one in its header",
@@ -268,7 +319,8 @@ class Shard:
     def __init__(self, folder: Path, plan: Plan, index: int, io: Io = "mmap", *, good: bytearray | None = None) -> None:
         self.path, self._cache = shard_path(folder, index), folder
         commit = read_commit(folder, plan, index)
-        self.layout = shard_layout(plan, index, commit.digest)
+        self._codec = codec_of(folder, plan)
+        self.layout = sized_layout(plan, index, commit.digest, self._codec, commit.num_bytes)
         self.digest = commit.digest
         if commit.num_bytes != self.layout.num_bytes:
             raise LayoutError(
@@ -287,7 +339,7 @@ class Shard:
         self.good = bytearray(len(self._crc)) if good is None else good
         """1 for every block that was found good, by this object or, where `good` is given, by one before it."""
         first = tensors["row_offsets"].begin
-        tables = self._checked(first, self._checked_to)
+        tables = self._checked(first, tensors["sample_ids"].end)
         names = ("row_offsets", "token_offsets", "token_ids", "supervised", "sample_ids")
         arrays = [tensors[name].view(tables, first) for name in names]
         self.row_offsets, self.token_offsets, self.token_ids, supervised, self.sample_ids = arrays
@@ -295,11 +347,18 @@ class Shard:
         # Plain ints, because indexing an array costs ten times as much and `sample` does little else.
         self._row_at, self._token_at = self.row_offsets.tolist(), self.token_offsets.tolist()
         self.num_rows, self._width = plan.shards[index].num_rows, plan.head.hidden_size
-        self._dtype, self._codec = DTYPES[TAGS[plan.settings.dtype]], CODECS[plan.settings.codec]
+        self._dtype = DTYPES[TAGS[plan.settings.dtype]]
         stored = self._codec.tensors(self.num_rows, self._width, plan.settings.dtype)
         self._stored = [(tensors[name], math.prod(shape[1:]) * DTYPES[tag].itemsize) for name, tag, shape in stored]
         """The tensors that hold rows, and bytes of a row in each."""
-        self._row_bytes, self._mapped = self._stored[0][1], None
+        self._row_bytes, self._mapped, self._ragged = self._stored[0][1], None, ragged_of(self._codec)
+        if self._ragged is not None:
+            counts = tensors[self._ragged.counts]
+            each = self._checked(counts.begin, counts.end).view(DTYPES[counts.dtype])
+            self._ragged_at = np.concatenate([[0], np.cumsum(each, dtype=np.int64)]).tolist()
+            """int [R + 1], the first ragged entry of each row."""
+            if self._ragged_at[-1] != (entries := tensors[self._ragged.tensors[0][0]].shape[0]):
+                raise self.corrupt(f"its rows have {self._ragged_at[-1]} entries of {counts.name}, it holds {entries}")
         if io == "mmap" and isinstance(self._codec, Raw):
             self._mapped = tensors["hidden"].view(self._file.read(0, self._checked_to))
 
@@ -329,15 +388,25 @@ class Shard:
 
     def _read_rows(self, first: int, after: int) -> np.ndarray:
         """The same, read and decoded: a copy, but for raw rows one that reading has made."""
-        parts = {}
-        for tensor, row_bytes in self._stored:
-            data = self._checked(tensor.begin + first * row_bytes, tensor.begin + after * row_bytes)
-            parts[tensor.name] = np.ndarray((after - first, *tensor.shape[1:]), DTYPES[tensor.dtype], buffer=data)
+        parts = self.parts(first, after)
         if isinstance(self._codec, Raw):
             return parts["hidden"]
         out = np.empty((after - first, self._width), self._dtype)
         self._codec.decode(parts, out)
         return out
+
+    def parts(self, first: int, after: int) -> dict[str, np.ndarray]:
+        """Rows first to after as they are stored, the codec's tensors by name; blocks are checked on first touch."""
+        parts = {}
+        for tensor, row_bytes in self._stored:
+            data = self._checked(tensor.begin + first * row_bytes, tensor.begin + after * row_bytes)
+            parts[tensor.name] = np.ndarray((after - first, *tensor.shape[1:]), DTYPES[tensor.dtype], buffer=data)
+        for name, tag in () if self._ragged is None else self._ragged.tensors:
+            low, high = self._ragged_at[first], self._ragged_at[after]
+            begin, size = self.layout.tensors[name].begin, DTYPES[tag].itemsize
+            data = self._checked(begin + low * size, begin + high * size)
+            parts[name] = np.ndarray(high - low, DTYPES[tag], buffer=data)
+        return parts
 
     def prefetch(self, index: int) -> None:
         """Ask the kernel to read a sample's rows ahead, and whole blocks where they are verified first."""

@@ -19,12 +19,14 @@ PAGE = 4096
 MAX_HEADER_BYTES = 1 << 20
 
 DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
 }

@@ -62,7 +62,10 @@ def planned(run: RunFile, folder: Path, command: str, *, keep_rows: bool, prompt
     from kdpipe.stages.extract import ExtractSpec
     from kdpipe.stages.extract.staging import staged
 
-    spec = replace(ExtractSpec.of(run), keep_rows=keep_rows, prompts=prompts)
+    # A codec is fitted before the first row is kept, which a live run does not wait for.
+    spec = replace(
+        ExtractSpec.of(run), keep_rows=keep_rows, prompts=prompts, codec="raw", codec_kl=None, codec_bytes=None
+    )
     with watch(command, EventLog(None)) as progress, staged(spec, folder, progress) as found:
         return found.publish()
 

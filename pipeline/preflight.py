@@ -16,7 +16,7 @@ from kdpipe.manifests.durable import file_system
 from kdpipe.manifests.errors import ConfigError, InputError, SpaceError
 from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.plan import PLAN_FILE, read_plan
-from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
+from kdpipe.manifests.shard import commit_path, expected_bytes
 from kdpipe.manifests.specs import SlurmSpec
 from kdpipe.pipeline.cluster import Cluster
 from kdpipe.pipeline.costs import STATE_BYTES
@@ -210,4 +210,4 @@ def cache_bytes_left(cache: Path) -> int:
         return 0
     plan = read_plan(cache)
     left = (number for number in range(len(plan.shards)) if not commit_path(cache, number).exists())
-    return sum(shard_layout(plan, number, NO_DIGEST).num_bytes for number in left)
+    return sum(expected_bytes(cache, plan, number) for number in left)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from kdpipe.manifests.cache import Cache, teacher_files, write_head
 from kdpipe.manifests.durable import canonical, write_once
+from kdpipe.manifests.fitted import CODEC_FILE, Choice, write_fitted
 from kdpipe.manifests.plan import (
     FOLDERS,
     PLAN_FILE,
@@ -33,6 +35,9 @@ from kdpipe.manifests.specs import Dtype, Io
 from kdpipe.manifests.teacher import HeadRecord
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
 from kdpipe.manifests.verify import Level, examine
+from kdpipe.stages.codec.fit import fit
+from kdpipe.stages.models.head import Head
+from kdpipe.stages.rows import as_tensor
 
 
 def array_dtype(dtype: Dtype) -> np.dtype:
@@ -136,6 +141,28 @@ def make_plan(
     return plan
 
 
+def fit_codec(folder: Path, codec: str, *, rows: np.ndarray | None = None) -> Plan:
+    """Give a planned cache, none of whose shards are filled, a codec fitted to rows [N, E], by default its own kind."""
+    plan = read_plan(folder)
+    arrays, record = Cache.open(folder).head(), plan.head
+    if rows is None:
+        rows = np.random.default_rng(5).standard_normal((600, record.hidden_size), dtype=np.float32)
+        rows = rows.astype(array_dtype(plan.settings.dtype))
+    fitted = fit(
+        Choice.read(codec),
+        rows,
+        Head(as_tensor(np.array(arrays.weight)), softcap=record.softcap, scale=record.scale),
+        vocab_size=record.vocab_size,
+        head_digest=plan.teacher_files["head.safetensors"],
+        device=torch.device("cpu"),
+    )
+    write_fitted(folder / "teacher" / CODEC_FILE, fitted)
+    settings = plan.settings.model_copy(update={"codec": codec})
+    plan = plan.changed(settings=settings, teacher_files=teacher_files(folder / "teacher"))
+    (folder / PLAN_FILE).write_bytes(plan.to_bytes())
+    return plan
+
+
 def total(shards: ShardTable, name: str) -> int:
     return int(shards.columns[name].sum())
 
@@ -219,6 +246,7 @@ def make_cache(
     vocab_size: int = 97,
     has_bias: bool = False,
     teacher: str = "teacher",
+    codec: str = "raw",
 ) -> Cache:
     """A complete cache in `folder` (which must not hold one), open: random rows, head and (if not given) samples.
 
@@ -237,6 +265,8 @@ def make_cache(
         teacher=teacher,
         seed=seed,
     )
+    if codec != "raw":
+        fit_codec(folder, codec)
     cache = Cache.open(folder)
     for index in range(len(cache.plan.shards)):
         fill_shard(folder, index, seed=seed)

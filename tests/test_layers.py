@@ -19,7 +19,7 @@ FLOORS = (
     {"prepare", "feed"},
     {"models"},
     {"sglang"},
-    {"loss", "teacher", "rollout"},
+    {"loss", "teacher", "rollout", "codec"},
     {"student", "extract"},
     {"align"},
     {"evaluate", "exchange", "generate"},

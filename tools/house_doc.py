@@ -16,7 +16,7 @@ HEAD = """# The house
 `stages/` does the work; `pipeline/` is the command line. A room imports downwards only. Inside `stages/` there are
 floors, and a stage imports lower floors only (`tests/test_layers.py`):
 
-    draws, ranks, rows  <  prepare, feed  <  models  <  sglang  <  loss, teacher, rollout  <  student, extract
+    draws, ranks, rows  <  prepare, feed  <  models  <  sglang  <  loss, teacher, rollout, codec  <  student, extract
         <  align  <  evaluate, exchange, generate  <  train  <  live
 
 ## The way of a record and of its rows

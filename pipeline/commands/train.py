@@ -71,6 +71,7 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
         caches=caches,
         weights=run.cache.weights,
         unmatched=run.cache.unmatched,
+        max_codec_kl=run.cache.max_codec_kl,
         data=data,
         align=run.student.align,
         align_floor=run.student.align_floor,

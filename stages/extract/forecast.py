@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from kdpipe.manifests.codec import CODECS, find_codec, num_bytes
+from kdpipe.manifests.codec import CODECS, RAW, num_bytes
 from kdpipe.manifests.errors import (
     TeacherError,
 )
+from kdpipe.manifests.fitted import choose, usual_share
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import Sample, is_heldout, num_rows
 from kdpipe.stages.extract.reading import counts_of, read_samples
@@ -26,6 +27,7 @@ class Forecast:
     """What an extraction will make, known from data, tokenizer and config alone.
 
     num_files: files and folders of the cache
+    bytes_per_codec: of the rows and tables; fisher as it is asked for, or at a mean KL of 0.01, from experience
     longest: tokens of the longest sample
     """
 
@@ -50,7 +52,7 @@ def forecast(spec: ExtractSpec, progress: Progress, *see: Callable[[Sample], Non
 
     see: each is called with every sample
     """
-    find_codec(spec.codec, where="--codec")
+    choice = spec.codec_choice()
     folder = ModelFolder(spec.teacher, TeacherError, spec.options.trust)
     info = describe_teacher(folder, spec.dtype)
     tokenizer = teacher_tokenizer(folder, progress)
@@ -70,9 +72,14 @@ def forecast(spec: ExtractSpec, progress: Progress, *see: Callable[[Sample], Non
             num_heldout += int(is_heldout(content_id, spec.data_spec.heldout_fraction)[0])
     # Ids and mask lie in samples.arrow and in the shard, 5 bytes a token each.
     overhead = num_tokens * 10
+    raw = num_bytes(RAW, total_rows, info.hidden_size, info.dtype)
     stored = {
         name: num_bytes(codec, total_rows, info.hidden_size, info.dtype) + overhead for name, codec in CODECS.items()
     }
+    fisher = choice if choice.name == "fisher" else choose("fisher")
+    for fitted in (choose("int8"), fisher):
+        share = usual_share(fitted, info.hidden_size, info.dtype)
+        stored.setdefault(fitted.name, int(raw * share) + overhead)
     num_shards = -(-num_tokens // spec.shard_tokens)
     return Forecast(
         num_samples=num_samples,
@@ -87,7 +94,7 @@ def forecast(spec: ExtractSpec, progress: Progress, *see: Callable[[Sample], Non
         dtype=info.dtype,
         counts=counts_of(num_samples, incidents, unread),
         bytes_per_codec=stored,
-        head_bytes=num_bytes(CODECS["raw"], info.head_rows, info.hidden_size, info.dtype),
+        head_bytes=num_bytes(RAW, info.head_rows, info.hidden_size, info.dtype),
         teacher_params=info.num_params,
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kdpipe.manifests.codec import CODECS, find_codec, num_bytes
+from kdpipe.manifests.codec import RAW, num_bytes
 from kdpipe.manifests.errors import (
     CacheError,
     ConfigError,
@@ -25,7 +25,7 @@ from kdpipe.manifests.plan import (
 )
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json
-from kdpipe.manifests.shard import NO_DIGEST, commit_path, shard_layout
+from kdpipe.manifests.shard import commit_path, expected_bytes
 from kdpipe.manifests.specs import MAX_SHARD_TOKENS
 from kdpipe.manifests.specs.teacher import CUDA_BATCH_TOKENS
 from kdpipe.stages.extract.inputs import Inputs
@@ -66,9 +66,9 @@ def _identity(plan: Plan) -> dict[str, object]:
 def require_room(plan: Plan, folder: Path, cache: Path) -> None:
     """Room in `folder` for the shards that `cache` lacks, for the head and the tokenizer. Raises SpaceError."""
     missing = [number for number in range(len(plan.shards)) if not commit_path(cache, number).exists()]
-    needed = SMALL_FILES + sum(shard_layout(plan, number, NO_DIGEST).num_bytes for number in missing)
+    needed = SMALL_FILES + sum(expected_bytes(cache, plan, number) for number in missing)
     if not (cache / PLAN_FILE).exists():
-        needed += num_bytes(CODECS["raw"], plan.head.head_rows, plan.head.hidden_size, plan.head.dtype)
+        needed += num_bytes(RAW, plan.head.head_rows, plan.head.hidden_size, plan.head.dtype)
     place = os.statvfs(folder)
     free = place.f_bavail * place.f_frsize
     if needed > free:
@@ -142,7 +142,7 @@ def plan_without_samples(
     inputs: Inputs,
 ) -> Plan:
     """All of the plan that is decided before any data is read. Raises ConfigError for a codec or size that is none."""
-    find_codec(spec.codec, where="--codec")
+    codec = spec.codec_choice()
     if not 1 <= spec.shard_tokens <= MAX_SHARD_TOKENS:
         raise ConfigError(
             f"a shard of {spec.shard_tokens:,} tokens, expected 1 to {MAX_SHARD_TOKENS:,}", where="--shard-tokens"
@@ -160,7 +160,7 @@ def plan_without_samples(
             overlong=spec.data_spec.overlong,
             supervise=spec.data_spec.supervise,
             rows=spec.rows,
-            codec=spec.codec,
+            codec=str(codec),
             dtype=head.dtype,
             seed=spec.seed,
             shard_tokens=spec.shard_tokens,

@@ -15,12 +15,11 @@ from pathlib import Path
 
 from kdpipe.manifests.errors import TeacherError
 from kdpipe.manifests.progress import Progress
-from kdpipe.manifests.sample import Sample, SampleTokens, num_rows
-from kdpipe.manifests.samples import cut_batches
+from kdpipe.manifests.sample import Sample, SampleTokens
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
 from kdpipe.stages.extract.forecast import teacher_tokenizer
 from kdpipe.stages.extract.planning import engine_record
-from kdpipe.stages.extract.requests import request_of
+from kdpipe.stages.extract.requests import text_batches
 from kdpipe.stages.extract.shelf import ScratchShelf
 from kdpipe.stages.extract.spec import ExtractSpec
 from kdpipe.stages.extract.teach import teach
@@ -28,7 +27,6 @@ from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.vocabulary import real_vocab_size
 from kdpipe.stages.teacher import engine_class
 from kdpipe.stages.teacher.describe import describe_teacher
-from kdpipe.stages.teacher.engine import Request, TeacherEngine
 from kdpipe.stages.teacher.gate import admit
 
 
@@ -83,7 +81,14 @@ def probe(spec: ExtractSpec, samples: Sequence[Sample], progress: Progress) -> P
     engine = engine_class(record.name)(folder, dtype=info.dtype, device=spec.resolved_device(), options=spec.options)
     with tempfile.NamedTemporaryFile(prefix="kdpipe-probe-") as file:
         shelf = ScratchShelf(Path(file.name), info.hidden_size, DTYPES[TAGS[info.dtype]])
-        batches = _batches(samples, shelf, engine, record.batch_tokens, spec, vocab_size)
+        batches = text_batches(
+            [SampleTokens(token_ids=sample.token_ids, supervised=sample.supervised) for sample in samples],
+            shelf.place,
+            probe_every=engine.probe_every,
+            batch_tokens=record.batch_tokens,
+            every_row=spec.rows == "all",
+            vocab_size=vocab_size,
+        )
         try:
             teach(engine, batches[:1], shelf, admit, progress)
             began = time.perf_counter()
@@ -101,29 +106,3 @@ def probe(spec: ExtractSpec, samples: Sequence[Sample], progress: Progress) -> P
         seconds=ended - began,
         tokens_per_second=num_tokens / (ended - began),
     )
-
-
-def _batches(
-    samples: Sequence[Sample],
-    shelf: ScratchShelf,
-    engine: TeacherEngine,
-    batch_tokens: int,
-    spec: ExtractSpec,
-    vocab_size: int,
-) -> list[list[Request]]:
-    """The samples as batches of a shard of theirs."""
-    cut = cut_batches([len(sample.token_ids) for sample in samples], batch_tokens)
-    batches: list[list[Request]] = [[] for _ in range(int(cut.max()) + 1)]
-    every_row = spec.rows == "all"
-    for number, sample in enumerate(samples):
-        request = request_of(
-            number,
-            SampleTokens(token_ids=sample.token_ids, supervised=sample.supervised),
-            shelf.place(number, num_rows(sample.supervised, every=every_row)),
-            draw=number,
-            every_row=every_row,
-            probe_every=engine.probe_every,
-            vocab_size=vocab_size,
-        )
-        batches[int(cut[number])].append(request)
-    return batches

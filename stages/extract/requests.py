@@ -3,13 +3,14 @@
 Pure but for `place`: which rows are probed, and which ids scored there, are functions of the sample and the seed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.plan import Plan
-from kdpipe.manifests.sample import SampleTokens, row_positions
+from kdpipe.manifests.sample import SampleTokens, num_rows, row_positions
+from kdpipe.manifests.samples import cut_batches
 from kdpipe.stages.teacher.engine import Request, RowTarget
 from kdpipe.stages.teacher.gate import choose_probes, choose_scored, is_probed_inside
 
@@ -35,6 +36,32 @@ def shard_requests(
         text = SampleTokens(token_ids=token_ids[start:stop], supervised=supervised[start:stop])
         target = place(sample, int(columns["num_rows"][index]))
         batches[int(columns["batch"][index])].append(sample_request(plan, sample, text, probe_every, target))
+    return batches
+
+
+def text_batches(
+    texts: Sequence[SampleTokens],
+    place: Callable[[int, int], RowTarget],
+    *,
+    probe_every: int,
+    batch_tokens: int,
+    every_row: bool,
+    vocab_size: int,
+) -> list[list[Request]]:
+    """Samples that no plan has, as batches of a shard of theirs; their rows are placed in order."""
+    cut = cut_batches([len(text.token_ids) for text in texts], batch_tokens)
+    batches: list[list[Request]] = [[] for _ in range(int(cut.max(initial=-1)) + 1)]
+    for number, text in enumerate(texts):
+        request = request_of(
+            number,
+            text,
+            place(number, num_rows(text.supervised, every=every_row)),
+            draw=number,
+            every_row=every_row,
+            probe_every=probe_every,
+            vocab_size=vocab_size,
+        )
+        batches[int(cut[number])].append(request)
     return batches
 
 

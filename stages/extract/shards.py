@@ -7,7 +7,7 @@ Requests for the next shard are made as soon as the engine asks for them, so it 
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from kdpipe.manifests.parts import missing_shards, shards_of
 from kdpipe.manifests.plan import PLAN_FILE, EngineRecord, Plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.samples import Samples
-from kdpipe.manifests.shard import NO_DIGEST, adopt, commit_path, shard_layout, shard_path
+from kdpipe.manifests.shard import adopt, commit_path, planned_bytes, shard_path
+from kdpipe.stages.extract.calibrate import calibrate
 from kdpipe.stages.extract.requests import shard_requests
 from kdpipe.stages.extract.shelf import ShardShelf
 from kdpipe.stages.extract.spec import ExtractSpec
@@ -43,7 +44,11 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
     part: (i, n) extracts the i-th of n equal ranges of shards, i from 1, for several writers of one cache.
     Raises the errors of planning, GateError, TeacherError for rows that are not finite, DriftError, SpaceError.
     """
-    with staged(spec, cache, progress) as found:
+    with staged(spec, cache, progress) as found, ExitStack() as stack:
+        engine = None
+        if found.lacks_codec:
+            engine = _started(found, spec, stack, progress)
+            found = found.with_codec(calibrate(found.plan, found.first_samples(), found.head, engine, progress))
         todo = [
             number for number in missing_shards(found.plan, found.cache, part) if not _adopted(found, number, progress)
         ]
@@ -54,17 +59,21 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         if not todo:
             progress.note(_nothing_to_do(found.plan, found.cache, part))
             return found.publish()
-        progress.note(f"starting {found.plan.engine.name} with the teacher")
-        engine = engine_class(found.plan.engine.name)(
-            found.teacher, dtype=found.plan.settings.dtype, device=spec.resolved_device(), options=spec.options
-        )
-        try:
-            try_out(engine, found.plan.engine, found.head, found.samples(), progress)
-            opened = found.publish()
-            fill(opened, engine, found.head, progress, todo)
-        finally:
-            engine.close()
+        engine = engine or _started(found, spec, stack, progress)
+        opened = found.publish()
+        fill(opened, engine, found.head, progress, todo)
         return opened
+
+
+def _started(found: Staged, spec: ExtractSpec, stack: ExitStack, progress: Progress) -> TeacherEngine:
+    """The plan's engine, tried out on a few samples; it ends with the stack."""
+    progress.note(f"starting {found.plan.engine.name} with the teacher")
+    engine = engine_class(found.plan.engine.name)(
+        found.teacher, dtype=found.plan.settings.dtype, device=spec.resolved_device(), options=spec.options
+    )
+    stack.callback(engine.close)
+    try_out(engine, found.plan.engine, found.head, found.samples(), progress)
+    return engine
 
 
 def require_whole(plan: Plan, cache: Path) -> None:
@@ -74,7 +83,7 @@ def require_whole(plan: Plan, cache: Path) -> None:
         if not commit_path(cache, number).exists():
             continue
         try:
-            found, wanted = path.stat().st_size, shard_layout(plan, number, NO_DIGEST).num_bytes
+            found, wanted = path.stat().st_size, planned_bytes(cache, plan, number)
         except FileNotFoundError:
             raise CorruptError("committed, but the file is gone", where=path, hint=repair(cache)) from None
         if found != wanted:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from kdpipe.manifests.engine import EngineOptions
+from kdpipe.manifests.fitted import Choice, choose
 from kdpipe.manifests.specs import (
     SHARD_TOKENS,
     DataSpec,
@@ -28,6 +29,7 @@ class ExtractSpec:
     engine: "auto", or a name in kdpipe.stages.teacher.ENGINES
     dtype: of the teacher's pass and the rows; "auto" takes the checkpoint's
     rows: "supervised" keeps rows whose next token is a target, "all" keeps every row that has a next token
+    codec: how rows are stored; codec_kl, codec_bytes: what that may lose or take, as in CacheSpec
     seed: fixes which rows the gate probes
     shard_tokens: tokens a shard holds at most
     batch_tokens: tokens of a padded teacher batch; 0 runs every sample alone; None: 0 on a CPU, 16384 on a GPU;
@@ -48,6 +50,8 @@ class ExtractSpec:
     dtype: DtypeChoice = "auto"
     rows: RowsChoice = "supervised"
     codec: str = "raw"
+    codec_kl: float | None = None
+    codec_bytes: float | None = None
     seed: int = 0
     shard_tokens: int = SHARD_TOKENS
     device: DeviceChoice = "auto"
@@ -74,6 +78,8 @@ class ExtractSpec:
             dtype=run.teacher.dtype,
             rows=run.cache.rows,
             codec=run.cache.codec,
+            codec_kl=run.cache.codec_kl,
+            codec_bytes=run.cache.codec_bytes,
             seed=run.cache.seed,
             shard_tokens=run.cache.shard_tokens,
             device=run.engine.device,
@@ -90,6 +96,10 @@ class ExtractSpec:
         of_places = {"teacher", "data", "group", "options", "check_inputs", "prepare_workers", "keep_rows"}
         chosen = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in of_places}
         return chosen | {"data_spec": self.data_spec.model_dump(mode="json", exclude={"subset"})}
+
+    def codec_choice(self) -> Choice:
+        """The codec that is asked for. Raises ConfigError for one that is not known, or does not take what is given."""
+        return choose(self.codec, self.codec_kl, self.codec_bytes)
 
     def reading(self, info: TeacherInfo) -> Reading:
         """The data, read for this teacher."""

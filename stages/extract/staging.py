@@ -11,10 +11,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import Cache, teacher_files, write_head
@@ -34,6 +35,7 @@ from kdpipe.manifests.durable import (
 )
 from kdpipe.manifests.errors import CacheError, CorruptError, TeacherError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
+from kdpipe.manifests.fitted import CODEC_FILE, Choice, Fitted, write_fitted
 from kdpipe.manifests.places import require_outside
 from kdpipe.manifests.plan import (
     FOLDERS,
@@ -88,6 +90,45 @@ class Staged:
         """Read where it is used: a finished cache does without."""
         return self.read()
 
+    @property
+    def lacks_codec(self) -> bool:
+        """Whether its codec is one that is fitted and is not there: not yet, or lost."""
+        if not Choice.read(self.plan.settings.codec).is_fitted:
+            return False
+        return CODEC_FILE not in self.plan.teacher_files or not (self.cache / "teacher" / CODEC_FILE).exists()
+
+    def first_samples(self) -> Samples:
+        """Those of the cache's first plan, to which its codec is fitted."""
+        if self.folder is None or self.plan.generation:
+            return Samples(self.cache, read_plan(self.cache, 0))
+        return Samples(self.folder, self.plan)
+
+    def with_codec(self, fitted: Fitted) -> "Staged":
+        """With the codec in its place. Raises CorruptError where one that was lost does not come out as it was."""
+        is_new = CODEC_FILE not in self.plan.teacher_files
+        if is_new:
+            assert self.folder is not None, "a plan in place has its codec's digest"
+            write_fitted(self.folder / "teacher" / CODEC_FILE, fitted)
+            plan = self.plan.changed(teacher_files=teacher_files(self.folder / "teacher"))
+            (self.folder / PLAN_FILE).write_bytes(plan.to_bytes())
+            fsync_tree(self.folder)
+            failpoint("codec:flushed")
+            return replace(self, plan=plan)
+        scratch, place = scratch_name(self.cache / "tmp", CODEC_FILE), self.cache / "teacher" / CODEC_FILE
+        try:
+            write_fitted(scratch, fitted)
+            found, planned = xxhash.xxh3_128_hexdigest(scratch.read_bytes()), self.plan.teacher_files[CODEC_FILE]
+            if found != planned:
+                raise CorruptError(
+                    "it is lost, and fitted again it is another, with other threads or libraries perhaps; without it "
+                    "no row can be read: put it back from a copy, or extract into another folder",
+                    where=place,
+                )
+            publish(scratch, place)
+        finally:
+            scratch.unlink(missing_ok=True)
+        return self
+
     def samples(self) -> Samples:
         """What there is to try the teacher on: the cache's samples, those of before where it grows."""
         if self.folder is None or self.plan.generation:
@@ -120,8 +161,14 @@ class Staged:
     def _agree(self, existing: Plan) -> None:
         """What another writer planned in the meantime must be the same."""
         require_same(self.plan, existing, self.cache)
-        if self.plan != existing:
+        if _but_codec(self.plan) != _but_codec(existing):
             raise TemporaryError("another extraction put other samples there meanwhile; run it again", where=self.cache)
+
+
+def _but_codec(plan: Plan) -> Plan:
+    """The plan without the digest of its codec: of two writers that fitted one at once the first one's counts."""
+    files = {name: digest for name, digest in plan.teacher_files.items() if name != CODEC_FILE}
+    return plan.changed(teacher_files=files)
 
 
 @contextmanager

@@ -8,10 +8,15 @@ Invariant: a head owns no memory and is never changed.
 
 # Shapes: T tokens, V vocabulary, D width, R rows in a block, M chosen entries of the vocabulary.
 
+import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from kdpipe.manifests.cache import HeadArrays
+from kdpipe.manifests.teacher import HeadRecord
 
 CHUNK_ENTRIES = 2048
 """fp32 copies of the head exist for so many entries at a time: 16384 take twice as long, out of the cache."""
@@ -98,3 +103,20 @@ class Head:
     @property
     def finish(self) -> Finish:
         return Finish(scale=self.scale, softcap=self.softcap)
+
+
+def loaded_head(arrays: HeadArrays, record: HeadRecord, device: torch.device) -> Head:
+    """A cache's head as tensors on `device`, in the dtype it was extracted in."""
+
+    def tensor(array: np.ndarray | None) -> Tensor | None:
+        if array is None:
+            return None
+        with warnings.catch_warnings():
+            # Read-only by intent: the head is frozen.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            bits = torch.from_numpy(array.view(np.uint8))
+        return bits.view(getattr(torch, record.dtype)).to(device)
+
+    weight = tensor(arrays.weight)
+    assert weight is not None
+    return Head(weight=weight, bias=tensor(arrays.bias), softcap=record.softcap, scale=record.scale)

@@ -7,7 +7,6 @@ leave the backbone, logits never exist outside the fused loss. Weights, sums of 
 
 # Shapes: L tokens of a batch, R supervised rows, D student width, E teacher width, V vocabulary.
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from kdpipe.stages.loss.cross_metrics import CrossMetrics
 from kdpipe.stages.models.adapter import NAME, has_adapter, low_of, product, without_adapter
 from kdpipe.stages.models.backbone import backbone, packed_hidden, packed_output
 from kdpipe.stages.models.formula import logit_formula
+from kdpipe.stages.models.head import loaded_head
 from kdpipe.stages.models.router import router_loss, router_weight
 from kdpipe.stages.rollout.decode import Ended, Way, decode, trial
 from kdpipe.stages.rollout.sampling import Sampling
@@ -69,21 +69,9 @@ class TeacherHead:
 
 def load_teacher_head(teacher: Teacher, device: torch.device) -> TeacherHead:
     """A teacher's head as tensors on `device`, in the dtype it was extracted in."""
-    arrays, record = teacher.read_head(), teacher.record
-
-    def tensor(array: np.ndarray | None) -> torch.Tensor | None:
-        if array is None:
-            return None
-        with warnings.catch_warnings():
-            # Read-only by intent: the head is frozen.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            bits = torch.from_numpy(array.view(np.uint8))
-        return bits.view(getattr(torch, record.dtype)).to(device)
-
-    weight = tensor(arrays.weight)
-    assert weight is not None
+    record = teacher.record
     return TeacherHead(
-        head=Head(weight=weight, bias=tensor(arrays.bias), softcap=record.softcap, scale=record.scale),
+        head=loaded_head(teacher.read_head(), record, device),
         vocab_size=record.vocab_size,
         weight=teacher.weight,
         top_k=record.top_k,

@@ -15,6 +15,7 @@ import torch
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError, SpaceError, StudentError
+from kdpipe.manifests.fitted import require_kl
 from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.overlap import shared_samples
 from kdpipe.manifests.plan import read_plan
@@ -78,6 +79,7 @@ class Training:
     copies: of the caches on this node's own disk, where their files are read instead; () reads the caches themselves
     device: "auto", "cpu" or "cuda"
     io: how the caches are read
+    max_codec_kl: what their codecs may lose, nats; None: whatever it is
     trust: digest of the student's own code that may run, or its start; None where it brings none
     resume: "auto" goes on from the newest good checkpoint in output, "never" starts again, a path goes on from there
     group: number of the Unix group that may read the output
@@ -99,6 +101,7 @@ class Training:
     workers: int | None = None
     device: str = "auto"
     io: Io = "mmap"
+    max_codec_kl: float | None = None
     trust: str | None = None
     resume: str = "auto"
     group: int | None = None
@@ -172,6 +175,8 @@ def find(training: Training, progress: Progress = SILENT) -> Found:
     if not training.caches:
         return _find_data(training, model, progress)
     caches = open_caches(training)
+    for cache in caches:
+        require_kl(cache.path, cache.plan, training.max_codec_kl)
     dataset = of_caches(caches, training.spec.loss, unmatched=training.unmatched)
     _check_weights(training, dataset)
     crossing = cross(model, dataset, caches, asked_across(training), progress)

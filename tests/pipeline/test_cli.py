@@ -444,6 +444,7 @@ class FakeTraining:
     copies: object = None
     weights: tuple[float, ...] = ()
     unmatched: str = "refuse"
+    max_codec_kl: float | None = None
     align: str = "auto"
     align_floor: float = 0.5
     loggers: tuple[str, ...] = ()

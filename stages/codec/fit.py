@@ -1,0 +1,260 @@
+"""Fit: a codec's numbers from some of a teacher's rows, and what it loses measured on others.
+
+    rows -> fit (basis) | tune (levels, a first step) | test (the loss, to which the step is brought)
+
+The rows come in an order that says nothing of them, so that each part is like all. Invariant: what the record says was
+measured on rows that nothing was fitted to, decoded as a reader decodes them.
+Cost: the head once forth and back for FISHER_ROWS rows, once for each row that a loss is measured on and each price
+tried; two eigenvalue problems of size E, in float64.
+"""
+
+# Shapes: N rows, E teacher width.
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdpipe.manifests.codec import Codec, as_stored
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.fisher import MOST_PLACES, Fisher, integer_bits
+from kdpipe.manifests.fitted import LARGEST_KL, Choice, CodecRecord, Fitted, FittedCodec
+from kdpipe.manifests.int8 import Int8
+from kdpipe.manifests.radix import arrange
+from kdpipe.stages.codec.levels import levels_of
+from kdpipe.stages.codec.metric import Divergences, Lens
+from kdpipe.stages.models.head import Head
+from kdpipe.stages.rows import as_tensor
+
+LEAST_ROWS = 64
+"""A codec fitted to fewer would say nothing of the others."""
+FIT, TUNE = 0.7, 0.85
+"""Where the rows are cut."""
+FISHER_ROWS, FIRST_ROWS, TEST_ROWS = 2048, 256, 2048
+FLOOR = 1e-9
+"""Smallest eigenvalue of the metric, over its largest: what the head does not see at all."""
+CLOSE = 0.02
+"""The KL asked for is met to this share of it, from below."""
+TRIES = 7
+
+
+def wanted_rows(width: int) -> int:
+    """Rows that a codec is fitted to and measured on where there are as many."""
+    return max(4096, min(16 * width, 32768))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Parts:
+    """The rows [N, E] as the teacher gave them, in three; and the head."""
+
+    fit: np.ndarray
+    tune: np.ndarray
+    test: np.ndarray
+    lens: Lens
+
+    def loss(self, codec: Codec, rows: np.ndarray) -> Divergences:
+        """What the codec loses of these rows."""
+        device = self.lens.weight.device
+        exact, stored = (
+            as_tensor(np.ascontiguousarray(each)).to(device).float() for each in (rows, as_stored(codec, rows))
+        )
+        return self.lens.compare(exact, stored)
+
+    def doubles(self, rows: np.ndarray) -> Tensor:
+        return as_tensor(np.ascontiguousarray(rows)).to(self.lens.weight.device).double()
+
+
+def fit(
+    choice: Choice, rows: np.ndarray, head: Head, *, vocab_size: int, head_digest: str, device: torch.device
+) -> Fitted:
+    """The codec that is asked for, fitted to rows [N, E] in an order that says nothing of them.
+
+    Raises ConfigError for too few rows, and for a KL or a size that is out of reach.
+    """
+    if len(rows) < LEAST_ROWS:
+        raise ConfigError(
+            f"{len(rows)} rows are too few to fit it to, it takes {LEAST_ROWS}; store them raw",
+            where=f"--codec {choice.name}",
+        )
+    widest = MOST_PLACES // (1 + rows.itemsize)
+    if rows.shape[1] > widest:
+        raise ConfigError(
+            f"rows of {rows.shape[1]:,} columns, at most {widest:,} are coded in {rows.dtype.name}; store them raw",
+            where=f"--codec {choice.name}",
+        )
+    ends = [int(len(rows) * share) for share in (FIT, TUNE)]
+    fitted, tune, test = np.split(rows, ends)
+    parts = _Parts(
+        fit=fitted,
+        tune=tune,
+        test=some(test, TEST_ROWS),
+        lens=Lens.of(head, vocab_size, device),
+    )
+    codec, loss = FITS[choice.name](choice, parts)
+    share = share_of(codec, parts.test)
+    if share >= 1:
+        raise ConfigError(
+            f"for that, rows of {rows.dtype.name} take {share:.2f} of their bytes; allow more loss, or store them raw",
+            where=f"--codec {choice.name}",
+        )
+    record = CodecRecord(
+        codec=str(choice),
+        head=head_digest,
+        dtype=rows.dtype.name,
+        fit_rows=ends[1],
+        test_rows=len(parts.test),
+        kl_mean=loss.mean,
+        kl_p99=float(loss.kl.quantile(0.99)),
+        same_top=float(loss.same_top.double().mean()),
+        share=share,
+    )
+    return Fitted(codec=codec, record=record)
+
+
+def some(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most so many of the rows, from all over them."""
+    return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
+
+
+def _fit_int8(choice: Choice, parts: _Parts) -> tuple[FittedCodec, Divergences]:
+    """The scales of the channels: by how large their numbers are, and a little by what the head makes of them."""
+    rows = parts.doubles(parts.fit)
+    mean = rows.mean(0)
+    spread = (rows - mean).square().mean(0).sqrt()
+    spread = spread.clamp_min(float(spread.max()) * 1e-6 + 1e-30)
+    seen = parts.lens.information(parts.doubles(some(parts.fit, FISHER_ROWS)).float()).diagonal().clamp_min(0)
+    share = (seen * spread.square()).clamp_min(1e-30)
+    share = share / share.log().mean().exp()
+    codecs = [
+        Int8({"mean": mean.float().cpu().numpy(), "spread": (spread * share**-power).float().cpu().numpy()})
+        for power in (0.0, 0.1, 0.2)
+    ]
+    best = min(codecs, key=lambda codec: parts.loss(codec, some(parts.tune, 2 * FIRST_ROWS)).mean)
+    return best, parts.loss(best, parts.test)
+
+
+def _fit_fisher(choice: Choice, parts: _Parts) -> tuple[FittedCodec, Divergences]:
+    """The basis, and the step that has the KL or the size asked for."""
+    basis = Basis.of(parts.doubles(parts.fit), parts.lens)
+    z = ((parts.doubles(parts.tune) - basis.mean) @ basis.analysis).sort(0).values
+    if choice.share is not None:
+        return _of_size(choice.share, basis, z, parts)
+    assert choice.kl is not None, "a choice has one of the two"
+    return _of_loss(choice.kl, basis, z, parts)
+
+
+def _of_loss(kl: float, basis: "Basis", z: Tensor, parts: _Parts) -> tuple[FittedCodec, Divergences]:
+    """The codec that loses so much, from below. Raises ConfigError where that is out of reach."""
+    # Each component is off by step^2 / 12 in the mean, and half of that is nats. It goes with the square of the step.
+    step, rows = (24 * kl / z.shape[1]) ** 0.5, some(parts.tune, FIRST_ROWS)
+    best: tuple[FittedCodec, Divergences] | None = None
+    for _ in range(TRIES):
+        codec = basis.codec(step, z)
+        loss = parts.loss(codec, rows)
+        if rows is parts.test and loss.mean <= kl and (best is None or loss.mean > best[1].mean):
+            best = codec, loss
+        if best is not None and best[1].mean >= (1 - 3 * CLOSE) * kl:
+            return best
+        rows = parts.test
+        step *= float((1 - CLOSE) * kl / max(loss.mean, 1e-12)) ** 0.5
+    if best is not None:
+        return best
+    raise ConfigError(
+        f"a mean KL of {kl:g} is out of reach, {loss.mean:.2g} was reached: rounding rows to {parts.test.dtype.name} "
+        "loses about as much; allow more, or store them raw",
+        where="--codec-kl",
+    )
+
+
+def _of_size(share: float, basis: "Basis", z: Tensor, parts: _Parts) -> tuple[FittedCodec, Divergences]:
+    """The codec whose rows take so much of their bytes, or a little less. Raises ConfigError for too large a loss."""
+    bits = 8 * share * parts.test[0].nbytes
+    for _ in range(TRIES):
+        codec = basis.codec(_step_of_size(z, bits), z)
+        found = share_of(codec, parts.test)
+        if found <= share:
+            break
+        bits *= (1 - CLOSE / 4) * share / found
+    loss = parts.loss(codec, parts.test)
+    if found > share or not loss.mean <= LARGEST_KL:
+        raise ConfigError(
+            f"in {found:.3g} of their bytes rows lose {loss.mean:.2g} nats; give them more", where="--codec-bytes"
+        )
+    return codec, loss
+
+
+def share_of(codec: Codec, rows: np.ndarray) -> float:
+    """Bytes of rows as they are stored over those of raw ones."""
+    return sum(part.nbytes for part in codec.encode(rows).values()) / rows.nbytes
+
+
+def _step_of_size(z: Tensor, num_bits: float) -> float:
+    """The step at which a row takes so many bits; z: float64 [N, E], each column rising."""
+    low, high = -40.0, 20.0  # of its logarithm to base 2
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if levels_of(z, 2.0**middle).bits > num_bits else (low, middle)
+    return float(2.0**high)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Basis:
+    """The components of a teacher's rows: z = (row - mean) @ analysis, row = mean + z @ synthesis; float64."""
+
+    mean: Tensor
+    spread: Tensor
+    analysis: Tensor
+    synthesis: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, lens: Lens) -> "Basis":
+        """From float64 rows [N, E]."""
+        mean = rows.mean(0).float().double()
+        values, vectors = torch.linalg.eigh(lens.information(some_of(rows, FISHER_ROWS).float()))
+        roots = values.clamp_min(float(values[-1]) * FLOOR).sqrt()
+        root, inverse = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+        z = (rows - mean) @ root
+        _, axes = torch.linalg.eigh(z.T @ z / len(z))
+        spread = (rows - mean).square().mean(0).sqrt()
+        spread = torch.exp2(spread.clamp_min(float(spread.max()) * 1e-6 + 1e-30).log2().round())
+        return cls(mean=mean, spread=spread, analysis=root @ axes, synthesis=axes.T @ inverse)
+
+    def codec(self, step: float, z: Tensor) -> Fisher:
+        """The codec of this step; z: of rows that the basis was not fitted to, float64 [N, E], each column rising."""
+        levels = levels_of(z, step)
+        order, words = arranged(levels.count.cpu().numpy())
+        columns = self.analysis[:, order] * self.spread[:, None] / step
+        _, exponents = torch.frexp(columns.abs().amax(0))
+        exponents = integer_bits(len(self.mean)) - exponents
+        found = {
+            "mean": self.mean.float(),
+            "spread": self.spread.float(),
+            "analysis": torch.ldexp(columns, exponents).round().to(torch.int32),
+            "unit": torch.ldexp(torch.ones(len(order), dtype=torch.float64, device=columns.device), -exponents),
+            "lowest": levels.lowest[order].to(torch.int32),
+            "levels": levels.count[order].to(torch.int32),
+            "words": torch.from_numpy(words.astype(np.int32)),
+            "synthesis": (self.synthesis[order] * step).float(),
+        }
+        return Fisher({name: np.ascontiguousarray(array.cpu().numpy()) for name, array in found.items()})
+
+
+def arranged(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All components in the order in which they are packed, those of one level last; the words of the others."""
+    packed = np.flatnonzero(levels > 1)
+    order, words = arrange(levels[packed])
+    return np.concatenate([packed[order], np.flatnonzero(levels <= 1)]), words
+
+
+def some_of(rows: Tensor, count: int) -> Tensor:
+    """As `some`, of a tensor."""
+    places = torch.linspace(0, len(rows) - 1, min(count, len(rows)), device=rows.device).long()
+    return rows[places]
+
+
+FITS: dict[str, Callable[[Choice, _Parts], tuple[FittedCodec, Divergences]]] = {
+    "int8": _fit_int8,
+    "fisher": _fit_fisher,
+}

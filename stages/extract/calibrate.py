@@ -1,0 +1,69 @@
+"""Calibrating: the teacher on some of a plan's samples before its first shard, and a codec fitted to their rows.
+
+Which samples is a function of what the plan's first samples are, so that the same plan has the same codec again; their
+order, by the digests of their texts, says nothing of them. Rows pass the gate as those of a shard do.
+Cost: those samples a second time, and the fit (stages/codec/fit.py); nothing is written but a scratch file.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdpipe.manifests.cache import HEAD_FILE
+from kdpipe.manifests.fitted import Choice, Fitted
+from kdpipe.manifests.plan import Plan
+from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.samples import Samples
+from kdpipe.manifests.tensorfile import DTYPES, TAGS
+from kdpipe.stages.codec.fit import fit, wanted_rows
+from kdpipe.stages.extract.requests import text_batches
+from kdpipe.stages.extract.shelf import ScratchShelf
+from kdpipe.stages.extract.teach import teach
+from kdpipe.stages.models.head import Head
+from kdpipe.stages.teacher.engine import TeacherEngine
+from kdpipe.stages.teacher.gate import admit
+
+
+def calibrate(plan: Plan, samples: Samples, head: Head, engine: TeacherEngine, progress: Progress) -> Fitted:
+    """The codec that a plan asks for; samples: those of the plan. Raises ConfigError, and as teach."""
+    started = time.perf_counter()
+    width, choice = plan.head.hidden_size, Choice.read(plan.settings.codec)
+    texts = [samples.tokens(index) for index in chosen(samples, wanted_rows(width))]
+    progress.begin("calibrate", total=sum(len(text.token_ids) for text in texts), unit="tokens")
+    with tempfile.NamedTemporaryFile(prefix="kdpipe-calibrate-") as file:
+        dtype = DTYPES[TAGS[plan.settings.dtype]]
+        shelf = ScratchShelf(Path(file.name), width, dtype, doing="calibration")
+        batches = text_batches(
+            texts,
+            shelf.place,
+            probe_every=engine.probe_every,
+            batch_tokens=plan.engine.batch_tokens,
+            every_row=plan.settings.rows == "all",
+            vocab_size=plan.head.vocab_size,
+        )
+        teach(engine, batches, shelf, admit, progress)
+        progress.end()
+        rows = np.fromfile(file.name, dtype, shelf.num_rows * width).reshape(-1, width)
+    progress.note(f"fitting {choice} to {len(rows):,} rows of {len(texts):,} samples")
+    digest = plan.teacher_files[HEAD_FILE]
+    device = torch.device("cpu")
+    fitted = fit(choice, rows, head, vocab_size=plan.head.vocab_size, head_digest=digest, device=device)
+    record, seconds = fitted.record, time.perf_counter() - started
+    progress.event("codec", **record.model_dump(), seconds=seconds)
+    progress.note(
+        f"{choice}: {record.share:.3f} of the bytes, mean KL {record.kl_mean:.2g}, 99th percentile "
+        f"{record.kl_p99:.2g}, on {record.test_rows:,} other rows; {seconds:.0f} s"
+    )
+    return fitted
+
+
+def chosen(samples: Samples, num_rows: int) -> list[int]:
+    """Samples with so many rows together, all where they have no more, by the digests of their texts."""
+    ids = samples.column("content_id")
+    order = np.lexsort(ids.T)  # the last byte first: no order of the data, and not that of the held-out split
+    order = order[samples.column("num_rows")[order] > 0]
+    enough = int(np.searchsorted(np.cumsum(samples.column("num_rows")[order]), num_rows)) + 1
+    return order[:enough].tolist()

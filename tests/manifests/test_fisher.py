@@ -1,0 +1,75 @@
+"""Fisher and int8: a row has the same bytes beside any others, and nothing a row can hold is beyond them."""
+
+import numpy as np
+import pytest
+import torch
+from tests.stages.codec.rows import Drawn, drawn
+
+from kdpipe.manifests.codec import as_stored
+from kdpipe.manifests.fisher import Fisher, integer_bits
+from kdpipe.manifests.fitted import Choice, FittedCodec
+from kdpipe.stages.codec.fit import fit
+
+
+def codec_of(found: Drawn, name: str) -> FittedCodec:
+    device = torch.device("cpu")
+    return fit(
+        Choice.read(name), found.rows, found.head, vocab_size=found.vocab_size, head_digest="0", device=device
+    ).codec
+
+
+def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, bytes]:
+    return {name: b"".join(part[name].tobytes() for part in parts) for name in parts[0]}
+
+
+@pytest.mark.parametrize("name", ["fisher kl=0.01", "fisher kl=0.001", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_row_has_the_same_bytes_wherever_it_is_encoded(name: str, dtype: str) -> None:
+    """Sums of other lengths and orders, as a library makes them of blocks of other sizes, end in the same codes."""
+    found = drawn(dtype=dtype, outliers=True)
+    codec, rows = codec_of(found, name), found.rows[:203]
+    whole = joined([codec.encode(rows)])
+    for cuts in ([1, 2, 3], [7, 100], [64, 128, 192], list(range(1, 203))):
+        assert joined([codec.encode(part) for part in np.split(rows, cuts)]) == whole
+    if isinstance(codec, Fisher):  # another order of the sums, which no rounding is left to tell from the first
+        order = np.random.default_rng(3).permutation(rows.shape[1])
+        shuffled = {each: codec.arrays[each][order] for each in ("mean", "spread", "analysis")}
+        other = Fisher({**codec.arrays, **shuffled})
+        assert np.array_equal(other.steps(np.ascontiguousarray(rows[:, order])), codec.steps(rows))
+
+
+def test_the_widest_sum_of_integers_is_exact() -> None:
+    for width in (1, 2, 37, 576, 4096, 16384):
+        assert 2 * integer_bits(width) + int(np.ceil(np.log2(max(width, 1)))) <= 53
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_wild_rows_are_stored_as_they_are_and_tame_ones_beside_them_as_ever(dtype: str) -> None:
+    found = drawn(dtype=dtype)
+    codec, rows = codec_of(found, "fisher kl=0.01"), found.rows[:60].copy()
+    wild = [0, 17, 59]
+    rows[wild] = (np.random.default_rng(1).uniform(-3e4, 3e4, (3, rows.shape[1]))).astype(rows.dtype)
+    rows[17] = np.finfo(np.float16).max if dtype == "float16" else 3e38
+    stored = as_stored(codec, rows)
+    assert np.array_equal(stored[wild], rows[wild])
+    tame = np.setdiff1d(np.arange(60), wild)
+    assert np.array_equal(stored[tame], as_stored(codec, rows[tame]))
+
+
+def test_what_is_beyond_its_levels_is_an_exception_and_no_further_off_than_the_rest() -> None:
+    found = drawn(dtype="float32")
+    codec = codec_of(found, "fisher kl=0.05")
+    assert isinstance(codec, Fisher)
+    rows = found.rows[:200] + 0.2 * np.random.default_rng(2).standard_t(1.2, (200, 37)).clip(-60, 60).astype(np.float32)
+    parts = codec.encode(rows)
+    assert parts["num_exceptions"].max() > 3
+    off = codec.steps(as_stored(codec, rows)) - codec.steps(rows)
+    assert np.abs(off).max() <= 1  # what is left of it is rounding to whole steps again
+
+
+@pytest.mark.parametrize("name", ["fisher kl=0.01", "int8"])
+def test_a_row_of_zeros_and_no_row_at_all(name: str) -> None:
+    found = drawn()
+    codec = codec_of(found, name)
+    assert np.isfinite(as_stored(codec, np.zeros((2, 37), found.rows.dtype)).astype(np.float32)).all()
+    assert as_stored(codec, found.rows[:0]).shape == (0, 37)

@@ -1,0 +1,121 @@
+"""Fitted codecs in a cache: rows of a coded cache survive all that raw ones do, and without its codec none is read."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.caches import fill_shard, fit_codec, make_cache, make_plan, make_samples, random_rows, verified
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.codec import as_stored
+from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
+from kdpipe.manifests.fitted import CODEC_FILE, Choice, open_fitted, read_fitted
+from kdpipe.manifests.plan import read_plan
+from kdpipe.manifests.shard import Shard, adopt, commit_path, planned_bytes, shard_path
+from kdpipe.manifests.specs import Io
+
+CODECS = ["int8", "fisher kl=0.01"]
+
+
+def planned(folder: Path, codec: str) -> Path:
+    make_plan(folder, make_samples(21))
+    fit_codec(folder, codec)
+    return folder
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_sample_reads_what_its_codec_stores(codec: str, io: Io, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", codec=codec)
+    assert verified(cache.path, "deep", io=io) == [*range(len(cache.plan.shards))]
+    stored = [as_stored(open_fitted(cache.path, cache.plan).codec, random_rows(cache.plan, at)) for at in range(4)]
+    read = np.concatenate([view.rows for view in Cache.open(cache.path, io=io)])
+    assert read.dtype == stored[0].dtype
+    assert np.allclose(read.astype(np.float32), np.concatenate(stored).astype(np.float32), rtol=0.01, atol=1e-3)
+    assert not list((cache.path / "tmp").iterdir())
+
+
+def test_a_shard_takes_what_its_rows_take_and_no_more(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", codec="fisher kl=0.01")
+    rows = random_rows(cache.plan, 0)
+    rows[2] = 3e4  # a row as wild as none, which is longer than the others
+    raw = make_cache(tmp_path / "raw")
+    for number in range(len(cache.plan.shards)):
+        size = shard_path(cache.path, number).stat().st_size
+        assert size == planned_bytes(cache.path, cache.plan, number) < planned_bytes(raw.path, raw.plan, number)
+    for path in (commit_path, shard_path):
+        path(cache.path, 0).unlink()
+    fill_shard(cache.path, 0, rows=lambda *_: rows)
+    assert np.array_equal(Cache.open(cache.path).shard(0).rows(2, 3), rows[2:3])
+    assert shard_path(cache.path, 0).stat().st_size > size
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_are_encoded_in_pieces_and_twice_with_the_same_bytes(
+    codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = planned(tmp_path / "c", codec)
+    whole = fill_shard(folder, 0)
+    assert fill_shard(folder, 0) == whole
+    for path in (commit_path, shard_path):
+        path(folder, 0).unlink()
+    monkeypatch.setattr("kdpipe.manifests.shard.ENCODED_ROWS", 3)
+    assert fill_shard(folder, 0) == whole
+    commit_path(folder, 0).unlink()
+    assert adopt(folder, read_plan(folder), 0)
+    Shard(folder, read_plan(folder), 0).verify(None)
+
+
+def test_every_damaged_byte_of_a_coded_shard_is_found(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", codec="fisher kl=0.01")
+    path, layout = shard_path(cache.path, 0), cache.shard(0).layout
+    good = path.read_bytes()
+    assert layout.tensors["exception_places"].shape[0] > 2
+    for tensor in layout.tensors.values():
+        path.write_bytes(good[: tensor.begin] + bytes([good[tensor.begin] ^ 2]) + good[tensor.begin + 1 :])
+        with pytest.raises(CorruptError):
+            Shard(cache.path, cache.plan, 0).verify(None)
+        path.write_bytes(good)
+    for size in (len(good) - 3, len(good) + 3, len(good) - 1):
+        path.write_bytes(good[:size].ljust(size, b"\0"))
+        with pytest.raises(LayoutError):
+            Cache.open(cache.path)[0]
+
+
+def test_a_cache_whose_codec_is_lost_or_damaged_is_not_read(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", codec="fisher kl=0.01")
+    path = cache.teacher_folder / CODEC_FILE
+    good = path.read_bytes()
+    path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+    with pytest.raises(CorruptError, match=r"xxh3-128 .*, PLAN.json says"):
+        Cache.open(cache.path)[0]
+    path.unlink()
+    with pytest.raises(IncompleteError, match="the codec is missing, without which no row can be read"):
+        Cache.open(cache.path)[0]
+    path.write_bytes(good)
+    assert len(Cache.open(cache.path)[0].rows)
+
+
+def test_a_codec_comes_back_from_its_file(tmp_path: Path) -> None:
+    folder = planned(tmp_path / "c", "fisher bytes=0.3")
+    plan = read_plan(folder)
+    fitted = read_fitted(folder / "teacher" / CODEC_FILE, digest=plan.teacher_files[CODEC_FILE])
+    assert (fitted.record.codec, fitted.record.head) == ("fisher bytes=0.3", plan.teacher_files["head.safetensors"])
+    rows = random_rows(plan, 0)
+    assert {name: part.dtype.kind for name, part in fitted.codec.encode(rows).items()} == {
+        "packed": "u",
+        "num_exceptions": "u",
+        "exception_places": "u",
+        "exception_differences": "i",
+    }
+
+
+@pytest.mark.parametrize("text", ["fisher kl=0.01", "fisher bytes=0.25", "int8", "raw", "fisher kl=1e-05"])
+def test_a_choice_is_read_as_it_is_written(text: str) -> None:
+    assert str(Choice.read(text)) == text
+
+
+@pytest.mark.parametrize("text", ["fisher kl=x", "fisher kl=1e-2", "fisher  kl=0.01", "fisher size=3"])
+def test_a_choice_written_otherwise_is_refused(text: str) -> None:
+    with pytest.raises(LayoutError, match="is no codec"):
+        Choice.read(text)

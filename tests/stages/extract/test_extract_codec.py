@@ -1,0 +1,127 @@
+"""Extraction with a codec: fitted before the first shard, one for all writers, what it loses on record."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.caches import verified
+from tests.chats import write_chats
+from tests.conftest import Bench
+from tests.stages.extract.test_extract import files
+from tests.stages.ranks import Recorder
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
+from kdpipe.manifests.fitted import CODEC_FILE, open_fitted
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.shard import commit_path, shard_path
+from kdpipe.manifests.specs import DataSpec
+from kdpipe.stages.codec.metric import Lens
+from kdpipe.stages.extract import ExtractSpec, extract
+from kdpipe.stages.extract.recompute import recompute
+from kdpipe.stages.feed.dataset import of_caches
+from kdpipe.stages.rows import as_tensor
+from kdpipe.stages.student.student import load_teacher_head
+
+CODECS = {"int8": {"codec": "int8"}, "fisher": {"codec": "fisher", "codec_kl": 0.02}}
+
+
+def spec_of(bench: Bench, **changes: object) -> ExtractSpec:
+    spec = ExtractSpec(
+        teacher=bench.teacher,
+        data=(bench.data,),
+        data_spec=DataSpec(max_length=128, heldout_fraction=0.25),
+        shard_tokens=500,
+        device="cpu",
+    )
+    return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def coded(request: pytest.FixtureRequest, bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    folder = tmp_path_factory.mktemp("coded")
+    return extract(spec_of(bench, **CODECS[request.param]), folder / "cache", Silent())
+
+
+def lost(cache: Cache, exact: Cache) -> float:
+    """Mean KL over all rows."""
+    (teacher,) = of_caches([exact]).teachers
+    head = load_teacher_head(teacher, torch.device("cpu"))
+    lens = Lens.of(head.head, head.vocab_size, torch.device("cpu"))
+    pairs = [(view.rows, other.rows) for view, other in zip(exact, cache, strict=True) if len(view.rows)]
+    both = (as_tensor(np.concatenate(rows)).float() for rows in zip(*pairs, strict=True))
+    return lens.compare(*both).mean
+
+
+def test_a_cache_says_what_its_rows_lose_and_loses_that(coded: Cache, bench: Bench) -> None:
+    assert verified(coded.path, "deep") == [*range(len(coded.plan.shards))]
+    record, info = open_fitted(coded.path, coded.plan).record, coded.info()
+    found = lost(coded, Cache.open(bench.cache))
+    assert 0.5 * record.kl_mean < found < 1.5 * record.kl_mean
+    assert info["codec"] == coded.plan.settings.codec.split()[0]
+    assert (info["codec_kl_mean"], info["codec_kl_p99"]) == (record.kl_mean, record.kl_p99)
+    assert info["codec_bytes"] == record.share < 0.6
+    assert not list((coded.path / "tmp").iterdir())
+
+
+def test_again_in_parts_and_after_a_loss_it_is_the_same_bytes(coded: Cache, bench: Bench, tmp_path: Path) -> None:
+    name = coded.plan.settings.codec.split()[0]
+    spec, path = spec_of(bench, **CODECS[name]), tmp_path / "cache"
+    extract(spec, path, Silent(), part=(2, 2))
+    first = (path / "teacher" / CODEC_FILE).read_bytes()
+    log = Recorder()
+    extract(spec, path, log, part=(1, 2))
+    assert files(path) == files(coded.path)
+    assert first == (path / "teacher" / CODEC_FILE).read_bytes()
+    assert not log.values("codec", "kl_mean"), "it was fitted again"
+    for number in (0, 2):
+        commit_path(path, number).unlink()
+    shard_path(path, 0).unlink()
+    (path / "teacher" / CODEC_FILE).unlink()
+    extract(spec, path, Silent())
+    assert files(path) == files(coded.path)
+
+
+def test_it_grows_with_the_codec_that_it_has(coded: Cache, bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    shutil.copytree(coded.path, path)
+    name = coded.plan.settings.codec.split()[0]
+    more = write_chats(tmp_path / "more.jsonl", 12, seed=5)
+    grown = extract(spec_of(bench, **CODECS[name], data=(more,), grow=True), path, Silent())
+    assert (grown.plan.generation, len(grown)) == (1, len(coded) + 12)
+    assert verified(path, "deep") == [*range(len(grown.plan.shards))]
+    assert (path / "teacher" / CODEC_FILE).read_bytes() == (coded.path / "teacher" / CODEC_FILE).read_bytes()
+
+
+def test_recomputed_rows_are_within_what_the_codec_loses(coded: Cache, bench: Bench) -> None:
+    found = recompute(coded, bench.teacher, 5, Silent())
+    assert found.rows_equal == 1.0
+    assert 0 < found.worst_distance < found.bound < 1
+
+
+def test_a_codec_that_was_lost_and_does_not_come_out_the_same_is_an_error(
+    coded: Cache, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache"
+    shutil.copytree(coded.path, path)
+    (path / "teacher" / CODEC_FILE).unlink()
+    monkeypatch.setattr("kdpipe.stages.codec.fit.FIT", 0.6)
+    name = coded.plan.settings.codec.split()[0]
+    with pytest.raises(CorruptError, match=r"it is lost, and fitted again it is another.*put it back from a copy"):
+        extract(spec_of(bench, **CODECS[name]), path, Silent())
+    assert not (path / "teacher" / CODEC_FILE).exists()
+
+
+def test_another_bound_is_another_cache(coded: Cache, bench: Bench) -> None:
+    with pytest.raises(CacheError, match=r"settings.codec = .*, this command asks for 'fisher kl=0.03'"):
+        extract(spec_of(bench, codec="fisher", codec_kl=0.03), coded.path, Silent())
+
+
+def test_a_plan_with_too_few_rows_for_a_codec_leaves_nothing(bench: Bench, tmp_path: Path) -> None:
+    few = write_chats(tmp_path / "few.jsonl", 2, longest=3)
+    with pytest.raises(ConfigError, match="rows are too few to fit it to"):
+        extract(spec_of(bench, codec="fisher", data=(few,)), tmp_path / "cache", Silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
