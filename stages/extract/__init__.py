@@ -8,6 +8,8 @@ planning  the plan: all that is decided, checked or refused before the teacher r
 staging   plan, samples, head and tokenizer made beside the cache and put in place at once
 present   which samples of the data a cache holds already, where it grows
 shards    plan -> engine -> gate -> commit, for the shards that are not there yet
+calibrate the teacher on some samples first, where the cache's codec is fitted to its rows
+convert   a raw cache once more, its rows coded
 recompute the teacher again on some samples, beside what the cache holds
 """
 

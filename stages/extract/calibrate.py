@@ -30,7 +30,7 @@ from kdpipe.stages.teacher.gate import admit
 def calibrate(plan: Plan, samples: Samples, head: Head, engine: TeacherEngine, progress: Progress) -> Fitted:
     """The codec that a plan asks for; samples: those of the plan. Raises ConfigError, and as teach."""
     started = time.perf_counter()
-    width, choice = plan.head.hidden_size, Choice.read(plan.settings.codec)
+    width = plan.head.hidden_size
     texts = [samples.tokens(index) for index in chosen(samples, wanted_rows(width))]
     progress.begin("calibrate", total=sum(len(text.token_ids) for text in texts), unit="tokens")
     with tempfile.NamedTemporaryFile(prefix="kdpipe-calibrate-") as file:
@@ -47,10 +47,21 @@ def calibrate(plan: Plan, samples: Samples, head: Head, engine: TeacherEngine, p
         teach(engine, batches, shelf, admit, progress)
         progress.end()
         rows = np.fromfile(file.name, dtype, shelf.num_rows * width).reshape(-1, width)
-    progress.note(f"fitting {choice} to {len(rows):,} rows of {len(texts):,} samples")
-    digest = plan.teacher_files[HEAD_FILE]
-    device = torch.device("cpu")
-    fitted = fit(choice, rows, head, vocab_size=plan.head.vocab_size, head_digest=digest, device=device)
+    return fit_to(plan, rows, head, progress, started)
+
+
+def fit_to(plan: Plan, rows: np.ndarray, head: Head, progress: Progress, started: float) -> Fitted:
+    """The codec that a plan asks for, fitted to rows in the order of `chosen`. started: when that began"""
+    choice = Choice.read(plan.settings.codec)
+    progress.note(f"fitting {choice} to {len(rows):,} rows")
+    fitted = fit(
+        choice,
+        rows,
+        head,
+        vocab_size=plan.head.vocab_size,
+        head_digest=plan.teacher_files[HEAD_FILE],
+        device=torch.device("cpu"),
+    )
     record, seconds = fitted.record, time.perf_counter() - started
     progress.event("codec", **record.model_dump(), seconds=seconds)
     progress.note(

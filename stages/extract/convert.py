@@ -1,0 +1,173 @@
+"""Converting: a raw cache once more, its rows coded; no teacher runs.
+
+    source, verified shard by shard -> codec fitted to some of its rows -> the same samples in OUT, shard by shard
+
+What it makes is the cache that extracting with the codec makes, where the teacher gives the same rows again. Run again
+after an interruption it goes on: plans, codec and finished shards are kept.
+Invariant: OUT appears with its plans, samples, codec and teacher's files in it, or not at all; each shard's source is
+verified, every byte, before it is coded. Cost: the source is read once, and some of its rows for the fit.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdpipe.manifests.cache import Cache, teacher_files
+from kdpipe.manifests.durable import disk_error, fsync_folder, fsync_tree, make_folder, scratch_name, sweep
+from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
+from kdpipe.manifests.fitted import CODEC_FILE, Choice, open_fitted, write_fitted
+from kdpipe.manifests.parts import missing_shards
+from kdpipe.manifests.places import require_outside
+from kdpipe.manifests.plan import FOLDERS, PLAN_FILE, SAMPLES_FILE, Plan, plan_folder, read_plan
+from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.samples import Samples
+from kdpipe.manifests.shard import ShardWriter
+from kdpipe.manifests.shard_table import SHARDS_FILE
+from kdpipe.stages.codec.fit import wanted_rows
+from kdpipe.stages.extract.calibrate import chosen, fit_to
+from kdpipe.stages.extract.planning import require_room
+from kdpipe.stages.models.head import loaded_head
+from kdpipe.stages.rows import not_finite
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Converted:
+    """What a conversion comes to: bytes of both caches, what its codec loses as measured, and its shards."""
+
+    codec: str
+    num_bytes: int
+    source_bytes: int
+    kl_mean: float
+    kl_p99: float
+    same_top: float
+    shards: int
+
+
+def convert(source: Cache, out: Path, choice: Choice, progress: Progress) -> Converted:
+    """Code the rows of a complete raw cache into OUT, or go on with that.
+
+    Raises ConfigError for a source or a codec that is not for this, CacheError where OUT is something else, SpaceError,
+    and what reading the source raises.
+    """
+    _require_raw(source, choice)
+    if not (out / PLAN_FILE).exists():
+        if os.path.lexists(out):
+            raise CacheError("it exists and is not a cache; choose another name or remove it", where=out)
+        require_outside(out, option="OUT")
+        _begin(source, out, choice, progress)
+    cache = Cache.open(out)
+    _require_of(source, cache, choice)
+    sweep((out / "tmp").glob("*"))
+    todo = missing_shards(cache.plan, out, None)
+    require_room(cache.plan, out, out)
+    progress.begin("convert", total=sum(cache.plan.shards[number].num_rows for number in todo), unit="rows")
+    for number in todo:
+        _code(source, cache, number)
+        progress.advance(cache.plan.shards[number].num_rows, f"shard {number + 1}/{len(cache.plan.shards)}")
+    progress.end()
+    record = open_fitted(out, cache.plan).record
+    return Converted(
+        codec=record.codec,
+        num_bytes=cache.num_bytes(),
+        source_bytes=source.num_bytes(),
+        kl_mean=record.kl_mean,
+        kl_p99=record.kl_p99,
+        same_top=record.same_top,
+        shards=len(cache.plan.shards),
+    )
+
+
+def _require_raw(source: Cache, choice: Choice) -> None:
+    if not choice.is_fitted:
+        raise ConfigError(f"'{choice}' is not a codec that rows are converted to; give int8 or fisher", where="--codec")
+    if source.plan.head.top_k is not None:
+        raise ConfigError("it was imported: it has likeliest tokens and no rows to code", where=source.path)
+    if source.plan.settings.codec != "raw":
+        raise ConfigError(
+            f"its rows are coded already ('{source.plan.settings.codec}'), what that lost does not come back; convert "
+            "the raw cache it was made of",
+            where=source.path,
+        )
+    source.require_complete()
+    source.samples.verify()
+
+
+def _begin(source: Cache, out: Path, choice: Choice, progress: Progress) -> None:
+    """Fit the codec, and put plans, tables and the teacher's files in place at once."""
+    started = time.perf_counter()
+    scratch = scratch_name(out.absolute().parent, f".{out.name}.plan")
+    try:
+        for name in FOLDERS:
+            if name != "teacher":
+                (scratch / name).mkdir(parents=True)
+        shutil.copytree(source.teacher_folder, scratch / "teacher")
+        first = read_plan(source.path, 0)
+        settings = first.settings.model_copy(update={"codec": str(choice)})
+        source.check_teacher_files()
+        head = loaded_head(source.head(), first.head, torch.device("cpu"))
+        samples = chosen(Samples(source.path, first), wanted_rows(first.head.hidden_size))
+        rows = np.concatenate([source.stored_rows(sample) for sample in samples])
+        write_fitted(
+            scratch / "teacher" / CODEC_FILE, fit_to(first.changed(settings=settings), rows, head, progress, started)
+        )
+        files = teacher_files(scratch / "teacher")
+        files = {name: digest for name, digest in files.items() if name in {*first.teacher_files, CODEC_FILE}}
+        for plan in _plans(source, str(choice), files[CODEC_FILE]):
+            place, there = (plan_folder(each, plan.generation) for each in (scratch, source.path))
+            place.mkdir(parents=True, exist_ok=True)
+            (place / PLAN_FILE).write_bytes(plan.to_bytes())
+            for name in (SAMPLES_FILE, SHARDS_FILE):
+                shutil.copyfile(there / name, place / name)
+        fsync_tree(scratch)
+        make_folder(out.absolute().parent)
+        os.rename(scratch, out)
+        fsync_folder(out.absolute().parent)
+    except OSError as err:
+        raise disk_error(err, out) from err
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _plans(source: Cache, codec: str, digest: str) -> Iterator[Plan]:
+    """The plans of a cache, each time it grew, as they are with another codec. digest: of the codec's file"""
+    before: list[Plan] = []
+    for generation in range(source.plan.generation + 1):
+        plan = read_plan(source.path, generation)
+        plan = plan.changed(
+            settings=plan.settings.model_copy(update={"codec": codec}),
+            teacher_files=plan.teacher_files | {CODEC_FILE: digest},
+            grown_from=tuple(each.as_ancestor() for each in before),
+        )
+        before.append(plan)
+        yield plan
+
+
+def _require_of(source: Cache, cache: Cache, choice: Choice) -> None:
+    """OUT is what this source becomes under this codec, so far. Raises CacheError."""
+    there = cache.plan.settings.codec
+    if there != str(choice):
+        raise CacheError(
+            f"its codec is '{there}', this command asks for '{choice}'; choose another OUT", where=cache.path
+        )
+    *_, wanted = _plans(source, there, cache.plan.teacher_files.get(CODEC_FILE, ""))
+    if wanted.to_bytes() != cache.plan.to_bytes():
+        raise CacheError(
+            f"it is not made of {source.path}, or of what that was before it grew; choose another OUT", where=cache.path
+        )
+
+
+def _code(source: Cache, cache: Cache, number: int) -> None:
+    """One shard, from its verified source."""
+    shard, samples = source.shard(number), source.samples.shard(number)
+    shard.verify(samples)
+    with ShardWriter(cache.path, cache.plan, number, samples) as writer:
+        writer.hidden[:] = shard.rows(0, shard.num_rows)
+        if len(bad := not_finite(writer.hidden)):
+            raise CorruptError(f"row {bad[0]} is not finite, which no codec stores", where=shard.path)
+        writer.commit()

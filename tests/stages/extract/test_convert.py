@@ -1,0 +1,137 @@
+"""Converting: a raw cache becomes the one that extracting with the codec makes, byte for byte."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.caches import fill_shard, grow_plan, make_cache, make_plan, make_samples, verified
+from tests.conftest import Bench
+from tests.stages.extract.test_extract import files
+from tests.stages.extract.test_extract_codec import spec_of
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError, IncompleteError, KdpipeError
+from kdpipe.manifests.fitted import Choice
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.shard import commit_path, shard_path
+from kdpipe.pipeline.cli import main
+from kdpipe.stages.extract import extract
+from kdpipe.stages.extract.convert import convert
+
+FISHER = Choice("fisher", kl=0.02)
+
+
+def test_a_converted_cache_is_the_extracted_one_and_is_gone_on_with(bench: Bench, tmp_path: Path) -> None:
+    raw = extract(spec_of(bench), tmp_path / "raw", Silent())
+    wanted = extract(spec_of(bench, codec="fisher", codec_kl=0.02), tmp_path / "coded", Silent())
+    before = files(raw.path)
+    out = tmp_path / "deep" / "out"
+    found = convert(raw, out, FISHER, Silent())
+    assert files(out) == files(wanted.path)
+    assert files(raw.path) == before
+    assert found.kl_mean == wanted.info()["codec_kl_mean"]
+    for number in (1, 2):
+        commit_path(out, number).unlink()
+    shard_path(out, 2).unlink()
+    (out / "tmp" / "000002.rows.1-0123456789ab").write_bytes(b"left by a kill")
+    convert(raw, out, FISHER, Silent())
+    assert {name: data for name, data in files(out).items() if not name.startswith("tmp/")} == files(wanted.path)
+
+
+def test_a_cache_that_grew_is_converted_with_all_its_plans(tmp_path: Path) -> None:
+    make_cache(tmp_path / "c", num_samples=80)
+    grow_plan(tmp_path / "c", make_samples(20, seed=9))
+    raw = Cache.open(tmp_path / "c")
+    for number in range(len(raw.plan.shards)):
+        if not commit_path(raw.path, number).exists():
+            fill_shard(raw.path, number)
+    convert(Cache.open(raw.path), tmp_path / "out", FISHER, Silent())
+    out = Cache.open(tmp_path / "out")
+    assert (out.plan.generation, len(out)) == (1, 100)
+    assert verified(out.path, "deep") == [*range(len(out.plan.shards))]
+    assert out.fingerprints() == Cache.open(raw.path).fingerprints()
+
+
+def of_grown(folder: Path) -> KdpipeError:
+    """Converted, and then grown: its source is no longer what OUT was made of."""
+    raw = make_cache(folder / "c", num_samples=80)
+    convert(raw, folder / "out", FISHER, Silent())
+    grow_plan(raw.path, make_samples(3, seed=9))
+    for number in range(len(raw.plan.shards), len(Cache.open(raw.path).plan.shards)):
+        fill_shard(raw.path, number)
+    with pytest.raises(CacheError, match=r"it is not made of .*c, or of what that was before it grew") as caught:
+        convert(Cache.open(raw.path), folder / "out", FISHER, Silent())
+    return caught.value
+
+
+def of_coded(folder: Path) -> KdpipeError:
+    with pytest.raises(ConfigError, match=r"its rows are coded already \('int8'\)") as caught:
+        convert(make_cache(folder / "c", codec="int8"), folder / "out", FISHER, Silent())
+    return caught.value
+
+
+def of_another_codec(folder: Path) -> KdpipeError:
+    raw = make_cache(folder / "c", num_samples=80)
+    convert(raw, folder / "out", Choice("int8"), Silent())
+    with pytest.raises(CacheError, match=r"its codec is 'int8', this command asks for 'fisher kl=0.02'") as caught:
+        convert(raw, folder / "out", FISHER, Silent())
+    return caught.value
+
+
+def of_unfinished(folder: Path) -> KdpipeError:
+    make_plan(folder / "c", make_samples(21))
+    with pytest.raises(IncompleteError, match="0 of 4 shards") as caught:
+        convert(Cache.open(folder / "c"), folder / "out", FISHER, Silent())
+    return caught.value
+
+
+def of_a_folder_that_is_there(folder: Path) -> KdpipeError:
+    (folder / "out").mkdir()
+    with pytest.raises(CacheError, match="it exists and is not a cache") as caught:
+        convert(make_cache(folder / "c", num_samples=80), folder / "out", FISHER, Silent())
+    return caught.value
+
+
+def of_damaged(folder: Path) -> KdpipeError:
+    raw = make_cache(folder / "c", num_samples=80)
+    path = shard_path(raw.path, 1)
+    data = bytearray(path.read_bytes())
+    data[-2000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptError) as caught:
+        convert(Cache.open(raw.path), folder / "out", FISHER, Silent())
+    return caught.value
+
+
+def to_raw(folder: Path) -> KdpipeError:
+    with pytest.raises(ConfigError, match="'raw' is not a codec that rows are converted to") as caught:
+        convert(make_cache(folder / "c"), folder / "out", Choice("raw"), Silent())
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "refused", [of_grown, of_coded, of_another_codec, of_unfinished, of_a_folder_that_is_there, of_damaged, to_raw]
+)
+def test_what_cannot_be_converted_is_refused_by_name(refused: Callable[[Path], KdpipeError], tmp_path: Path) -> None:
+    assert refused(tmp_path).where
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("c", "out")], "scratch is left"
+
+
+def test_the_command_says_what_came_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = make_cache(tmp_path / "c", num_samples=80)
+
+    def run(*words: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        return int(ended.value.code or 0)
+
+    words = ["cache", "convert", str(raw.path), str(tmp_path / "out"), "--codec", "fisher", "--codec-bytes", "0.3"]
+    assert run(*words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["codec"] == "fisher bytes=0.3"
+    assert 0 < found["kl_mean"] < found["kl_p99"]
+    assert run("cache", "info", str(tmp_path / "out")) == 0
+    assert "codec_kl_mean" in capsys.readouterr().out
+    assert run(*words[:-2], "--codec-kl", "0.01", "--codec-bytes", "0.3") == 4
+    assert "give one of the two" in capsys.readouterr().err
