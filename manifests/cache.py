@@ -10,6 +10,7 @@ own. Format: FORMAT.md.
 # Shapes: N samples, n tokens and R rows of one sample, E teacher width, V rows of the teacher's head.
 
 import contextlib
+import hashlib
 import os
 import shlex
 import weakref
@@ -216,6 +217,13 @@ class Cache:
             path.stat().st_size for path in self.path.rglob("*") if path.is_file() and scratch not in path.parents
         )
 
+    def digest(self) -> str:
+        """Of all that it holds, complete: sha256 over its plan and the record of every shard."""
+        found = hashlib.sha256(self.plan.digest.encode())
+        for number in range(len(self.plan.shards)):
+            found.update(commit_path(self.path, number).read_bytes())
+        return found.hexdigest()
+
     def info(self) -> dict[str, object]:
         """What `kdpipe cache info --json` prints. Raises LayoutError where a commit record is not of this plan."""
         plan, committed = self.plan, self.committed()
@@ -236,7 +244,7 @@ class Cache:
             "times_grown": plan.generation,
             "fingerprint": plan.fingerprint.overall(),
             "teacher": plan.head.architecture,
-            **({} if plan.head.top_k is None else {"biased": f"imported: {plan.head.top_k} tokens of a row alone"}),
+            **self._sidecar(),
             "engine": plan.engine.model_dump(),
             "settings": plan.settings.model_dump(),
             "heldout_fraction": plan.heldout_fraction,
@@ -258,6 +266,17 @@ class Cache:
             "codec_kl_p99": record.kl_p99,
             "codec_same_top": record.same_top,
         }
+
+    def _sidecar(self) -> dict[str, object]:
+        """What rows have that are no hidden states, and which losses they serve; nothing of a teacher's own."""
+        sidecar, engine = self.plan.head.sidecar, self.plan.engine
+        if sidecar is None:
+            return {}
+        told: dict[str, object] = {"rows_have": sidecar.has, "serves": sidecar.serves, "bias": sidecar.bias}
+        if sidecar.kind == "topk":
+            how = "imported" if engine.name == "import" else "derived"
+            told["biased"] = f"{how}: {sidecar.has} alone"
+        return told
 
     def _made_with(self) -> dict[str, object] | None:
         """The last extraction, as a hint: the cache may have moved, and its teacher and data too."""

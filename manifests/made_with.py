@@ -21,6 +21,8 @@ from kdpipe.manifests.record import Record
 RUNS = "runs"
 LOG_NAME = re.compile(r"\d{8}T\d{6}Z-\d+\.jsonl")
 """Logs of extractions; their names sort by time."""
+MAKERS = ("extract", "cache derive")
+"""Commands that make shards, and make them again where they are missing."""
 MAX_EVENT_BYTES = 1 << 20
 MAX_LOGS = 32
 """The newest ones that are looked at."""
@@ -37,9 +39,15 @@ class MadeWith(Record):
 
     def command(self, *, cache: Path | None = None) -> str:
         """The command for a shell in the working folder of now; cache: where the cache lies by now."""
-        argv = list(self.argv)
-        if cache is not None and self.paths.get("cache") != (str(cache.absolute()),):
-            argv = [*_without("--cache", argv), "--cache", str(cache.absolute())]
+        argv, before = list(self.argv), self.paths.get("cache", ("",))
+        if cache is not None and before != (str(cache.absolute()),):
+            moved = str(cache.absolute())
+            if "derive" in argv[:3]:  # there the cache has no option
+                argv = [
+                    moved if os.path.abspath(os.path.join(self.folder, word)) == before[0] else word for word in argv
+                ]
+            else:
+                argv = [*_without("--cache", argv), "--cache", moved]
         text = shlex.join(_without("--part", argv))  # one writer's share would not finish it
         return text if self.folder == os.getcwd() else f"cd {shlex.quote(self.folder)} && {text}"
 
@@ -80,7 +88,7 @@ def _extractions(cache: Path) -> Iterator[MadeWith]:
         try:
             with open(open_regular(cache / RUNS / name), "rb") as file:
                 event = json.loads(file.readline(MAX_EVENT_BYTES))
-            if isinstance(event, Mapping) and event.get("command") == "extract":
+            if isinstance(event, Mapping) and event.get("command") in MAKERS:
                 yield MadeWith.model_validate(event.get("made_with"))
         except (OSError, ValueError, ValidationError, LayoutError):
             continue  # torn, of an older version, or not ours

@@ -12,7 +12,6 @@ Cost: the cache is read once from where it is, and once from the copy; each late
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 import time
@@ -24,7 +23,6 @@ from kdpipe.manifests.durable import NO_ROOM, disk_error, fsync_folder, fsync_tr
 from kdpipe.manifests.errors import CorruptError, KdpipeError
 from kdpipe.manifests.made_with import RUNS
 from kdpipe.manifests.progress import Progress
-from kdpipe.manifests.shard import commit_path
 from kdpipe.manifests.verify import examine
 
 NOT_COPIED = {"claims", "quarantine", RUNS, "tmp"}
@@ -45,7 +43,7 @@ def node_copy(source: Path, folder: Path, progress: Progress, *, max_bytes: int 
     cache.require_complete()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        copy = folder / _key(cache)
+        copy = folder / cache.digest()[:32]
         lock = os.open(folder / f"{copy.name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as err:
         raise disk_error(err, folder) from err
@@ -53,14 +51,6 @@ def node_copy(source: Path, folder: Path, progress: Progress, *, max_bytes: int 
         yield copy if _made(cache, copy, lock, progress, max_bytes) else None
     finally:
         os.close(lock)
-
-
-def _key(cache: Cache) -> str:
-    """Of what the cache holds: its plan and the record of every shard."""
-    digest = hashlib.sha256(cache.plan.digest.encode())
-    for number in range(len(cache.plan.shards)):
-        digest.update(commit_path(cache.path, number).read_bytes())
-    return digest.hexdigest()[:32]
 
 
 def _made(cache: Cache, copy: Path, lock: int, progress: Progress, max_bytes: int | None) -> bool:

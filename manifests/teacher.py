@@ -10,10 +10,8 @@ cut to the first `vocab_size` columns: the tokenizer's real size, not the padded
 
 from pydantic import BaseModel, ConfigDict
 
+from kdpipe.manifests.sidecar import Sidecar, sidecar_of
 from kdpipe.manifests.specs import Dtype
-
-TOP_K = "TopK"
-"""In place of an architecture: a teacher of which a row has the likeliest tokens alone, imported from elsewhere."""
 
 
 class HeadRecord(BaseModel):
@@ -22,7 +20,7 @@ class HeadRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     architecture: str
-    """Class name of the model, e.g. Qwen3ForCausalLM, or TOP_K."""
+    """Class name of the model, e.g. Qwen3ForCausalLM, or of a side-car its kind."""
     hidden_size: int
     """Width of a row."""
     vocab_size: int
@@ -40,6 +38,6 @@ class HeadRecord(BaseModel):
     """Factor on the logits (Cohere: logit_scale; Granite: 1/logits_scaling)."""
 
     @property
-    def top_k(self) -> int | None:
-        """Tokens that a row has, where it has no hidden state: k log-probabilities, falling, then the k ids."""
-        return self.hidden_size // 2 if self.architecture == TOP_K else None
+    def sidecar(self) -> Sidecar | None:
+        """What a row has where it is no hidden state."""
+        return sidecar_of(self.architecture, self.hidden_size, self.vocab_size)

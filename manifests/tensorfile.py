@@ -30,7 +30,7 @@ DTYPES: dict[str, np.dtype] = {
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
 }
-TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

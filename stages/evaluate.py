@@ -74,7 +74,7 @@ def measure(
     num_bytes: of text that the tokens of all batches of all ranks stand for; 0 where that is not known
     """
     student.eval()
-    taught = bool(teachers) and all(teacher.top_k is None for teacher in teachers)
+    taught = bool(teachers) and all(teacher.sidecar is None for teacher in teachers)
     several = len(teachers) if taught and len(teachers) > 1 else 0
     across = student.across is not None and taught
     total = torch.zeros(len(CROSS) if across else 6 + 2 * several, dtype=torch.float64, device=device)
@@ -152,6 +152,16 @@ def summary(sums: TokenMetrics, *, taught: bool) -> dict[str, float]:
     for number, (kl, tokens) in enumerate(zip(sums.each_kl.tolist(), sums.each_tokens.tolist(), strict=True), start=1):
         found[f"heldout_kl_teacher_{number}"] = kl / max(tokens, 1.0)
     return found if taught else {name: found[name] for name in ALONE}
+
+
+def unmeasured(dataset: Dataset) -> Iterator[str]:
+    """Why no divergence from a teacher can be measured, a line for each side-car."""
+    for teacher in dataset.teachers:
+        if (sidecar := teacher.record.sidecar) is not None:
+            yield (
+                f"{teacher.where} has {sidecar.has}: no divergence from its teacher is measured; for that take a cache "
+                "of the teacher's whole rows"
+            )
 
 
 class Measures(Protocol):
@@ -256,7 +266,7 @@ def evaluate_student(
     if crossing is not None:
         dataset = crossing.dataset
     check_student(model, *dataset.teachers)
-    for note in dataset.notes:
+    for note in (*dataset.notes, *unmeasured(dataset)):
         progress.note(note)
     if record is not None:
         trained = record.inputs.heldout_fraction

@@ -30,7 +30,9 @@ that is never negative is so to fp32 rounding of the log-probabilities, some 5e-
 
 `label_smoothing` is that of the cross-entropy. `z_loss` adds `z_loss * logsumexp(logits)^2` of every token to the loss,
 whatever `kd_weight` is. `sampled_kl` draws anew in every step, by `train.seed`, the step and the token alone: the same
-on one rank and on many.
+on one rank and on many. `token_reverse_kl` looks at the text's own tokens: on texts that the student wrote, or a model
+near it, it is the policy gradient of the reverse KL; on others it is not. Side-cars of a cache, of a few bytes a token,
+serve some of these: [derive.md](derive.md).
 
 ## Other projects' losses
 
@@ -135,8 +137,9 @@ def methods() -> str:
     rows, when = [], []
     for method in METHODS.values():
         taken = ", ".join(f"`{name}`" for name in method.divergences) or "its own"
-        if len(method.divergences) == len(DIVERGENCES):
-            taken = "all"
+        left = [name for name in DIVERGENCES if name not in method.divergences]
+        if method.divergences and len(left) <= 1:
+            taken = f"all but {', '.join(f'`{name}`' for name in left)}" if left else "all"
         options = "; ".join(
             f"`{name}` = {option.default:g}: {option.meaning}" for name, option in method.options.items()
         )

@@ -14,7 +14,8 @@ from kdpipe.manifests.provenance import SHORTEST_DIGEST
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
-Dtype = Literal["bfloat16", "float16", "float32"]
+Dtype = Literal["bfloat16", "float16", "float32", "uint8"]
+"""Of rows and of what makes logits of them; uint8 is that of drawn tokens alone (sidecar.py)."""
 DtypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["cpu", "cuda"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]

@@ -1,6 +1,7 @@
 """kdpipe cache info|verify|repair|gc|compare: from the files alone, without torch; --recompute runs a teacher.
 
 kdpipe cache pack|unpack: a whole cache as one file for cold storage, and back; without torch too.
+kdpipe cache derive: a small cache of drawn tokens, likeliest tokens or the text's own; needs torch, no teacher.
 kdpipe cache export|import: the likeliest tokens of its rows, in formats of other projects; needs torch, no teacher.
 """
 
@@ -20,10 +21,12 @@ from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.made_with import repair as way_out
 from kdpipe.manifests.pack import pack
 from kdpipe.manifests.packed import is_packed
+from kdpipe.manifests.sidecar import Kind, Sidecar
 from kdpipe.manifests.specs import DeviceChoice, RunFile, flag_of
 from kdpipe.manifests.unpack import check_packed, unpack
 from kdpipe.manifests.verify import Finding, Level, collect_garbage, examine, repair
-from kdpipe.pipeline.options import PATH, Command, Finite, RunCommand, json_option, typed
+from kdpipe.pipeline.making import kept_in, log_in
+from kdpipe.pipeline.options import PATH, Command, Finite, RunCommand, json_option, this_command, typed
 from kdpipe.pipeline.output import results_only, show
 from kdpipe.pipeline.progress import EventLog, watch
 from kdpipe.pipeline.room import room_at
@@ -35,14 +38,21 @@ BEYOND_REPAIR = ("plan", "samples")
 """Parts that say what all the others are: without them nothing can be made again in its place."""
 Files = Literal["parquet", "dataset"]
 cache_argument = click.argument("cache", type=PATH, metavar="CACHE")
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the logits are computed; auto takes a GPU where there is one.",
+)
 
 
 @click.group("cache", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Look at a cache, check or repair it, compare two, pack, code, export or import one.
+    """Look at a cache, check or repair it, compare two, pack, code, derive, export or import one.
 
-    No GPU, and torch for the last three alone.
+    No GPU, and torch for the last four alone.
 
     \b
     kdpipe cache info    CACHE
@@ -53,6 +63,7 @@ def command(ctx: click.Context) -> None:
     kdpipe cache pack    CACHE FILE
     kdpipe cache unpack  FILE CACHE
     kdpipe cache convert CACHE OUT --codec fisher
+    kdpipe cache derive  CACHE OUT --kind sampled|logprob|topk
     kdpipe cache export  CACHE OUT
     kdpipe cache import  CACHE --from FILES --tokenizer MODEL
     """
@@ -121,6 +132,8 @@ def verify(
         _verify_packed(cache, as_json=as_json)
         return
     opened = Cache.open(cache, io=run.cache.io)
+    if recompute is not None and (sidecar := opened.plan.head.sidecar) is not None:
+        raise ConfigError(f"it has {sidecar.has}: verify the cache that it was made of", where=cache)
     findings = _looked_at(opened, level)
     shards = [finding for finding in findings if isinstance(finding.part, int)]
     errors = [finding.error for finding in findings if finding.error is not None]
@@ -266,6 +279,9 @@ def compare_caches(cache: Path, other: Path, tolerance: float | None, as_json: b
     kdpipe cache compare CACHE OTHER
     """
     first, second = Cache.open(cache), Cache.open(other)
+    for path, sidecar in ((cache, first.plan.head.sidecar), (other, second.plan.head.sidecar)):
+        if sidecar is not None:
+            raise ConfigError(f"it has {sidecar.has}: these have no distance", where=path)
     bound = tolerance
     if bound is None:
         bound = max(TOLERANCE[each.plan.settings.dtype] for each in (first, second))
@@ -376,13 +392,7 @@ def convert_cache(
     show_default=True,
     help="Parquet files, or a Hugging Face dataset for load_from_disk.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where the logits are computed; auto takes a GPU where there is one.",
-)
+@device_option
 @json_option
 def export(cache: Path, out: Path, top_k: int, columns: str, files: Files, device: DeviceChoice, as_json: bool) -> None:
     """Write the likeliest tokens of every row into OUT, as other projects read them; what is left out is said.
@@ -402,6 +412,54 @@ def export(cache: Path, out: Path, top_k: int, columns: str, files: Files, devic
         found = export_cache(
             opened, out, columns=columns, files=files, top_k=top_k, device=pick_device(device), progress=progress
         )
+    show(dataclasses.asdict(found), as_json=as_json)
+
+
+@command.command("derive")
+@cache_argument
+@click.argument("out", type=PATH, metavar="OUT")
+@click.option("--kind", type=click.Choice(["sampled", "logprob", "topk"]), required=True, help="What is kept of a row.")
+@click.option("--samples", type=click.IntRange(1, 4096), help="sampled: tokens drawn of a row.  [default: 12]")
+@click.option("--top-k", type=click.IntRange(1, 4096), help="topk: likeliest tokens kept of a row.  [default: 64]")
+@click.option("--seed", type=click.IntRange(min=0), help="sampled: of the draws.  [default: 0]")
+@device_option
+@json_option
+def derive_cache(
+    cache: Path,
+    out: Path,
+    kind: Kind,
+    samples: int | None,
+    top_k: int | None,
+    seed: int | None,
+    device: DeviceChoice,
+    as_json: bool,
+) -> None:
+    """Make a small cache OUT of a whole one: drawn tokens, likeliest tokens or the text's own, for who has less disk.
+
+    Each says which losses it serves (`kdpipe cache info OUT`); train refuses the others. No teacher is needed, and no
+    divergence from it can be measured on what was derived. Interrupted? The same command goes on.
+
+    \b
+    kdpipe cache derive CACHE OUT --kind sampled --samples 12
+    kdpipe cache derive CACHE OUT --kind logprob
+    """
+    for flag, value, its in (
+        ("--samples", samples, "sampled"),
+        ("--top-k", top_k, "topk"),
+        ("--seed", seed, "sampled"),
+    ):
+        if value is not None and kind != its:
+            raise ConfigError(f"it is of use with --kind {its} alone", where=flag)
+    opened = Cache.open(cache)
+    from kdpipe.stages.exchange import Asked, derive  # torch takes seconds: not for --help
+    from kdpipe.stages.models.device import pick_device
+
+    entries = {"sampled": samples or 12, "topk": top_k or 64, "logprob": 1}[kind]
+    asked = Asked(sidecar=Sidecar(kind=kind, entries=entries), seed=seed or 0)
+    words = this_command(source=cache, cache=out).model_dump()
+    log = watch("cache derive", log_in(out), where=out, kept=lambda: kept_in(out), made_with=words)
+    with results_only(), log as progress:
+        found = derive(opened, out, asked, pick_device(device), progress)
     show(dataclasses.asdict(found), as_json=as_json)
 
 

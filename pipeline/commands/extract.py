@@ -1,17 +1,12 @@
 """kdpipe extract: one teacher pass into a cache."""
 
-import os
-import time
-from pathlib import Path
-
 import click
 
-from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.specs import RunFile
+from kdpipe.pipeline.making import kept_in, log_in
 from kdpipe.pipeline.options import Part, RunCommand, group_for, json_option, only, this_command
 from kdpipe.pipeline.output import results_only, show
-from kdpipe.pipeline.progress import EventLog, watch
+from kdpipe.pipeline.progress import watch
 
 
 @click.command("extract", cls=RunCommand)
@@ -43,18 +38,8 @@ def command(run: RunFile, part: tuple[int, int] | None, grow: bool, check_inputs
 
     group = group_for(run.cache.group, cache)
     spec = ExtractSpec.of(run, group=group, grow=grow, check_inputs=check_inputs)
-    name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.jsonl"
-    log = EventLog(cache / "runs" / name, after=cache / PLAN_FILE, once="plan")
     typed = this_command(teacher=run.teacher.path, data=run.data.paths, cache=cache).model_dump()
-    run_log = watch("extract", log, where=cache, kept=lambda: _kept(cache), part=part, made_with=typed)
+    run_log = watch("extract", log_in(cache), where=cache, kept=lambda: kept_in(cache), part=part, made_with=typed)
     with results_only(), run_log as progress:
         made = extract(spec, cache, progress, part=part)
     show(made.info(), as_json=as_json)
-
-
-def _kept(cache: Path) -> str:
-    """What of an extraction that a signal ended is there."""
-    if not (cache / PLAN_FILE).exists():
-        return "nothing was written"
-    opened = Cache.open(cache)
-    return f"{len(opened.committed())} of {len(opened.plan.shards)} shards are finished and kept"

@@ -69,8 +69,8 @@ def export_cache(
     """Write a complete cache into a folder that is not there. Raises ConfigError, SpaceError; what the cache raises."""
     require_outside(out, option="OUT")
     (teacher,) = of_caches([cache]).teachers
-    if teacher.record.top_k is not None:
-        raise ConfigError("it was imported itself, and has no more than it was made of", where=cache.path)
+    if (sidecar := teacher.record.sidecar) is not None:
+        raise ConfigError(f"it has {sidecar.has}: export the cache that it was made of", where=cache.path)
     top = TopK(teacher, top_k, device)
     if os.path.lexists(out):
         raise ConfigError("it is there already; name another folder", where=out)

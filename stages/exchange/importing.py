@@ -32,17 +32,15 @@ from kdpipe.manifests.sample import Sample
 from kdpipe.manifests.samples import Samples, SamplesWriter
 from kdpipe.manifests.shard import ShardWriter
 from kdpipe.manifests.shard_table import SHARDS_FILE, ShardTable, write_shards
+from kdpipe.manifests.sidecar import LARGEST_ID, TOP_K
 from kdpipe.manifests.specs import SHARD_TOKENS
-from kdpipe.manifests.teacher import TOP_K, HeadRecord
+from kdpipe.manifests.teacher import HeadRecord
 from kdpipe.stages.exchange.export import RECORD
 from kdpipe.stages.exchange.reading import Found, files_of, read_file
 from kdpipe.stages.extract.staging import write_teacher
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.head import Head
 from kdpipe.stages.models.vocabulary import real_vocab_size, tokenizer_digest, vocabulary_digest
-
-LARGEST_ID = 1 << 24
-"""From here on float32 does not hold every whole number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

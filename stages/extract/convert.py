@@ -86,8 +86,8 @@ def convert(source: Cache, out: Path, choice: Choice, progress: Progress) -> Con
 def _require_raw(source: Cache, choice: Choice) -> None:
     if not choice.is_fitted:
         raise ConfigError(f"'{choice}' is not a codec that rows are converted to; give int8 or fisher", where="--codec")
-    if source.plan.head.top_k is not None:
-        raise ConfigError("it was imported: it has likeliest tokens and no rows to code", where=source.path)
+    if (sidecar := source.plan.head.sidecar) is not None:
+        raise ConfigError(f"it has {sidecar.has}, and no rows to code", where=source.path)
     if source.plan.settings.codec != "raw":
         raise ConfigError(
             f"its rows are coded already ('{source.plan.settings.codec}'), what that lost does not come back; convert "

@@ -62,6 +62,12 @@ class PackedBatch:
         """The token that each row predicts, int64 [R]."""
         return self.input_ids.flatten()[self.row_positions + 1]
 
+    @property
+    def taught_tokens(self) -> list[torch.Tensor]:
+        """Of each teacher the token that each of its rows predicts; of no use where they are another tokenizer's."""
+        tokens = self.next_tokens
+        return [tokens[places] for places in self.teacher_places] or [tokens] * len(self.teacher_rows)
+
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch on another device; itself where it is there already."""
         if device.type != "cuda":

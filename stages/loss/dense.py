@@ -128,6 +128,17 @@ def sampled_kl(log_p_teacher: Tensor, log_p_student: Tensor, *, samples: float, 
     return (weights * (log_p_teacher - log_p_student).gather(-1, places)).mean(-1)
 
 
+def token_reverse_kl(log_p_teacher: Tensor, log_p_student: Tensor, *, draws: Tensor) -> Tensor:
+    """log S[y] - log T[y] of tokens y, `draws` [T, 1], 0 where that is negative; d log S[y] is weighed by the value.
+
+    With y drawn from S the expectation of value and gradient are those of reverse_kl (REINFORCE).
+    """
+    tokens = draws.clamp_min(0)
+    learnt = log_p_student.gather(-1, tokens)
+    apart = (learnt - log_p_teacher.gather(-1, tokens)).detach()
+    return (apart * (1.0 + learnt - learnt.detach()) * (draws >= 0)).squeeze(-1)
+
+
 def hierarchical_ranking(log_p_teacher: Tensor, log_p_student: Tensor, *, k: float) -> Tensor:
     """Hinge losses on the student's probabilities: the teacher's first against its others, its K against the student's.
 

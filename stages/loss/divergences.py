@@ -15,6 +15,7 @@ import kdpipe.stages.loss.dense as dense
 import kdpipe.stages.loss.pointwise as pointwise
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.nearest import nearest
+from kdpipe.manifests.sidecar import Sidecar
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -63,12 +64,22 @@ class Divergence:
     """The option that says how many uniform numbers a token's draw takes; the dense definition takes them by name."""
     entries: str | int | None = None
     """How many of the teacher's likeliest tokens it looks at one by one, or the option that says so; None for all."""
+    linear: bool = False
+    """Whether it is linear in T but for a term without S: it can be had, on average, of tokens drawn from T."""
+    of_token: bool = False
+    """Whether it looks at the token that follows alone: `draws` are these then, [T, 1], below 0 for none."""
 
-    def is_of(self, top_k: int, given: Mapping[str, float]) -> bool:
-        """Whether it can be had of the top_k likeliest tokens and the sum of the others."""
+    def is_of(self, sidecar: Sidecar, given: Mapping[str, float]) -> bool:
+        """Whether it can be had of what the rows of a side-car have."""
+        options = self.resolve(given)
+        if sidecar.kind == "logprob":
+            return self.of_token
+        if sidecar.kind == "sampled":
+            as_drawn = options.get(self.draws or "", sidecar.entries) == sidecar.entries
+            return self.linear and as_drawn and options.get("power", 1.0) == 1.0
         if self.entries is None:
             return False
-        return (self.entries if isinstance(self.entries, int) else self.resolve(given)[self.entries]) <= top_k
+        return (self.entries if isinstance(self.entries, int) else options[self.entries]) <= sidecar.entries
 
     def resolve(self, given: Mapping[str, float]) -> dict[str, float]:
         """Every option with its value; ConfigError for an unknown name or a value out of range."""
@@ -97,6 +108,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
             source="Hinton et al. 2015, arXiv 1503.02531",
             reference=dense.forward_kl,
             value_and_grad=pointwise.forward_kl,
+            linear=True,
         ),
         Divergence(
             name="soft_cross_entropy",
@@ -104,6 +116,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
             source="Hinton et al. 2015, arXiv 1503.02531; torchtune's ForwardKLLoss",
             reference=dense.soft_cross_entropy,
             value_and_grad=pointwise.soft_cross_entropy,
+            linear=True,
         ),
         Divergence(
             name="reverse_kl",
@@ -219,6 +232,16 @@ DIVERGENCES: Mapping[str, Divergence] = {
                 "power": Option(default=1.0, low=0.0, high=4.0, meaning="of the teacher in what is drawn from"),
             },
             draws="samples",
+            linear=True,
+        ),
+        Divergence(
+            name="token_reverse_kl",
+            formula="log S[y] - log T[y] of the token y that follows, with gradient (log S[y] - log T[y]) d log S[y]: "
+            "KL(S || T) and its gradient on average, where the student wrote y",
+            source="policy gradient of the reverse KL; of stored tokens, offline: arXiv 2604.13010",
+            reference=dense.token_reverse_kl,
+            value_and_grad=pointwise.token_reverse_kl,
+            of_token=True,
         ),
         Divergence(
             name="hierarchical_ranking",

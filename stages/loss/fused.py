@@ -58,6 +58,7 @@ def fused_distill_loss(
     loss_scale: Tensor | float = 1.0,
     token_weights: Tensor | None = None,
     token_keys: Tensor | None = None,
+    next_tokens: Tensor | None = None,
     seed: int = 0,
     head_grad_fp32: bool = True,
     **options: float,
@@ -79,8 +80,9 @@ def fused_distill_loss(
     all equal.
     loss_scale multiplies the loss, not kd, ce and z; 1 / tokens there, not afterwards, saves the gradients a rounding.
     A sampled divergence draws by seed and token_keys [T] int64, by default each token's place: the same seed and key
-    give the same draw in any batch. head_grad_fp32 sums the head's gradient over chunks in fp32; without it the sum is
-    in the head's own dtype, which saves an array [rows, D] and is as exact up to some 16 chunks.
+    give the same draw in any batch. next_tokens [T] are the tokens that a divergence of given tokens looks at, by
+    default labels; one below 0 adds nothing to it. head_grad_fp32 sums the head's gradient over chunks in fp32; without
+    it the sum is in the head's own dtype, which saves an array [rows, D] and is as exact up to some 16 chunks.
     ConfigError where sizes, dtypes or options do not fit. Dense definition: reference.reference_distill_loss.
     """
     problem = pose_tensors(
@@ -107,6 +109,7 @@ def fused_distill_loss(
         loss_scale=loss_scale,
         token_weights=token_weights,
         token_keys=token_keys,
+        next_tokens=next_tokens,
         seed=seed,
         **options,
     )
@@ -131,7 +134,8 @@ def distill(problem: Problem, *, chunk_tokens: int | None = None, head_grad_fp32
         torch.is_grad_enabled(),
     )
     kd, ce, z, entropy, agree, mass = sums
-    num_taught = problem.num_tokens if problem.teachers else 0
+    known = problem.is_ranked
+    num_taught, entropy = (problem.num_tokens, entropy) if known else (0, torch.zeros_like(entropy))
     metrics = Metrics(
         teacher_entropy=entropy, top1_agree=agree, top_k_mass=mass, num_taught=num_taught, num_ranked=num_ranked
     )
@@ -212,7 +216,8 @@ def _run(problem: Problem, layout: Layout, gradients: StudentGradients) -> tuple
         weights = torch.ones(problem.num_tokens, dtype=torch.float32, device=hidden.device)
     labels = None if problem.labels is None else padded(problem.labels, rows_a_block, IGNORED)
     weights = None if weights is None else padded(weights, rows_a_block, 0.0)
-    draws = None if problem.draws is None else padded(problem.draws, rows_a_block, 0.5)
+    fill = 0 if problem.divergence.of_token else 0.5
+    draws = None if problem.draws is None else padded(problem.draws, rows_a_block, fill)
     # The student's buffer holds raw logits and then, block by block, the gradient with respect to them.
     whole = (layout.chunk_tokens, problem.vocab_size)
     student_buffer = scratch("student", whole, like=hidden)
@@ -228,7 +233,7 @@ def _run(problem: Problem, layout: Layout, gradients: StudentGradients) -> tuple
         for teacher, buffer in zip(problem.teachers, teacher_buffers, strict=True):
             teacher.raw_logits(chunk.start, chunk.stop, buffer)
             buffer[size:].zero_()
-        if teacher_buffers:
+        if problem.is_ranked:
             some = slice(-chunk.start % RANKED_EVERY, size, RANKED_EVERY)
             ranks += ranked(problem, student_buffer[some], [buffer[some] for buffer in teacher_buffers])
             num_ranked += len(student_buffer[some])
@@ -248,6 +253,8 @@ def _run(problem: Problem, layout: Layout, gradients: StudentGradients) -> tuple
             values[:, tokens] = block.values
             gradients.add_bias(block.bias)
         gradients.add_chunk(chunk.start, student_buffer[:size])
+    if problem.offset is not None:
+        values[0, : problem.num_tokens] += problem.offsets()
     if layout.num_chunks > 1:
         release_scratch()  # the sum of the head's gradient needs the room in backward, and the chunks have paid for it
     return torch.cat([values[:, : problem.num_tokens].sum(1), ranks]), num_ranked

@@ -2,8 +2,8 @@
 
 # Shapes: T tokens, V vocabulary, r rank of an adapter on the head.
 
-import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from kdpipe.manifests.errors import ConfigError
 from kdpipe.stages.loss.divergences import is_number
 from kdpipe.stages.models.head import Head
 
-LEAST_LEFT = 1e-12
-"""Probability that the tokens which are not known have at least: their sum may have been scaled to 1."""
 DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -32,6 +30,8 @@ class Side:
     hidden: Tensor
     head: Head
     low: LowRank | None = None
+    is_ranked: ClassVar[bool] = True
+    """Whether its likeliest tokens are known, and so the metrics that compare them."""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -84,28 +84,3 @@ class Side:
             raise ConfigError(f"softcap must be a number above 0, got {softcap!r}; None means no softcap", where=owner)
         if not (is_number(self.head.scale) and 0 < abs(self.head.scale) < float("inf")):
             raise ConfigError(f"scale must be a number other than 0, got {self.head.scale!r}", where=owner)
-
-
-class TopKSide(Side):
-    """A teacher of which a row has the K likeliest tokens alone: hidden [T, 2 K] is their log-probabilities, then ids.
-
-    Its logits are log-probabilities: those of the K, and what they leave of 1 spread evenly over all others, which is
-    right for a loss that looks at the K and at the others' sum, and for no other.
-    """
-
-    @classmethod
-    def of(cls, rows: Tensor, vocab_size: int) -> "TopKSide":
-        """Of rows [T, 2 K]; its head is none, but takes them."""
-        return cls(rows, Head(rows.new_zeros(1, 1).expand(vocab_size, rows.shape[1])))
-
-    def dense(self, vocab_size: int) -> Tensor:
-        out = self.hidden.new_empty(len(self.hidden), vocab_size)
-        return self.raw_logits(0, len(self.hidden), out)
-
-    def raw_logits(self, start: int, stop: int, out: Tensor) -> Tensor:
-        logprobs, ids = self.hidden[start:stop].chunk(2, dim=-1)
-        others = max(out.shape[1] - ids.shape[1], 1)
-        left = (1.0 - logprobs.double().exp().sum(-1, keepdim=True)).clamp_min(LEAST_LEFT)
-        rows = out[: stop - start]
-        rows.copy_((left.log() - math.log(others)).expand_as(rows))
-        return rows.scatter_(1, ids.long(), logprobs.to(out.dtype))

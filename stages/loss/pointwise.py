@@ -24,7 +24,8 @@ BITS_OF_ONE = 30
 class Distributions(NamedTuple):
     """Both distributions over one block of rows, [R, V] fp32 each.
 
-    draws: what a sampled divergence draws with, uniform numbers [R, K] in fp64
+    draws: what a sampled divergence draws with, uniform numbers [R, K] in fp64, or the token that one of given tokens
+        looks at, int64 [R, 1], below 0 for none
     """
 
     log_p_teacher: Tensor
@@ -200,15 +201,27 @@ def soft_cross_entropy(both: Distributions) -> Result:
 def sampled_kl(both: Distributions, *, samples: float, power: float) -> Result:
     assert both.draws is not None
     proposal = both.p_teacher if power == 1.0 else (power * both.log_p_teacher).exp()
-    # fp64: in fp32 an entry of 2e-8 adds nothing to a sum near 1, and would never be drawn.
-    reach = proposal.cumsum(-1, dtype=torch.float64)
-    places = torch.searchsorted(reach, both.draws * reach[:, -1:], right=True)
+    places, total = drawn_places(proposal, both.draws)
     gaps = (both.log_p_teacher - both.log_p_student).gather(1, places)
     counted = torch.ones_like(gaps)
     if power != 1.0:
-        counted = (both.p_teacher / proposal).gather(1, places) * reach[:, -1:].float()
+        counted = (both.p_teacher / proposal).gather(1, places) * total.float()
     target = torch.zeros_like(both.p_student).scatter_add(1, places, counted) / samples
     return (counted * gaps).mean(-1), counted.mean(-1, keepdim=True) * both.p_student - target
+
+
+def drawn_places(proposal: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Places [R, K] drawn in proportion to [R, V] by uniform numbers [R, K], and the sum of a row, fp64 [R, 1]."""
+    # fp64: in fp32 an entry of 2e-8 adds nothing to a sum near 1, and would never be drawn.
+    reach = proposal.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(reach, draws * reach[:, -1:], right=True), reach[:, -1:]
+
+
+def token_reverse_kl(both: Distributions) -> Result:
+    assert both.draws is not None
+    token = both.draws.clamp_min(0)
+    apart = (both.log_p_student - both.log_p_teacher).gather(1, token) * (both.draws >= 0)
+    return apart.squeeze(-1), apart * (one_hot(token, both.p_student) - both.p_student)
 
 
 def hierarchical_ranking(both: Distributions, *, k: float) -> Result:

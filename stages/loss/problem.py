@@ -14,10 +14,12 @@ from torch import Tensor
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.sample import IGNORED
+from kdpipe.manifests.sidecar import Sidecar
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.draws import uniform
 from kdpipe.stages.loss.divergences import Divergence, find, is_number
 from kdpipe.stages.loss.head import Side
+from kdpipe.stages.loss.sparse import DrawnSide
 from kdpipe.stages.models.head import Head
 
 LABEL_DTYPES = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
@@ -76,7 +78,9 @@ class Problem:
     labels: Tensor | None
     weights: Tensor | None
     draws: Tensor | None
-    """Uniform numbers [T, K] of a sampled divergence."""
+    """Uniform numbers [T, K] of a sampled divergence; the tokens [T, 1] of one that looks at these."""
+    offset: Tensor | None
+    """What is added to a token's divergence [T], where its teacher was drawn from; the student has no part in it."""
     vocab_size: int
     divergence: Divergence
     options: Mapping[str, float]
@@ -90,6 +94,17 @@ class Problem:
     @property
     def num_tokens(self) -> int:
         return self.student.hidden.shape[0]
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether there are likeliest tokens to compare."""
+        return bool(self.teachers) and all(teacher.is_ranked for teacher in self.teachers)
+
+    def offsets(self) -> Tensor:
+        """What is added to the divergence of each token, its weight and the loss's own scale included [T]."""
+        assert self.offset is not None
+        scaled = self.offset * self.kd_scale
+        return scaled if self.weights is None else scaled * self.weights
 
     def total(self, kd: Tensor, ce: Tensor, z: Tensor) -> Tensor:
         """The loss of these sums."""
@@ -106,15 +121,16 @@ def pose(
     vocab_size: int | None = None,
     weights: Tensor | None = None,
     keys: Tensor | None = None,
+    tokens: Tensor | None = None,
     seed: int = 0,
     loss_scale: Tensor | float = 1.0,
 ) -> Problem:
     """Check all of a loss against each other; ConfigError in one line where two disagree.
 
-    labels, weights, keys: one for each of the T tokens, as in fused_distill_loss
+    labels, weights, keys, tokens: one for each of the T tokens, as in fused_distill_loss
     """
     chosen = find(loss.divergence)
-    resolved = chosen.resolve(loss.options)
+    resolved, offset = chosen.resolve(loss.options), None
     for name, low, high in (
         ("kd_weight", 0.0, 1.0),
         ("label_smoothing", 0.0, 1.0),
@@ -139,9 +155,15 @@ def pose(
     if labels is None and loss.kd_weight < 1.0:
         raise ConfigError(f"kd_weight {loss.kd_weight} mixes in cross-entropy and so needs labels", where="loss")
     taught = loss.kd_weight > 0.0
+    if taught and any(isinstance(teacher, DrawnSide) for teacher in teachers):
+        offset = of_drawn(chosen, loss, teachers)
+        chosen, resolved = find("soft_cross_entropy"), {}
     temperature = loss.temperature if taught else 1.0
     vocab_size = shared_vocab(student, teachers if taught else (), vocab_size)
     num_tokens = student.hidden.shape[0]
+    draws = drawn(chosen, resolved, keys, seed, student.hidden) if taught else None
+    if taught and chosen.of_token:
+        draws = looked_at(chosen, labels if tokens is None else tokens, num_tokens, vocab_size)
     return Problem(
         student=student,
         teachers=tuple(teachers) if taught else (),
@@ -149,7 +171,8 @@ def pose(
         teacher_mix=loss.teacher_mix if loss.teacher_mix == "losses" else "distributions",
         labels=None if labels is None else checked_labels(labels, num_tokens, vocab_size),
         weights=None if weights is None else checked_weights(weights, num_tokens),
-        draws=drawn(chosen, resolved, keys, seed, student.hidden) if taught else None,
+        draws=draws,
+        offset=offset,
         vocab_size=vocab_size,
         divergence=chosen,
         options=resolved,
@@ -179,6 +202,7 @@ def pose_tensors(
     loss_scale: Tensor | float = 1.0,
     token_weights: Tensor | None = None,
     token_keys: Tensor | None = None,
+    next_tokens: Tensor | None = None,
     seed: int = 0,
     **spec: Any,
 ) -> Problem:
@@ -200,6 +224,7 @@ def pose_tensors(
         vocab_size=vocab_size,
         weights=token_weights,
         keys=token_keys,
+        tokens=next_tokens,
         seed=seed,
         loss_scale=loss_scale,
     )
@@ -230,6 +255,20 @@ def shares(weights: Sequence[float], count: int) -> tuple[float, ...]:
     return tuple(weight / sum(given) for weight in given)
 
 
+def of_drawn(divergence: Divergence, loss: LossSpec, teachers: Sequence[Side]) -> Tensor | None:
+    """What makes a divergence from a teacher that was drawn from of the cross-entropy with the draws [T]; None: it is.
+
+    KL(T || S) is, on average, the mean of log T - log S over the draws: their cross-entropy is the second part.
+    """
+    drawn = next(each for each in teachers if isinstance(each, DrawnSide))
+    sidecar = Sidecar(kind="sampled", entries=drawn.hidden.shape[1])
+    if len(teachers) > 1 or loss.temperature != 1.0 or not divergence.is_of(sidecar, loss.options):
+        raise ConfigError(
+            f"a teacher that was drawn from serves {sidecar.serves}, at temperature 1 and beside no other", where="loss"
+        )
+    return None if divergence.name == "soft_cross_entropy" else drawn.mean_logprob
+
+
 def drawn(
     divergence: Divergence, options: Mapping[str, float], keys: Tensor | None, seed: int, hidden: Tensor
 ) -> Tensor | None:
@@ -242,6 +281,13 @@ def drawn(
     if keys is None:
         keys = torch.arange(num_tokens, device=hidden.device)
     return uniform(keys, int(options[divergence.draws]), seed)
+
+
+def looked_at(divergence: Divergence, tokens: Tensor | None, num_tokens: int, vocab_size: int) -> Tensor:
+    """The tokens [T, 1] that a divergence of the text's own tokens looks at."""
+    if tokens is None:
+        raise ConfigError(f"{divergence.name} needs next_tokens, or labels", where="loss")
+    return checked_labels(tokens, num_tokens, vocab_size, "next_tokens")[:, None]
 
 
 def shared_vocab(student: Side, teachers: Sequence[Side], vocab_size: int | None) -> int:
@@ -259,17 +305,17 @@ def shared_vocab(student: Side, teachers: Sequence[Side], vocab_size: int | None
     return vocab_size
 
 
-def checked_labels(labels: Tensor, num_tokens: int, vocab_size: int) -> Tensor:
+def checked_labels(labels: Tensor, num_tokens: int, vocab_size: int, where: str = "labels") -> Tensor:
     """Labels as int64; refused with another shape or, on a CPU where looking is free, outside the vocabulary."""
     if not isinstance(labels, Tensor) or labels.shape != (num_tokens,) or labels.dtype not in LABEL_DTYPES:
-        raise ConfigError(f"expected {num_tokens} integer labels, got {_told(labels)}", where="labels")
+        raise ConfigError(f"expected {num_tokens} integer labels, got {_told(labels)}", where=where)
     labels = labels.long()
     if labels.device.type == "cpu" and num_tokens:
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))]
         if wrong.numel():
             raise ConfigError(
-                f"label {int(wrong[0])} is outside the vocabulary of {vocab_size}; {IGNORED} means no cross-entropy",
-                where="labels",
+                f"label {int(wrong[0])} is outside the vocabulary of {vocab_size}; {IGNORED} means none",
+                where=where,
             )
     return labels
 

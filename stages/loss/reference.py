@@ -49,8 +49,11 @@ def loss_of_logits(problem: Problem, student_logits: Tensor, teachers_logits: Se
             log_p_teachers = [average]
         each = [distillation(problem, log_p_teacher, log_p_student) for log_p_teacher in log_p_teachers]
         kd = weighted(each, problem.teacher_weights)
-        entropies = [-(log_p.exp() * log_p).sum() for log_p in log_p_teachers]
-        metrics = measured(average, log_p_student.detach(), weighted(entropies, problem.teacher_weights))
+        if problem.offset is not None:
+            kd = kd + problem.offsets().sum()
+        if problem.is_ranked:
+            entropies = [-(log_p.exp() * log_p).sum() for log_p in log_p_teachers]
+            metrics = measured(average, log_p_student.detach(), weighted(entropies, problem.teacher_weights))
     return DistillLoss(kd=kd.detach(), ce=ce.detach(), z=z.detach(), loss=problem.total(kd, ce, z), metrics=metrics)
 
 

@@ -17,10 +17,23 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from kdpipe.manifests.sidecar import Sidecar
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed.dataset import Teacher
 from kdpipe.stages.feed.packing import PackedBatch
-from kdpipe.stages.loss import Head, Importance, LowRank, Side, TokenMetrics, TopKSide, distill, pose, token_metrics
+from kdpipe.stages.loss import (
+    DrawnSide,
+    Head,
+    Importance,
+    LowRank,
+    Side,
+    TokenMetrics,
+    TokenSide,
+    TopKSide,
+    distill,
+    pose,
+    token_metrics,
+)
 from kdpipe.stages.loss.cross_metrics import CrossMetrics
 from kdpipe.stages.models.adapter import NAME, has_adapter, low_of, product, without_adapter
 from kdpipe.stages.models.backbone import backbone, packed_hidden, packed_output
@@ -54,17 +67,21 @@ class TeacherHead:
     """The teacher's lm_head on this rank, frozen, and the vocabulary both models are cut to.
 
     weight: beside other teachers of the same samples
-    top_k: of an imported teacher, whose rows have so many tokens and need no head
+    sidecar: of a teacher whose rows are no hidden states and need no head
     """
 
     head: Head
     vocab_size: int
     weight: float = 1.0
-    top_k: int | None = None
+    sidecar: Sidecar | None = None
 
-    def side(self, rows: torch.Tensor) -> Side:
-        """Its half of a loss on these rows."""
-        return Side(rows, self.head) if self.top_k is None else TopKSide.of(rows, self.vocab_size)
+    def side(self, rows: torch.Tensor, tokens: torch.Tensor) -> Side:
+        """Its half of a loss on these rows, which these tokens follow."""
+        if self.sidecar is None:
+            return Side(rows, self.head)
+        if self.sidecar.kind == "logprob":
+            return TokenSide.of_tokens(rows, tokens, self.vocab_size)
+        return (TopKSide if self.sidecar.kind == "topk" else DrawnSide).of(rows, self.vocab_size)
 
 
 def load_teacher_head(teacher: Teacher, device: torch.device) -> TeacherHead:
@@ -74,7 +91,7 @@ def load_teacher_head(teacher: Teacher, device: torch.device) -> TeacherHead:
         head=loaded_head(teacher.read_head(), record, device),
         vocab_size=record.vocab_size,
         weight=teacher.weight,
-        top_k=record.top_k,
+        sidecar=record.sidecar,
     )
 
 
@@ -262,14 +279,17 @@ class Student(torch.nn.Module):
         own = not teachers or self.across is not None
         vocab_size = self._vocab_size if own else teachers[0].vocab_size
         # Rows whose teacher nobody asked for are not in the batch: the loss is cross-entropy alone then.
-        sides = base or [teacher.side(rows) for rows, teacher in zip(batch.teacher_rows, teachers, strict=False)]
+        sides = base or [
+            teacher.side(rows, tokens)
+            for rows, tokens, teacher in zip(batch.teacher_rows, batch.taught_tokens, teachers, strict=False)
+        ]
         student, weights = self.side(hidden), None
         crossing = self.across if batch.aligned else None
         if loss is None and crossing is not None:
             return crossing.metrics(Side(hidden, self.head()), sides, batch)
         if loss is None:
             # Of a few tokens of a row no divergence over the vocabulary can be said.
-            known = sides if all(teacher.top_k is None for teacher in teachers) else []
+            known = sides if all(teacher.sidecar is None for teacher in teachers) else []
             shares = [teacher.weight for teacher in teachers]
             return measured(Side(hidden, self.head()), known, batch, shares, vocab_size)
         if self.importance is not None and batch.stale:
@@ -289,6 +309,7 @@ class Student(torch.nn.Module):
                 vocab_size=vocab_size,
                 weights=taught.weights,
                 keys=taught.keys,
+                tokens=taught.tokens,
                 seed=seed,
                 loss_scale=scale,
             )
@@ -320,6 +341,7 @@ class Lesson:
     teachers: Sequence[Side]
     labels: torch.Tensor
     keys: torch.Tensor
+    tokens: torch.Tensor
     weights: torch.Tensor | None
 
 
@@ -331,13 +353,23 @@ def lessons(
     weights: of all rows [R]
     """
     if not (teachers and batch.teacher_places):
-        return [Lesson(student=student, teachers=teachers, labels=batch.labels, keys=batch.keys, weights=weights)]
+        return [
+            Lesson(
+                student=student,
+                teachers=teachers,
+                labels=batch.labels,
+                keys=batch.keys,
+                tokens=batch.next_tokens,
+                weights=weights,
+            )
+        ]
     return [
         Lesson(
             student=student.at(places),
             teachers=[teacher],
             labels=batch.labels[places],
             keys=batch.keys[places],
+            tokens=batch.next_tokens[places],
             weights=None if weights is None else weights[places],
         )
         for teacher, places in zip(teachers, batch.teacher_places, strict=True)

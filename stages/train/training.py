@@ -250,7 +250,7 @@ def check_training(training: Training, nproc: int, found: Found | None = None) -
         check_loss(found.crossing.method, training.spec.loss)
     else:
         find_divergence(training.spec.loss.divergence).resolve(training.spec.loss.options)
-    _check_imported(training.spec.loss, found.dataset, across=found.crossing is not None)
+    _check_sidecars(training.spec.loss, found.dataset, across=found.crossing is not None)
     train_samples, _ = found.samples
     if not len(train_samples):
         raise ConfigError(
@@ -315,10 +315,10 @@ def _notes(training: Training, caches: Sequence[Cache]) -> Iterator[str]:
                 "another --output trains on all"
             )
     for cache in caches:
-        if (top_k := cache.plan.head.top_k) is not None:
+        if (sidecar := cache.plan.head.sidecar) is not None:
             yield (
-                f"{cache.path} is imported: a loss on {top_k} tokens of a row is biased, and no divergence from its "
-                "teacher is measured"
+                f"{cache.path} has {sidecar.has}: a loss on it is {sidecar.bias}; no divergence from its teacher is "
+                "measured"
             )
     groups = list(by_teacher(caches).values())
     together = len(groups) > 1 and training.spec.loss.teacher_mix != "route"
@@ -368,24 +368,22 @@ def _check_weights(training: Training, dataset: Dataset) -> None:
         )
 
 
-def _check_imported(loss: LossSpec, dataset: Dataset, *, across: bool) -> None:
-    """Raises ConfigError for a loss that needs more of a teacher than the few tokens that were imported."""
+def _check_sidecars(loss: LossSpec, dataset: Dataset, *, across: bool) -> None:
+    """Raises ConfigError for a loss that needs more of a teacher than the rows of a side-car have."""
     for teacher in dataset.teachers:
-        if (top_k := teacher.record.top_k) is None or not loss.kd_weight:
+        if (sidecar := teacher.record.sidecar) is None or not loss.kd_weight:
             continue
-        has = f"{teacher.where} is imported and has {top_k} tokens of a row"
+        has, several = f"{teacher.where} has {sidecar.has}", len(dataset.teachers) > 1
         if across:
             raise ConfigError(f"{has}: a student with a tokenizer of its own needs all", where="student.align")
         if loss.temperature != 1.0:
             raise ConfigError(f"{has}, at temperature 1 alone", where="loss.temperature")
-        if len(dataset.teachers) > 1 and loss.teacher_mix == "distributions":
+        if several and loss.teacher_mix == "distributions":
             raise ConfigError(f"{has}: its losses can be averaged, its distribution not", where="loss.teacher_mix")
-        if not find_divergence(loss.divergence).is_of(top_k, loss.options):
-            raise ConfigError(
-                f"{has}: {loss.divergence} needs more; take top_k_kl or top_k_reverse_kl with loss.options.k of at "
-                f"most {top_k}, or top1_ce",
-                where="loss.divergence",
-            )
+        if several and loss.teacher_mix == "losses" and sidecar.kind == "sampled":
+            raise ConfigError(f"{has}: it teaches alone, or its own samples (route)", where="loss.teacher_mix")
+        if not find_divergence(loss.divergence).is_of(sidecar, loss.options):
+            raise ConfigError(f"{has}: {loss.divergence} needs more; take {sidecar.serves}", where="loss.divergence")
 
 
 def _check_settings(spec: RunSpec, cache: Path, plan: Prepared, *, own_lengths: bool) -> None:

@@ -77,10 +77,17 @@ def dense_value(divergence: str, student: Tensor, teacher: Tensor) -> Tensor:
     chosen = DIVERGENCES[divergence]
     log_s, log_t = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     options: dict[str, Any] = dict(chosen.resolve({}))
+    if chosen.of_token:
+        options["draws"] = next_tokens(student)[:, None]
     if chosen.draws is not None:
         keys = torch.arange(len(student), device=student.device)
         options["draws"] = uniform(keys, int(options[chosen.draws]), 0)
     return chosen.reference(log_t, log_s, **options).sum()
+
+
+def next_tokens(rows: Tensor) -> Tensor:
+    """Some token of a small vocabulary for each row, int64 [T]."""
+    return torch.arange(len(rows), device=rows.device) % 1000
 
 
 def dense_step(value: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> None:
@@ -125,7 +132,9 @@ def trl_steps(inputs: Inputs, beta: float) -> dict[str, Step]:
 
 def fused_step(divergence: str, inputs: Inputs) -> None:
     hidden, head = inputs.student_hidden, inputs.student_head
-    fused_distill_loss(hidden, head, inputs.teacher_hidden, inputs.teacher_head, divergence=divergence).loss.backward()
+    teacher = inputs.teacher_hidden, inputs.teacher_head
+    tokens = next_tokens(hidden)
+    fused_distill_loss(hidden, head, *teacher, divergence=divergence, next_tokens=tokens).loss.backward()
     drop_gradients(inputs)
 
 

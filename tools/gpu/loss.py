@@ -27,7 +27,7 @@ from torch import Tensor
 from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss, reference_distill_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-from loss import BETAS, Inputs, Step, dense_step, dense_value, floor_step, fused_step, liger_step
+from loss import BETAS, Inputs, Step, dense_step, dense_value, floor_step, fused_step, liger_step, next_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +68,9 @@ def worst_errors(divergence: str, device: torch.device) -> dict[str, float]:
     def result(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-    right = result(reference_distill_loss(*wide, divergence=divergence).loss, wide[:2])
-    ours = result(fused_distill_loss(*tensors, divergence=divergence).loss, tensors[:2])
+    given = {"divergence": divergence, "next_tokens": next_tokens(tensors[0])}
+    right = result(reference_distill_loss(*wide, **given).loss, wide[:2])
+    ours = result(fused_distill_loss(*tensors, **given).loss, tensors[:2])
     logits = inputs.student_hidden @ inputs.student_head.T, inputs.teacher_hidden @ inputs.teacher_head.T
     dense = result(dense_value(divergence, *logits), tensors[:2])
 

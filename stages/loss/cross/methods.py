@@ -12,7 +12,7 @@ from kdpipe.manifests.nearest import nearest
 from kdpipe.stages.loss.divergences import DIVERGENCES, Option
 
 DRAWN_OR_RANKED = {"sampled_kl", "hierarchical_ranking", "top_k_kl", "top_k_reverse_kl", "top1_ce", "adaptive_kl"}
-EVERY = tuple(DIVERGENCES)
+EVERY = tuple(name for name, divergence in DIVERGENCES.items() if not divergence.of_token)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

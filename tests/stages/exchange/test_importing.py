@@ -106,7 +106,7 @@ def test_a_student_learns_what_it_would_from_the_whole_rows(bench: Bench, import
 def test_a_run_says_that_it_is_biased(bench: Bench, imported: Cache, tmp_path: Path) -> None:
     recorder = Recorder()
     train(training_of(bench, imported.path, tmp_path / "out"), recorder)
-    assert any(f"is imported: a loss on {K} tokens of a row is biased" in note for note in recorder.notes)
+    assert any(f"has {K} tokens of a row: a loss on it is biased: of all" in note for note in recorder.notes)
     record = read_run(tmp_path / "out")
     assert record is not None
     assert record.metrics is not None
@@ -225,6 +225,6 @@ def test_the_commands_go_both_ways_and_verify_what_was_imported(bench: Bench, ma
     assert 0 < found["left_out"] < 1
     assert main("cache", "verify", tmp_path / "c", "--deep")[0] == 0
     code, _, err = main("cache", "export", tmp_path / "c", tmp_path / "again")
-    assert (code, "it was imported itself" in err) == (4, True)
+    assert (code, "has 5 tokens of a row: export the cache" in err) == (4, True)
     code, _, err = main("cache", "import", tmp_path / "c", "--from", tmp_path / "out", "--tokenizer", bench.teacher)
     assert (code, "it is there already" in err) == (4, True)

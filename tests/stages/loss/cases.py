@@ -16,7 +16,9 @@ from kdpipe.stages.loss.reference import loss_of_logits
 
 CROSS_ENTROPIES = {"soft_cross_entropy", "top1_ce"}
 """Their value at equality is an entropy, not 0."""
-SAMPLED = {"sampled_kl"}
+OF_TOKENS = {"token_reverse_kl"}
+"""They look at the token that follows."""
+SAMPLED = {"sampled_kl"} | OF_TOKENS
 """What holds for a divergence holds for it on average only."""
 
 
@@ -88,6 +90,8 @@ def outcome(function: Any, inputs: Inputs, *, bias: bool = False, labels: bool =
     """`function` on the inputs, and the gradients of 4 * loss: the factor shows that backward scales."""
     if bias:
         arguments |= {"student_bias": inputs.student_bias, "teacher_bias": inputs.teacher_bias}
+    if not labels and arguments.get("divergence") in OF_TOKENS:
+        arguments["next_tokens"] = inputs.labels.clamp_min(0)
     out = function(
         inputs.student_hidden,
         inputs.student_head,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.stages.loss.cases import SAMPLED
+from tests.stages.loss.cases import OF_TOKENS, SAMPLED
 from torch import Tensor
 
 from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss
@@ -31,6 +31,8 @@ def kd_of(teacher: Tensor, student: Tensor, divergence: str, **arguments: Any) -
     eye = torch.eye(teacher.shape[1])
     if "k" in DIVERGENCES[divergence].options:
         arguments["k"] = 4
+    if divergence in OF_TOKENS:
+        arguments["next_tokens"] = teacher[:, :4].argmax(-1)
     return float(fused_distill_loss(student, eye, teacher, eye, divergence=divergence, **arguments).kd)
 
 

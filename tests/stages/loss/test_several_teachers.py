@@ -24,6 +24,7 @@ from kdpipe.stages.loss import (
 
 WEIGHTS = (0.2, 0.3, 0.5)
 TOKENS, VOCAB = 61, 251
+NEXT = torch.arange(TOKENS) * 7 % VOCAB
 MIXES = ("distributions", "losses")
 
 
@@ -57,6 +58,8 @@ def definition(student: Tensor, given: dict[str, Any], mix: str, divergence: str
     """The sum over tokens, from the student's logits [T, V] in fp64."""
     chosen = DIVERGENCES[divergence]
     options: dict[str, Any] = {name: option.default for name, option in chosen.options.items()}
+    if chosen.of_token:
+        options["draws"] = NEXT[:, None]
     if chosen.draws:
         options["draws"] = uniform(torch.arange(TOKENS), int(options[chosen.draws]), 0)
     log_s = (student / temperature).log_softmax(-1)
@@ -76,7 +79,7 @@ def test_several_teachers_equal_the_float64_definition(divergence: str, mix: str
     right = definition(hidden @ head.T, given, mix, divergence, temperature)
     gradients = torch.autograd.grad(right, (hidden, head))
     arguments: dict[str, Any] = {"divergence": divergence, "temperature": temperature, "vocab_size": VOCAB}
-    arguments |= {"teacher_mix": mix, "teacher_weights": [4.0, 6.0, 10.0]}
+    arguments |= {"teacher_mix": mix, "teacher_weights": [4.0, 6.0, 10.0], "next_tokens": NEXT}
     for function, chunk_tokens in (
         (fused_distill_loss, None),
         (fused_distill_loss, 25),

@@ -1,0 +1,336 @@
+"""Deriving: side-cars have what they say, serve what they can, and refuse the rest by name."""
+
+# Shapes: R rows of a sample, V vocabulary.
+
+import dataclasses
+import json
+import shlex
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import numpy as np
+import pytest
+import torch
+from tests.caches import fill_shard, grow_plan, make_cache, make_samples
+from tests.conftest import Apart, Bench, Main
+from tests.manifests.packing import tree
+from tests.stages.deriving import K, asked, derive_until, derived
+from tests.stages.ranks import Recorder, first_gradients
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
+from kdpipe.manifests.plan import read_plan
+from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.shard import blocks, shard_path
+from kdpipe.manifests.sidecar import ARCHITECTURES, Kind, Sidecar
+from kdpipe.manifests.specs import LossSpec, RunSpec, TrainSpec
+from kdpipe.stages.draws import uniform
+from kdpipe.stages.evaluate import evaluate_student
+from kdpipe.stages.exchange import Asked, derive
+from kdpipe.stages.loss import DIVERGENCES, DrawnSide
+from kdpipe.stages.train import Training, check_training, train
+
+CPU = torch.device("cpu")
+KINDS: tuple[Kind, ...] = ("sampled", "logprob", "topk")
+SERVED: dict[Kind, dict[str, Any]] = {
+    "sampled": {"divergence": "forward_kl"},
+    "logprob": {"divergence": "token_reverse_kl"},
+    "topk": {"divergence": "top_k_kl", "options": {"k": K}},
+}
+
+
+@pytest.fixture(scope="module")
+def sidecars(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Cache]:
+    folder = tmp_path_factory.mktemp("sidecars")
+    return {kind: derived(bench.cache, folder / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Cache:
+    """A cache that keeps every row, and grew."""
+    folder = tmp_path / "whole"
+    make_cache(folder, rows="all", has_bias=True)
+    grow_plan(folder, make_samples(6, seed=9))
+    for number in read_plan(folder).brought()[-1]:
+        fill_shard(folder, number)
+    return Cache.open(folder)
+
+
+def logprobs_of(cache: Cache, index: int) -> np.ndarray:
+    """The teacher's log-probabilities [R, V] at a sample's supervised tokens."""
+    head, size = cache.head(), cache.plan.head.vocab_size
+    logits = cache.rows(index).astype(np.float64) @ head.weight[:size].astype(np.float64).T
+    if head.bias is not None:
+        logits += head.bias[:size].astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_the_rows_have_what_they_say_of_every_supervised_token(whole: Cache, tmp_path: Path) -> None:
+    made = {kind: derived(whole.path, tmp_path / kind, kind) for kind in KINDS}
+    for index in range(len(whole)):
+        right, view = logprobs_of(whole, index), whole[index]
+        tokens = view.token_ids[1:][view.supervised[1:]]
+        at = np.arange(len(right))
+        found = {kind: cache[index].rows for kind, cache in made.items()}
+        np.testing.assert_allclose(found["logprob"][:, 0], right[at, tokens], atol=1e-5)
+        values, ids = np.split(found["topk"], 2, axis=-1)
+        np.testing.assert_allclose(values, -np.sort(-right, -1)[:, :K], atol=1e-5)
+        np.testing.assert_allclose(np.take_along_axis(right, ids.astype(int), -1), values, atol=1e-5)
+        drawn = DrawnSide.of(torch.from_numpy(np.array(found["sampled"])), 97)
+        assert drawn.mean_logprob is not None
+        keys = torch.from_numpy(index * 2**32 + np.arange(len(right)))  # of the row's number in the cache
+        reach = torch.from_numpy(np.exp(right)).cumsum(-1)
+        places = torch.searchsorted(reach, uniform(keys, K, 0) * reach[:, -1:], right=True)
+        assert (places == drawn.hidden).float().mean() > 0.9 or not len(places)  # of fp32 some fall on the other side
+        own = np.take_along_axis(right, drawn.hidden.long().numpy(), -1).mean(-1)
+        np.testing.assert_allclose(drawn.mean_logprob, own, atol=1e-5)
+    for cache in made.values():
+        assert np.array_equal(cache.heldout(), whole.heldout())
+        assert cache.plan.num_rows == whole.num_supervised().sum()
+        assert cache.plan.fingerprint.data == whole.plan.fingerprint.data
+        assert cache.plan.engine.arguments["cache"] == whole.plan.fingerprint.overall()
+        assert cache.plan.engine.arguments["rows"] == whole.digest()
+
+
+def test_the_same_command_gives_the_same_bytes_and_another_seed_others(whole: Cache, tmp_path: Path) -> None:
+    for kind in KINDS:
+        first, second = (derived(whole.path, tmp_path / f"{name}-{kind}", kind) for name in "ab")
+        assert tree(first.path) == tree(second.path)
+    other = derived(whole.path, tmp_path / "other", "sampled", seed=1)
+    assert (other[0].rows != Cache.open(tmp_path / "a-sampled")[0].rows).any()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_one_that_was_killed_anywhere_goes_on_to_the_same_bytes(whole: Cache, apart: Apart, tmp_path: Path) -> None:
+    right = derived(whole.path, tmp_path / "right", "logprob")
+    out = tmp_path / "out"
+    for place in ("derive:planned", "shard:flushed", "shards:published", "derive:shard#3"):
+        assert apart(derive_until, place, whole.path, out, "logprob") == -signal.SIGKILL, place
+        assert not Cache.open(out).complete
+    inodes = {path.name: path.stat().st_ino for path in (out / "shards").iterdir()}
+    assert len(inodes) >= 4
+    made = derived(whole.path, out, "logprob")
+    assert tree(made.path) == tree(right.path)
+    assert {name: (out / "shards" / name).stat().st_ino for name in inodes} == inodes
+    assert derived(whole.path, out, "logprob").complete  # nothing is left to do
+
+
+def test_a_damaged_cache_is_refused_before_a_row_of_it_is_used(whole: Cache, tmp_path: Path) -> None:
+    path, layout = shard_path(whole.path, 1), whole.shard(1).layout
+    data = bytearray(path.read_bytes())
+    data[layout.body + 1] ^= 8
+    crcs = layout.tensors["crc32c"].view(data)  # the block agrees with its checksum, the shard not with its digest
+    crcs[:] = [crc32c.crc32c(bytes(data[begin:end])) for begin, end in blocks(layout)]
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match=r"000001.safetensors"):
+        derived(whole.path, tmp_path / "out", "logprob")
+    assert not Cache.open(tmp_path / "out").complete
+
+
+def test_a_place_that_is_taken_is_refused(whole: Cache, tmp_path: Path) -> None:
+    derived(whole.path, tmp_path / "out", "sampled")
+    with pytest.raises(CacheError, match="its kind is sampled, this command makes one of logprob; choose another OUT"):
+        derived(whole.path, tmp_path / "out", "logprob")
+    with pytest.raises(CacheError, match="its seed is 0, this command makes one of 7"):
+        derived(whole.path, tmp_path / "out", "sampled", seed=7)
+    with pytest.raises(CacheError, match="its engine is random, this command makes one of derive"):
+        derived(whole.path, whole.path, "sampled")
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match="it exists and is not a cache"):
+        derived(whole.path, tmp_path / "file", "sampled")
+    with pytest.raises(ConfigError, match="lies in the cache"):
+        derived(whole.path, whole.path / "in", "sampled")
+    with pytest.raises(ConfigError, match="it has 12 drawn tokens of a row: derive from the cache it was made of"):
+        derived(tmp_path / "out", tmp_path / "again", "logprob")
+    with pytest.raises(ConfigError, match="98 tokens of a vocabulary of 97; keep fewer"):
+        derive(whole, tmp_path / "x", Asked(sidecar=Sidecar(kind="topk", entries=98)), CPU, Silent())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out", "whole"]
+
+
+def training_of(bench: Bench, cache: Path, output: Path, **loss: Any) -> Training:
+    return Training(
+        student=bench.student,
+        caches=(cache,),
+        output=output,
+        spec=RunSpec(
+            train=TrainSpec(lr=1e-3, batch_tokens=10**6, dtype="float32", max_steps=2),
+            loss=LossSpec.model_validate(loss),
+        ),
+        device="cpu",
+    )
+
+
+def test_a_student_learns_from_a_side_car_what_it_would_from_whole_rows(
+    bench: Bench, sidecars: dict[Kind, Cache], tmp_path: Path
+) -> None:
+    for kind in ("logprob", "topk"):
+        runs = {
+            name: training_of(bench, cache, tmp_path / f"{name}-{kind}", **SERVED[kind], kd_weight=0.8)
+            for name, cache in (("whole", bench.cache), ("side", sidecars[kind].path))
+        }
+        first_gradients(runs, tmp_path)
+        (right, sums, _), (found, theirs, scores) = (torch.load(tmp_path / name) for name in runs)
+        assert theirs["kd"] == pytest.approx(sums["kd"], rel=1e-5)
+        for name, gradient in right.items():
+            assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+        assert "heldout_ce" in scores
+        assert not {"heldout_kl", "heldout_reverse_kl", "top1_agreement", "teacher_ce"} & set(scores)
+
+
+def test_a_student_learns_from_drawn_tokens_about_what_it_would_from_whole_rows(bench: Bench, tmp_path: Path) -> None:
+    """The more are drawn, the nearer: with 400 a row the noise is a few percent of the gradient."""
+    derive(
+        Cache.open(bench.cache), tmp_path / "many", Asked(sidecar=Sidecar(kind="sampled", entries=400)), CPU, Silent()
+    )
+    derived(bench.cache, tmp_path / "few", "sampled")
+    runs = {
+        name: training_of(bench, cache, tmp_path / f"of {name}", divergence="forward_kl")
+        for name, cache in (("whole", bench.cache), ("m", tmp_path / "many"), ("f", tmp_path / "few"))
+    }
+    first_gradients(runs, tmp_path)
+    (right, sums, _), (many, of_many, _), (few, of_few, _) = (torch.load(tmp_path / name) for name in runs)
+    assert of_many["kd"] == pytest.approx(sums["kd"], rel=0.02)
+    assert of_few["kd"] == pytest.approx(sums["kd"], rel=0.15)
+    size = torch.stack([gradient.norm() for gradient in right.values()]).norm()
+    off, far = (
+        torch.stack([(each[name] - gradient).norm() for name, gradient in right.items()]).norm() / size
+        for each in (many, few)
+    )
+    assert off < 0.1
+    assert 3 < far / off < 9  # sqrt(400 / 12) = 5.8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_says_what_it_trains_on_and_measures_no_divergence(
+    kind: Kind, bench: Bench, sidecars: dict[Kind, Cache], tmp_path: Path
+) -> None:
+    recorder, sidecar = Recorder(), asked(kind).sidecar
+    found = train(training_of(bench, sidecars[kind].path, tmp_path / "out", **SERVED[kind]), recorder)
+    assert any(f"has {sidecar.has}: a loss on it is {sidecar.bias}" in note for note in recorder.notes)
+    assert "heldout_ce" in found
+    assert "heldout_kl" not in found
+    steps = [fields for name, fields in recorder.events if name == "step"]
+    assert ("top1_agreement" in steps[0]) == (kind == "topk")
+    again = Recorder()
+    found = evaluate_student(
+        tmp_path / "out",
+        [sidecars[kind].path],
+        heldout_fraction=None,
+        device="cpu",
+        dtype="float32",
+        batch_tokens=4096,
+        progress=again,
+    )
+    assert "heldout_kl" not in found
+    assert any("no divergence from its teacher is measured; for that take a cache of" in note for note in again.notes)
+
+
+REFUSED: list[tuple[Kind, dict[str, Any], str]] = [
+    ("sampled", {"divergence": "reverse_kl"}, r"drawn tokens of a row: reverse_kl needs more; take forward_kl, soft_"),
+    ("sampled", {"divergence": "sampled_kl"}, r"sampled_kl needs more; .* sampled_kl with loss.options.samples=12"),
+    ("sampled", {"divergence": "token_reverse_kl"}, "token_reverse_kl needs more"),
+    ("sampled", {"temperature": 2.0}, r"loss.temperature: .* at temperature 1 alone"),
+    ("logprob", {"divergence": "forward_kl"}, "own tokens: forward_kl needs more; take token_reverse_kl"),
+    ("logprob", {"divergence": "top1_ce"}, "top1_ce needs more; take token_reverse_kl"),
+    ("topk", {"divergence": "forward_kl"}, r"12 tokens of a row: forward_kl needs more; take top_k_kl or top_k_rev"),
+    ("topk", {"divergence": "token_reverse_kl"}, "token_reverse_kl needs more"),
+]
+
+
+@pytest.mark.parametrize(("kind", "loss", "problem"), REFUSED, ids=str)
+def test_a_loss_that_needs_more_is_refused_with_what_is_served(
+    kind: Kind, loss: dict[str, Any], problem: str, bench: Bench, sidecars: dict[Kind, Cache], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        check_training(training_of(bench, sidecars[kind].path, tmp_path / "out", **loss), 1)
+
+
+def test_drawn_tokens_do_not_teach_the_samples_of_another_teacher(
+    bench: Bench, sidecars: dict[Kind, Cache], tmp_path: Path
+) -> None:
+    both = (bench.cache, sidecars["sampled"].path)
+    for mix, problem in (("losses", "it teaches alone"), ("distributions", "its distribution not")):
+        training = dataclasses.replace(training_of(bench, bench.cache, tmp_path / mix, teacher_mix=mix), caches=both)
+        with pytest.raises(ConfigError, match=problem):
+            check_training(training, 1)
+
+
+def test_what_a_kind_says_that_it_serves_is_what_the_table_of_divergences_allows() -> None:
+    for kind in ARCHITECTURES.values():
+        sidecar = asked(kind).sidecar
+        fitting = {
+            name
+            for name, divergence in DIVERGENCES.items()
+            if divergence.is_of(
+                sidecar,
+                {
+                    option: K
+                    for option in ("k", "samples")
+                    if option in divergence.options and name != "hierarchical_ranking"
+                },
+            )
+        }
+        assert fitting == {name for name in DIVERGENCES if name in sidecar.serves.replace(",", " ").split()}
+
+
+def test_the_command_makes_what_info_says_and_what_repair_and_derive_make_again(
+    bench: Bench, main: Main, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, said, _ = main("cache", "derive", bench.cache, out, "--kind", "sampled", "--device", "cpu", "--json")
+    found = json.loads(said)
+    assert (code, found["row_bytes"], found["num_rows"]) == (0, 4 + 12 * 2, Cache.open(bench.cache).plan.num_rows)
+    told = json.loads(main("cache", "info", out, "--json")[1])
+    assert told["rows_have"] == "12 drawn tokens of a row"
+    assert told["serves"].startswith("forward_kl, soft_cross_entropy")
+    assert told["bias"].startswith("unbiased")
+    assert told["engine"]["arguments"]["tokens"] == "12"
+    before = tree(out)
+    path = shard_path(out, 0)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    code, _, err = main("cache", "verify", out)
+    again = f"kdpipe cache derive {bench.cache} {out} --kind sampled --device cpu --json"
+    assert code == 1
+    assert f"kdpipe cache repair {shlex.quote(str(out))} ; then run again: " in err
+    assert again in err
+    assert main("cache", "repair", out)[0] == 2
+    assert main("cache", "derive", bench.cache, out, "--kind", "sampled", "--device", "cpu")[0] == 0
+    assert {name: data for name, data in tree(out).items() if not name.startswith("runs")} == {
+        name: data for name, data in before.items() if not name.startswith("runs")
+    }
+    shutil.move(out, tmp_path / "moved")
+    (tmp_path / "moved" / "commits" / "000000.json").unlink()
+    again = again.replace(str(out), str(tmp_path / "moved")).removesuffix(" --json")
+    assert again in main("cache", "verify", tmp_path / "moved")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (
+            ("derive", "C", "x", "--kind", "logprob", "--samples", "3"),
+            "--samples: it is of use with --kind sampled alone",
+        ),
+        (("derive", "C", "x", "--kind", "topk", "--seed", "3"), "--seed: it is of use with --kind sampled alone"),
+        (("derive", "C", "x", "--kind", "sampled", "--top-k", "3"), "--top-k: it is of use with --kind topk alone"),
+        (("derive", "S", "x", "--kind", "sampled"), "derive from the cache it was made of"),
+        (("export", "S", "x"), "it has 12 drawn tokens of a row: export the cache that it was made of"),
+        (("compare", "C", "S"), "it has 12 drawn tokens of a row: these have no distance"),
+        (("verify", "S", "--recompute", "3", "--teacher", "t"), "verify the cache that it was made of"),
+    ],
+    ids=str,
+)
+def test_what_a_side_car_is_not_for_is_refused(
+    words: tuple[str, ...], problem: str, bench: Bench, sidecars: dict[Kind, Cache], main: Main, tmp_path: Path
+) -> None:
+    places = {"C": bench.cache, "S": sidecars["sampled"].path, "x": tmp_path / "x", "t": bench.teacher}
+    code, _, err = main("cache", *(places.get(word, word) for word in words))
+    assert (code, problem in err) == (4, True), err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_check_of_a_cache_is_one_of_a_side_car(kind: Kind, sidecars: dict[Kind, Cache], main: Main) -> None:
+    assert main("cache", "verify", sidecars[kind].path, "--deep")[0] == 0
