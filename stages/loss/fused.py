@@ -134,8 +134,7 @@ def distill(problem: Problem, *, chunk_tokens: int | None = None, head_grad_fp32
         torch.is_grad_enabled(),
     )
     kd, ce, z, entropy, agree, mass = sums
-    known = problem.is_ranked
-    num_taught, entropy = (problem.num_tokens, entropy) if known else (0, torch.zeros_like(entropy))
+    num_taught, entropy = (problem.num_tokens, entropy) if problem.is_ranked else (0, torch.zeros_like(entropy))
     metrics = Metrics(
         teacher_entropy=entropy, top1_agree=agree, top_k_mass=mass, num_taught=num_taught, num_ranked=num_ranked
     )
