@@ -42,7 +42,7 @@ class Asked:
     @property
     def arguments(self) -> dict[str, str]:
         """What decides the rows, for PLAN.json."""
-        found = {"kind": self.sidecar.kind}
+        found: dict[str, str] = {"kind": self.sidecar.kind}
         if self.sidecar.kind != "logprob":
             found["tokens"] = str(self.sidecar.entries)
         return found | ({"seed": str(self.seed)} if self.sidecar.kind == "sampled" else {})

@@ -54,7 +54,9 @@ class TeacherInfo:
         return self.bias_key is not None
 
 
-def describe_teacher(folder: ModelFolder, dtype: DtypeChoice = "auto", *, head_is_read: bool = True) -> TeacherInfo:
+def describe_teacher(
+    folder: ModelFolder, dtype: DtypeChoice | Dtype = "auto", *, head_is_read: bool = True
+) -> TeacherInfo:
     """What the teacher in a folder is. "auto" is the config's dtype, else that of the head in the files.
 
     head_is_read: its head is taken from the files, where an adapter's part of it is not; false for a model that writes
