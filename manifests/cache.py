@@ -261,7 +261,7 @@ class Cache:
         record = open_fitted(self.path, self.plan).record
         return {
             "codec": choice.name,
-            "codec_bytes": record.share,
+            "codec_share": record.share,
             "codec_kl_mean": record.kl_mean,
             "codec_kl_p99": record.kl_p99,
             "codec_same_top": record.same_top,

@@ -140,8 +140,8 @@ class Fitted:
     record: CodecRecord
 
 
-def write_fitted(path: Path, fitted: Fitted) -> None:
-    """Write codec.safetensors, which must not be there."""
+def fitted_bytes(fitted: Fitted) -> bytes:
+    """codec.safetensors"""
     arrays = {name: np.ascontiguousarray(fitted.codec.arrays[name]) for name in fitted.codec.ARRAYS}
     tags = {dtype: tag for tag, dtype in DTYPES.items()}
     body = b"".join(array.tobytes() for array in arrays.values())
@@ -152,9 +152,7 @@ def write_fitted(path: Path, fitted: Fitted) -> None:
         "xxh3_128": xxhash.xxh3_128_hexdigest(body),
     }
     layout = lay_out([(name, tags[array.dtype], array.shape) for name, array in arrays.items()], metadata)
-    with open(path, "xb") as file:
-        file.write(layout.header)
-        file.write(body)
+    return layout.header + body
 
 
 def read_fitted(path: Path, *, digest: str) -> Fitted:

@@ -15,7 +15,7 @@ import torch
 
 from kdpipe.manifests.cache import Cache, teacher_files, write_head
 from kdpipe.manifests.durable import canonical, write_once
-from kdpipe.manifests.fitted import CODEC_FILE, Choice, write_fitted
+from kdpipe.manifests.fitted import CODEC_FILE, Choice, fitted_bytes
 from kdpipe.manifests.plan import (
     FOLDERS,
     PLAN_FILE,
@@ -156,7 +156,7 @@ def fit_codec(folder: Path, codec: str, *, rows: np.ndarray | None = None) -> Pl
         head_digest=plan.teacher_files["head.safetensors"],
         device=torch.device("cpu"),
     )
-    write_fitted(folder / "teacher" / CODEC_FILE, fitted)
+    (folder / "teacher" / CODEC_FILE).write_bytes(fitted_bytes(fitted))
     settings = plan.settings.model_copy(update={"codec": codec})
     plan = plan.changed(settings=settings, teacher_files=teacher_files(folder / "teacher"))
     (folder / PLAN_FILE).write_bytes(plan.to_bytes())

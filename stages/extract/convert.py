@@ -21,7 +21,7 @@ import torch
 from kdpipe.manifests.cache import Cache, teacher_files
 from kdpipe.manifests.durable import disk_error, fsync_folder, fsync_tree, make_folder, scratch_name, sweep
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
-from kdpipe.manifests.fitted import CODEC_FILE, Choice, open_fitted, write_fitted
+from kdpipe.manifests.fitted import CODEC_FILE, Choice, fitted_bytes, open_fitted
 from kdpipe.manifests.parts import missing_shards
 from kdpipe.manifests.places import require_outside
 from kdpipe.manifests.plan import FOLDERS, PLAN_FILE, SAMPLES_FILE, Plan, plan_folder, read_plan
@@ -113,9 +113,8 @@ def _begin(source: Cache, out: Path, choice: Choice, progress: Progress) -> None
         head = loaded_head(source.head(), first.head, torch.device("cpu"))
         samples = chosen(Samples(source.path, first), wanted_rows(first.head.hidden_size))
         rows = np.concatenate([source.stored_rows(sample) for sample in samples])
-        write_fitted(
-            scratch / "teacher" / CODEC_FILE, fit_to(first.changed(settings=settings), rows, head, progress, started)
-        )
+        fitted = fit_to(first.changed(settings=settings), rows, head, progress, started)
+        (scratch / "teacher" / CODEC_FILE).write_bytes(fitted_bytes(fitted))
         files = teacher_files(scratch / "teacher")
         files = {name: digest for name, digest in files.items() if name in {*first.teacher_files, CODEC_FILE}}
         for plan in _plans(source, str(choice), files[CODEC_FILE]):

@@ -32,10 +32,11 @@ from kdpipe.manifests.durable import (
     scratch_of,
     share,
     sweep,
+    write_once,
 )
 from kdpipe.manifests.errors import CacheError, CorruptError, TeacherError, TemporaryError
 from kdpipe.manifests.failpoints import failpoint
-from kdpipe.manifests.fitted import CODEC_FILE, Choice, Fitted, write_fitted
+from kdpipe.manifests.fitted import CODEC_FILE, Choice, Fitted, fitted_bytes
 from kdpipe.manifests.places import require_outside
 from kdpipe.manifests.plan import (
     FOLDERS,
@@ -108,25 +109,20 @@ class Staged:
         is_new = CODEC_FILE not in self.plan.teacher_files
         if is_new:
             assert self.folder is not None, "a plan in place has its codec's digest"
-            write_fitted(self.folder / "teacher" / CODEC_FILE, fitted)
+            (self.folder / "teacher" / CODEC_FILE).write_bytes(fitted_bytes(fitted))
             plan = self.plan.changed(teacher_files=teacher_files(self.folder / "teacher"))
             (self.folder / PLAN_FILE).write_bytes(plan.to_bytes())
             fsync_tree(self.folder)
             failpoint("codec:flushed")
             return replace(self, plan=plan)
-        scratch, place = scratch_name(self.cache / "tmp", CODEC_FILE), self.cache / "teacher" / CODEC_FILE
-        try:
-            write_fitted(scratch, fitted)
-            found, planned = xxhash.xxh3_128_hexdigest(scratch.read_bytes()), self.plan.teacher_files[CODEC_FILE]
-            if found != planned:
-                raise CorruptError(
-                    "it is lost, and fitted again it is another, with other threads or libraries perhaps; without it "
-                    "no row can be read: put it back from a copy, or extract into another folder",
-                    where=place,
-                )
-            publish(scratch, place)
-        finally:
-            scratch.unlink(missing_ok=True)
+        data, place = fitted_bytes(fitted), self.cache / "teacher" / CODEC_FILE
+        if xxhash.xxh3_128_hexdigest(data) != self.plan.teacher_files[CODEC_FILE]:
+            raise CorruptError(
+                "it is lost, and fitted again it is another, with other threads or libraries perhaps; without it no "
+                "row can be read: put it back from a copy, or extract into another folder",
+                where=place,
+            )
+        write_once(place, data, scratch_folder=self.cache / "tmp")
         return self
 
     def samples(self) -> Samples:

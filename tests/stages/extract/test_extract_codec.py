@@ -63,7 +63,7 @@ def test_a_cache_says_what_its_rows_lose_and_loses_that(coded: Cache, bench: Ben
     assert 0.5 * record.kl_mean < found < 1.5 * record.kl_mean
     assert info["codec"] == coded.plan.settings.codec.split()[0]
     assert (info["codec_kl_mean"], info["codec_kl_p99"]) == (record.kl_mean, record.kl_p99)
-    assert info["codec_bytes"] == record.share < 0.6
+    assert info["codec_share"] == record.share < 0.6
     assert not list((coded.path / "tmp").iterdir())
 
 

@@ -1,5 +1,6 @@
 """Extraction killed anywhere: no torn file counts, and the next run ends with the very bytes of one never killed."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -59,6 +60,39 @@ def assert_goes_on(spec: ExtractSpec, cache: Path, apart: Apart, whole: dict[str
     assert [path.name for path in cache.parent.iterdir()] == [cache.name], "something is left beside the cache"
 
 
+CODED = ["codec:flushed", "shard:digested#3"]
+
+
+@pytest.fixture(scope="module")
+def coded(
+    spec: ExtractSpec, apart: Apart, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ExtractSpec, dict[str, bytes]]:
+    """The same with a codec, which is fitted before the first shard; and the files that it makes."""
+    changed = dataclasses.replace(spec, codec="fisher", codec_kl=0.05)
+    cache = tmp_path_factory.mktemp("coded") / "cache"
+    assert apart(extract_small, changed, cache) == 0
+    return changed, files(cache)
+
+
+@pytest.mark.parametrize(
+    "place", [*CODED, *(pytest.param(each, marks=pytest.mark.slow) for each in FAILPOINTS if each not in CODED)]
+)
+def test_a_coded_cache_killed_at_every_failpoint(
+    place: str, coded: tuple[ExtractSpec, dict[str, bytes]], apart: Apart, tmp_path: Path
+) -> None:
+    cache = tmp_path / "a" / "cache"
+    assert apart(extract_small, coded[0], cache, place) == -signal.SIGKILL
+    assert_goes_on(coded[0], cache, apart, coded[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_coded_cache_killed_at_random_moments(
+    coded: tuple[ExtractSpec, dict[str, bytes]], apart: Apart, tmp_path: Path
+) -> None:
+    killed_at_random(200, coded[0], apart, coded[1], tmp_path)
+
+
 @pytest.mark.parametrize("place", FAILPOINTS)
 def test_killed_at_every_failpoint(
     place: str, spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path
@@ -90,6 +124,10 @@ def test_killed_while_what_is_lost_of_the_teachers_is_made_again(
 def test_killed_at_random_moments(
     count: int, spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
+    killed_at_random(count, spec, apart, whole, tmp_path)
+
+
+def killed_at_random(count: int, spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path) -> None:
     """Up to three kills a cache, anywhere in its making; a run that is quicker than its kill starts another cache."""
     started = time.monotonic()
     assert apart(extract_small, spec, tmp_path / "timed" / "cache") == 0

@@ -3,6 +3,7 @@
 Every flush of the protocol is needed: without any one of them a cut would lose something, and this test would fail.
 """
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.stages.extracting import committed_are_whole, extract_small, files, s
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.errors import KdpipeError
+from kdpipe.manifests.fitted import CODEC_FILE
 from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.shard import Commit, ShardWriter, commit_path, shard_path
 from kdpipe.stages.extract import ExtractSpec
@@ -33,6 +35,12 @@ FLUSHES: list[Place] = [
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> ExtractSpec:
     return small_spec(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def coded(spec: ExtractSpec) -> ExtractSpec:
+    """The same with a codec that is fitted before the first shard."""
+    return dataclasses.replace(spec, codec="fisher", codec_kl=0.05)
 
 
 class Promises:
@@ -65,9 +73,21 @@ class Promises:
             raise LostError(f"{self.count - kept} of {self.count} shards")
 
 
+@pytest.mark.slow
+def test_no_cut_loses_a_coded_shard_its_codec_or_the_way_on(
+    coded: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_nothing(coded, tmp_path, monkeypatch)
+
+
 def test_no_cut_loses_a_committed_shard_or_the_way_on(
     spec: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lose_nothing(spec, tmp_path, monkeypatch)
+
+
+def lose_nothing(spec: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut at every flush of an extraction, and after every commit."""
     (tmp_path / "live").mkdir()
     extract_small(spec, tmp_path / "whole" / "cache")
     whole = files(tmp_path / "whole" / "cache")
@@ -110,6 +130,18 @@ def test_a_shard_adopted_after_a_kill_survives_a_cut(spec: ExtractSpec, tmp_path
     assert committed_are_whole(tmp_path / "left" / "cache") == committed_are_whole(cache)
 
 
+@pytest.mark.parametrize("skipped", [None, ("publish", "teacher")])
+def test_a_codec_fitted_again_survives_a_cut(skipped: Place | None, coded: ExtractSpec, tmp_path: Path) -> None:
+    cache = tmp_path / "live" / "cache"
+    extract_small(coded, cache)
+    whole = files(cache)
+    (cache / "teacher" / CODEC_FILE).unlink()
+    with PowerCut(tmp_path / "live", skip=[] if skipped is None else [skipped]) as disk:
+        extract_small(coded, cache)
+        disk.restore(tmp_path / "left")
+    assert (files(tmp_path / "left" / "cache") == whole) == (skipped is None)
+
+
 @pytest.mark.parametrize("skipped", [None, ("fsync_tree", "files"), ("publish", "teacher")])
 def test_what_is_made_again_of_the_teachers_survives_a_cut(
     skipped: Place | None, spec: ExtractSpec, tmp_path: Path
@@ -123,6 +155,13 @@ def test_what_is_made_again_of_the_teachers_survives_a_cut(
         extract_small(spec, cache)
         disk.restore(tmp_path / "left")
     assert (files(tmp_path / "left" / "cache") == whole) == (skipped is None)
+
+
+@pytest.mark.parametrize("place", [("fsync_tree", "files"), ("ScratchFile.flush", "tmp")], ids="-".join)
+def test_every_flush_is_needed_by_a_coded_cache_too(
+    place: Place, coded: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_every_flush_is_needed(place, coded, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("place", FLUSHES, ids="-".join)
