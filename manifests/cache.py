@@ -111,6 +111,11 @@ class Cache:
         shard, within = self._locate(index)
         return shard.rows_of(within)
 
+    def stored_parts(self, index: int) -> dict[str, np.ndarray]:
+        """The same as they are stored, the codec's tensors by name."""
+        shard, within = self._locate(index)
+        return shard.parts_of(within)
+
     def __iter__(self) -> Iterator[SampleView]:
         return (self[index] for index in range(len(self)))
 

@@ -14,12 +14,13 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import EngineError
+from kdpipe.manifests.fitted import CODEC_FILE, FittedCodec, open_fitted
 from kdpipe.manifests.ring import Message, RingReader
 
 
@@ -42,12 +43,29 @@ class RowSource(Protocol):
         """Their rows were copied: what held them is free."""
 
 
+class CodedRowSource(RowSource, Protocol):
+    """One that may have rows as they are stored.
+
+    codec: which `parts` are of; None where there are none but rows
+    """
+
+    @property
+    def codec(self) -> FittedCodec | None: ...
+
+    def parts(self, sample: int) -> dict[str, np.ndarray]:
+        """A sample's rows as they are stored, the codec's tensors by name."""
+
+
 class CacheRows:
-    """The rows of one or more complete caches, one after the other under one running index."""
+    """The rows of one or more complete caches, one after the other under one running index.
+
+    codec: which `parts` are of: a fitted one that all have, of whose rows none are left out; None where that is not so
+    """
 
     waited_s = None
 
     def __init__(self, caches: Sequence[Cache]) -> None:
+        self.codec = _shared_codec(caches)
         self._caches = tuple(caches)
         self._first = [0, *accumulate(len(cache) for cache in caches)]
 
@@ -60,12 +78,25 @@ class CacheRows:
         cache, within = self._locate(sample)
         return cache.rows(within)
 
+    def parts(self, sample: int) -> dict[str, np.ndarray]:
+        """Its rows as they are stored, the codec's tensors by name."""
+        cache, within = self._locate(sample)
+        return cache.stored_parts(within)
+
     def done(self, samples: np.ndarray) -> None:
         """A mapping is let go by the cache itself."""
 
     def _locate(self, sample: int) -> tuple[Cache, int]:
         which = bisect_right(self._first, sample) - 1
         return self._caches[which], sample - self._first[which]
+
+
+def _shared_codec(caches: Sequence[Cache]) -> FittedCodec | None:
+    """The codec of caches that all have the same file of one, and nothing but supervised rows."""
+    digests = {cache.plan.teacher_files.get(CODEC_FILE) for cache in caches}
+    if len(digests) != 1 or None in digests or any(cache.plan.settings.rows == "all" for cache in caches):
+        return None
+    return open_fitted(caches[0].path, caches[0].plan).codec
 
 
 class JoinedRows:
@@ -81,13 +112,23 @@ class JoinedRows:
     def waited_s(self) -> float | None:
         return self._source.waited_s
 
+    @property
+    def codec(self) -> FittedCodec | None:
+        return getattr(self._source, "codec", None)
+
+    def parts(self, sample: int) -> dict[str, np.ndarray]:
+        return cast(CodedRowSource, self._source).parts(self._place(sample))
+
     def want(self, samples: np.ndarray) -> None:
         self._source.want(self._found(samples))
 
     def rows(self, sample: int) -> np.ndarray:
+        return self._source.rows(self._place(sample))
+
+    def _place(self, sample: int) -> int:
         place = int(self._places[sample])
         assert place >= 0, f"sample {sample} has no rows of this teacher"
-        return self._source.rows(place)
+        return place
 
     def done(self, samples: np.ndarray) -> None:
         self._source.done(self._found(samples))

@@ -379,6 +379,10 @@ class Shard:
         """All rows of the sample at `index` within this shard, [R, E]."""
         return self.rows(self._row_at[index], self._row_at[index + 1])
 
+    def parts_of(self, index: int) -> dict[str, np.ndarray]:
+        """The same as they are stored."""
+        return self.parts(self._row_at[index], self._row_at[index + 1])
+
     def rows(self, first: int, after: int) -> np.ndarray:
         """Rows first to after, [after - first, E], a view where raw and mapped; blocks are checked on first touch."""
         if self._mapped is None:

@@ -22,6 +22,7 @@ import torch
 from kdpipe.manifests.aligned import SpanTable
 from kdpipe.manifests.cache import Cache, HeadArrays
 from kdpipe.manifests.errors import CacheError, ConfigError
+from kdpipe.manifests.fitted import FittedCodec
 from kdpipe.manifests.prepared import Prepared
 from kdpipe.manifests.row_source import CacheRows, JoinedRows, RowSource
 from kdpipe.manifests.sample import SampleTokens, is_heldout, is_in_subset
@@ -58,6 +59,11 @@ class Teacher:
     where: Path
     weight: float = 1.0
     beside: "Beside | None" = None
+
+    @property
+    def codec(self) -> FittedCodec | None:
+        """What its rows are stored by, where they travel as they are stored; None where they come as rows."""
+        return getattr(self.rows, "codec", None)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,16 +12,21 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from kdpipe.manifests.row_source import CodedRowSource
 from kdpipe.manifests.sample import IGNORED, SampleTokens, row_positions
 from kdpipe.stages.feed.dataset import Dataset
+from kdpipe.stages.feed.decoding import stored_rows
 
 ROWS_A_SAMPLE = 2**32
 """More than any sample has."""
+
+
+TeacherRows = torch.Tensor | dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -36,7 +41,8 @@ class PackedBatch:
     row_positions: int64 [R], places in the flattened [S*L] whose next token is supervised
     labels: int64 [R], that next token; IGNORED where cross entropy is to leave it out
     keys: int64 [R], of each row a number that no other row of the run has: what a sampled loss draws by
-    teacher_rows: of each teacher [R, E] in its dtype; valid until the next batch is made
+    teacher_rows: of each teacher [R, E] in its dtype, valid until the next batch is made; or, of coded caches, what
+        decoding.py makes them of
     teacher_places: of each teacher the rows of the batch that it has rows for, int64 [R_k]; () where every one has all
     stale: rows whose next token an older student wrote, int64 [K], and its log-probability then, fp32 [K]; () for none
     aligned: of each teacher with another tokenizer three tensors: runs of the batch's rows and of its own that stand
@@ -51,7 +57,7 @@ class PackedBatch:
     row_positions: torch.Tensor
     labels: torch.Tensor
     keys: torch.Tensor
-    teacher_rows: tuple[torch.Tensor, ...]
+    teacher_rows: tuple[TeacherRows, ...]
     bounds: tuple[int, ...] = ()
     teacher_places: tuple[torch.Tensor, ...] = ()
     stale: tuple[torch.Tensor, ...] = ()
@@ -85,12 +91,15 @@ class PackedBatch:
         def move(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return value.to(device, non_blocking=True)
+            if isinstance(value, dict):
+                return {name: move(each) for name, each in value.items()}
             return tuple(move(each) for each in value) if isinstance(value, tuple) else value
 
         return PackedBatch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
     def _of_rows(self) -> tuple[torch.Tensor, ...]:
-        of_teachers = *self.teacher_rows, *self.teacher_places, *itertools.chain(*self.aligned)
+        rows = [[each] if isinstance(each, torch.Tensor) else each.values() for each in self.teacher_rows]
+        of_teachers = *itertools.chain(*rows), *self.teacher_places, *itertools.chain(*self.aligned)
         return self.row_positions, self.labels, self.keys, *of_teachers, *self.stale
 
 
@@ -103,7 +112,7 @@ class Packer:
     """Packs samples of a data set into batches, in row buffers that grow to the largest batch and are used again."""
 
     def __init__(self, dataset: Dataset, *, padded: bool = False, pin: bool = False) -> None:
-        self._dataset, self._padded = dataset, padded
+        self._dataset, self._padded, self._pin = dataset, padded, pin
         self._buffers = [RowBuffer(each.record.hidden_size, each.dtype, pin=pin) for each in dataset.teachers]
 
     def pack(self, samples: Sequence[int] | np.ndarray) -> PackedBatch:
@@ -153,7 +162,10 @@ class Packer:
             row_positions=torch.zeros(0, dtype=torch.int64),
             labels=torch.zeros(0, dtype=torch.int64),
             keys=torch.zeros(0, dtype=torch.int64),
-            teacher_rows=tuple(buffer.take(0) for buffer in self._buffers),
+            teacher_rows=tuple(
+                buffer.take(0) if teacher.codec is None else stored_rows(teacher.codec, (), pin=self._pin)
+                for teacher, buffer in zip(self._dataset.teachers, self._buffers, strict=True)
+            ),
             teacher_places=self._places(np.zeros(0, np.int64), np.zeros(0, np.int64)),
             aligned=self._aligned(np.zeros(0, np.int64), np.zeros(0, np.int64)),
         )
@@ -189,14 +201,20 @@ class Packer:
         taught = self._taught(samples)
         return tuple(torch.from_numpy(np.flatnonzero(np.repeat(each, counts))) for each in taught)
 
-    def _gather(self, samples: np.ndarray, counts: np.ndarray) -> tuple[torch.Tensor, ...]:
+    def _gather(self, samples: np.ndarray, counts: np.ndarray) -> tuple[TeacherRows, ...]:
         """The teachers' rows of the samples that they teach, one buffer a teacher; counts: rows of each sample."""
-        gathered = []
+        gathered: list[TeacherRows] = []
         each = zip(self._dataset.teachers, self._buffers, self._taught(samples), strict=True)
         for teacher, buffer, taught in each:
             mine, num_rows = samples[taught], int(counts[taught].sum())
             if (text := teacher.beside) is not None:
                 num_rows = sum(len(text.targets(sample)) for sample in mine.tolist())
+            if teacher.codec is not None:
+                source = cast(CodedRowSource, teacher.rows)
+                parts = [source.parts(sample) for sample in mine.tolist()]
+                gathered.append(stored_rows(teacher.codec, parts, pin=self._pin))
+                teacher.rows.done(mine)
+                continue
             rows = buffer.take(num_rows)
             # The copy moves bits and knows no dtype: torch and numpy do not share bfloat16.
             bits, at = rows.view(torch.uint8).numpy(), 0

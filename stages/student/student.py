@@ -20,7 +20,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from kdpipe.manifests.sidecar import Sidecar
 from kdpipe.manifests.specs import LossSpec
 from kdpipe.stages.feed.dataset import Teacher
-from kdpipe.stages.feed.packing import PackedBatch
+from kdpipe.stages.feed.decoding import Decoder, decoder_of
+from kdpipe.stages.feed.packing import PackedBatch, TeacherRows
 from kdpipe.stages.loss import (
     DrawnSide,
     Head,
@@ -68,15 +69,20 @@ class TeacherHead:
 
     weight: beside other teachers of the same samples
     sidecar: of a teacher whose rows are no hidden states and need no head
+    decoder: of one whose rows travel as they are stored
     """
 
     head: Head
     vocab_size: int
     weight: float = 1.0
     sidecar: Sidecar | None = None
+    decoder: Decoder | None = None
 
-    def side(self, rows: torch.Tensor, tokens: torch.Tensor) -> Side:
+    def side(self, rows: TeacherRows, tokens: torch.Tensor) -> Side:
         """Its half of a loss on these rows, which these tokens follow."""
+        if isinstance(rows, dict):
+            assert self.decoder is not None, "a teacher whose rows travel coded has a decoder"
+            rows = self.decoder.rows(rows)
         if self.sidecar is None:
             return Side(rows, self.head)
         if self.sidecar.kind == "logprob":
@@ -92,6 +98,7 @@ def load_teacher_head(teacher: Teacher, device: torch.device) -> TeacherHead:
         vocab_size=record.vocab_size,
         weight=teacher.weight,
         sidecar=record.sidecar,
+        decoder=None if teacher.codec is None else decoder_of(teacher.codec, teacher.dtype, device),
     )
 
 

@@ -124,7 +124,10 @@ class Sweep:
 def hold(batch: PackedBatch) -> PackedBatch:
     """The batch with rows of its own."""
     fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
-    return PackedBatch(**fields | {"teacher_rows": tuple(rows.clone() for rows in batch.teacher_rows)})
+    return PackedBatch(
+        **fields
+        | {"teacher_rows": tuple(rows.clone() for rows in batch.teacher_rows if isinstance(rows, torch.Tensor))}
+    )
 
 
 @contextmanager

@@ -18,13 +18,15 @@ from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
 from kdpipe.manifests.fitted import CODEC_FILE, open_fitted
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.shard import commit_path, shard_path
-from kdpipe.manifests.specs import DataSpec
+from kdpipe.manifests.specs import DataSpec, RunSpec, TrainSpec
 from kdpipe.stages.codec.metric import Lens
 from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.extract.recompute import recompute
 from kdpipe.stages.feed.dataset import of_caches
 from kdpipe.stages.rows import as_tensor
 from kdpipe.stages.student.student import load_teacher_head
+from kdpipe.stages.train import train
+from kdpipe.stages.train.training import Training, find
 
 CODECS = {"int8": {"codec": "int8"}, "fisher": {"codec": "fisher", "codec_kl": 0.02}}
 
@@ -113,6 +115,36 @@ def test_a_codec_that_was_lost_and_does_not_come_out_the_same_is_an_error(
     with pytest.raises(CorruptError, match=r"it is lost, and fitted again it is another.*put it back from a copy"):
         extract(spec_of(bench, **CODECS[name]), path, Silent())
     assert not (path / "teacher" / CODEC_FILE).exists()
+
+
+def test_students_of_raw_and_coded_rows_take_nearly_the_same_steps(coded: Cache, bench: Bench, tmp_path: Path) -> None:
+    steps = []
+    for number, folder in enumerate((bench.cache, coded.path, coded.path)):
+        run = RunSpec(train=TrainSpec(lr=1e-3, batch_tokens=600, dtype="float32", max_steps=3))
+        log = Recorder()
+        train(
+            Training(student=bench.student, caches=(folder,), output=tmp_path / f"out{number}", spec=run, device="cpu"),
+            log,
+        )
+        steps.append(log.values("step", "loss/mean"))
+    assert steps[0] != steps[1] == steps[2]
+    assert steps[0] == pytest.approx(steps[1], rel=0.05)
+
+
+def test_a_coarser_codec_than_is_allowed_is_refused_by_name(coded: Cache, bench: Bench, tmp_path: Path) -> None:
+    found = open_fitted(coded.path, coded.plan).record.kl_mean
+    training = Training(
+        student=bench.student,
+        caches=(bench.cache, coded.path),
+        output=tmp_path / "out",
+        spec=RunSpec(),
+        device="cpu",
+        max_codec_kl=found * 0.9,
+    )
+    with pytest.raises(CacheError, match=r"its codec '.*' loses a mean KL of .* nats, --max-codec-kl allows") as caught:
+        find(training)
+    assert caught.value.where == str(coded.path)
+    find(dataclasses.replace(training, caches=(coded.path,), max_codec_kl=found))
 
 
 def test_another_bound_is_another_cache(coded: Cache, bench: Bench) -> None:
