@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.engines import FAULTS, engines_end
-from tests.models import make_model, make_tokenizer
+from tests.models import EXPERTS, make_model, make_tokenizer
 from tests.opened import load_student, student_in
 from transformers import PreTrainedModel
 
@@ -314,3 +315,23 @@ def test_an_engine_that_cannot_take_weights_is_refused_before_it_starts(
     folder = student_in(make_tokenizer(make_model("llama", tmp_path, vocab_size=304)))
     with pytest.raises(ConfigError, match=where):
         SglangWriter(folder, dtype="float32", device="cpu", options=EngineOptions(**options))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_an_engine_whose_model_is_a_mixture_of_experts_follows_it(kind: str, tmp_path: Path) -> None:
+    """Every weight is proved to be there; then a text is scored as transformers scores it."""
+    first, second = (
+        make_tokenizer(make_model(kind, tmp_path / f"{seed}", vocab_size=VOCAB, seed=seed), vocab_size=WRITABLE)
+        for seed in (0, 1)
+    )
+    with engines_end():
+        options = EngineOptions(timeout_s=120)
+        writer = SglangWriter(student_in(first), dtype="float32", device="cpu", options=options)
+        try:
+            for version, folder in enumerate((first, second, first)):
+                writer.update(load_file(folder / "model.safetensors").items(), version, changed_only=version > 1)
+                own = logprobs(load_student(folder, torch.float32, CPU), TEXT)
+                assert writer.logprobs(TEXT) == pytest.approx(own, abs=1e-4)
+        finally:
+            writer.close()
