@@ -89,7 +89,8 @@ def _next_command(training: Training, found: Found, record: RunRecord) -> str:
     if not found.dataset.teachers:
         return f"measure it against a teacher with its tokenizer, on a cache: {shlex.join([*measure, 'CACHE'])}"
     if not found.rows_are_kept:
-        return f"no rows were kept; measure it on a cache of its teacher: {shlex.join([*measure, 'CACHE'])}"
+        words = [*measure, "CACHE", *(["--data", "DATA"] if found.crossing is not None else [])]
+        return f"no rows were kept; measure it on a cache of its teacher: {shlex.join(words)}"
     if found.crossing is not None:
         measure += [*map(str, training.caches), "--data", *map(str, training.data)]
         return f"measure it on any cache of its teacher, with the cache's data: {shlex.join(measure)}"
