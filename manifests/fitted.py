@@ -203,7 +203,7 @@ def expected_share(cache: Path, plan: Plan) -> float:
 
 
 def usual_share(choice: Choice, width: int, dtype: Dtype) -> float:
-    """What a codec usually comes to, before it is fitted: of SmolLM2's rows, whose figures are in docs/codecs.md."""
+    """What a codec usually comes to, before it is fitted: as tools/bench/codec.py has it of SmolLM2."""
     raw = width * DTYPES[TAGS[dtype]].itemsize
     if choice.name == "int8":
         return (width + 4) / raw

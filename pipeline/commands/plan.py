@@ -32,8 +32,9 @@ from kdpipe.pipeline.progress import EventLog, watch
 def command(run: RunFile, probed: int | None, given_rate: float | None, as_json: bool) -> None:
     """Forecast a cache and its students: reads the data, the tokenizers and the configs; writes nothing.
 
-    Counted: samples, tokens, rows, bytes by codec, files. Asked: free disk, inodes and quota. Measured: the teacher's
-    speed with --probe, which alone runs it. All else is estimated, and `how` says by what.
+    Counted: samples, tokens, rows, bytes by codec, files. Asked: free disk, inodes and quota. Measured: with --probe,
+    which alone runs the teacher, its speed, and what each codec takes and loses. All else is estimated, and `how` says
+    by what: fisher's bytes too, by those of another teacher.
 
     With --student, or a run file with [student] or [sweep], also what the students come to, in hours and bytes;
     live_over_cached is the cost with a live teacher over that with a cache, break_even_students and break_even_epochs
@@ -66,6 +67,7 @@ def command(run: RunFile, probed: int | None, given_rate: float | None, as_json:
             drawn = Drawn(probed)
             found = forecast(spec, progress, epochs.see, drawn.see)
             measured = probe(spec, drawn.samples(), progress)
+            found = found.measured({name: each["share_of_raw"] for name, each in measured.codecs.items()}, spec)
         else:
             found, measured = forecast(spec, progress, epochs.see), None
     given = measured.tokens_per_second if measured is not None else given_rate

@@ -11,6 +11,7 @@ from typing import Any
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import KdpipeError
+from kdpipe.manifests.fitted import Choice, open_fitted
 from kdpipe.manifests.made_with import LOG_NAME, RUNS, MadeWith, last_extraction
 
 
@@ -90,11 +91,23 @@ def _info(cache: Cache) -> CacheInfo:
         num_shards=len(plan.shards),
         num_committed=len(cache.committed()),
         heldout_fraction=plan.heldout_fraction,
-        codec={"codec": plan.settings.codec, "rows": f"{head.hidden_size:,} wide, {plan.settings.dtype}"},
+        codec=_codec(cache) | {"rows": f"{head.hidden_size:,} wide, {plan.settings.dtype}"},
         teacher=f"{head.architecture}, {head.vocab_size:,} words",
         engine=f"{plan.engine.name} {plan.engine.version}, {plan.engine.determinism}",
         fingerprint=plan.fingerprint.overall(),
     )
+
+
+def _codec(cache: Cache) -> dict[str, str]:
+    """What it is and, of one that is fitted, what it takes and loses."""
+    told = {"codec": cache.plan.settings.codec}
+    if not Choice.read(told["codec"]).is_fitted:
+        return told
+    record = open_fitted(cache.path, cache.plan).record
+    return told | {
+        "bytes of a row": f"{record.share:.3f} of a raw one",
+        "loss of the codec": f"mean KL {record.kl_mean:.2g} nats, 99th percentile {record.kl_p99:.2g}",
+    }
 
 
 def _pass(path: Path) -> Pass:

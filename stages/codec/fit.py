@@ -10,8 +10,10 @@ tried; two eigenvalue problems of size E, in float64.
 
 # Shapes: N rows, E teacher width.
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ def wanted_rows(width: int) -> int:
     return max(4096, min(16 * width, 32768))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Parts:
     """The rows [N, E] as the teacher gave them, in three; and the head."""
 
@@ -53,6 +55,32 @@ class _Parts:
     tune: np.ndarray
     test: np.ndarray
     lens: Lens
+
+    @classmethod
+    def of(cls, rows: np.ndarray, head: Head, vocab_size: int, device: torch.device) -> "_Parts":
+        """Raises ConfigError for too few rows, or too wide ones."""
+        if len(rows) < LEAST_ROWS:
+            raise ConfigError(
+                f"{len(rows)} rows are too few to fit it to, it takes {LEAST_ROWS}; store them raw", where="--codec"
+            )
+        widest = MOST_PLACES // (1 + rows.itemsize)
+        if rows.shape[1] > widest:
+            raise ConfigError(
+                f"rows of {rows.shape[1]:,} columns, at most {widest:,} are coded in {rows.dtype.name}; store them raw",
+                where="--codec",
+            )
+        fitted, tune, test = np.split(rows, [int(len(rows) * share) for share in (FIT, TUNE)])
+        lens = Lens.of(head, vocab_size, device)
+        return cls(fit=fitted, tune=tune, test=some(test, TEST_ROWS), lens=lens)
+
+    @cached_property
+    def basis(self) -> "Basis":
+        return Basis.of(self.doubles(self.fit), self.lens)
+
+    @cached_property
+    def z(self) -> Tensor:
+        """Of the rows for tuning, float64 [N, E], each column rising."""
+        return ((self.doubles(self.tune) - self.basis.mean) @ self.basis.analysis).sort(0).values
 
     def loss(self, codec: Codec, rows: np.ndarray) -> Divergences:
         """What the codec loses of these rows."""
@@ -73,37 +101,33 @@ def fit(
 
     Raises ConfigError for too few rows, and for a KL or a size that is out of reach.
     """
-    if len(rows) < LEAST_ROWS:
-        raise ConfigError(
-            f"{len(rows)} rows are too few to fit it to, it takes {LEAST_ROWS}; store them raw",
-            where=f"--codec {choice.name}",
-        )
-    widest = MOST_PLACES // (1 + rows.itemsize)
-    if rows.shape[1] > widest:
-        raise ConfigError(
-            f"rows of {rows.shape[1]:,} columns, at most {widest:,} are coded in {rows.dtype.name}; store them raw",
-            where=f"--codec {choice.name}",
-        )
-    ends = [int(len(rows) * share) for share in (FIT, TUNE)]
-    fitted, tune, test = np.split(rows, ends)
-    parts = _Parts(
-        fit=fitted,
-        tune=tune,
-        test=some(test, TEST_ROWS),
-        lens=Lens.of(head, vocab_size, device),
-    )
+    return _fitted(choice, _Parts.of(rows, head, vocab_size, device), head_digest)
+
+
+def curve(
+    choices: Sequence[Choice], rows: np.ndarray, head: Head, *, vocab_size: int, device: torch.device
+) -> list[CodecRecord]:
+    """What each of several codecs comes to; those that are out of reach are left out. Raises ConfigError."""
+    parts, found = _Parts.of(rows, head, vocab_size, device), []
+    for choice in choices:
+        with contextlib.suppress(ConfigError):
+            found.append(_fitted(choice, parts, "").record)
+    return found
+
+
+def _fitted(choice: Choice, parts: _Parts, head_digest: str) -> Fitted:
     codec, loss = FITS[choice.name](choice, parts)
-    share = share_of(codec, parts.test)
+    share, dtype = share_of(codec, parts.test), parts.test.dtype.name
     if share >= 1:
         raise ConfigError(
-            f"for that, rows of {rows.dtype.name} take {share:.2f} of their bytes; allow more loss, or store them raw",
+            f"for that, rows of {dtype} take {share:.2f} of their bytes; allow more loss, or store them raw",
             where=f"--codec {choice.name}",
         )
     record = CodecRecord(
         codec=str(choice),
         head=head_digest,
-        dtype=rows.dtype.name,
-        fit_rows=ends[1],
+        dtype=dtype,
+        fit_rows=len(parts.fit) + len(parts.tune),
         test_rows=len(parts.test),
         kl_mean=loss.mean,
         kl_p99=float(loss.kl.quantile(0.99)),
@@ -137,21 +161,19 @@ def _fit_int8(choice: Choice, parts: _Parts) -> tuple[FittedCodec, Divergences]:
 
 def _fit_fisher(choice: Choice, parts: _Parts) -> tuple[FittedCodec, Divergences]:
     """The basis, and the step that has the KL or the size asked for."""
-    basis = Basis.of(parts.doubles(parts.fit), parts.lens)
-    z = ((parts.doubles(parts.tune) - basis.mean) @ basis.analysis).sort(0).values
     if choice.share is not None:
-        return _of_size(choice.share, basis, z, parts)
+        return _of_size(choice.share, parts)
     assert choice.kl is not None, "a choice has one of the two"
-    return _of_loss(choice.kl, basis, z, parts)
+    return _of_loss(choice.kl, parts)
 
 
-def _of_loss(kl: float, basis: "Basis", z: Tensor, parts: _Parts) -> tuple[FittedCodec, Divergences]:
+def _of_loss(kl: float, parts: _Parts) -> tuple[FittedCodec, Divergences]:
     """The codec that loses so much, from below. Raises ConfigError where that is out of reach."""
     # Each component is off by step^2 / 12 in the mean, and half of that is nats. It goes with the square of the step.
-    step, rows = (24 * kl / z.shape[1]) ** 0.5, some(parts.tune, FIRST_ROWS)
+    step, rows = (24 * kl / parts.z.shape[1]) ** 0.5, some(parts.tune, FIRST_ROWS)
     best: tuple[FittedCodec, Divergences] | None = None
     for _ in range(TRIES):
-        codec = basis.codec(step, z)
+        codec = parts.basis.codec(step, parts.z)
         loss = parts.loss(codec, rows)
         if rows is parts.test and loss.mean <= kl and (best is None or loss.mean > best[1].mean):
             best = codec, loss
@@ -168,11 +190,11 @@ def _of_loss(kl: float, basis: "Basis", z: Tensor, parts: _Parts) -> tuple[Fitte
     )
 
 
-def _of_size(share: float, basis: "Basis", z: Tensor, parts: _Parts) -> tuple[FittedCodec, Divergences]:
+def _of_size(share: float, parts: _Parts) -> tuple[FittedCodec, Divergences]:
     """The codec whose rows take so much of their bytes, or a little less. Raises ConfigError for too large a loss."""
     bits = 8 * share * parts.test[0].nbytes
     for _ in range(TRIES):
-        codec = basis.codec(_step_of_size(z, bits), z)
+        codec = parts.basis.codec(_step_of_size(parts.z, bits), parts.z)
         found = share_of(codec, parts.test)
         if found <= share:
             break

@@ -1,9 +1,9 @@
 """Forecast: what an extraction will make, before anything is written or a weight is loaded."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -12,9 +12,10 @@ from kdpipe.manifests.codec import CODECS, RAW, num_bytes
 from kdpipe.manifests.errors import (
     TeacherError,
 )
-from kdpipe.manifests.fitted import choose, usual_share
+from kdpipe.manifests.fitted import Choice, choose, usual_share
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import Sample, is_heldout, num_rows
+from kdpipe.manifests.specs import Dtype
 from kdpipe.stages.extract.reading import counts_of, read_samples
 from kdpipe.stages.extract.spec import ExtractSpec
 from kdpipe.stages.models.folder import ModelFolder
@@ -40,11 +41,28 @@ class Forecast:
     longest: int
     hidden_size: int
     vocab_size: int
-    dtype: str
+    dtype: Dtype
     counts: dict[str, int]
     bytes_per_codec: dict[str, int]
     head_bytes: int
     teacher_params: int
+
+    def measured(self, shares: Mapping[str, float], spec: ExtractSpec) -> "Forecast":
+        """With the bytes of codecs of which a share of raw rows' was measured, by what they are asked for."""
+        raw, tables = num_bytes(RAW, self.num_rows, self.hidden_size, self.dtype), self.num_tokens * TABLE_BYTES
+        choices = (choose("int8"), fisher_of(spec))
+        known = {each.name: int(raw * shares[str(each)]) + tables for each in choices if str(each) in shares}
+        return replace(self, bytes_per_codec=self.bytes_per_codec | known)
+
+
+TABLE_BYTES = 10
+"""Of a token: ids and mask lie in samples.arrow and in the shard, 5 bytes each."""
+
+
+def fisher_of(spec: ExtractSpec) -> Choice:
+    """The fisher codec as it is asked for, or as it is when nothing is said."""
+    asked = spec.codec_choice()
+    return asked if asked.name == "fisher" else choose("fisher")
 
 
 def forecast(spec: ExtractSpec, progress: Progress, *see: Callable[[Sample], None]) -> Forecast:
@@ -52,7 +70,7 @@ def forecast(spec: ExtractSpec, progress: Progress, *see: Callable[[Sample], Non
 
     see: each is called with every sample
     """
-    choice = spec.codec_choice()
+    spec.codec_choice()  # one that is not known is refused before the data are read
     folder = ModelFolder(spec.teacher, TeacherError, spec.options.trust)
     info = describe_teacher(folder, spec.dtype)
     tokenizer = teacher_tokenizer(folder, progress)
@@ -70,14 +88,12 @@ def forecast(spec: ExtractSpec, progress: Progress, *see: Callable[[Sample], Non
             total_rows += num_rows(sample.supervised, every=spec.rows == "all")
             content_id = np.frombuffer(sample.content_id, np.uint8)[None]
             num_heldout += int(is_heldout(content_id, spec.data_spec.heldout_fraction)[0])
-    # Ids and mask lie in samples.arrow and in the shard, 5 bytes a token each.
-    overhead = num_tokens * 10
+    overhead = num_tokens * TABLE_BYTES
     raw = num_bytes(RAW, total_rows, info.hidden_size, info.dtype)
     stored = {
         name: num_bytes(codec, total_rows, info.hidden_size, info.dtype) + overhead for name, codec in CODECS.items()
     }
-    fisher = choice if choice.name == "fisher" else choose("fisher")
-    for fitted in (choose("int8"), fisher):
+    for fitted in (choose("int8"), fisher_of(spec)):
         share = usual_share(fitted, info.hidden_size, info.dtype)
         stored.setdefault(fitted.name, int(raw * share) + overhead)
     num_shards = -(-num_tokens // spec.shard_tokens)

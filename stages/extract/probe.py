@@ -13,10 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdpipe.manifests.errors import TeacherError
+import numpy as np
+import torch
+
+from kdpipe.manifests.errors import ConfigError, TeacherError
+from kdpipe.manifests.fitted import Choice
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import Sample, SampleTokens
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
+from kdpipe.stages.codec.fit import curve
 from kdpipe.stages.extract.forecast import teacher_tokenizer
 from kdpipe.stages.extract.planning import engine_record
 from kdpipe.stages.extract.requests import text_batches
@@ -26,8 +31,9 @@ from kdpipe.stages.extract.teach import teach
 from kdpipe.stages.models.folder import ModelFolder
 from kdpipe.stages.models.vocabulary import real_vocab_size
 from kdpipe.stages.teacher import engine_class
-from kdpipe.stages.teacher.describe import describe_teacher
+from kdpipe.stages.teacher.describe import TeacherInfo, describe_teacher
 from kdpipe.stages.teacher.gate import admit
+from kdpipe.stages.teacher.head import read_head
 
 
 class Drawn:
@@ -58,6 +64,7 @@ class Probed:
 
     start_seconds: until the first batch was done: the teacher's weights are read, what the first pass makes is made
     seconds: of all the samples, after that
+    codecs: by what each is asked for: bytes of a row over those of a raw one, and what it loses; {} for too few rows
     """
 
     engine: str
@@ -67,6 +74,11 @@ class Probed:
     start_seconds: float
     seconds: float
     tokens_per_second: float
+    codecs: dict[str, dict[str, float]]
+
+
+CURVE = (Choice("int8"), *(Choice("fisher", kl=kl) for kl in (1e-3, 1e-2, 3e-2)))
+"""Codecs that a probe tells of, and the one that is asked for."""
 
 
 def probe(spec: ExtractSpec, samples: Sequence[Sample], progress: Progress) -> Probed:
@@ -96,7 +108,8 @@ def probe(spec: ExtractSpec, samples: Sequence[Sample], progress: Progress) -> P
             ended = time.perf_counter()
         finally:
             engine.close()
-    progress.end()
+        progress.end()
+        codecs = _codecs(spec, info, vocab_size, shelf, progress)
     return Probed(
         engine=record.name,
         device=record.device,
@@ -105,4 +118,29 @@ def probe(spec: ExtractSpec, samples: Sequence[Sample], progress: Progress) -> P
         start_seconds=began - started,
         seconds=ended - began,
         tokens_per_second=num_tokens / (ended - began),
+        codecs=codecs,
     )
+
+
+def _codecs(
+    spec: ExtractSpec, info: TeacherInfo, vocab_size: int, shelf: ScratchShelf, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """What each codec comes to on the rows of the probe, which are few: with those of all samples it takes less."""
+    rows = np.fromfile(shelf.path, shelf.dtype, shelf.num_rows * shelf.width).reshape(-1, shelf.width)
+    choices = dict.fromkeys((*CURVE, *([choice] if (choice := spec.codec_choice()).is_fitted else ())))
+    progress.note(f"fitting codecs to {len(rows):,} rows")
+    rows = rows[np.random.default_rng(0).permutation(len(rows))]
+    try:
+        found = curve(list(choices), rows, read_head(info), vocab_size=vocab_size, device=torch.device("cpu"))
+    except ConfigError as err:
+        progress.note(f"no codec was tried: {err.fact}")
+        return {}
+    return {
+        each.codec: {
+            "share_of_raw": each.share,
+            "kl_mean": each.kl_mean,
+            "kl_p99": each.kl_p99,
+            "same_top": each.same_top,
+        }
+        for each in found
+    }

@@ -303,7 +303,7 @@ def test_a_misspelt_codec_is_refused_with_the_nearest(
     run: Callable[[ExtractSpec, Path], object], tmp_path: Path
 ) -> None:
     spec = spec_for(tmp_path, teacher_at(tmp_path / "teacher"), codec="rwa")
-    with pytest.raises(ConfigError, match=r"there is no codec 'rwa' here.*'raw'.*known: raw") as caught:
+    with pytest.raises(ConfigError, match=r"there is no codec 'rwa' here.*'raw'.*known: fisher, int8, raw") as caught:
         run(spec, tmp_path / "cache")
     assert caught.value.where == "--codec"
 

@@ -37,6 +37,30 @@ def test_every_drawn_sample_goes_through_engine_and_gate(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_probe_tells_what_each_codec_takes_and_loses(bench: Bench) -> None:
+    spec = ExtractSpec(
+        teacher=bench.teacher,
+        data=(bench.data,),
+        data_spec=DataSpec(max_length=128),
+        device="cpu",
+        codec="fisher",
+        codec_kl=0.05,
+    )
+    drawn = Drawn(40)
+    planned = forecast(spec, Silent(), drawn.see)
+    found = probe(spec, drawn.samples(), Silent()).codecs
+    assert list(found) == ["int8", "fisher kl=0.001", "fisher kl=0.01", "fisher kl=0.03", "fisher kl=0.05"]
+    shares, losses = ([each[name] for each in list(found.values())[1:]] for name in ("share_of_raw", "kl_mean"))
+    assert shares == sorted(shares, reverse=True)
+    assert losses == sorted(losses)
+    assert losses[-1] <= 0.05
+    measured = planned.measured({name: each["share_of_raw"] for name, each in found.items()}, spec)
+    raw, fisher = (measured.bytes_per_codec[name] - 10 * planned.num_tokens for name in ("raw", "fisher"))
+    assert fisher == pytest.approx(shares[-1] * raw, abs=1)
+    assert measured.bytes_per_codec["raw"] == planned.bytes_per_codec["raw"]
+    assert probe(spec, drawn.samples()[:1], Silent()).codecs == {}
+
+
 def test_wrong_rows_end_a_probe(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ExtractSpec(teacher=bench.teacher, data=(bench.data,), data_spec=DataSpec(max_length=128), device="cpu")
     drawn = Drawn(2)
