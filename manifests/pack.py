@@ -39,7 +39,7 @@ from kdpipe.manifests.verify import check, examine
 NOT_PACKED = {"claims", "quarantine", "tmp"}
 """Folders of a cache that nobody needs when its writers are gone."""
 MEASURED = 8
-"""Blocks of the largest files that say what all will take."""
+"""Of the largest files, whose blocks say what all will take."""
 SLACK = 1.03
 """What the forecast may be short of."""
 
@@ -200,14 +200,14 @@ def _read(path: Path, cut: Cut) -> bytes:
 
 
 def _ratio(files: list[File]) -> float:
-    """What blocks from the middle of the largest files take, packed over plain."""
-    plain = packed = 0
-    for number, (_, _, path) in sorted(enumerate(files), key=lambda each: -each[1][1])[:MEASURED]:
-        cuts = list(cuts_of(number, path))
-        largest = max(cuts, key=lambda cut: cut.size, default=None)
+    """What the largest files take, packed over plain, each as its largest block says."""
+    plain, packed = 0, 0.0
+    for number, (_, size, path) in sorted(enumerate(files), key=lambda each: -each[1][1])[:MEASURED]:
+        largest = max(cuts_of(number, path), key=lambda cut: cut.size, default=None)
         if largest is not None:
             data = compressed(_read(path, largest), largest)
-            plain, packed = plain + largest.size, packed + len(block_note(largest, data)) + len(data)
+            taken = len(block_note(largest, data)) + len(data)
+            plain, packed = plain + size, packed + size * taken / largest.size
     return packed / max(plain, 1)
 
 

@@ -67,6 +67,15 @@ floors, and a stage imports lower floors only (`tests/test_layers.py`):
       measured                         live/measuring.py -> evaluate.py
       a teacher made of the student    live/updates.py
 
+    kdpipe cache derive
+      a row's distribution             exchange/deriving.py -> kept.py, by the head that lies in the cache
+      a few numbers of it, as a cache  manifests/sidecar.py
+      to the loss                      loss/sparse.py, in the place of rows and head
+
+    kdpipe cache pack, unpack
+      files in blocks, shuffled        manifests/pack.py -> packed.py                      one file
+      back, and checked                manifests/unpack.py -> verify.py
+
     kdpipe submit
       what is left, as words           steps.py <- manifests/specs/members.py, run file and disk
       as few jobs as can be            slurm.py -> OUTPUT/submit/*.sbatch                  text, golden-tested

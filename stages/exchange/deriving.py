@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,10 @@ def derive(cache: Cache, out: Path, asked: Asked, device: torch.device, progress
             break  # a shard is checked when its turn comes
         if finding.error is not None:
             raise finding.error
+    if not (out / PLAN_FILE).exists():
+        if os.path.lexists(out):
+            raise CacheError("it exists and is not a cache; choose another name or remove it", where=out)
+        require_outside(out, option="OUT")
     with as_disk_error(out):
         _stage(cache, out, asked, device, progress)
         made = Cache.open(out)
@@ -92,17 +97,14 @@ def _stage(cache: Cache, out: Path, asked: Asked, device: torch.device, progress
             (scratch / name).mkdir(parents=True)
         plan = _plan(cache, scratch, asked, device)
         progress.event("plan", digest=plan.digest, num_shards=len(plan.shards))
-        if (out / PLAN_FILE).exists():
-            _require_same(plan, out)
-        elif out.exists():
-            raise CacheError("it exists and is not a cache; choose another name or remove it", where=out)
         require_room(plan, scratch, out)
-        if not out.exists():
-            require_outside(out, option="OUT")
+        if not (out / PLAN_FILE).exists():
             fsync_tree(scratch)
-            os.rename(scratch, out.absolute())
+            with suppress(OSError):  # another process may have been quicker
+                os.rename(scratch, out.absolute())
             fsync_folder(out.absolute().parent)
             failpoint("derive:planned")
+        _require_same(plan, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

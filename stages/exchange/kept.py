@@ -25,11 +25,15 @@ from kdpipe.stages.draws import uniform
 from kdpipe.stages.feed.dataset import of_caches
 from kdpipe.stages.feed.packing import ROWS_A_SAMPLE
 from kdpipe.stages.loss import Side
+from kdpipe.stages.loss.memory import keep_heap
 from kdpipe.stages.loss.metrics import wide_logits
 from kdpipe.stages.loss.pointwise import drawn_places
 from kdpipe.stages.student import load_teacher_head
 
-CHUNK_ROWS = 128
+CHUNK_ROWS = 512
+"""Of a product: each widens the head to fp32 once."""
+BLOCK_ELEMENTS = 1 << 21
+"""Of log T at a time, behind the product: what the allocator keeps for the next block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,16 +114,20 @@ class Maker:
         self._asked, self._device = asked, device
         self._logits = torch.empty(CHUNK_ROWS, teacher.record.vocab_size, device=device)
         self._keep = KEPT[asked.sidecar.kind]
+        if device.type == "cpu":
+            keep_heap()
 
     @torch.no_grad()
     def of(self, chunk: Chunk) -> np.ndarray:
         """[C, W] of some rows."""
         bits = torch.from_numpy(np.array(np.ascontiguousarray(chunk.rows).view(np.uint8)))
         side = Side(bits.view(self._dtype).to(self._device), self._head)
-        log_p = wide_logits(side, 0, len(chunk.rows), self._logits).log_softmax(-1)
+        logits = wide_logits(side, 0, len(chunk.rows), self._logits)
         tokens, keys = (torch.from_numpy(each).to(self._device) for each in (chunk.tokens, chunk.keys))
-        found: np.ndarray = self._keep(log_p, tokens, keys, self._asked).cpu().numpy()
-        return found
+        blocks = (each.split(max(BLOCK_ELEMENTS // logits.shape[1], 1)) for each in (logits, tokens, keys))
+        found = [self._keep(block.log_softmax(-1), *own, self._asked) for block, *own in zip(*blocks, strict=True)]
+        rows: np.ndarray = torch.cat(found).cpu().numpy()
+        return rows
 
 
 def top_k(log_p: Tensor, tokens: Tensor, keys: Tensor, asked: Asked) -> Tensor:

@@ -16,20 +16,24 @@ import pytest
 import torch
 from tests.caches import fill_shard, grow_plan, make_cache, make_samples
 from tests.conftest import Apart, Bench, Main
-from tests.manifests.packing import tree
+from tests.manifests.packing import PLENTY, tree
 from tests.stages.deriving import K, asked, derive_until, derived
 from tests.stages.ranks import Recorder, first_gradients
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
+from kdpipe.manifests.fitted import CODEC_FILE, choose
+from kdpipe.manifests.pack import pack
 from kdpipe.manifests.plan import read_plan
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.shard import blocks, shard_path
 from kdpipe.manifests.sidecar import ARCHITECTURES, Kind, Sidecar
 from kdpipe.manifests.specs import LossSpec, RunSpec, TrainSpec
+from kdpipe.manifests.unpack import unpack
 from kdpipe.stages.draws import uniform
 from kdpipe.stages.evaluate import evaluate_student
 from kdpipe.stages.exchange import Asked, derive
+from kdpipe.stages.extract.convert import convert
 from kdpipe.stages.loss import DIVERGENCES, DrawnSide
 from kdpipe.stages.train import Training, check_training, train
 
@@ -148,6 +152,22 @@ def test_a_place_that_is_taken_is_refused(whole: Cache, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="98 tokens of a vocabulary of 97; keep fewer"):
         derive(whole, tmp_path / "x", Asked(sidecar=Sidecar(kind="topk", entries=98)), CPU, Silent())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out", "whole"]
+
+
+def test_of_a_coded_cache_the_rows_are_read_as_they_are_decoded_and_it_is_packed_as_any(tmp_path: Path) -> None:
+    coded = tmp_path / "coded"
+    convert(make_cache(tmp_path / "raw", num_samples=80), coded, choose("fisher", share=0.3), Silent())
+    cache, made = Cache.open(coded), derived(coded, tmp_path / "out", "logprob")
+    assert made.plan.engine.arguments["codec"] == "fisher bytes=0.3"
+    assert made.plan.settings.codec == "raw"
+    assert CODEC_FILE not in made.plan.teacher_files
+    for index in range(0, len(cache), 7):
+        view = cache[index]
+        tokens = view.token_ids[1:][view.supervised[1:]]
+        right = logprobs_of(cache, index)[np.arange(len(tokens)), tokens]
+        np.testing.assert_allclose(made[index].rows[:, 0], right, atol=1e-5)
+    pack(cache, tmp_path / "packed", Silent(), most_bytes=PLENTY)
+    assert tree(unpack(tmp_path / "packed", tmp_path / "back", Silent(), most_bytes=PLENTY).path) == tree(coded)
 
 
 def training_of(bench: Bench, cache: Path, output: Path, **loss: Any) -> Training:
