@@ -124,8 +124,9 @@ class Maker:
         side = Side(bits.view(self._dtype).to(self._device), self._head)
         logits = wide_logits(side, 0, len(chunk.rows), self._logits)
         tokens, keys = (torch.from_numpy(each).to(self._device) for each in (chunk.tokens, chunk.keys))
-        blocks = (each.split(max(BLOCK_ELEMENTS // logits.shape[1], 1)) for each in (logits, tokens, keys))
-        found = [self._keep(block.log_softmax(-1), *own, self._asked) for block, *own in zip(*blocks, strict=True)]
+        size = max(BLOCK_ELEMENTS // logits.shape[1], 1)
+        blocks = zip(logits.split(size), tokens.split(size), keys.split(size), strict=True)
+        found = [self._keep(block.log_softmax(-1), next_tokens, own, self._asked) for block, next_tokens, own in blocks]
         rows: np.ndarray = torch.cat(found).cpu().numpy()
         return rows
 
