@@ -52,6 +52,20 @@ def test_without_room_nothing_is_left_and_the_file_it_was_for_is_named(tmpfs: Ca
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+def test_a_file_grows_with_what_is_in_it_and_is_not_torn_where_there_is_no_room(tmpfs: Callable[[str], Path]) -> None:
+    disk = tmpfs("256k")
+    file = ScratchFile(disk, "a", 5000, final=disk / "final")
+    file.bytes[:] = 7
+    file.resize(9000)
+    assert (file.bytes[:5000] == 7).all()
+    assert file.path.stat().st_size == len(file.bytes) == len(file.map) == 9000
+    file.bytes[5000:] = 9
+    with pytest.raises(SpaceError, match="no space left on device"):
+        file.resize(1 << 20)
+    assert file.path.read_bytes()[:9000] == bytes([7] * 5000 + [9] * 4000)
+    file.close()
+
+
 def test_a_folder_that_is_missing_is_an_error_of_ours(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError):
