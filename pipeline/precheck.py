@@ -56,7 +56,7 @@ def check(config: Path | None, sets: tuple[str, ...], *, but_busy: bool = False)
             if run.sweep.command == "train" and set(member.run.cache.path) <= disk.complete and model not in seen:
                 seen[model] = _check_training(member)
             else:
-                seen[model] = _check_start(member, across=seen.get(model))
+                seen[model] = _check_start(member, run.sweep.command, across=seen.get(model))
         except BusyError as err:
             if not but_busy:
                 return member, err
@@ -72,7 +72,7 @@ def _check_training(member: Member) -> bool:
     run = member.run
     assert run.student.path is not None, "steps_of has asked for it"
     if not run.cache.path:
-        return _check_start(member)  # its data are read by the job alone
+        return _check_start(member, "train")  # its data are read by the job alone
     spec = run.training()
     eager = spec.train.model_copy(update={"fsdp": spec.train.fsdp.model_copy(update={"compile": False})})
     training = Training(
@@ -93,10 +93,10 @@ def _check_training(member: Member) -> bool:
     return found.crossing is not None
 
 
-def _check_start(member: Member, across: bool | None = None) -> bool:
+def _check_start(member: Member, command: str, *, across: bool | None = None) -> bool:
     """What can be said without the cache; whether its student has another tokenizer than the teacher.
 
-    across: that, of a student that was checked with another run
+    command: that is run; across: whether it has, of a student that was checked with another run
     """
     from kdpipe.stages.live.onpolicy import check_across
     from kdpipe.stages.loss import find_divergence
@@ -113,7 +113,7 @@ def _check_start(member: Member, across: bool | None = None) -> bool:
             across = has_other_tokenizer(*given)
     if across:
         check_loss(method_of(run.student.align), run.loss)
-        if run.sweep.command == "onpolicy":
+        if command == "onpolicy":
             check_across(run.live, member.output)
     else:
         find_divergence(run.loss.divergence).resolve(run.loss.options)

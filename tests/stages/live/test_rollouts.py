@@ -16,9 +16,11 @@ from tests.stages.train.test_train import training_for
 from transformers import AutoModelForCausalLM
 
 from kdpipe.manifests.errors import CacheError, ConfigError, TemporaryError
+from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.sample import prompt_of
-from kdpipe.manifests.specs import LossSpec, RunFile
+from kdpipe.manifests.specs import DataSpec, LossSpec, RunFile, TeacherSpec
 from kdpipe.stages.align import Retelling
+from kdpipe.stages.extract import ExtractSpec, extract
 from kdpipe.stages.live.onpolicy import check_prompts, fed_by, find_onpolicy
 from kdpipe.stages.live.rollouts import of_student
 from kdpipe.stages.loss import Head, Side
@@ -190,6 +192,31 @@ def test_across_tokenizers_gradients_are_those_of_the_answers_as_either_model_re
         own_gradient = gradients[name].double()
         error = (own_gradient - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-12)
         assert error < 1e-4, (name, error)
+
+
+def test_across_tokenizers_a_sample_that_is_cut_at_another_turn_for_the_teacher_is_left_out(
+    far_bench: Bench, tmp_path: Path
+) -> None:
+    """The answers of either side would follow other prompts."""
+    turns = [{"role": "user", "content": "What is a row?"}, {"role": "assistant", "content": "A row of text. " * 3}]
+    data, cache = tmp_path / "data.jsonl", tmp_path / "cache"
+    data.write_text("".join(json.dumps({"messages": turns * count}) + "\n" for count in (1, 2, 3)))
+    spec = ExtractSpec(teacher=far_bench.teacher, data=(data,), data_spec=DataSpec(max_length=110))
+    extract(spec, cache, Silent())
+    training = replace(training_for(far_bench, tmp_path / "out"), caches=(cache,), data=(data,))
+    training = replace(training, spec=training.spec.model_copy(update={"data": DataSpec(max_length=300)}))
+    run = run_file().model_copy(update={"teacher": TeacherSpec(path=far_bench.teacher)})
+    found = find_onpolicy(training, run)
+    (teacher,), usable = found.dataset.teachers, found.dataset.usable
+    assert teacher.beside is not None
+    assert usable is not None
+    for sample, kept in enumerate(usable.tolist()):
+        texts = found.dataset.tokens(sample), teacher.beside.text(sample)
+        runs = [int((np.diff(text.supervised.astype(int), prepend=0) == 1).sum()) for text in texts]
+        assert (runs[0] == runs[1]) == kept
+    assert 0 < usable.sum() < 3
+    assert any(f"{int((~usable).sum())} samples are cut at another turn" in note for note in found.notes)
+    assert sorted(np.concatenate(found.samples).tolist()) == np.flatnonzero(usable).tolist()
 
 
 def test_across_tokenizers_what_is_made_of_one_tokenizer_is_refused(far_bench: Bench, tmp_path: Path) -> None:
