@@ -34,6 +34,7 @@ from kdpipe.manifests.packed import (
 )
 from kdpipe.manifests.places import require_outside
 from kdpipe.manifests.progress import Progress
+from kdpipe.manifests.shard import shard_path
 from kdpipe.manifests.verify import check, examine
 
 NOT_PACKED = {"claims", "quarantine", "tmp"}
@@ -71,7 +72,8 @@ def pack(cache: Cache, out: Path, progress: Progress, *, most_bytes: int) -> Pac
             raise finding.error
     files = _files(cache)
     total = sum(size for _, size, _ in files)
-    head = note({KEY: VERSION, "plan": cache.plan.digest, "files": [[name, size] for name, size, _ in files]})
+    # By the digest what was begun before a shard was made again is not gone on with.
+    head = note({KEY: VERSION, "cache": cache.digest(), "files": [[name, size] for name, size, _ in files]})
     with as_disk_error(out), _part(out) as file:
         begun = _begun(Path(file.name), head, files)
         ratio = _ratio(files)
@@ -172,14 +174,16 @@ def _compressed(cache: Cache, files: list[File], *, skipped: int) -> Iterator[tu
     def work(cut: Cut) -> tuple[Cut, bytes]:
         return cut, compressed(_read(files[cut.file][2], cut), cut)
 
+    shards = {shard_path(cache.path, number): number for number in range(len(cache.plan.shards))}
+
     def checked() -> Iterator[Cut]:
         seen = None
         for number, cut in enumerate(_cuts(files)):
             if number < skipped:
                 continue
-            name, _, path = files[cut.file]
-            if cut.file != seen and name.startswith("shards/"):
-                finding = check(cache, int(path.stem), "full")
+            path = files[cut.file][2]
+            if cut.file != seen and path in shards:
+                finding = check(cache, shards[path], "full")
                 if finding.error is not None:
                     raise finding.error
             seen = cut.file

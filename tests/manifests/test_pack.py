@@ -10,10 +10,10 @@ from tests.manifests.packing import PLENTY, killed_at, make_grown, tree
 
 from kdpipe.manifests import packed as module
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import BusyError, ConfigError, CorruptError, IncompleteError, SpaceError
+from kdpipe.manifests.errors import BusyError, ConfigError, CorruptError, IncompleteError, LayoutError, SpaceError
 from kdpipe.manifests.pack import pack
 from kdpipe.manifests.progress import Silent
-from kdpipe.manifests.shard import shard_path
+from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.manifests.unpack import unpack
 
 
@@ -99,6 +99,32 @@ def test_what_was_begun_of_another_cache_is_not_gone_on_with(cache: Cache, tmp_p
     pack(cache, tmp_path / "out", Silent(), most_bytes=PLENTY)
     back = unpack(tmp_path / "out", tmp_path / "back", Silent(), most_bytes=PLENTY)
     assert tree(back.path) == tree(cache.path)
+
+
+def test_what_was_begun_before_a_shard_was_made_again_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an engine makes it whose rows differ in their last bits: no size has changed."""
+    monkeypatch.setattr(module, "BLOCK_BYTES", 2000)
+    cache = make_cache(tmp_path / "cache")
+    assert killed_at("pack:block#45", lambda: pack(cache, tmp_path / "out", Silent(), most_bytes=PLENTY))
+    for path in (shard_path(cache.path, 0), commit_path(cache.path, 0)):
+        path.unlink()
+    fill_shard(cache.path, 0, seed=1)
+    pack(Cache.open(cache.path), tmp_path / "out", Silent(), most_bytes=PLENTY)
+    back = unpack(tmp_path / "out", tmp_path / "back", Silent(), most_bytes=PLENTY)
+    assert tree(back.path) == tree(cache.path)
+
+
+def test_files_of_nobody_go_along_and_links_are_named(cache: Cache, tmp_path: Path) -> None:
+    for name in ("shards/notes.txt", "shards/000099.safetensors", "README"):
+        (cache.path / name).write_text("mine")
+    pack(cache, tmp_path / "out", Silent(), most_bytes=PLENTY)
+    back = unpack(tmp_path / "out", tmp_path / "back", Silent(), most_bytes=PLENTY)
+    assert tree(back.path) == tree(cache.path)
+    (cache.path / "runs" / "link").symlink_to("/etc/hostname")
+    with pytest.raises(LayoutError, match="link: not a regular file but a link"):
+        pack(cache, tmp_path / "other", Silent(), most_bytes=PLENTY)
 
 
 def test_a_damaged_cache_is_refused_and_nothing_has_the_name(cache: Cache, tmp_path: Path) -> None:

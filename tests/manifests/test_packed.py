@@ -129,7 +129,7 @@ def test_zstd_itself_tests_a_packed_file_and_reads_its_blocks(whole: Path) -> No
 
 def test_a_name_outside_of_the_folder_is_refused(whole: Path, tmp_path: Path) -> None:
     for name in ("../evil", "/etc/evil", "shards/../../evil"):
-        head = module.note({module.KEY: module.VERSION, "plan": "", "files": [[name, 0]]})
+        head = module.note({module.KEY: module.VERSION, "cache": "", "files": [[name, 0]]})
         (tmp_path / "bad").write_bytes(head + module.end_note(0))
         with pytest.raises(CheckFailed, match="names a file that is in no cache"):
             unpack(tmp_path / "bad", tmp_path / "out", Silent(), most_bytes=PLENTY)
@@ -137,7 +137,7 @@ def test_a_name_outside_of_the_folder_is_refused(whole: Path, tmp_path: Path) ->
 
 
 def test_a_note_that_says_of_no_block_is_refused_whatever_it_says(whole: Path, tmp_path: Path) -> None:
-    head = module.note({module.KEY: module.VERSION, "plan": "", "files": [["PLAN.json", 10]]})
+    head = module.note({module.KEY: module.VERSION, "cache": "", "files": [["PLAN.json", 10]]})
     cut = {"file": 0, "begin": 0, "size": 10, "width": 1, "columns": 1, "num_bytes": 3, "xxh3_128": ""}
     for wrong in (
         {"file": 1},
