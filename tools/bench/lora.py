@@ -158,7 +158,7 @@ class Tokens:
 
         from kdpipe.stages.feed.packing import PackedBatch
 
-        count = self.size.tokens
+        count = self.size.tokens + 1  # of which the last predicts nothing
         ids = torch.randint(3, self.size.vocab, (1, count), generator=torch.Generator().manual_seed(step))
         places = torch.arange(count)
         yield PackedBatch(
@@ -167,9 +167,9 @@ class Tokens:
             seq_lens=torch.tensor([count], dtype=torch.int32),
             bounds=(0, count),
             attention_mask=None,
-            row_positions=places,
-            labels=ids[0].roll(-1),
-            keys=places,
+            row_positions=places[:-1],
+            labels=ids[0, 1:],
+            keys=places[:-1],
             teacher_rows=(),
         )
 
