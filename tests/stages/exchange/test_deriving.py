@@ -111,11 +111,11 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_others(whole: Ca
 def test_one_that_was_killed_anywhere_goes_on_to_the_same_bytes(whole: Cache, apart: Apart, tmp_path: Path) -> None:
     right = derived(whole.path, tmp_path / "right", "logprob")
     out = tmp_path / "out"
-    for place in ("derive:planned", "shard:flushed", "shards:published", "derive:shard#3"):
+    for place in ("derive:planned", "shards:published#2", "derive:shard"):
         assert apart(derive_until, place, whole.path, out, "logprob") == -signal.SIGKILL, place
         assert not Cache.open(out).complete
     inodes = {path.name: path.stat().st_ino for path in (out / "shards").iterdir()}
-    assert len(inodes) >= 4
+    assert len(inodes) >= 3
     made = derived(whole.path, out, "logprob")
     assert tree(made.path) == tree(right.path)
     assert {name: (out / "shards" / name).stat().st_ino for name in inodes} == inodes

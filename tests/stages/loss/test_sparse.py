@@ -51,20 +51,16 @@ def test_the_drawn_tokens_are_the_teachers_as_often_as_it_takes_them() -> None:
     assert error.square().mean().sqrt() < 1.2
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "sampled_kl", "soft_cross_entropy"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "soft_cross_entropy"])
 def test_a_loss_on_drawn_tokens_is_right_on_average(divergence: str) -> None:
     """Over many draws: the mean of values and of gradients is that of whole rows, within its standard error."""
     teacher, student = logits_of()
-    options = {"samples": DRAWN} if divergence == "sampled_kl" else {}
-    exact = {"sampled_kl": "forward_kl"}.get(divergence, divergence)
-    right = loss_and_gradient(student, Side(teacher, Head(torch.eye(V))), divergence=exact)
-    found = [
-        loss_and_gradient(student, drawn(teacher, seed), divergence=divergence, options=options) for seed in range(400)
-    ]
+    right = loss_and_gradient(student, Side(teacher, Head(torch.eye(V))), divergence=divergence)
+    found = [loss_and_gradient(student, drawn(teacher, seed), divergence=divergence) for seed in range(225)]
     for part in (0, 1):
         values = torch.stack([each[part].double() for each in found])
-        error = (values.mean(0) - right[part].double()) / (values.std(0) / 20)
-        assert error.square().mean().sqrt() < 1.5
+        error = (values.mean(0) - right[part].double()) / (values.std(0) / 15)
+        assert error.square().mean().sqrt() < (4.0, 1.5)[part]  # of one value, and of 185
         assert error.abs().max() < 5
 
 
@@ -74,9 +70,11 @@ def test_it_is_the_sampled_kl_of_whole_rows_with_the_same_draws() -> None:
     leaf = student.clone().requires_grad_()
     arguments: dict[str, Any] = {"divergence": "sampled_kl", "samples": DRAWN, "seed": 3}
     whole = fused_distill_loss(leaf, eye, teacher, eye, **arguments)
-    value, gradient = loss_and_gradient(student, drawn(teacher, 3))
-    torch.testing.assert_close(value, whole.kd)
-    torch.testing.assert_close(gradient, torch.autograd.grad(whole.loss, leaf)[0])
+    right = torch.autograd.grad(whole.loss, leaf)[0]
+    for loss in ({"divergence": "forward_kl"}, {"divergence": "sampled_kl", "options": {"samples": DRAWN}}):
+        value, gradient = loss_and_gradient(student, drawn(teacher, 3), **loss)
+        torch.testing.assert_close(value, whole.kd)
+        torch.testing.assert_close(gradient, right)
 
 
 def test_the_dense_form_weights_and_scale_agree_with_the_fused_one() -> None:
@@ -170,12 +168,13 @@ def test_token_reverse_kl_is_the_reverse_kl_where_the_student_draws_the_tokens()
 
     right = of(divergence="reverse_kl")
     generator = torch.Generator().manual_seed(1)
-    draws = torch.multinomial(student.softmax(-1), 900, replacement=True, generator=generator)
-    found = [of(divergence="token_reverse_kl", next_tokens=draws[:, number]) for number in range(900)]
+    draws = torch.multinomial(student.softmax(-1), 400, replacement=True, generator=generator)
+    found = [of(divergence="token_reverse_kl", next_tokens=draws[:, number]) for number in range(400)]
     for part in (0, 1):
         values = torch.stack([each[part].double() for each in found])
-        error = (values.mean(0) - right[part].double()) / (values.std(0) / 30).clamp_min(1e-9)
-        assert error.square().mean().sqrt() < 1.5
+        error = (values.mean(0) - right[part].double()) / (values.std(0) / 20).clamp_min(1e-9)
+        assert error.square().mean().sqrt() < (4.0, 1.5)[part]
+        assert error.abs().max() < 5
 
 
 def test_a_token_below_0_adds_nothing_and_tokens_are_needed() -> None:
