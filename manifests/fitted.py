@@ -213,7 +213,7 @@ def usual_share(choice: Choice, width: int, dtype: Dtype) -> float:
     return min(max(bits, 0.5) * width / 8 / raw, 1.0)
 
 
-BITS_AT_A_CENTINAT = 4.0
+BITS_AT_A_CENTINAT = 3.8
 """Of each number of a row at a mean KL of 0.01; a fourth of the KL costs a bit more."""
 
 

@@ -17,7 +17,8 @@ from kdpipe.manifests.codec import TensorSpec
 from kdpipe.manifests.specs import Dtype
 
 LARGEST = 127
-SMALLEST_SCALE = np.float32(1e-30)
+SCALES = np.float32(1e-30), np.float32(1e36)
+"""Between which a row's scale is: a number beyond comes back as the largest there is, and never as none."""
 
 
 class Int8:
@@ -34,7 +35,7 @@ class Int8:
 
     def encode(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         scaled = (rows.astype(np.float32) - self._mean) / self._spread
-        scale = np.maximum(np.abs(scaled).max(1, keepdims=True, initial=0) / np.float32(LARGEST), SMALLEST_SCALE)
+        scale = (np.abs(scaled).max(1, keepdims=True, initial=0) / np.float32(LARGEST)).clip(*SCALES)
         return {"int8": np.rint(scaled / scale).clip(-LARGEST, LARGEST).astype(np.int8), "scale": scale}
 
     def decode(self, parts: Mapping[str, np.ndarray], out: np.ndarray) -> None:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.durable import QUARANTINE, disk_error, open_regular, put_aside, read_small, sweep
 from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError, KdpipeError, LayoutError
+from kdpipe.manifests.fitted import codec_of
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.plan import PLAN_FILE, plan_folder
 from kdpipe.manifests.sample import row_positions
@@ -49,7 +50,8 @@ class Finding:
 def examine(cache: Cache, level: Level = "full") -> Iterator[Finding]:
     """Look at samples.arrow, the head, the tokenizer and every shard; a finding for each, whatever the others are.
 
-    The plan is named where it is what changed: then all that follows may be said to be damaged and is not.
+    The plan is named where it is what changed: then all that follows may be said to be damaged and is not. Without its
+    codec, which is with the tokenizer, no shard is looked at.
     """
     if (changed := _error(lambda: _check_plan(cache))) is not None:
         yield Finding(part="plan", error=changed)
@@ -103,6 +105,11 @@ def _check_shard(cache: Cache, number: int, level: Level, against_samples: bool)
     if not commit_path(cache.path, number).exists():
         # linked, not committed: a writer is at work or was killed; extract settles it
         raise IncompleteError("not extracted yet", where=shard_path(cache.path, number), hint=extract_again(cache.path))
+    if (codec := _error(lambda: codec_of(cache.path, cache.plan))) is not None:
+        # The codec is what is damaged: what it stored is not put aside for that.
+        raise IncompleteError(
+            f"not looked at, for want of the codec: {codec.fact}", where=shard_path(cache.path, number)
+        )
     shard = Shard(cache.path, cache.plan, number, cache.io)  # size, header, tables
     if level == "quick":
         begin, end = next(blocks(shard.layout))

@@ -15,8 +15,8 @@ import click
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.compare import TOLERANCE, compare
 from kdpipe.manifests.durable import QUARANTINE
-from kdpipe.manifests.errors import CheckFailed, ConfigError, DriftError, IncompleteError, KdpipeError
-from kdpipe.manifests.fitted import choose
+from kdpipe.manifests.errors import CacheError, CheckFailed, ConfigError, DriftError, IncompleteError, KdpipeError
+from kdpipe.manifests.fitted import Choice, choose
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.made_with import repair as way_out
 from kdpipe.manifests.pack import pack
@@ -284,6 +284,7 @@ def compare_caches(cache: Path, other: Path, tolerance: float | None, as_json: b
             raise ConfigError(f"it has {sidecar.has}: these have no distance", where=path)
     bound = tolerance
     if bound is None:
+        _require_exact(first, second)
         bound = max(TOLERANCE[each.plan.settings.dtype] for each in (first, second))
     with watch("cache compare", EventLog(None)) as progress:
         progress.begin("compare", total=first.plan.num_rows, unit="rows")
@@ -297,6 +298,17 @@ def compare_caches(cache: Path, other: Path, tolerance: float | None, as_json: b
             f"(allowed {bound:g}); were the teachers the same?",
             where=other,
         )
+
+
+def _require_exact(*caches: Cache) -> None:
+    """What engines and machines change is known of raw rows alone. Raises CacheError for coded ones."""
+    for cache in caches:
+        if Choice.read(codec := cache.plan.settings.codec, cache.path).is_fitted:
+            raise CacheError(
+                f"its rows are coded ('{codec}'), how far apart they may be is not known: compare raw caches, or give "
+                "--tolerance. What the codec loses is in kdpipe cache info",
+                where=cache.path,
+            )
 
 
 @command.command("pack")

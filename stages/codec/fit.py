@@ -3,8 +3,8 @@
     rows -> fit (basis) | tune (levels, a first step) | test (the loss, to which the step is brought)
 
 The rows come in an order that says nothing of them, so that each part is like all. Invariant: what the record says was
-measured on rows that nothing was fitted to, decoded as a reader decodes them.
-Cost: the head once forth and back for FISHER_ROWS rows, once for each row that a loss is measured on and each price
+measured on rows that nothing was fitted to but the size of the step, decoded as a reader decodes them.
+Cost: the head once forth and back for FISHER_ROWS rows, twice for each row that a loss is measured on and each step
 tried; two eigenvalue problems of size E, in float64.
 """
 

@@ -67,6 +67,18 @@ def test_what_is_beyond_its_levels_is_an_exception_and_no_further_off_than_the_r
     assert np.abs(off).max() <= 1  # what is left of it is rounding to whole steps again
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_int8_gives_a_number_for_every_number() -> None:
+    found = drawn(dtype="bfloat16")
+    rows = found.rows[:4].copy()
+    rows[1] = 3e38
+    rows[2, 5] = -3e38
+    stored = as_stored(codec_of(found, "int8"), rows).astype(np.float32)
+    assert np.isfinite(stored).all()
+    assert (stored[1] > 1e34).all()
+    assert stored[2, 5] < -1e34
+
+
 @pytest.mark.parametrize("name", ["fisher kl=0.01", "int8"])
 def test_a_row_of_zeros_and_no_row_at_all(name: str) -> None:
     found = drawn()

@@ -1,5 +1,6 @@
 """Fitted codecs in a cache: rows of a coded cache survive all that raw ones do, and without its codec none is read."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,12 @@ from tests.caches import fill_shard, fit_codec, make_cache, make_plan, make_samp
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.codec import as_stored
-from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
+from kdpipe.manifests.errors import CorruptError, IncompleteError, KdpipeError, LayoutError
 from kdpipe.manifests.fitted import CODEC_FILE, Choice, open_fitted, read_fitted
 from kdpipe.manifests.plan import read_plan
-from kdpipe.manifests.shard import Shard, adopt, commit_path, planned_bytes, shard_path
+from kdpipe.manifests.shard import Shard, adopt, commit_path, planned_bytes, shard_layout, shard_path, sized_layout
 from kdpipe.manifests.specs import Io
+from kdpipe.manifests.verify import examine, repair
 
 CODECS = ["int8", "fisher kl=0.01"]
 
@@ -48,6 +50,22 @@ def test_a_shard_takes_what_its_rows_take_and_no_more(tmp_path: Path) -> None:
     fill_shard(cache.path, 0, rows=lambda *_: rows)
     assert np.array_equal(Cache.open(cache.path).shard(0).rows(2, 3), rows[2:3])
     assert shard_path(cache.path, 0).stat().st_size > size
+
+
+def test_a_shard_of_several_blocks_has_the_size_that_its_exceptions_give_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size of the file says how many exceptions there are, whatever the checksums of its blocks take."""
+    monkeypatch.setattr("kdpipe.manifests.shard.BLOCK", 256)
+    cache = make_cache(tmp_path / "c", codec="fisher kl=0.01")
+    assert verified(cache.path, "deep") == [*range(len(cache.plan.shards))]
+    shard = cache.shard(0)
+    assert len(shard.good) > 8
+    codec, found = open_fitted(cache.path, cache.plan).codec, 0
+    for count in range(200):
+        layout = shard_layout(cache.plan, 0, "0" * 32, codec=codec, num_ragged=count)
+        found += sized_layout(cache.plan, 0, "0" * 32, codec, layout.num_bytes) == layout
+    assert found == 200
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -94,6 +112,43 @@ def test_a_cache_whose_codec_is_lost_or_damaged_is_not_read(tmp_path: Path) -> N
         Cache.open(cache.path)[0]
     path.write_bytes(good)
     assert len(Cache.open(cache.path)[0].rows)
+
+
+def test_repair_puts_a_damaged_codec_aside_and_no_shard(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", codec="fisher kl=0.01")
+    path = cache.teacher_folder / CODEC_FILE
+    good = path.read_bytes()
+    path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+    found = {finding.part: finding for finding in examine(Cache.open(cache.path))}
+    assert [part for part, finding in found.items() if finding.damaged] == ["tokenizer"]
+    assert "not looked at, for want of the codec" in str(found[0].error)
+    (put_aside,) = repair(Cache.open(cache.path))
+    assert put_aside.part == "tokenizer"
+    assert [each.name for each in (cache.path / "quarantine").iterdir()] == [CODEC_FILE]
+    path.write_bytes(good)
+    assert verified(cache.path, "deep") == [*range(len(cache.plan.shards))]
+
+
+@pytest.mark.parametrize("cases", [120, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_a_flipped_bit_anywhere_in_a_coded_cache_is_an_error_or_changes_no_row(cases: int, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", codec="fisher kl=0.01")
+    wanted = [view.rows.tobytes() for view in cache]
+    files = [path for path in sorted(cache.path.rglob("*")) if path.is_file() and path.stat().st_size]
+    draw, refused = random.Random(cases), 0
+    for _ in range(cases):
+        path = draw.choice(files)
+        good = path.read_bytes()
+        at = draw.randrange(len(good))
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << draw.randrange(8)]) + good[at + 1 :])
+        try:
+            opened = Cache.open(cache.path)
+            opened.samples.verify()
+            opened.head()
+            assert [view.rows.tobytes() for view in opened] == wanted, f"{path.name} at {at}"
+        except KdpipeError:
+            refused += 1
+        path.write_bytes(good)
+    assert refused > cases / 2
 
 
 def test_a_codec_comes_back_from_its_file(tmp_path: Path) -> None:

@@ -133,5 +133,8 @@ def test_the_command_says_what_came_of_it(tmp_path: Path, capfd: pytest.CaptureF
     assert 0 < found["kl_mean"] < found["kl_p99"]
     assert run("cache", "info", str(tmp_path / "out")) == 0
     assert "codec kl mean" in capfd.readouterr().out
+    assert run("cache", "compare", str(raw.path), str(tmp_path / "out")) == 4
+    assert "its rows are coded ('fisher bytes=0.3')" in capfd.readouterr().err
+    assert run("cache", "compare", str(raw.path), str(tmp_path / "out"), "--tolerance", "2") == 0
     assert run(*words[:-2], "--codec-kl", "0.01", "--codec-bytes", "0.3") == 4
     assert "give one of the two" in capfd.readouterr().err

@@ -21,6 +21,7 @@ from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.manifests.specs import DataSpec, RunSpec, TrainSpec
 from kdpipe.stages.codec.metric import Lens
 from kdpipe.stages.extract import ExtractSpec, extract
+from kdpipe.stages.extract.calibrate import chosen
 from kdpipe.stages.extract.recompute import recompute
 from kdpipe.stages.feed.dataset import of_caches
 from kdpipe.stages.rows import as_tensor
@@ -145,6 +146,16 @@ def test_a_coarser_codec_than_is_allowed_is_refused_by_name(coded: Cache, bench:
         find(training)
     assert caught.value.where == str(coded.path)
     find(dataclasses.replace(training, caches=(coded.path,), max_codec_kl=found))
+
+
+def test_a_codec_is_fitted_to_samples_in_no_order_of_the_data(bench: Bench) -> None:
+    samples = Cache.open(bench.cache).samples
+    whole, some = chosen(samples, 10**9), chosen(samples, 200)
+    assert whole != sorted(whole)
+    assert sorted(whole) == np.flatnonzero(samples.column("num_rows")).tolist()
+    assert some == whole[: len(some)]
+    rows = samples.column("num_rows")
+    assert rows[some].sum() >= 200 > rows[some[:-1]].sum()
 
 
 def test_another_bound_is_another_cache(coded: Cache, bench: Bench) -> None:
