@@ -92,6 +92,10 @@ class Fisher:
 
     def steps(self, rows: np.ndarray) -> np.ndarray:
         """q of rows [R, E]: whole numbers, float64 [R, E]."""
+        return np.rint(self.exact(rows))
+
+    def exact(self, rows: np.ndarray) -> np.ndarray:
+        """The same before they are rounded: the same bits for a row, in whatever order its products are summed."""
         if self._analysis is None:
             self._analysis = self.arrays["analysis"].astype(np.float64)
         numbers = (rows.astype(np.float64) - self.mean) / self.arrays["spread"]
@@ -100,7 +104,7 @@ class Fisher:
         found = numbers @ self._analysis
         found *= self.arrays["unit"]
         found *= np.ldexp(1.0, -exponents)
-        return np.rint(found, out=found)
+        return found
 
     def _with_verbatim(
         self, rows: np.ndarray, wild: np.ndarray, row: np.ndarray, place: np.ndarray, values: np.ndarray

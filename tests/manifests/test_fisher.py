@@ -35,7 +35,7 @@ def test_a_row_has_the_same_bytes_wherever_it_is_encoded(name: str, dtype: str) 
         order = np.random.default_rng(3).permutation(rows.shape[1])
         shuffled = {each: codec.arrays[each][order] for each in ("mean", "spread", "analysis")}
         other = Fisher({**codec.arrays, **shuffled})
-        assert np.array_equal(other.steps(np.ascontiguousarray(rows[:, order])), codec.steps(rows))
+        assert np.array_equal(other.exact(np.ascontiguousarray(rows[:, order])), codec.exact(rows))
 
 
 def test_the_widest_sum_of_integers_is_exact() -> None:
