@@ -3,6 +3,8 @@
     stored_rows(codec, parts of some samples) -> tensors by name, which move as any others do
     decoder_of(codec, dtype, device).rows(them) -> [R, E]
 
+Invariant: what travels is integers, floats as their bits: a sharded student casts the floats that it is given to the
+dtype of its pass.
 Cost: the codec's arrays once a device; to decode two operations a column of a row and component, as one product of a
 batch. A GPU waits for nothing: what decides a shape is known on the host.
 """
@@ -33,7 +35,7 @@ class Decoder(Protocol):
 
 
 class Int8Decoder:
-    """Of int8 [R, E] and scale [R, 1]."""
+    """Of int8 [R, E] and the bits of scale [R, 1]."""
 
     def __init__(self, codec: Int8, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
@@ -42,7 +44,8 @@ class Int8Decoder:
         )
 
     def rows(self, stored: Mapping[str, Tensor]) -> Tensor:
-        return finished(stored["int8"].float() * stored["scale"] * self._spread + self._mean, self._dtype)
+        scale = stored["scale"].view(torch.float32)
+        return finished(stored["int8"].float() * scale * self._spread + self._mean, self._dtype)
 
 
 class FisherDecoder:
@@ -62,7 +65,7 @@ class FisherDecoder:
         digits = words[:, self._word] // self._factor % self._levels
         steps = self._lowest.repeat(len(words), 1)
         steps[:, : digits.shape[1]] += digits
-        steps.index_put_((stored["row"], stored["place"]), stored["difference"], accumulate=True)
+        steps.index_put_((stored["row"], stored["place"]), stored["difference"].float(), accumulate=True)
         found = finished(torch.addmm(self._mean, steps, self._synthesis), self._dtype)
         if len(stored["whole_row"]):
             found[stored["whole_row"]] = stored["whole"].view(self._dtype)
@@ -90,6 +93,7 @@ def stored_rows(codec: FittedCodec, parts: Sequence[Parts], *, pin: bool = False
     }
     whole = {name: np.concatenate([empty[name], *(each[name] for each in parts)]) for name in empty}
     found = split_exceptions(codec, whole) if isinstance(codec, Fisher) else whole
+    found = {name: array.view(np.int32) if array.dtype == np.float32 else array for name, array in found.items()}
     tensors = {name: as_tensor(np.ascontiguousarray(array)) for name, array in found.items()}
     return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors
 
@@ -106,7 +110,7 @@ def split_exceptions(codec: Fisher, stored: Parts) -> dict[str, np.ndarray]:
         "packed": stored["packed"].view(np.int32),
         "row": row[usual],
         "place": place[usual],
-        "difference": value[usual].astype(np.float32),
+        "difference": value[usual],
         "whole_row": whole_row,
         "whole": value[is_byte].reshape(len(whole_row), -1) if len(whole_row) else value[:0, None],
     }

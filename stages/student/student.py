@@ -82,7 +82,8 @@ class TeacherHead:
         """Its half of a loss on these rows, which these tokens follow."""
         if isinstance(rows, dict):
             assert self.decoder is not None, "a teacher whose rows travel coded has a decoder"
-            rows = self.decoder.rows(rows)
+            # As rows that travel would come: in the head's dtype, which a sharded student has cast with them.
+            rows = self.decoder.rows(rows).to(self.head.weight.dtype)
         if self.sidecar is None:
             return Side(rows, self.head)
         if self.sidecar.kind == "logprob":

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -118,10 +119,13 @@ def test_a_codec_that_was_lost_and_does_not_come_out_the_same_is_an_error(
     assert not (path / "teacher" / CODEC_FILE).exists()
 
 
-def test_students_of_raw_and_coded_rows_take_nearly_the_same_steps(coded: Cache, bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_students_of_raw_and_coded_rows_take_nearly_the_same_steps(
+    dtype: Literal["float32", "bfloat16"], coded: Cache, bench: Bench, tmp_path: Path
+) -> None:
     steps = []
     for number, folder in enumerate((bench.cache, coded.path, coded.path)):
-        run = RunSpec(train=TrainSpec(lr=1e-3, batch_tokens=600, dtype="float32", max_steps=3))
+        run = RunSpec(train=TrainSpec(lr=1e-3, batch_tokens=600, dtype=dtype, max_steps=2))
         log = Recorder()
         train(
             Training(student=bench.student, caches=(folder,), output=tmp_path / f"out{number}", spec=run, device="cpu"),

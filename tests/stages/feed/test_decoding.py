@@ -65,6 +65,13 @@ def test_what_travels_is_smaller_than_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
+def test_what_travels_is_integers_which_no_student_casts(codec: str, tmp_path: Path) -> None:
+    (stored,) = Packer(of_caches([coded(tmp_path / "c", codec)])).pack(range(21)).teacher_rows
+    assert isinstance(stored, dict)
+    assert not [name for name, tensor in stored.items() if tensor.is_floating_point()]
+
+
+@pytest.mark.parametrize("codec", CODECS)
 def test_a_batch_without_rows_has_none(codec: str, tmp_path: Path) -> None:
     cache = coded(tmp_path / "c", codec)
     dataset = of_caches([cache])
