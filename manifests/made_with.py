@@ -21,7 +21,7 @@ from kdpipe.manifests.record import Record
 RUNS = "runs"
 LOG_NAME = re.compile(r"\d{8}T\d{6}Z-\d+\.jsonl")
 """Logs of extractions; their names sort by time."""
-MAKERS = ("extract", "cache derive")
+MAKERS = ("extract", "cache derive", "cache convert")
 """Commands that make shards, and make them again where they are missing."""
 MAX_EVENT_BYTES = 1 << 20
 MAX_LOGS = 32
@@ -42,7 +42,7 @@ class MadeWith(Record):
         argv, before = list(self.argv), self.paths.get("cache", ("",))
         if cache is not None and before != (str(cache.absolute()),):
             moved = str(cache.absolute())
-            if "derive" in argv[:3]:  # there the cache has no option
+            if {"derive", "convert"} & set(argv[:3]):  # there the cache has no option
                 argv = [
                     moved if os.path.abspath(os.path.join(self.folder, word)) == before[0] else word for word in argv
                 ]

@@ -378,9 +378,10 @@ def convert_cache(
     choice, opened = choose(codec, codec_kl, codec_bytes), Cache.open(cache)
     from kdpipe.stages.extract.convert import convert  # torch takes seconds: not for --help
 
+    words = this_command(source=cache, cache=out).model_dump()
     with (
         results_only(),
-        watch("cache convert", EventLog(None), where=out, kept=lambda: "finished shards are kept") as progress,
+        watch("cache convert", log_in(out), where=out, kept=lambda: kept_in(out), made_with=words) as progress,
     ):
         found = convert(opened, out, choice, progress)
     show(dataclasses.asdict(found), as_json=as_json)

@@ -39,7 +39,7 @@ FLOOR = 1e-9
 """Smallest eigenvalue of the metric, over its largest: what the head does not see at all."""
 CLOSE = 0.02
 """The KL asked for is met to this share of it, from below."""
-TRIES = 7
+TRIES, SIZE_TRIES = 7, 9
 
 
 def wanted_rows(width: int) -> int:
@@ -191,20 +191,36 @@ def _of_loss(kl: float, parts: _Parts) -> tuple[FittedCodec, Divergences]:
 
 
 def _of_size(share: float, parts: _Parts) -> tuple[FittedCodec, Divergences]:
-    """The codec whose rows take so much of their bytes, or a little less. Raises ConfigError for too large a loss."""
+    """The codec whose rows take the most of so much of their bytes. Raises ConfigError for too large a loss.
+
+    Bits are asked for until rows take that: words are whole, and exceptions are as many as there are.
+    """
     bits = 8 * share * parts.test[0].nbytes
-    for _ in range(TRIES):
+    low, high = bits / 4, 2 * bits
+    best: tuple[float, FittedCodec] | None = None
+    least = 1.0
+    for _ in range(SIZE_TRIES):
         codec = parts.basis.codec(_step_of_size(parts.z, bits), parts.z)
         found = share_of(codec, parts.test)
-        if found <= share:
-            break
-        bits *= (1 - CLOSE / 4) * share / found
-    loss = parts.loss(codec, parts.test)
-    if found > share or not loss.mean <= LARGEST_KL:
+        least = min(least, found)
+        if found > share:
+            high = bits
+        else:
+            low = bits
+            if best is None or found > best[0]:
+                best = found, codec
+            if found >= (1 - CLOSE / 2) * share:
+                break
+        aim = bits * share / found
+        bits = aim if low < aim < high and abs(aim - bits) > 2 * CLOSE * bits else (low + high) / 2
+    if best is None:
+        raise ConfigError(f"rows take {least:.3g} of their bytes at least; give them more", where="--codec-bytes")
+    loss = parts.loss(best[1], parts.test)
+    if not loss.mean <= LARGEST_KL:
         raise ConfigError(
-            f"in {found:.3g} of their bytes rows lose {loss.mean:.2g} nats; give them more", where="--codec-bytes"
+            f"in {best[0]:.3g} of their bytes rows lose {loss.mean:.2g} nats; give them more", where="--codec-bytes"
         )
-    return codec, loss
+    return best[1], loss
 
 
 def share_of(codec: Codec, rows: np.ndarray) -> float:

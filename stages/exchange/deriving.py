@@ -41,6 +41,9 @@ from kdpipe.manifests.verify import examine
 from kdpipe.stages.exchange.kept import Asked, CheckedRows, Maker, chunks
 from kdpipe.stages.extract.planning import require_room
 
+NAMES = {"tokens": "number of tokens (--samples, --top-k)", "kind": "--kind", "seed": "--seed", "rows": "source"}
+"""What a person calls an argument."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Derived:
@@ -96,7 +99,8 @@ def _stage(cache: Cache, out: Path, asked: Asked, device: torch.device, progress
         for name in FOLDERS:
             (scratch / name).mkdir(parents=True)
         plan = _plan(cache, scratch, asked, device)
-        progress.event("plan", digest=plan.digest, num_shards=len(plan.shards))
+        if (out / PLAN_FILE).exists():
+            _require_same(plan, out)
         require_room(plan, scratch, out)
         if not (out / PLAN_FILE).exists():
             fsync_tree(scratch)
@@ -105,6 +109,7 @@ def _stage(cache: Cache, out: Path, asked: Asked, device: torch.device, progress
             fsync_folder(out.absolute().parent)
             failpoint("derive:planned")
         _require_same(plan, out)
+        progress.event("plan", digest=plan.digest, num_shards=len(plan.shards))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -113,11 +118,13 @@ def _require_same(plan: Plan, out: Path) -> None:
     there = read_plan(out)
     if there == plan:
         return
-    ours, theirs = ({"engine": one.engine.name, **one.engine.arguments} for one in (plan, there))
-    name = next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), "device")
+    if there.head.sidecar is None:
+        raise CacheError("it is a whole cache, and none that this command makes; choose another OUT", where=out)
+    ours, theirs = ({**one.engine.arguments, "device": one.engine.device} for one in (plan, there))
+    name = next((name for name in ours if ours[name] != theirs.get(name)), "source")
     raise CacheError(
-        f"its {name} is {theirs.get(name, there.engine.device)}, this command makes one of "
-        f"{ours.get(name, plan.engine.device)}; choose another OUT",
+        f"it was made with another {NAMES.get(name, name)}: {theirs.get(name)}, not {ours.get(name)}; "
+        "choose another OUT",
         where=out,
     )
 

@@ -63,6 +63,7 @@ def convert(source: Cache, out: Path, choice: Choice, progress: Progress) -> Con
         _begin(source, out, choice, progress)
     cache = Cache.open(out)
     _require_of(source, cache, choice)
+    progress.event("plan", digest=cache.plan.digest, num_shards=len(cache.plan.shards))
     sweep((out / "tmp").glob("*"))
     todo = missing_shards(cache.plan, out, None)
     require_room(cache.plan, out, out)

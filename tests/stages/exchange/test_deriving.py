@@ -136,11 +136,11 @@ def test_a_damaged_cache_is_refused_before_a_row_of_it_is_used(whole: Cache, tmp
 
 def test_a_place_that_is_taken_is_refused(whole: Cache, tmp_path: Path) -> None:
     derived(whole.path, tmp_path / "out", "sampled")
-    with pytest.raises(CacheError, match="its kind is sampled, this command makes one of logprob; choose another OUT"):
+    with pytest.raises(CacheError, match="another --kind: sampled, not logprob; choose another OUT"):
         derived(whole.path, tmp_path / "out", "logprob")
-    with pytest.raises(CacheError, match="its seed is 0, this command makes one of 7"):
+    with pytest.raises(CacheError, match="another --seed: 0, not 7"):
         derived(whole.path, tmp_path / "out", "sampled", seed=7)
-    with pytest.raises(CacheError, match="its engine is random, this command makes one of derive"):
+    with pytest.raises(CacheError, match="it is a whole cache, and none that this command makes"):
         derived(whole.path, whole.path, "sampled")
     (tmp_path / "file").touch()
     with pytest.raises(CacheError, match="it exists and is not a cache"):

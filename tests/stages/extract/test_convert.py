@@ -132,7 +132,9 @@ def test_the_command_says_what_came_of_it(tmp_path: Path, capfd: pytest.CaptureF
     assert found["codec"] == "fisher bytes=0.3"
     assert 0 < found["kl_mean"] < found["kl_p99"]
     assert run("cache", "info", str(tmp_path / "out")) == 0
-    assert "codec kl mean" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "codec kl mean" in said
+    assert f"kdpipe cache convert {raw.path}" in said, "what it was made with"
     assert run("cache", "compare", str(raw.path), str(tmp_path / "out")) == 4
     assert "its rows are coded ('fisher bytes=0.3')" in capfd.readouterr().err
     assert run("cache", "compare", str(raw.path), str(tmp_path / "out"), "--tolerance", "2") == 0

@@ -17,6 +17,7 @@ SIZES = {"num_tokens": st.integers(1, 5), "vocab": st.integers(6, 70), "scale": 
 SEEDS = st.integers(0, 2**31)
 # Their value is 0 wherever rankings agree, or outside of the entries they look at.
 BLIND = {"hierarchical_ranking", "top1_ce"}
+ROUNDING = 1e-6
 EXACT = sorted(DIVERGENCES.keys() - SAMPLED)
 
 
@@ -44,8 +45,8 @@ def test_it_is_never_negative_and_above_0_for_unequal_models(
 ) -> None:
     teacher, student = logits_of(seed, num_tokens, vocab, scale)
     value = kd_of(teacher, student, divergence)
-    assert value >= 0.0
-    if divergence not in BLIND:
+    assert value >= -ROUNDING
+    if divergence not in BLIND and scale < 5.0:  # beyond it two models may agree to rounding
         assert value > 0.0
 
 
