@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from kdpipe.manifests.aligned import ALIGNED_FILE, SPANS_FILE, AlignedRecord, AlignmentFigures, SpansWriter
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import canonical
-from kdpipe.manifests.errors import CacheError, DataError
+from kdpipe.manifests.errors import CacheError, DataError, is_of_others
 from kdpipe.manifests.plan import SAMPLES_FILE
 from kdpipe.manifests.prepared import PREPARED_FILE
 from kdpipe.manifests.progress import Progress
@@ -222,6 +222,8 @@ def cache_tokenizer(cache: Cache) -> PreTrainedTokenizerBase:
             local_files_only=True,
         )
     except Exception as err:  # whatever transformers raises
+        if is_of_others(err):
+            raise
         raise CacheError(f"its tokenizer does not load: {err}", where=cache.teacher_folder) from err
 
 

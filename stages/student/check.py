@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTo
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from kdpipe.manifests.adapter import base_of
-from kdpipe.manifests.errors import ConfigError, StudentError, TeacherError
+from kdpipe.manifests.errors import ConfigError, StudentError, TeacherError, is_of_others
 from kdpipe.stages.feed.dataset import Dataset, Teacher
 from kdpipe.stages.models.context import context_of
 from kdpipe.stages.models.folder import ModelFolder
@@ -158,6 +158,8 @@ def _check_generation(path: Path, vocab_size: int) -> None:
         config = GenerationConfig.from_pretrained(str(path.parent), local_files_only=True)
     except Exception as err:
         # transformers checks some fields and trips over others: OSError, ValueError, TypeError, AttributeError.
+        if is_of_others(err):
+            raise
         cause = " ".join(f"{err}".split())
         raise StudentError(f"it does not load: {cause}; mend it, or remove the file", where=path) from err
     _check_ids(config, path, vocab_size)

@@ -35,6 +35,16 @@ def cache(far_bench: Bench, tmp_path: Path) -> Path:
     return Path(shutil.copytree(far_bench.cache, tmp_path / "cache", ignore=shutil.ignore_patterns(ALIGNED)))
 
 
+def raising_memory(*_: Any, **__: Any) -> Any:
+    raise MemoryError
+
+
+def test_a_lack_of_memory_is_not_the_fault_of_a_caches_tokenizer(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining.PreTrainedTokenizerFast, "from_pretrained", raising_memory)
+    with pytest.raises(MemoryError):
+        joining.cache_tokenizer(Cache.open(cache))
+
+
 def crossing(bench: Bench, *caches: Path, progress: Any = None, **asked: Any) -> Crossing:
     opened = [Cache.open(path) for path in caches]
     asked = {"data": (bench.data,)} | asked

@@ -354,3 +354,11 @@ def test_what_a_side_car_is_not_for_is_refused(
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_check_of_a_cache_is_one_of_a_side_car(kind: Kind, sidecars: dict[Kind, Cache], main: Main) -> None:
     assert main("cache", "verify", sidecars[kind].path, "--deep")[0] == 0
+
+
+def test_a_derive_that_is_refused_leaves_no_log_in_a_cache(bench: Bench, main: Main) -> None:
+    """Defect: the log of one into its own source became what that cache was made with."""
+    before = sorted((bench.cache / "runs").iterdir())
+    code, _, err = main("cache", "derive", bench.cache, bench.cache, "--kind", "logprob", "--device", "cpu")
+    assert (code, "it is a whole cache" in err) == (4, True)
+    assert sorted((bench.cache / "runs").iterdir()) == before

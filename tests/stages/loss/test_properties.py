@@ -2,22 +2,25 @@
 
 # Shapes: T tokens, V vocabulary.
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.stages.loss.cases import OF_TOKENS, SAMPLED
 from torch import Tensor
 
 from kdpipe.stages.loss import DIVERGENCES, fused_distill_loss
+from kdpipe.stages.loss.reference import reference_distill_loss
 
 SIZES = {"num_tokens": st.integers(1, 5), "vocab": st.integers(6, 70), "scale": st.floats(0.1, 20.0)}
 SEEDS = st.integers(0, 2**31)
 # Their value is 0 wherever rankings agree, or outside of the entries they look at.
 BLIND = {"hierarchical_ranking", "top1_ce"}
-ROUNDING = 1e-6
+ROUNDING = 1e-7
+"""Of a value that is nearly 0: fp32 sums may end a little below it: the example is 2.2e-8 and comes out as -1.2e-9."""
 EXACT = sorted(DIVERGENCES.keys() - SAMPLED)
 
 
@@ -28,26 +31,30 @@ def logits_of(seed: int, num_tokens: int, vocab: int, scale: float) -> tuple[Ten
     return teacher, student
 
 
-def kd_of(teacher: Tensor, student: Tensor, divergence: str, **arguments: Any) -> float:
-    eye = torch.eye(teacher.shape[1])
+def kd_of(
+    teacher: Tensor, student: Tensor, divergence: str, loss: Callable[..., Any] = fused_distill_loss, **arguments: Any
+) -> float:
+    eye = torch.eye(teacher.shape[1], dtype=teacher.dtype)
     if "k" in DIVERGENCES[divergence].options:
         arguments["k"] = 4
     if divergence in OF_TOKENS:
         arguments["next_tokens"] = teacher[:, :4].argmax(-1)
-    return float(fused_distill_loss(student, eye, teacher, eye, divergence=divergence, **arguments).kd)
+    return float(loss(student, eye, teacher, eye, divergence=divergence, **arguments).kd)
 
 
 @pytest.mark.parametrize("divergence", EXACT)
 @settings(max_examples=25, deadline=None)
 @given(seed=SEEDS, **SIZES)
+@example(seed=56, num_tokens=1, vocab=6, scale=15.0)
 def test_it_is_never_negative_and_above_0_for_unequal_models(
     divergence: str, seed: int, num_tokens: int, vocab: int, scale: float
 ) -> None:
     teacher, student = logits_of(seed, num_tokens, vocab, scale)
     value = kd_of(teacher, student, divergence)
-    assert value >= -ROUNDING
-    if divergence not in BLIND and scale < 5.0:  # beyond it two models may agree to rounding
-        assert value > 0.0
+    truth = kd_of(teacher.double(), student.double(), divergence, loss=reference_distill_loss)
+    assert value >= 0.0 or abs(value - truth) < ROUNDING > truth
+    if divergence not in BLIND:
+        assert value > 0.0 or truth < ROUNDING
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

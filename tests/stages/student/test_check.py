@@ -17,7 +17,7 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CorruptError, IncompleteError, KdpipeError, LayoutError, StudentError
 from kdpipe.stages.feed.dataset import of_caches
 from kdpipe.stages.models.context import Context, context_of
-from kdpipe.stages.student import check_student, require_context
+from kdpipe.stages.student import check, check_student, require_context
 
 
 def test_student_of_another_tokenizer_is_refused_naming_the_first_difference(bench: Bench, tmp_path: Path) -> None:
@@ -91,6 +91,18 @@ def test_ids_outside_the_vocabulary_and_settings_that_do_not_load_are_refused(
     assert words in str(caught.value)
     assert caught.value.where == str(tmp_path / file)
     assert "\n" not in str(caught.value)
+
+
+def test_a_lack_of_memory_is_not_the_fault_of_a_generation_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(check.GenerationConfig, "from_pretrained", fail)
+    (tmp_path / "generation_config.json").write_text("{}")
+    with pytest.raises(MemoryError):
+        check._check_generation(tmp_path / "generation_config.json", 300)
 
 
 def test_a_generation_config_that_is_no_json_is_refused(bench: Bench, tmp_path: Path) -> None:
