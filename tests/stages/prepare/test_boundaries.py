@@ -151,6 +151,10 @@ def test_blanks_that_offsets_leave_out_belong_to_the_token_that_has_them() -> No
 def test_a_token_that_ends_behind_a_later_one_ends_no_span() -> None:
     assert token_ends(Text("abc"), [0, 0, 0], [(0, 3), (1, 2), (2, 3)], [b"?"]).tolist() == [INSIDE, 2, 3]
     assert token_ends(Text("abc"), [0, 0, 0], [(0, 2), (2, 3), (1, 2)], [b"?"]).tolist() == [2, INSIDE, 3]
+    # Normal forms put marks below a letter before those above it: two of them here before one.
+    offsets = [(0, 1), (2, 3), (3, 4), (1, 2), (4, 5)]
+    ends = token_ends(Text("q\u0307\u0323\u0331x"), [0] * 5, offsets, [b"?"])
+    assert ends.tolist() == [1, INSIDE, INSIDE, 3, 8]
 
 
 def test_blanks_around_a_piece_are_the_templates() -> None:
