@@ -290,6 +290,7 @@ resume_option = click.option(
     "the checkpoint at PATH.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a list.")
+cache_argument = click.argument("cache", type=PATH, metavar="CACHE")
 CONFIG = click.Option(
     ["--config"], type=PATH, metavar="FILE", help="Run file (TOML), the same for all commands: docs/run-file.md."
 )
