@@ -10,7 +10,7 @@ Cost: 8 bytes for each two columns of a row (E=4,096: 201 MB) on disk, read once
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -27,6 +27,7 @@ from kdpipe.manifests.int8 import Int8
 from kdpipe.manifests.made_with import extract_again, repair
 from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.plan import Plan
+from kdpipe.manifests.prepared import Prepared
 from kdpipe.manifests.record import Record, first_problem
 from kdpipe.manifests.specs import Dtype
 from kdpipe.manifests.tensorfile import DTYPES, TAGS, lay_out, parse
@@ -218,19 +219,48 @@ BITS_AT_A_CENTINAT = 3.8
 
 
 def require_kl(cache: Path, plan: Plan, most: float | None) -> None:
-    """Its codec must not lose more than this, nats. Raises CacheError naming codec and loss."""
-    choice = Choice.read(plan.settings.codec, cache)
-    if most is None or choice.name == "raw":
+    """Its codec, or that of the cache it was derived from, must not lose more than this, nats.
+
+    Raises CacheError naming codec and loss.
+    """
+    is_derived = plan.head.sidecar is not None
+    codec = plan.engine.arguments.get("codec", "raw") if is_derived else plan.settings.codec
+    if most is None or codec == "raw":
         return
-    if not choice.is_fitted:
-        raise CacheError(f"what its codec '{choice}' loses was not measured; leave --max-codec-kl out", where=cache)
-    found = open_fitted(cache, plan).record.kl_mean
+    whose = f"the codec '{codec}' of the cache it was made of" if is_derived else f"its codec '{codec}'"
+    found = loss_of(cache, plan)
+    if found is None:
+        raise CacheError(f"what {whose} loses was not measured; leave --max-codec-kl out", where=cache)
     if found > most:
+        again = "derive from a finer cache" if is_derived else f"extract with --codec fisher --codec-kl {most:g}"
         raise CacheError(
-            f"its codec '{choice}' loses a mean KL of {found:.2g} nats, --max-codec-kl allows {most:g}; allow more, or "
-            f"extract with --codec fisher --codec-kl {most:g} into another folder",
+            f"{whose} loses a mean KL of {found:.2g} nats, --max-codec-kl allows {most:g}; allow more, or {again} into "
+            "another folder",
             where=cache,
         )
+
+
+def loss_of(cache: Path, plan: Plan) -> float | None:
+    """The mean KL in nats that its codec loses, or that of the cache it was derived from; None: not measured."""
+    if plan.head.sidecar is not None:
+        found = plan.engine.arguments.get("codec_kl")
+        return None if found is None else float(found)
+    return open_fitted(cache, plan).record.kl_mean if Choice.read(plan.settings.codec, cache).is_fitted else None
+
+
+def all_stored_as(plans: Sequence[Prepared]) -> tuple[str, ...]:
+    """How the rows of some caches are stored; () where all are raw."""
+    found = tuple(stored_as(plan) if isinstance(plan, Plan) else "raw" for plan in plans)
+    return found if set(found) - {"raw"} else ()
+
+
+def stored_as(plan: Plan) -> str:
+    """Its codec with a digest of the numbers that it has; of a side-car, the codec and rows of what it was made of."""
+    if plan.head.sidecar is None:
+        codec, numbers = plan.settings.codec, plan.teacher_files.get(CODEC_FILE, "")
+    else:
+        codec, numbers = plan.engine.arguments.get("codec", "raw"), plan.engine.arguments.get("rows", "")
+    return codec if codec == "raw" else f"{codec} {numbers[:16]}"
 
 
 def codec_of(cache: Path, plan: Plan) -> Codec:

@@ -1,4 +1,7 @@
-"""Places: a folder that a command makes does not lie in a cache or a model, which are copied and removed as a whole."""
+"""Places: where a folder that a command makes comes to lie.
+
+Not in a cache or a model, which are copied and removed as a whole.
+"""
 
 from pathlib import Path
 
@@ -11,6 +14,14 @@ def kind_of(folder: Path) -> str:
     if (folder / PLAN_FILE).is_file() and (folder / SAMPLES_FILE).is_file():
         return "cache"
     return "model" if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else ""
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path, or the nearest one above it that is there: on the disk that it will be on."""
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    return there
 
 
 def require_outside(folder: Path, *, option: str) -> None:

@@ -72,6 +72,8 @@ class RunInputs(Record):
     """sha256 over the student's tokenizer files, which are exported with it; "" in records of before they counted."""
     caches: tuple[str, ...]
     """Fingerprint of every cache trained on; none without a teacher."""
+    codecs: tuple[str, ...] = ()
+    """How the rows of each are stored, or of the cache that a side-car was made of; () where all are raw."""
     cache_weights: tuple[float, ...] = ()
     """Share of each cache in an epoch's supervised tokens; () where every sample comes once."""
     data: str = ""

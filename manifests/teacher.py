@@ -10,7 +10,8 @@ cut to the first `vocab_size` columns: the tokenizer's real size, not the padded
 
 from pydantic import BaseModel, ConfigDict
 
-from kdpipe.manifests.sidecar import Sidecar, sidecar_of
+from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.sidecar import LARGEST_ID, Sidecar, sidecar_of
 from kdpipe.manifests.specs import Dtype
 
 
@@ -41,3 +42,13 @@ class HeadRecord(BaseModel):
     def sidecar(self) -> Sidecar | None:
         """What a row has where it is no hidden state."""
         return sidecar_of(self.architecture, self.hidden_size, self.vocab_size)
+
+
+def require_derivable(head: HeadRecord, sidecar: Sidecar, *, where: object) -> None:
+    """A cache of this head has what a side-car keeps of its rows. Raises ConfigError. where: the cache"""
+    if head.sidecar is not None:
+        raise ConfigError(f"it has {head.sidecar.has}: derive from the cache it was made of", where=where)
+    if sidecar.kind == "topk" and sidecar.entries > head.vocab_size:
+        raise ConfigError(f"{sidecar.entries} tokens of a vocabulary of {head.vocab_size}; keep fewer", where="--top-k")
+    if head.vocab_size > LARGEST_ID:
+        raise ConfigError(f"a vocabulary of {head.vocab_size}: ids from {LARGEST_ID} on have no place", where=where)

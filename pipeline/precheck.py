@@ -78,6 +78,7 @@ def _check_training(member: Member) -> bool:
     training = Training(
         student=run.student.path,
         caches=run.cache.path,
+        max_codec_kl=run.cache.max_codec_kl,
         data=run.data.paths,
         align=run.student.align,
         align_floor=run.student.align_floor,

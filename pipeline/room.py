@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdpipe.manifests.places import nearest_folder
+
 QUOTA = ("quota", "--user", "--group", "--no-wrap", "--raw-grace", "--verbose")
 ASKED_S = 20.0
 BLOCK = 1024
@@ -38,7 +40,7 @@ class Room:
 
 def room_at(folder: Path) -> Room:
     """The file system's word counts root's reserve as taken; project quotas of XFS and Lustre are in it."""
-    there = existing(folder)
+    there = nearest_folder(folder)
     disk = os.statvfs(there)
     left = list(_left(_quota(there)))
     quota_bytes = [blocks * BLOCK for blocks, _ in left if blocks is not None]
@@ -49,14 +51,6 @@ def room_at(folder: Path) -> Room:
         quota_bytes=min(quota_bytes, default=None),
         quota_files=min(quota_files, default=None),
     )
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    return there
 
 
 def _quota(there: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError, IncompleteError
+from kdpipe.manifests.fitted import all_stored_as
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.provenance import digest_model, digest_tokenizer
@@ -252,7 +253,7 @@ def _inputs(
     changes: dict[str, object] = {
         "spec": asked.model_copy(update={"data": data}),
         "heldout_fraction": fraction,
-        "caches": _fingerprints(member, recorded, complete),
+        **_of_caches(member, recorded, complete),
         "cache_weights": member.run.cache.weights,
     }
     if student is not None and trust is None and (found := digest(student)) is not None:
@@ -268,14 +269,15 @@ def _digests(student: Path) -> tuple[str, str] | None:
         return None
 
 
-def _fingerprints(member: Member, recorded: RunInputs, complete: frozenset[Path]) -> tuple[str, ...]:
-    """Of the caches of now; as recorded for one that has grown since, or is gone."""
+def _of_caches(member: Member, recorded: RunInputs, complete: frozenset[Path]) -> dict[str, tuple[str, ...]]:
+    """Fingerprints and codecs of the caches of now; as recorded for one that has grown since, or is gone."""
     paths = member.run.cache.path
     if not set(paths) <= complete:
-        return recorded.caches
+        return {}
     now = [Cache.open(path) for path in paths]
+    codecs = all_stored_as([one.plan for one in now])
     if len(now) == len(recorded.caches) and all(
         was in one.fingerprints() for one, was in zip(now, recorded.caches, strict=True)
     ):
-        return recorded.caches
-    return tuple(one.plan.fingerprint.overall() for one in now)
+        return {"codecs": codecs}
+    return {"caches": tuple(one.plan.fingerprint.overall() for one in now), "codecs": codecs}

@@ -18,6 +18,7 @@ from kdpipe.manifests.fitted import choose
 from kdpipe.manifests.pack import pack
 from kdpipe.manifests.sidecar import Kind, Sidecar
 from kdpipe.manifests.specs import DeviceChoice
+from kdpipe.manifests.teacher import require_derivable
 from kdpipe.manifests.unpack import unpack
 from kdpipe.pipeline.making import kept_in, log_in
 from kdpipe.pipeline.options import PATH, Command, Finite, cache_argument, json_option, this_command
@@ -187,12 +188,13 @@ def derive_cache(
     ):
         if value is not None and kind != its:
             raise ConfigError(f"it is of use with --kind {its} alone", where=flag)
-    opened = Cache.open(cache)
-    from kdpipe.stages.exchange import Asked, derive  # torch takes seconds: not for --help
+    opened, entries = Cache.open(cache), {"sampled": samples or 12, "topk": top_k or 64, "logprob": 1}[kind]
+    sidecar = Sidecar(kind=kind, entries=entries)
+    require_derivable(opened.plan.head, sidecar, where=cache)
+    from kdpipe.stages.exchange import Asked, derive  # torch takes seconds: not for --help, nor for what is refused
     from kdpipe.stages.models.device import pick_device
 
-    entries = {"sampled": samples or 12, "topk": top_k or 64, "logprob": 1}[kind]
-    asked = Asked(sidecar=Sidecar(kind=kind, entries=entries), seed=seed or 0)
+    asked = Asked(sidecar=sidecar, seed=seed or 0)
     words = this_command(source=cache, cache=out).model_dump()
     log = watch("cache derive", log_in(out), where=out, kept=lambda: kept_in(out), made_with=words)
     with results_only(), log as progress:

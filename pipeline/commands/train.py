@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.fitted import require_kl
+from kdpipe.manifests.plan import read_plan
 from kdpipe.manifests.specs import RunFile, flag_of
 from kdpipe.pipeline.exporters import require_installed
 from kdpipe.pipeline.options import (
@@ -57,6 +59,9 @@ def command(run: RunFile, resume: str, as_json: bool) -> None:
     both = bool(caches) and "data.paths" in typed().keys
     require_not_swapped(student, caches)
     require_installed(run.train.loggers)
+    if run.cache.max_codec_kl is not None:
+        for path in caches:
+            require_kl(path, read_plan(path), run.cache.max_codec_kl)  # before one is copied to this node
     spec = run.training() if caches else run.training().without_teacher()
     from kdpipe.stages.train import (  # torch takes seconds: not for --help or a misspelt option
         Training,

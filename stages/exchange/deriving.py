@@ -21,12 +21,22 @@ import numpy as np
 import torch
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache, teacher_files, write_head
-from kdpipe.manifests.durable import as_disk_error, canonical, fsync_folder, fsync_tree, put_aside, sweep
-from kdpipe.manifests.errors import CacheError, CheckFailed, ConfigError
+from kdpipe.manifests.durable import (
+    as_disk_error,
+    canonical,
+    fsync_folder,
+    fsync_tree,
+    make_folder,
+    put_aside,
+    scratch_folder,
+    scratch_of,
+    sweep,
+)
+from kdpipe.manifests.errors import CacheError, CheckFailed
 from kdpipe.manifests.failpoints import failpoint
-from kdpipe.manifests.fitted import CODEC_FILE
+from kdpipe.manifests.fitted import CODEC_FILE, loss_of
 from kdpipe.manifests.parts import missing_shards
-from kdpipe.manifests.places import require_outside
+from kdpipe.manifests.places import nearest_folder, require_outside
 from kdpipe.manifests.plan import FOLDERS, PLAN_FILE, SAMPLES_FILE, EngineRecord, Plan, read_plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json
@@ -34,8 +44,8 @@ from kdpipe.manifests.sample import Sample
 from kdpipe.manifests.samples import Samples, SamplesWriter
 from kdpipe.manifests.shard import ShardWriter, adopt, shard_path
 from kdpipe.manifests.shard_table import SHARDS_FILE, write_shards
-from kdpipe.manifests.sidecar import ARCHITECTURES, LARGEST_ID, Kind, row_width
-from kdpipe.manifests.teacher import HeadRecord
+from kdpipe.manifests.sidecar import ARCHITECTURES, Kind, row_width
+from kdpipe.manifests.teacher import HeadRecord, require_derivable
 from kdpipe.manifests.tensorfile import DTYPES, TAGS
 from kdpipe.manifests.verify import examine
 from kdpipe.stages.exchange.kept import Asked, CheckedRows, Maker, chunks
@@ -65,15 +75,7 @@ def derive(cache: Cache, out: Path, asked: Asked, device: torch.device, progress
     cache is damaged, SpaceError.
     """
     cache.require_complete()
-    if cache.plan.head.sidecar is not None:
-        raise ConfigError(
-            f"it has {cache.plan.head.sidecar.has}: derive from the cache it was made of", where=cache.path
-        )
-    vocab_size, entries = cache.plan.head.vocab_size, asked.sidecar.entries
-    if asked.sidecar.kind == "topk" and entries > vocab_size:
-        raise ConfigError(f"{entries} tokens of a vocabulary of {vocab_size}; keep fewer", where="--top-k")
-    if vocab_size > LARGEST_ID:
-        raise ConfigError(f"a vocabulary of {vocab_size}: ids from {LARGEST_ID} on have no place", where=cache.path)
+    require_derivable(cache.plan.head, asked.sidecar, where=cache.path)
     for finding in examine(cache, "full"):
         if isinstance(finding.part, int):
             break  # a shard is checked when its turn comes
@@ -93,25 +95,25 @@ def derive(cache: Cache, out: Path, asked: Asked, device: torch.device, progress
 
 def _stage(cache: Cache, out: Path, asked: Asked, device: torch.device, progress: Progress) -> None:
     """Put the plan, the samples and what is kept of the teacher in place, unless the same plan is there."""
-    scratch = out.absolute().with_name(f".{out.name}.derive-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
+    parent = out.absolute().parent
+    near, staged = nearest_folder(parent), f".{out.name}.derive"
+    sweep(scratch_of(near, staged))
+    with scratch_folder(near, staged) as scratch:
         for name in FOLDERS:
             (scratch / name).mkdir(parents=True)
         plan = _plan(cache, scratch, asked, device)
         if (out / PLAN_FILE).exists():
             _require_same(plan, out)
-        require_room(plan, scratch, out)
+        require_room(plan, scratch, out, or_else="fewer --samples or --top-k")
         if not (out / PLAN_FILE).exists():
             fsync_tree(scratch)
+            make_folder(parent)
             with suppress(OSError):  # another process may have been quicker
                 os.rename(scratch, out.absolute())
-            fsync_folder(out.absolute().parent)
+            fsync_folder(parent)
             failpoint("derive:planned")
         _require_same(plan, out)
         progress.event("plan", digest=plan.digest, num_shards=len(plan.shards))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _require_same(plan: Plan, out: Path) -> None:
@@ -169,6 +171,7 @@ def _plan(cache: Cache, folder: Path, asked: Asked, device: torch.device) -> Pla
                 **asked.arguments,
                 "cache": source.fingerprint.overall(),
                 "codec": source.settings.codec,
+                **({} if (lost := loss_of(cache.path, source)) is None else {"codec_kl": repr(lost)}),
                 "rows": cache.digest(),
             },
         ),

@@ -19,11 +19,19 @@ import numpy as np
 import torch
 
 from kdpipe.manifests.cache import Cache, teacher_files
-from kdpipe.manifests.durable import disk_error, fsync_folder, fsync_tree, make_folder, scratch_name, sweep
+from kdpipe.manifests.durable import (
+    as_disk_error,
+    fsync_folder,
+    fsync_tree,
+    make_folder,
+    scratch_folder,
+    scratch_of,
+    sweep,
+)
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
 from kdpipe.manifests.fitted import CODEC_FILE, Choice, fitted_bytes, open_fitted
 from kdpipe.manifests.parts import missing_shards
-from kdpipe.manifests.places import require_outside
+from kdpipe.manifests.places import nearest_folder, require_outside
 from kdpipe.manifests.plan import FOLDERS, PLAN_FILE, SAMPLES_FILE, Plan, plan_folder, read_plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.samples import Samples
@@ -34,6 +42,9 @@ from kdpipe.stages.extract.calibrate import chosen, fit_to
 from kdpipe.stages.extract.planning import require_room
 from kdpipe.stages.models.head import loaded_head
 from kdpipe.stages.rows import not_finite
+
+LESS = "a coarser codec: int8, or a larger --codec-kl"
+"""What a converted cache takes less room with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +77,7 @@ def convert(source: Cache, out: Path, choice: Choice, progress: Progress) -> Con
     progress.event("plan", digest=cache.plan.digest, num_shards=len(cache.plan.shards))
     sweep((out / "tmp").glob("*"))
     todo = missing_shards(cache.plan, out, None)
-    require_room(cache.plan, out, out)
+    require_room(cache.plan, out, out, or_else=LESS)
     progress.begin("convert", total=sum(cache.plan.shards[number].num_rows for number in todo), unit="rows")
     for number in todo:
         _code(source, cache, number)
@@ -101,19 +112,24 @@ def _require_raw(source: Cache, choice: Choice) -> None:
 
 def _begin(source: Cache, out: Path, choice: Choice, progress: Progress) -> None:
     """Fit the codec, and put plans, tables and the teacher's files in place at once."""
-    started = time.perf_counter()
-    scratch = scratch_name(out.absolute().parent, f".{out.name}.plan")
-    try:
+    started, parent = time.perf_counter(), out.absolute().parent
+    near = nearest_folder(parent)
+    first = read_plan(source.path, 0)
+    settings = first.settings.model_copy(update={"codec": str(choice)})
+    newest = source.plan.changed(settings=source.plan.settings.model_copy(update={"codec": str(choice)}))
+    require_room(newest, near, out, or_else=LESS)  # by what a codec usually takes, before the fit
+    staged = f".{out.name}.plan"
+    sweep(scratch_of(near, staged))
+    with as_disk_error(out), scratch_folder(near, staged) as scratch:
         for name in FOLDERS:
             if name != "teacher":
                 (scratch / name).mkdir(parents=True)
         shutil.copytree(source.teacher_folder, scratch / "teacher")
-        first = read_plan(source.path, 0)
-        settings = first.settings.model_copy(update={"codec": str(choice)})
         source.check_teacher_files()
         head = loaded_head(source.head(), first.head, torch.device("cpu"))
         samples = chosen(Samples(source.path, first), wanted_rows(first.head.hidden_size))
-        rows = np.concatenate([source.stored_rows(sample) for sample in samples])
+        none = source.stored_rows(0)[:0]
+        rows = np.concatenate([none, *(source.stored_rows(sample) for sample in samples)])
         fitted = fit_to(first.changed(settings=settings), rows, head, progress, started)
         (scratch / "teacher" / CODEC_FILE).write_bytes(fitted_bytes(fitted))
         files = teacher_files(scratch / "teacher")
@@ -124,14 +140,15 @@ def _begin(source: Cache, out: Path, choice: Choice, progress: Progress) -> None
             (place / PLAN_FILE).write_bytes(plan.to_bytes())
             for name in (SAMPLES_FILE, SHARDS_FILE):
                 shutil.copyfile(there / name, place / name)
+        require_room(plan, scratch, scratch, where=out, or_else=LESS)
         fsync_tree(scratch)
-        make_folder(out.absolute().parent)
-        os.rename(scratch, out)
-        fsync_folder(out.absolute().parent)
-    except OSError as err:
-        raise disk_error(err, out) from err
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        make_folder(parent)
+        try:
+            os.rename(scratch, out)
+        except OSError:
+            if not (out / PLAN_FILE).exists():  # another process may have been quicker
+                raise
+        fsync_folder(parent)
 
 
 def _plans(source: Cache, codec: str, digest: str) -> Iterator[Plan]:

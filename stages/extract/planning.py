@@ -37,6 +37,7 @@ from kdpipe.stages.teacher import engine_class, pick_engine
 from kdpipe.stages.teacher.describe import TeacherInfo
 from kdpipe.stages.teacher.head import head_record
 
+SAMPLES = "fewer or shorter samples"
 SMALL_FILES = 16 << 20
 """Bytes kept free for tokenizer, plan and logs."""
 
@@ -63,8 +64,11 @@ def _identity(plan: Plan) -> dict[str, object]:
     return flat | {"heldout_fraction": plan.heldout_fraction, "vocabulary_digest": plan.vocabulary_digest}
 
 
-def require_room(plan: Plan, folder: Path, cache: Path) -> None:
-    """Room in `folder` for the shards that `cache` lacks, for the head and the tokenizer. Raises SpaceError."""
+def require_room(plan: Plan, folder: Path, cache: Path, *, where: Path | None = None, or_else: str = SAMPLES) -> None:
+    """Room in `folder` for the shards that `cache` lacks, for the head and the tokenizer. Raises SpaceError.
+
+    where, or_else: what an error names, and what takes less room, beside another disk
+    """
     missing = [number for number in range(len(plan.shards)) if not commit_path(cache, number).exists()]
     needed = SMALL_FILES + sum(expected_bytes(cache, plan, number) for number in missing)
     if not (cache / PLAN_FILE).exists():
@@ -73,8 +77,8 @@ def require_room(plan: Plan, folder: Path, cache: Path) -> None:
     free = place.f_bavail * place.f_frsize
     if needed > free:
         raise SpaceError(
-            f"the forecast is {needed:,} bytes, {free:,} are free; choose another disk, or fewer or shorter samples",
-            where=cache,
+            f"the forecast is {needed:,} bytes, {free:,} are free; choose another disk, or {or_else}",
+            where=where or cache,
         )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError, SpaceError, StudentError
-from kdpipe.manifests.fitted import require_kl
+from kdpipe.manifests.fitted import all_stored_as, require_kl
 from kdpipe.manifests.made_with import MadeWith
 from kdpipe.manifests.overlap import shared_samples
 from kdpipe.manifests.plan import read_plan
@@ -416,6 +416,7 @@ def run_inputs(training: Training, model: ModelFolder, dataset: Dataset, crossin
         student=model.digest(),
         tokenizer=digest_tokenizer(training.student),
         caches=tuple(plan.fingerprint.overall() for plan in dataset.plans) if taught else (),
+        codecs=all_stored_as(dataset.plans) if taught else (),
         cache_weights=training.weights,
         data="" if own is None else own.fingerprint.data,
         align="" if crossing is None else crossing.method,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.caches import make_cache
 from tests.finished import write_record
 
 from kdpipe.manifests.errors import ConfigError, IncompleteError
@@ -176,3 +177,14 @@ def test_the_student_of_another_run_is_not_taken_for_this_one(tmp_path: Path, mo
     for other in ("train.epochs=2", "loss.temperature=2", "data.heldout_fraction=0.5"):
         with pytest.raises(ConfigError, match=r"E-CONFIG out/lr-0\.001: it holds the student of another run: its "):
             disk_of(load(Path("run.toml"), (other,)))
+
+
+def test_a_student_of_raw_rows_is_not_one_of_coded_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(RUN)
+    make_cache(Path("c"))
+    write_record(members_of(load(Path("run.toml")))[0], metrics={"heldout_kl": 0.5})
+    assert disk_of(load(Path("run.toml"))).finished == {"lr-0.001"}
+    make_cache(Path("coded"), codec="int8")
+    with pytest.raises(ConfigError, match=r"another run: its codecs is \[\], this run's is \['int8 [0-9a-f]{16}'\]"):
+        disk_of(load(Path("run.toml"), ("cache.path=coded",)))

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from tests.conftest import Bench
+from tests.caches import make_cache
+from tests.conftest import Bench, Main
 
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.specs import load
@@ -40,3 +41,11 @@ def test_a_cache_that_has_no_room_there_is_read_in_place(bench: Bench, tmp_path:
     sets = (f"cache.path={bench.cache}", f"cache.stage_dir={tmp_path / 'copies'}", "cache.stage_max_bytes=1000")
     with node_copies(load(None, sets), tmp_path / "out") as copies:
         assert copies == (bench.cache,)
+
+
+def test_a_cache_that_is_too_coarse_is_refused_before_it_is_copied(main: Main, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", codec="int8").path
+    words = ("--student", "absent", "--cache", cache, "--output", tmp_path / "out", "--stage-dir", tmp_path / "copies")
+    code, _, err = main("train", *words, "--max-codec-kl", "1e-9")
+    assert (code, "its codec 'int8' loses a mean KL of " in err) == (4, True), err
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]

@@ -22,7 +22,7 @@ from tests.stages.ranks import Recorder, first_gradients
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
-from kdpipe.manifests.fitted import CODEC_FILE, choose
+from kdpipe.manifests.fitted import CODEC_FILE, choose, open_fitted, require_kl
 from kdpipe.manifests.pack import pack
 from kdpipe.manifests.plan import read_plan
 from kdpipe.manifests.progress import Silent
@@ -166,6 +166,16 @@ def test_of_a_coded_cache_the_rows_are_read_as_they_are_decoded_and_it_is_packed
         tokens = view.token_ids[1:][view.supervised[1:]]
         right = logprobs_of(cache, index)[np.arange(len(tokens)), tokens]
         np.testing.assert_allclose(made[index].rows[:, 0], right, atol=1e-5)
+    loss = open_fitted(coded, cache.plan).record.kl_mean
+    assert made.plan.engine.arguments["codec_kl"] == repr(loss)
+    require_kl(made.path, made.plan, loss)
+    said = r"the codec 'fisher bytes=0.3' of the cache it was made of loses a mean KL of .*allow more, or derive from"
+    with pytest.raises(CacheError, match=said):
+        require_kl(made.path, made.plan, loss / 2)
+    unknown = {name: value for name, value in made.plan.engine.arguments.items() if name != "codec_kl"}
+    before = made.plan.changed(engine=made.plan.engine.model_copy(update={"arguments": unknown}))
+    with pytest.raises(CacheError, match=r"of the cache it was made of loses was not measured"):
+        require_kl(made.path, before, 1.0)
     pack(cache, tmp_path / "packed", Silent(), most_bytes=PLENTY)
     assert tree(unpack(tmp_path / "packed", tmp_path / "back", Silent(), most_bytes=PLENTY).path) == tree(coded)
 
@@ -336,6 +346,7 @@ def test_the_command_makes_what_info_says_and_what_repair_and_derive_make_again(
         ),
         (("derive", "C", "x", "--kind", "topk", "--seed", "3"), "--seed: it is of use with --kind sampled alone"),
         (("derive", "C", "x", "--kind", "sampled", "--top-k", "3"), "--top-k: it is of use with --kind topk alone"),
+        (("derive", "C", "x", "--kind", "topk", "--top-k", "999"), "--top-k: 999 tokens of a vocabulary of 300"),
         (("derive", "S", "x", "--kind", "sampled"), "derive from the cache it was made of"),
         (("export", "S", "x"), "it has 12 drawn tokens of a row: export the cache that it was made of"),
         (("compare", "C", "S"), "it has 12 drawn tokens of a row: these have no distance"),

@@ -1,22 +1,27 @@
 """Converting: a raw cache becomes the one that extracting with the codec makes, byte for byte."""
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.caches import fill_shard, grow_plan, make_cache, make_plan, make_samples, verified
 from tests.conftest import Bench
 from tests.stages.extract.test_extract import files
 from tests.stages.extract.test_extract_codec import spec_of
+from tests.stages.ranks import Recorder
 
+from kdpipe.manifests import durable
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError, IncompleteError, KdpipeError
+from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError, IncompleteError, KdpipeError, SpaceError
 from kdpipe.manifests.fitted import Choice
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.pipeline.cli import main
-from kdpipe.stages.extract import extract
+from kdpipe.stages.extract import extract, planning
 from kdpipe.stages.extract.convert import convert
 
 FISHER = Choice("fisher", kl=0.02)
@@ -104,6 +109,38 @@ def of_damaged(folder: Path) -> KdpipeError:
     return caught.value
 
 
+@pytest.mark.parametrize("when", ["before the fit", "after it"])
+def test_a_full_disk_is_refused_with_what_takes_less_and_nothing_is_left(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, log = make_cache(tmp_path / "c", num_samples=80), Recorder()
+    free = iter([1] if when == "before the fit" else [10**12, 1])
+    monkeypatch.setattr(planning.os, "statvfs", lambda _: SimpleNamespace(f_bavail=next(free), f_frsize=1))
+    with pytest.raises(SpaceError, match="or a coarser codec") as caught:
+        convert(raw, tmp_path / "deep" / "out", FISHER, log)
+    assert caught.value.where == str(tmp_path / "deep" / "out")
+    assert bool(log.values("codec", "kl_mean")) == (when == "after it")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_what_a_killed_conversion_left_is_gone_after_the_next(tmp_path: Path) -> None:
+    left = tmp_path / ".out.plan.1-0123456789ab"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "MOMENT_S", 0)
+        convert(make_cache(tmp_path / "c", num_samples=80), tmp_path / "out", FISHER, Silent())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "out"]
+
+
+def of_no_rows(folder: Path) -> KdpipeError:
+    samples = [replace(each, supervised=each.supervised & False) for each in make_samples(5)]
+    raw = make_cache(folder / "c", samples=samples)
+    with pytest.raises(ConfigError, match="0 rows are too few") as caught:
+        convert(raw, folder / "out", FISHER, Silent())
+    return caught.value
+
+
 def to_raw(folder: Path) -> KdpipeError:
     with pytest.raises(ConfigError, match="'raw' is not a codec that rows are converted to") as caught:
         convert(make_cache(folder / "c"), folder / "out", Choice("raw"), Silent())
@@ -111,7 +148,8 @@ def to_raw(folder: Path) -> KdpipeError:
 
 
 @pytest.mark.parametrize(
-    "refused", [of_grown, of_coded, of_another_codec, of_unfinished, of_a_folder_that_is_there, of_damaged, to_raw]
+    "refused",
+    [of_grown, of_coded, of_another_codec, of_unfinished, of_a_folder_that_is_there, of_damaged, of_no_rows, to_raw],
 )
 def test_what_cannot_be_converted_is_refused_by_name(refused: Callable[[Path], KdpipeError], tmp_path: Path) -> None:
     assert refused(tmp_path).where

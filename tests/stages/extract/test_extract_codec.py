@@ -11,13 +11,15 @@ import torch
 from tests.caches import verified
 from tests.chats import write_chats
 from tests.conftest import Bench
+from tests.stages import deriving
 from tests.stages.extract.test_extract import files
 from tests.stages.ranks import Recorder
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
-from kdpipe.manifests.fitted import CODEC_FILE, open_fitted
+from kdpipe.manifests.fitted import CODEC_FILE, open_fitted, stored_as
 from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.run import read_run
 from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.manifests.specs import DataSpec, RunSpec, TrainSpec
 from kdpipe.stages.codec.metric import Lens
@@ -28,7 +30,7 @@ from kdpipe.stages.feed.dataset import of_caches
 from kdpipe.stages.rows import as_tensor
 from kdpipe.stages.student.student import load_teacher_head
 from kdpipe.stages.train import train
-from kdpipe.stages.train.training import Training, find
+from kdpipe.stages.train.training import Training, check_training, find
 
 CODECS = {"int8": {"codec": "int8"}, "fisher": {"codec": "fisher", "codec_kl": 0.02}}
 
@@ -150,6 +152,25 @@ def test_a_coarser_codec_than_is_allowed_is_refused_by_name(coded: Cache, bench:
         find(training)
     assert caught.value.where == str(coded.path)
     find(dataclasses.replace(training, caches=(coded.path,), max_codec_kl=found))
+
+
+def test_a_student_of_raw_rows_is_not_taken_for_one_of_coded_rows(coded: Cache, bench: Bench, tmp_path: Path) -> None:
+    raw = Training(
+        student=bench.student,
+        caches=(bench.cache,),
+        output=tmp_path / "out",
+        spec=RunSpec(train=TrainSpec(max_steps=1, dtype="float32")),
+        device="cpu",
+    )
+    train(raw, Silent())
+    assert read_run(raw.output).inputs.codecs == ()  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"it holds the student of another run: its codecs is \[\], this run's is "):
+        check_training(dataclasses.replace(raw, caches=(coded.path,)), 1)
+    sidecar = deriving.derived(coded.path, tmp_path / "side", "logprob").plan
+    whole = deriving.derived(bench.cache, tmp_path / "whole", "logprob").plan
+    assert sidecar.fingerprint == whole.fingerprint
+    assert stored_as(sidecar).split(" ")[0] == coded.plan.settings.codec.split(" ")[0]
+    assert stored_as(whole) == "raw"
 
 
 def test_a_codec_is_fitted_to_samples_in_no_order_of_the_data(bench: Bench) -> None:
