@@ -198,7 +198,7 @@ def open_fitted(cache: Path, plan: Plan) -> Fitted:
 
 def expected_share(cache: Path, plan: Plan) -> float:
     """Bytes of a stored row over those of a raw one: as measured, or before there is a codec as experience has it."""
-    if (cache / "teacher" / CODEC_FILE).exists():
+    if CODEC_FILE in plan.teacher_files and (cache / "teacher" / CODEC_FILE).exists():
         return open_fitted(cache, plan).record.share
     return usual_share(Choice.read(plan.settings.codec), plan.head.hidden_size, plan.settings.dtype)
 

@@ -48,7 +48,7 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         engine = None
         if found.lacks_codec:
             engine = _started(found, spec, stack, progress)
-            found = found.with_codec(calibrate(found.plan, found.first_samples(), found.head, engine, progress))
+            found = _with_codec(found, engine, progress)
         todo = [
             number for number in missing_shards(found.plan, found.cache, part) if not _adopted(found, number, progress)
         ]
@@ -63,6 +63,15 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         opened = found.publish()
         fill(opened, engine, found.head, progress, todo)
         return opened
+
+
+def _with_codec(found: Staged, engine: TeacherEngine, progress: Progress) -> Staged:
+    """Fitted and in the cache: of writers that begin at once each may fit one, and what counts is the first one's."""
+    found = found.as_published()
+    if found.lacks_codec:
+        found = found.with_codec(calibrate(found.plan, found.first_samples(), found.head, engine, progress))
+        found.publish()
+    return found.as_published()
 
 
 def _started(found: Staged, spec: ExtractSpec, stack: ExitStack, progress: Progress) -> TeacherEngine:

@@ -154,6 +154,14 @@ class Staged:
             failpoint("plan:published")
         return Cache.open(self.cache)
 
+    def as_published(self) -> "Staged":
+        """What the cache has, where it is in place by now: another writer's codec is another one. Raises as publish."""
+        if self.folder is None or self.plan.generation or not (self.cache / PLAN_FILE).exists():
+            return self
+        existing = read_plan(self.cache, 0)
+        self._agree(existing)
+        return replace(self, plan=existing, folder=None)
+
     def _agree(self, existing: Plan) -> None:
         """What another writer planned in the meantime must be the same."""
         require_same(self.plan, existing, self.cache)

@@ -10,7 +10,7 @@ Invariant: all tables were made with one tokenizer; whoever teaches a sample tha
 # Shapes: N samples, n tokens of one of them.
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from kdpipe.manifests.aligned import SpanTable
 from kdpipe.manifests.cache import Cache, HeadArrays
 from kdpipe.manifests.errors import CacheError, ConfigError
-from kdpipe.manifests.fitted import FittedCodec
+from kdpipe.manifests.fitted import FittedCodec, loss_of
 from kdpipe.manifests.prepared import Prepared
 from kdpipe.manifests.row_source import CacheRows, JoinedRows, RowSource
 from kdpipe.manifests.sample import SampleTokens, is_heldout, is_in_subset
@@ -211,7 +211,8 @@ def of_caches(caches: Sequence[Cache], loss: LossSpec = ONE_TEACHER, *, unmatche
             _require_agreement(cache, group[0], ("tokenizer", "dtype"), "caches of one teacher must agree in it")
     _require_for(loss, len(groups))
     if len(groups) == 1:
-        return Dataset([cache.samples for cache in caches], [_teacher(caches[0], CacheRows(caches))])
+        teachers = [_teacher(caches[0], CacheRows(caches))]
+        return Dataset([cache.samples for cache in caches], teachers, notes=[*_losses(caches)])
     return _routed(caches, groups) if loss.teacher_mix == "route" else _together(caches, groups, loss, unmatched)
 
 
@@ -250,7 +251,15 @@ def _routed(caches: Sequence[Cache], groups: Sequence[Sequence[Cache]]) -> Datas
         mine = taught_by == number
         places = np.where(mine, np.cumsum(mine) - 1, -1)
         teachers.append(_teacher(group[0], JoinedRows(CacheRows(group), places)))
-    return Dataset([cache.samples for cache in caches], teachers, taught_by=taught_by)
+    return Dataset([cache.samples for cache in caches], teachers, taught_by=taught_by, notes=[*_losses(caches)])
+
+
+def _losses(caches: Sequence[Cache]) -> Iterator[str]:
+    """What is not the teacher's own, a line for each cache of coded rows."""
+    for cache in caches:
+        if (loss := loss_of(cache.path, cache.plan)) is not None:
+            whose = "it was made of rows that were" if cache.plan.head.sidecar is not None else "its rows are"
+            yield f"{cache.path}: {whose} coded, a mean KL of {loss:.2g} nats from the teacher's own"
 
 
 def _together(
@@ -276,7 +285,7 @@ def _together(
     if not usable.any():
         raise CacheError("its teacher has none of the samples of the others", where=groups[-1][0].path)
     plans = [cache.plan for cache in caches]
-    return Dataset(tables, teachers, usable=usable if notes else None, plans=plans, notes=notes)
+    return Dataset(tables, teachers, usable=usable if notes else None, plans=plans, notes=[*notes, *_losses(caches)])
 
 
 def of_plan(cache: Cache, rows: RowSource) -> Dataset:

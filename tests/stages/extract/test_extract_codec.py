@@ -16,6 +16,7 @@ from tests.stages.extract.test_extract import files
 from tests.stages.ranks import Recorder
 
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.durable import QUARANTINE
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
 from kdpipe.manifests.fitted import CODEC_FILE, open_fitted, stored_as
 from kdpipe.manifests.progress import Silent
@@ -91,6 +92,43 @@ def test_again_in_parts_and_after_a_loss_it_is_the_same_bytes(coded: Cache, benc
     assert files(path) == files(coded.path)
 
 
+class Slower(Recorder):
+    """At a moment of its extraction another writer of the same plan is done, all but the record of one shard."""
+
+    def __init__(self, moment: str, spec: ExtractSpec, cache: Path) -> None:
+        super().__init__()
+        self._moment, self._spec, self._cache = moment, spec, cache
+
+    def begin(self, task: str, *, total: int | None, unit: str) -> None:
+        super().begin(task, total=total, unit=unit)
+        self._now(task)
+
+    def event(self, kind: str, **fields: object) -> None:
+        super().event(kind, **fields)
+        self._now(kind)
+
+    def _now(self, moment: str) -> None:
+        if moment == self._moment and not self._cache.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("kdpipe.stages.codec.fit.FIT", 0.6)
+                extract(self._spec, self._cache, Silent())
+            commit_path(self._cache, 1).unlink()
+
+
+@pytest.mark.parametrize("moment", ["prepare", "canary", "codec"])
+def test_of_writers_that_begin_at_once_the_first_ones_codec_counts(
+    moment: str, coded: Cache, bench: Bench, tmp_path: Path
+) -> None:
+    spec, path = spec_of(bench, **CODECS[coded.plan.settings.codec.split()[0]]), tmp_path / "cache"
+    log = Slower(moment, spec, path)
+    found = extract(spec, path, log)
+    assert bool(log.values("codec", "kl_mean")) == (moment == "codec"), "one more was fitted"
+    assert found.plan.teacher_files[CODEC_FILE] != coded.plan.teacher_files[CODEC_FILE]
+    assert verified(path, "deep") == [*range(len(found.plan.shards))]
+    assert not (path / QUARANTINE).exists()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["cache"]
+
+
 def test_it_grows_with_the_codec_that_it_has(coded: Cache, bench: Bench, tmp_path: Path) -> None:
     path = tmp_path / "cache"
     shutil.copytree(coded.path, path)
@@ -133,6 +171,8 @@ def test_students_of_raw_and_coded_rows_take_nearly_the_same_steps(
             Training(student=bench.student, caches=(folder,), output=tmp_path / f"out{number}", spec=run, device="cpu"),
             log,
         )
+        loss = [note for note in log.notes if note.startswith(f"{folder}: its rows are coded, a mean KL of ")]
+        assert len(loss) == (folder == coded.path)
         steps.append(log.values("step", "loss/mean"))
     assert steps[0] != steps[1] == steps[2]
     assert steps[0] == pytest.approx(steps[1], rel=0.05)
