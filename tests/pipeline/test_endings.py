@@ -56,7 +56,7 @@ def test_a_signal_that_comes_when_all_is_said_changes_nothing(main: Main, monkey
             os.kill(os.getpid(), signal.SIGUSR2)
             flush()
 
-        sys.stdout.flush = flushed  # type: ignore[method-assign]
+        monkeypatch.setattr(sys.stdout, "flush", flushed)
         return code
 
     guard = cli.guard
