@@ -36,5 +36,5 @@ def test_hidden_states_are_collected_and_few_rows_become_logits() -> None:
     with hidden_states(model, keep=3) as found:
         logits = model(ids).logits
     assert torch.equal(found[0], backbone(model)(ids).last_hidden_state)
-    assert torch.equal(logits, whole[:, -3:])
+    torch.testing.assert_close(logits, whole[:, -3:], rtol=1e-5, atol=1e-6)  # a product of fewer rows may sum otherwise
     assert torch.equal(model(ids).logits, whole)
