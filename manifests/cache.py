@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 
 from kdpipe.manifests.access import most_mappings, open_bytes
-from kdpipe.manifests.durable import open_regular
+from kdpipe.manifests.durable import make_folder, open_regular, publish
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.fitted import Choice, open_fitted, require_known
 from kdpipe.manifests.made_with import extract_again, last_extraction, repair
@@ -297,6 +297,31 @@ def teacher_files(folder: Path, *, but: str | None = None) -> dict[str, str]:
             with open(open_regular(path), "rb") as file:
                 found[path.relative_to(folder).as_posix()] = digest_stream(file)
     return found
+
+
+def restore_teacher_files(plan: Plan, made: Path, cache: Path) -> None:
+    """Put what teacher/ lacks in place, from a folder in which it was made again, on the same disk.
+
+    Raises CorruptError where one does not come out as it was.
+    """
+    found = teacher_files(made)
+    for name in lost_teacher_files(plan, cache):
+        place = cache / "teacher" / name
+        if found.get(name) != plan.teacher_files[name]:
+            raise CorruptError(
+                "it is lost, and made again it is another, with other threads or libraries perhaps; put it back from "
+                "a copy, or make the cache again in another folder",
+                where=place,
+            )
+        with open(made / name, "rb") as file:
+            os.fsync(file.fileno())
+        make_folder(place.parent)
+        publish(made / name, place)
+
+
+def lost_teacher_files(plan: Plan, cache: Path) -> list[str]:
+    """Names of the teacher's files that a cache lacks."""
+    return [name for name in plan.teacher_files if not os.path.lexists(cache / "teacher" / name)]
 
 
 def _commit_numbers(cache: Path) -> list[int]:

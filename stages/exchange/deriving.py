@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdpipe.manifests.cache import HEAD_FILE, Cache, teacher_files, write_head
+from kdpipe.manifests.cache import HEAD_FILE, Cache, restore_teacher_files, teacher_files, write_head
 from kdpipe.manifests.durable import (
     as_disk_error,
     canonical,
@@ -113,6 +113,7 @@ def _stage(cache: Cache, out: Path, asked: Asked, device: torch.device, progress
             fsync_folder(parent)
             failpoint("derive:planned")
         _require_same(plan, out)
+        restore_teacher_files(plan, scratch / "teacher", out)
         progress.event("plan", digest=plan.digest, num_shards=len(plan.shards))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdpipe.manifests.cache import Cache, teacher_files
+from kdpipe.manifests.cache import Cache, lost_teacher_files, restore_teacher_files, teacher_files
 from kdpipe.manifests.durable import (
     as_disk_error,
     fsync_folder,
@@ -74,6 +74,7 @@ def convert(source: Cache, out: Path, choice: Choice, progress: Progress) -> Con
         _begin(source, out, choice, progress)
     cache = Cache.open(out)
     _require_of(source, cache, choice)
+    _restore(source, cache, choice, progress)
     progress.event("plan", digest=cache.plan.digest, num_shards=len(cache.plan.shards))
     sweep((out / "tmp").glob("*"))
     todo = missing_shards(cache.plan, out, None)
@@ -112,10 +113,9 @@ def _require_raw(source: Cache, choice: Choice) -> None:
 
 def _begin(source: Cache, out: Path, choice: Choice, progress: Progress) -> None:
     """Fit the codec, and put plans, tables and the teacher's files in place at once."""
-    started, parent = time.perf_counter(), out.absolute().parent
+    parent = out.absolute().parent
     near = nearest_folder(parent)
     first = read_plan(source.path, 0)
-    settings = first.settings.model_copy(update={"codec": str(choice)})
     newest = source.plan.changed(settings=source.plan.settings.model_copy(update={"codec": str(choice)}))
     require_room(newest, near, out, or_else=LESS)  # by what a codec usually takes, before the fit
     staged = f".{out.name}.plan"
@@ -125,13 +125,7 @@ def _begin(source: Cache, out: Path, choice: Choice, progress: Progress) -> None
             if name != "teacher":
                 (scratch / name).mkdir(parents=True)
         shutil.copytree(source.teacher_folder, scratch / "teacher")
-        source.check_teacher_files()
-        head = loaded_head(source.head(), first.head, torch.device("cpu"))
-        samples = chosen(Samples(source.path, first), wanted_rows(first.head.hidden_size))
-        none = source.stored_rows(0)[:0]
-        rows = np.concatenate([none, *(source.stored_rows(sample) for sample in samples)])
-        fitted = fit_to(first.changed(settings=settings), rows, head, progress, started)
-        (scratch / "teacher" / CODEC_FILE).write_bytes(fitted_bytes(fitted))
+        (scratch / "teacher" / CODEC_FILE).write_bytes(_fitted(source, choice, progress))
         files = teacher_files(scratch / "teacher")
         files = {name: digest for name, digest in files.items() if name in {*first.teacher_files, CODEC_FILE}}
         for plan in _plans(source, str(choice), files[CODEC_FILE]):
@@ -149,6 +143,33 @@ def _begin(source: Cache, out: Path, choice: Choice, progress: Progress) -> None
             if not (out / PLAN_FILE).exists():  # another process may have been quicker
                 raise
         fsync_folder(parent)
+
+
+def _fitted(source: Cache, choice: Choice, progress: Progress) -> bytes:
+    """codec.safetensors, fitted to rows of the source's first plan. Raises what reading them raises."""
+    started, first = time.perf_counter(), read_plan(source.path, 0)
+    source.check_teacher_files()
+    head = loaded_head(source.head(), first.head, torch.device("cpu"))
+    samples = chosen(Samples(source.path, first), wanted_rows(first.head.hidden_size))
+    none = source.stored_rows(0)[:0]
+    rows = np.concatenate([none, *(source.stored_rows(sample) for sample in samples)])
+    settings = first.settings.model_copy(update={"codec": str(choice)})
+    return fitted_bytes(fit_to(first.changed(settings=settings), rows, head, progress, started))
+
+
+def _restore(source: Cache, cache: Cache, choice: Choice, progress: Progress) -> None:
+    """Make what OUT has lost of its teacher again, the codec too. Raises CorruptError where it comes out otherwise."""
+    if not (lost := lost_teacher_files(cache.plan, cache.path)):
+        return
+    source.check_teacher_files()
+    with as_disk_error(cache.path), scratch_folder(cache.path / "tmp", "teacher") as scratch:
+        for name in lost:
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            if name == CODEC_FILE:
+                (scratch / name).write_bytes(_fitted(source, choice, progress))
+            else:
+                shutil.copyfile(source.teacher_folder / name, scratch / name)
+        restore_teacher_files(cache.plan, scratch, cache.path)
 
 
 def _plans(source: Cache, codec: str, digest: str) -> Iterator[Plan]:

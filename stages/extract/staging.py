@@ -18,7 +18,7 @@ from pathlib import Path
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from kdpipe.manifests.cache import Cache, teacher_files, write_head
+from kdpipe.manifests.cache import Cache, lost_teacher_files, teacher_files, write_head
 from kdpipe.manifests.durable import (
     NO_RIGHT,
     canonical,
@@ -194,7 +194,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
         require_same(wanted, existing, cache)
     choices = {"spec": spec.choices(), "plan": wanted.model_dump(mode="json"), "max_positions": info.max_positions}
     asked = inputs.asked(spec.teacher, spec.data, choices)
-    if existing is not None and inputs.were_asked(asked) and not _lost_files(existing, cache):
+    if existing is not None and inputs.were_asked(asked) and not lost_teacher_files(existing, cache):
         progress.note(f"no input has changed since the plan was made: {existing.num_samples:,} samples")
         with _as_disk_error(cache):
             Samples(cache, existing).verify()
@@ -211,7 +211,7 @@ def staged(spec: ExtractSpec, cache: Path, progress: Progress) -> Iterator[Stage
         if not plan.teacher_files:
             write_teacher(tokenizer, head, plan.head, folder / "teacher")
             plan = plan.changed(teacher_files=teacher_files(folder / "teacher"))
-        elif lost := _lost_files(plan, cache):
+        elif lost := lost_teacher_files(plan, cache):
             restore_teacher(tokenizer, head, folder / "restored", plan, cache, lost)
         inputs.remember(folder if is_new else plan_folder(cache, plan.generation), asked)
         if is_new:
@@ -235,11 +235,6 @@ def _require_free(cache: Path) -> None:
         if any(os.path.lexists(cache / name) for name in (SAMPLES_FILE, GROWN, PLAN_FILE)):
             read_plan(cache)  # says that the plan of a cache is lost
         raise CacheError("it exists and is not a cache; choose another name or remove it", where=cache)
-
-
-def _lost_files(plan: Plan, cache: Path) -> list[str]:
-    """Names of the teacher's files that the cache lacks."""
-    return [name for name in plan.teacher_files if not os.path.lexists(cache / "teacher" / name)]
 
 
 def _prepare_folders(cache: Path) -> None:

@@ -327,6 +327,8 @@ def test_the_command_makes_what_info_says_and_what_repair_and_derive_make_again(
     assert f"kdpipe cache repair {shlex.quote(str(out))} ; then run again: " in err
     assert again in err
     assert main("cache", "repair", out)[0] == 2
+    for path in (out / "teacher").iterdir():
+        path.unlink()
     assert main("cache", "derive", bench.cache, out, "--kind", "sampled", "--device", "cpu")[0] == 0
     assert {name: data for name, data in tree(out).items() if not name.startswith("runs")} == {
         name: data for name, data in before.items() if not name.startswith("runs")

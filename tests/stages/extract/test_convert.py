@@ -17,7 +17,7 @@ from tests.stages.ranks import Recorder
 from kdpipe.manifests import durable
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError, IncompleteError, KdpipeError, SpaceError
-from kdpipe.manifests.fitted import Choice
+from kdpipe.manifests.fitted import CODEC_FILE, Choice
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.pipeline.cli import main
@@ -42,6 +42,24 @@ def test_a_converted_cache_is_the_extracted_one_and_is_gone_on_with(bench: Bench
     (out / "tmp" / "000002.rows.1-0123456789ab").write_bytes(b"left by a kill")
     convert(raw, out, FISHER, Silent())
     assert {name: data for name, data in files(out).items() if not name.startswith("tmp/")} == files(wanted.path)
+
+
+def test_what_a_converted_cache_lost_of_its_teacher_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = make_cache(tmp_path / "raw", num_samples=80)
+    convert(raw, tmp_path / "out", FISHER, Silent())
+    whole, teacher = files(tmp_path / "out"), tmp_path / "out" / "teacher"
+    for path in teacher.iterdir():
+        path.unlink()
+    convert(raw, tmp_path / "out", FISHER, Silent())
+    assert files(tmp_path / "out") == whole
+    (teacher / CODEC_FILE).unlink()
+    monkeypatch.setattr("kdpipe.stages.codec.fit.FIT", 0.6)
+    with pytest.raises(CorruptError, match=r"codec.safetensors: it is lost, and made again it is another"):
+        convert(raw, tmp_path / "out", FISHER, Silent())
+    assert not (teacher / CODEC_FILE).exists()
+    assert not list((tmp_path / "out" / "tmp").iterdir())
 
 
 def test_a_cache_that_grew_is_converted_with_all_its_plans(tmp_path: Path) -> None:
