@@ -86,6 +86,16 @@ def ragged_of(codec: Codec) -> Ragged | None:
     return getattr(codec, "ragged", None)
 
 
+def some_rows(codec: Codec, parts: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The parts of some of the rows that parts hold, by their places, rising."""
+    ragged = ragged_of(codec)
+    if ragged is None:
+        return {name: part[rows] for name, part in parts.items()}
+    counts, entries = parts[ragged.counts], {name for name, _ in ragged.tensors}
+    wanted = np.isin(np.repeat(np.arange(len(counts)), counts), rows)
+    return {name: part[wanted] if name in entries else part[rows] for name, part in parts.items()}
+
+
 def num_bytes(codec: Codec, num_rows: int, width: int, dtype: Dtype) -> int:
     """Bytes of so many rows, without a ragged part."""
     return sum(math.prod(shape) * DTYPES[tag].itemsize for _, tag, shape in codec.tensors(num_rows, width, dtype))

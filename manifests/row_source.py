@@ -19,9 +19,13 @@ from typing import Protocol, cast
 import numpy as np
 
 from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.codec import some_rows
 from kdpipe.manifests.errors import EngineError
-from kdpipe.manifests.fitted import CODEC_FILE, FittedCodec, open_fitted
+from kdpipe.manifests.fitted import CODEC_FILE, Fitted, open_fitted
 from kdpipe.manifests.ring import Message, RingReader
+
+SOME_SAMPLES, ROWS_A_SAMPLE = 32, 8
+"""What is looked at of a coded cache to choose how its rows meet the teacher's head."""
 
 
 class RowSource(Protocol):
@@ -46,26 +50,29 @@ class RowSource(Protocol):
 class CodedRowSource(RowSource, Protocol):
     """One that may have rows as they are stored.
 
-    codec: which `parts` are of; None where there are none but rows
+    fitted: the codec that `parts` are of; None where there are none but rows
     """
 
     @property
-    def codec(self) -> FittedCodec | None: ...
+    def fitted(self) -> Fitted | None: ...
 
     def parts(self, sample: int) -> dict[str, np.ndarray]:
         """A sample's rows as they are stored, the codec's tensors by name."""
+
+    def some_parts(self) -> list[dict[str, np.ndarray]]:
+        """A few rows of each of SOME_SAMPLES samples from all over it, always the same ones."""
 
 
 class CacheRows:
     """The rows of one or more complete caches, one after the other under one running index.
 
-    codec: which `parts` are of: a fitted one that all have, of whose rows none are left out; None where that is not so
+    fitted: the codec that `parts` are of: one that all have, of whose rows none are left out; None where that is not so
     """
 
     waited_s = None
 
     def __init__(self, caches: Sequence[Cache]) -> None:
-        self.codec = _shared_codec(caches)
+        self.fitted = _shared_codec(caches)
         self._caches = tuple(caches)
         self._first = [0, *accumulate(len(cache) for cache in caches)]
 
@@ -83,6 +90,16 @@ class CacheRows:
         cache, within = self._locate(sample)
         return cache.stored_parts(within)
 
+    def some_parts(self) -> list[dict[str, np.ndarray]]:
+        """As of CodedRowSource."""
+        assert self.fitted is not None, "rows that are stored in several ways have no parts"
+        found = []
+        for sample in evenly(self._first[-1], SOME_SAMPLES).tolist():
+            parts = self.parts(sample)
+            num_rows = len(next(iter(parts.values())))
+            found.append(some_rows(self.fitted.codec, parts, evenly(num_rows, ROWS_A_SAMPLE)))
+        return found
+
     def done(self, samples: np.ndarray) -> None:
         """A mapping is let go by the cache itself."""
 
@@ -91,12 +108,17 @@ class CacheRows:
         return self._caches[which], sample - self._first[which]
 
 
-def _shared_codec(caches: Sequence[Cache]) -> FittedCodec | None:
+def evenly(length: int, count: int) -> np.ndarray:
+    """At most so many of 0 to length - 1, as far apart as they can be, rising."""
+    return np.arange(min(length, count)) * length // max(min(length, count), 1)
+
+
+def _shared_codec(caches: Sequence[Cache]) -> Fitted | None:
     """The codec of caches that all have the same file of one, and nothing but supervised rows."""
     digests = {cache.plan.teacher_files.get(CODEC_FILE) for cache in caches}
     if len(digests) != 1 or None in digests or any(cache.plan.settings.rows == "all" for cache in caches):
         return None
-    return open_fitted(caches[0].path, caches[0].plan).codec
+    return open_fitted(caches[0].path, caches[0].plan)
 
 
 class JoinedRows:
@@ -113,11 +135,14 @@ class JoinedRows:
         return self._source.waited_s
 
     @property
-    def codec(self) -> FittedCodec | None:
-        return getattr(self._source, "codec", None)
+    def fitted(self) -> Fitted | None:
+        return getattr(self._source, "fitted", None)
 
     def parts(self, sample: int) -> dict[str, np.ndarray]:
         return cast(CodedRowSource, self._source).parts(self._place(sample))
+
+    def some_parts(self) -> list[dict[str, np.ndarray]]:
+        return cast(CodedRowSource, self._source).some_parts()
 
     def want(self, samples: np.ndarray) -> None:
         self._source.want(self._found(samples))

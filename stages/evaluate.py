@@ -37,7 +37,7 @@ from kdpipe.stages.student import (
     checkpoint_dtype,
     exam_text,
     load_sharded,
-    load_teacher_head,
+    load_teacher_heads,
     require_context,
 )
 
@@ -204,7 +204,7 @@ def score(
     if aligned is not None:
         model.across = Across(aligned.vocabulary.to(device), method="")
     model.examine(exam_text(dataset, texts, model.model.config), student.path)
-    teachers = [load_teacher_head(teacher, device) for teacher in dataset.teachers]
+    teachers = load_teacher_heads(dataset.teachers, device, as_rows=aligned is not None, ranks=ranks)
     packer = Packer(dataset, padded=model.padded, pin=device.type == "cuda")
     rank, world_size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)
     feed = batches(dataset, packer, samples, batch_tokens, rank=rank, world_size=world_size)

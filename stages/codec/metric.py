@@ -68,8 +68,12 @@ class Lens:
 
     def _compare(self, exact: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
         wanted, got = (self.logits(rows).log_softmax(-1) for rows in (exact, stored))
-        kl = (wanted.exp() * (wanted - got)).sum(-1, dtype=torch.float64).clamp_min(0.0)
-        return kl, wanted.argmax(-1) == got.argmax(-1)
+        return divergence(wanted, got), wanted.argmax(-1) == got.argmax(-1)
+
+
+def divergence(exact: Tensor, stored: Tensor) -> Tensor:
+    """KL(exact || stored) in nats of log-probabilities [R, V], float64 [R]."""
+    return (exact.exp() * (exact - stored)).sum(-1, dtype=torch.float64).clamp_min(0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -22,7 +22,7 @@ import torch
 from kdpipe.manifests.aligned import SpanTable
 from kdpipe.manifests.cache import Cache, HeadArrays
 from kdpipe.manifests.errors import CacheError, ConfigError
-from kdpipe.manifests.fitted import FittedCodec, loss_of
+from kdpipe.manifests.fitted import Fitted, FittedCodec, loss_of
 from kdpipe.manifests.prepared import Prepared
 from kdpipe.manifests.row_source import CacheRows, JoinedRows, RowSource
 from kdpipe.manifests.sample import SampleTokens, is_heldout, is_in_subset
@@ -61,9 +61,14 @@ class Teacher:
     beside: "Beside | None" = None
 
     @property
-    def codec(self) -> FittedCodec | None:
+    def fitted(self) -> Fitted | None:
         """What its rows are stored by, where they travel as they are stored; None where they come as rows."""
-        return getattr(self.rows, "codec", None)
+        return getattr(self.rows, "fitted", None)
+
+    @property
+    def codec(self) -> FittedCodec | None:
+        """The same without its record."""
+        return None if self.fitted is None else self.fitted.codec
 
     @property
     def dtype(self) -> torch.dtype:

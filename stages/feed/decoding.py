@@ -3,6 +3,7 @@
     stored_rows(codec, parts of some samples) -> tensors by name, which move as any others do
     decoder_of(codec, dtype, device).rows(them) -> [R, E]
 
+What `fisher` adds up can lie in the teacher's head instead: see student/folding.py, which takes its steps.
 Invariant: what travels is integers, floats as their bits: a sharded student casts the floats that it is given to the
 dtype of its pass.
 Cost: the codec's arrays once a device; to decode two operations a column of a row and component, as one product of a
@@ -30,7 +31,7 @@ class Decoder(Protocol):
     """One codec on one device."""
 
     def rows(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """Rows [R, E] in the dtype that the teacher gave them."""
+        """What enters the head that it goes with: rows [R, E] in the dtype that the teacher gave them."""
         ...
 
 
@@ -61,15 +62,27 @@ class FisherDecoder:
         )
 
     def rows(self, stored: Mapping[str, Tensor]) -> Tensor:
+        return finished(self.exact(stored), self._dtype)
+
+    def exact(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The same before they are rounded, float32."""
+        found = torch.addmm(self._mean, self.steps(stored), self._synthesis)
+        if len(stored["whole_row"]):
+            found[stored["whole_row"]] = self.whole(stored)
+        return found
+
+    def steps(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """q, whole numbers, float32 [R, E]; of rows that are stored as they are it says nothing."""
         words = stored["packed"].long() & 0xFFFFFFFF
         digits = words[:, self._word] // self._factor % self._levels
         steps = self._lowest.repeat(len(words), 1)
         steps[:, : digits.shape[1]] += digits
         steps.index_put_((stored["row"], stored["place"]), stored["difference"].float(), accumulate=True)
-        found = finished(torch.addmm(self._mean, steps, self._synthesis), self._dtype)
-        if len(stored["whole_row"]):
-            found[stored["whole_row"]] = stored["whole"].view(self._dtype)
-        return found
+        return steps
+
+    def whole(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The rows that are stored as they are, float32 [Y, E]."""
+        return stored["whole"].view(self._dtype).float()
 
 
 def finished(rows: Tensor, dtype: torch.dtype) -> Tensor:

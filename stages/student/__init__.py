@@ -11,6 +11,7 @@ from kdpipe.stages.student.check import (
     require_context,
 )
 from kdpipe.stages.student.exam import exam_text
+from kdpipe.stages.student.folding import load_teacher_heads
 from kdpipe.stages.student.lora import Lora, check_export, check_own_teacher, lora_of, num_trainable, trainable
 from kdpipe.stages.student.sharding import compile_layers, load_sharded, reduce_gradients, shard, shard_beside
 from kdpipe.stages.student.student import (
@@ -36,6 +37,7 @@ __all__ = [
     "has_other_tokenizer",
     "load_sharded",
     "load_teacher_head",
+    "load_teacher_heads",
     "lora_of",
     "method_of",
     "num_trainable",

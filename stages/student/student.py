@@ -70,6 +70,8 @@ class TeacherHead:
     weight: beside other teachers of the same samples
     sidecar: of a teacher whose rows are no hidden states and need no head
     decoder: of one whose rows travel as they are stored
+    origin: int32 [V], the bits of the float32 bias of one whose codec is folded into its head (folding.py): a sharded
+        student casts the floats that it is given to the dtype of its pass
     """
 
     head: Head
@@ -77,6 +79,12 @@ class TeacherHead:
     weight: float = 1.0
     sidecar: Sidecar | None = None
     decoder: Decoder | None = None
+    origin: torch.Tensor | None = None
+
+    @property
+    def rows_are(self) -> str:
+        """How its rows meet its head: as "rows" that travel, or "decoded" on the device, or "folded"."""
+        return "rows" if self.decoder is None else "decoded" if self.origin is None else "folded"
 
     def side(self, rows: TeacherRows, tokens: torch.Tensor) -> Side:
         """Its half of a loss on these rows, which these tokens follow."""
@@ -84,6 +92,8 @@ class TeacherHead:
             assert self.decoder is not None, "a teacher whose rows travel coded has a decoder"
             # As rows that travel would come: in the head's dtype, which a sharded student has cast with them.
             rows = self.decoder.rows(rows).to(self.head.weight.dtype)
+        if self.origin is not None:
+            return Side(rows, replace(self.head, bias=self.origin.view(torch.float32)))
         if self.sidecar is None:
             return Side(rows, self.head)
         if self.sidecar.kind == "logprob":

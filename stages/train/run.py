@@ -41,7 +41,7 @@ from kdpipe.stages.student import (
     compile_layers,
     exam_text,
     load_sharded,
-    load_teacher_head,
+    load_teacher_heads,
     lora_of,
     shard_beside,
 )
@@ -301,7 +301,8 @@ class Run:
         return Across(vocabulary, crossing.method, extra)
 
     def _load_heads(self) -> list[TeacherHead]:
-        return [load_teacher_head(teacher, self.ranks.device) for teacher in self.dataset.teachers]
+        as_rows = self._found.crossing is not None  # some of its methods project rows
+        return load_teacher_heads(self.dataset.teachers, self.ranks.device, as_rows=as_rows, ranks=self.ranks)
 
     def _adapter_export(self, lora: Lora) -> AdapterExport:
         """Its base is the student's folder, or that of the adapter which is trained on."""
@@ -321,6 +322,7 @@ class Run:
             first_step=self.trainer.done + 1,
             device=described(self.ranks.device),
             dtype=spec.dtype,
+            teacher_rows=[head.rows_are for head in self.heads],
         )
         lengths = self.dataset.num_tokens[self.train_samples]
         if self.student.padded:

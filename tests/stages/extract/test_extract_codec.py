@@ -163,7 +163,7 @@ def test_a_codec_that_was_lost_and_does_not_come_out_the_same_is_an_error(
 def test_students_of_raw_and_coded_rows_take_nearly_the_same_steps(
     dtype: Literal["float32", "bfloat16"], coded: Cache, bench: Bench, tmp_path: Path
 ) -> None:
-    steps = []
+    steps, ways = [], []
     for number, folder in enumerate((bench.cache, coded.path, coded.path)):
         run = RunSpec(train=TrainSpec(lr=1e-3, batch_tokens=600, dtype=dtype, max_steps=2))
         log = Recorder()
@@ -174,8 +174,26 @@ def test_students_of_raw_and_coded_rows_take_nearly_the_same_steps(
         loss = [note for note in log.notes if note.startswith(f"{folder}: its rows are coded, a mean KL of ")]
         assert len(loss) == (folder == coded.path)
         steps.append(log.values("step", "loss/mean"))
+        ways.append(ways_of(log))
     assert steps[0] != steps[1] == steps[2]
     assert steps[0] == pytest.approx(steps[1], rel=0.05)
+    way = "folded" if coded.plan.settings.codec.startswith("fisher") else "decoded"
+    assert ways == [["rows"], [way], [way]]
+
+
+def ways_of(log: Recorder) -> object:
+    """How each teacher's rows meet its head in a run."""
+    (found,) = (fields["teacher_rows"] for kind, fields in log.events if kind == "start")
+    return found
+
+
+def test_a_method_across_tokenizers_is_given_decoded_rows(coded: Cache, far_bench: Bench, tmp_path: Path) -> None:
+    """dskd projects them."""
+    log = Recorder()
+    run = RunSpec(train=TrainSpec(lr=1e-3, batch_tokens=600, dtype="float32", max_steps=1))
+    training = Training(student=far_bench.student, caches=(coded.path,), output=tmp_path, spec=run, device="cpu")
+    train(dataclasses.replace(training, data=(far_bench.data,), align="dskd", align_floor=0.5), log)
+    assert ways_of(log) == ["decoded"]
 
 
 def test_a_coarser_codec_than_is_allowed_is_refused_by_name(coded: Cache, bench: Bench, tmp_path: Path) -> None:
