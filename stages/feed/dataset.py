@@ -76,6 +76,15 @@ class Teacher:
         found: torch.dtype = getattr(torch, self.record.dtype)
         return found
 
+    @property
+    def carried_as(self) -> torch.dtype:
+        """Of its rows in a batch: float32 of a side-car as integers of the same bits.
+
+        A sharded student casts the floats that it is given to the dtype of its pass, and bfloat16 has few token ids.
+        """
+        is_cast = self.record.sidecar is not None and self.dtype == torch.float32
+        return torch.int32 if is_cast else self.dtype
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Beside:

@@ -41,8 +41,8 @@ class PackedBatch:
     row_positions: int64 [R], places in the flattened [S*L] whose next token is supervised
     labels: int64 [R], that next token; IGNORED where cross entropy is to leave it out
     keys: int64 [R], of each row a number that no other row of the run has: what a sampled loss draws by
-    teacher_rows: of each teacher [R, E] in its dtype, valid until the next batch is made; or, of coded caches, what
-        decoding.py makes them of
+    teacher_rows: of each teacher [R, E] as Teacher.carried_as says, valid until the next batch is made; or, of coded
+        caches, what decoding.py makes them of
     teacher_places: of each teacher the rows of the batch that it has rows for, int64 [R_k]; () where every one has all
     stale: rows whose next token an older student wrote, int64 [K], and its log-probability then, fp32 [K]; () for none
     aligned: of each teacher with another tokenizer three tensors: runs of the batch's rows and of its own that stand
@@ -113,7 +113,7 @@ class Packer:
 
     def __init__(self, dataset: Dataset, *, padded: bool = False, pin: bool = False) -> None:
         self._dataset, self._padded, self._pin = dataset, padded, pin
-        self._buffers = [RowBuffer(each.record.hidden_size, each.dtype, pin=pin) for each in dataset.teachers]
+        self._buffers = [RowBuffer(each.record.hidden_size, each.carried_as, pin=pin) for each in dataset.teachers]
 
     def pack(self, samples: Sequence[int] | np.ndarray) -> PackedBatch:
         """The samples as one batch, in this order, without padding unless the packer was made for it."""

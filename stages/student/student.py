@@ -96,9 +96,12 @@ class TeacherHead:
             return Side(rows, replace(self.head, bias=self.origin.view(torch.float32)))
         if self.sidecar is None:
             return Side(rows, self.head)
+        if self.sidecar.kind == "sampled":
+            return DrawnSide.of(rows, self.vocab_size)
+        numbers = rows.view(torch.float32)  # they travel as their bits: Teacher.carried_as
         if self.sidecar.kind == "logprob":
-            return TokenSide.of_tokens(rows, tokens, self.vocab_size)
-        return (TopKSide if self.sidecar.kind == "topk" else DrawnSide).of(rows, self.vocab_size)
+            return TokenSide.of_tokens(numbers, tokens, self.vocab_size)
+        return TopKSide.of(numbers, self.vocab_size)
 
 
 def load_teacher_head(teacher: Teacher, device: torch.device) -> TeacherHead:
