@@ -106,12 +106,12 @@ def fit(
 
 def curve(
     choices: Sequence[Choice], rows: np.ndarray, head: Head, *, vocab_size: int, device: torch.device
-) -> list[CodecRecord]:
-    """What each of several codecs comes to; those that are out of reach are left out. Raises ConfigError."""
+) -> list[Fitted]:
+    """Several codecs, of no head's digest; those that are out of reach are left out. Raises ConfigError."""
     parts, found = _Parts.of(rows, head, vocab_size, device), []
     for choice in choices:
         with contextlib.suppress(ConfigError):
-            found.append(_fitted(choice, parts, "").record)
+            found.append(_fitted(choice, parts, ""))
     return found
 
 

@@ -142,5 +142,5 @@ def _codecs(
             "kl_p99": each.kl_p99,
             "same_top": each.same_top,
         }
-        for each in found
+        for each in (fitted.record for fitted in found)
     }
