@@ -4,7 +4,7 @@
 
 PLAN.json has its digest among the teacher's files, and in `settings.codec` what was asked for: "fisher kl=0.01".
 Invariant: the file is whole and of that digest, or the cache is not read: without it rows mean nothing.
-Cost: 8 bytes for each two columns of a row (E=4,096: 201 MB) on disk, read once a process. Format: FORMAT.md section 6.
+Cost: 8 bytes for each pair of a row's columns (E=4,096: 134 MB), read once a process. Format: FORMAT.md section 6.
 """
 
 import functools

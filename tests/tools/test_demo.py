@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,8 +16,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tests.conftest import Bench, Main
 from tests.models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.specs import load
+from kdpipe.stages.loss import find_divergence
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "tools" / "demo"
@@ -32,8 +38,8 @@ def demo_module(name: str) -> ModuleType:
         sys.path.remove(str(DEMO))
 
 
-answers, corpus, plot, run, student, teacher = map(
-    demo_module, ("answers", "corpus", "plot", "run", "student", "teacher")
+answers, coded, corpus, plot, run, student, teacher = map(
+    demo_module, ("answers", "coded", "corpus", "plot", "run", "student", "teacher")
 )
 
 
@@ -300,6 +306,28 @@ def test_plot_shows_both_students_and_the_teacher(tmp_path: Path, monkeypatch: p
     assert [line.get_xdata().tolist() for line in ce.lines[:2]] == [[1, 2, 4]] * 2
     assert set(ce.lines[2].get_ydata()) == {2.5}
     assert [text.get_text() for text in ce.get_legend().get_texts()] == [*plot.LABELS.values(), "the teacher itself"]
+
+
+def test_every_cache_of_the_students_is_made_of_the_raw_one_and_serves_its_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Bench, main: Main
+) -> None:
+    shutil.copytree(bench.cache, tmp_path / "raw")
+    typed: list[list[object]] = []
+    monkeypatch.setattr(coded.run, "kdpipe", lambda *words: typed.append([*words]))
+    coded.prepare(tmp_path, tmp_path, [*coded.KINDS])
+    assert typed.pop(0)[0] == "extract"
+    for words in typed:
+        assert main(*words)[0] == 0, words
+    assert {path.parent.name for path in tmp_path.glob("*/PLAN.json")} == {*coded.KINDS}
+    sizes = {name: coded.row_bytes(tmp_path / name) for name in coded.KINDS}
+    assert sizes["fisher-3e-2"] < sizes["fisher-1e-2"] < sizes["raw"]
+    for name in ("sampled", "topk"):
+        sidecar, loss = Cache.open(tmp_path / name).plan.head.sidecar, load(None, coded.KINDS[name].loss).loss
+        assert find_divergence(loss.divergence).is_of(sidecar, loss.options)
+    scores = {"heldout_kl": 0.5, "top1_agreement": 0.25, "heldout_ce": 3.0}
+    shown = coded.table({name: [scores] for name in coded.KINDS}, sizes, scores).splitlines()
+    assert [line[:14].strip() for line in shown] == ["", "no training", *coded.KINDS]
+    assert len({line.split()[-1] for line in shown[2:]}) == 1
 
 
 @pytest.mark.slow
