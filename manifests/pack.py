@@ -21,6 +21,7 @@ from kdpipe.manifests.durable import as_disk_error, hold_alone, open_regular, pu
 from kdpipe.manifests.errors import ConfigError, CorruptError, SpaceError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.packed import (
+    BLOCK_BYTES,
     KEY,
     VERSION,
     Cut,
@@ -204,15 +205,26 @@ def _read(path: Path, cut: Cut) -> bytes:
 
 
 def _ratio(files: list[File]) -> float:
-    """What the largest files take, packed over plain, each as its largest block says."""
-    plain, packed = 0, 0.0
-    for number, (_, size, path) in sorted(enumerate(files), key=lambda each: -each[1][1])[:MEASURED]:
-        largest = max(cuts_of(number, path), key=lambda cut: cut.size, default=None)
-        if largest is not None:
-            data = compressed(_read(path, largest), largest)
-            taken = len(block_note(largest, data)) + len(data)
-            plain, packed = plain + size, packed + size * taken / largest.size
-    return packed / max(plain, 1)
+    """What all files take, packed over plain: those of each folder as its largest say.
+
+    A large file takes what its largest block does; the tables of a small one count beside its rows.
+    """
+    folders: dict[str, list[tuple[int, File]]] = {}
+    for number, file in enumerate(files):
+        folders.setdefault(file[0].partition("/")[0], []).append((number, file))
+    packed = 0.0
+    for inside in folders.values():
+        measured, taken = 0, 0.0
+        for number, (_, size, path) in sorted(inside, key=lambda each: -each[1][1])[:MEASURED]:
+            cuts = sorted(cuts_of(number, path), key=lambda cut: -cut.size)
+            if size > BLOCK_BYTES:
+                cuts = cuts[:1]
+            blocks = ((cut, compressed(_read(path, cut), cut)) for cut in cuts)
+            found = sum(len(block_note(cut, data)) + len(data) for cut, data in blocks)
+            measured += size
+            taken += size * found / max(sum(cut.size for cut in cuts), 1)
+        packed += sum(size for _, (_, size, _) in inside) * taken / max(measured, 1)
+    return packed / max(sum(size for _, size, _ in files), 1)
 
 
 def require_room(out: Path, needed: int, most_bytes: int) -> None:

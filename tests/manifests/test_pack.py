@@ -166,9 +166,10 @@ def test_two_at_once_are_one_too_many(cache: Cache, tmp_path: Path) -> None:
             pack(cache, tmp_path / "out", Silent(), most_bytes=PLENTY)
 
 
-def test_the_forecast_is_what_it_takes(cache: Cache, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shard_tokens", "codec"), [(9000, "raw"), (500, "raw"), (500, "fisher kl=0.01")])
+def test_the_forecast_is_what_it_takes(shard_tokens: int, codec: str, tmp_path: Path) -> None:
     told = Told()
-    large = make_cache(tmp_path / "large", num_samples=900, hidden_size=64, shard_tokens=9000)
+    large = make_cache(tmp_path / "large", num_samples=900, hidden_size=64, shard_tokens=shard_tokens, codec=codec)
     found = pack(large, tmp_path / "out", told, most_bytes=PLENTY)
     about = int(told.notes[0].split(" will take about ")[1].split()[0].replace(",", ""))
     assert about == pytest.approx(found.packed_bytes, rel=0.08)
