@@ -4,7 +4,7 @@
 
 PLAN.json has its digest among the teacher's files, and in `settings.codec` what was asked for: "fisher kl=0.01".
 Invariant: the file is whole and of that digest, or the cache is not read: without it rows mean nothing.
-Cost: 8 bytes for each pair of a row's columns (E=4,096: 134 MB), read once a process. Format: FORMAT.md section 6.
+Cost: 8 bytes for each two columns of a row (E=4,096: 134 MB) on disk, read once a process. Format: FORMAT.md section 6.
 """
 
 import functools
@@ -212,6 +212,11 @@ def usual_share(choice: Choice, width: int, dtype: Dtype) -> float:
         return choice.share or 1.0
     bits = BITS_AT_A_CENTINAT - math.log2(choice.kl / 1e-2) / 2
     return min(max(bits, 0.5) * width / 8 / raw, 1.0)
+
+
+def file_bytes(choice: Choice, width: int) -> int:
+    """What codec.safetensors takes, less its header and what a column has one of."""
+    return 8 * width * width if choice.name == "fisher" else 0
 
 
 BITS_AT_A_CENTINAT = 3.8

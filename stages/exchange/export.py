@@ -28,6 +28,7 @@ from pydantic import JsonValue
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import disk_error, fsync_folder, fsync_tree
 from kdpipe.manifests.errors import ConfigError
+from kdpipe.manifests.fitted import loss_of
 from kdpipe.manifests.places import require_outside
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import row_positions
@@ -177,6 +178,8 @@ def _record(cache: Cache, found: Exported, *, columns: str, top_k: int, vocab_si
         "cache": fingerprint.overall(),
         "teacher": fingerprint.teacher,
         "tokenizer": fingerprint.tokenizer,
+        "codec": cache.plan.settings.codec,
+        "codec_kl": loss_of(cache.path, cache.plan),
     }
 
 

@@ -12,7 +12,7 @@ from kdpipe.manifests.codec import CODECS, RAW, num_bytes
 from kdpipe.manifests.errors import (
     TeacherError,
 )
-from kdpipe.manifests.fitted import Choice, choose, usual_share
+from kdpipe.manifests.fitted import Choice, choose, file_bytes, usual_share
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import Sample, is_heldout, num_rows
 from kdpipe.manifests.specs import Dtype
@@ -28,7 +28,8 @@ class Forecast:
     """What an extraction will make, known from data, tokenizer and config alone.
 
     num_files: files and folders of the cache
-    bytes_per_codec: of the rows and tables; fisher as it is asked for, or at a mean KL of 0.01, from experience
+    bytes_per_codec: of rows, tables and the codec itself; fisher as it is asked for, or at a mean KL of 0.01, from
+        experience
     longest: tokens of the longest sample
     """
 
@@ -51,7 +52,11 @@ class Forecast:
         """With the bytes of codecs of which a share of raw rows' was measured, by what they are asked for."""
         raw, tables = num_bytes(RAW, self.num_rows, self.hidden_size, self.dtype), self.num_tokens * TABLE_BYTES
         choices = (choose("int8"), fisher_of(spec))
-        known = {each.name: int(raw * shares[str(each)]) + tables for each in choices if str(each) in shares}
+        known = {
+            each.name: int(raw * shares[str(each)]) + tables + file_bytes(each, self.hidden_size)
+            for each in choices
+            if str(each) in shares
+        }
         return replace(self, bytes_per_codec=self.bytes_per_codec | known)
 
 
@@ -95,7 +100,7 @@ def forecast(spec: ExtractSpec, progress: Progress, *see: Callable[[Sample], Non
     }
     for fitted in (choose("int8"), fisher_of(spec)):
         share = usual_share(fitted, info.hidden_size, info.dtype)
-        stored.setdefault(fitted.name, int(raw * share) + overhead)
+        stored.setdefault(fitted.name, int(raw * share) + overhead + file_bytes(fitted, info.hidden_size))
     num_shards = -(-num_tokens // spec.shard_tokens)
     return Forecast(
         num_samples=num_samples,

@@ -14,6 +14,7 @@ from kdpipe.manifests.errors import (
     ConfigError,
     SpaceError,
 )
+from kdpipe.manifests.fitted import Choice, file_bytes
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.plan import (
     PLAN_FILE,
@@ -65,7 +66,7 @@ def _identity(plan: Plan) -> dict[str, object]:
 
 
 def require_room(plan: Plan, folder: Path, cache: Path, *, where: Path | None = None, or_else: str = SAMPLES) -> None:
-    """Room in `folder` for the shards that `cache` lacks, for the head and the tokenizer. Raises SpaceError.
+    """Room in `folder` for the shards that `cache` lacks, for head, codec and tokenizer. Raises SpaceError.
 
     where, or_else: what an error names, and what takes less room, beside another disk
     """
@@ -73,6 +74,7 @@ def require_room(plan: Plan, folder: Path, cache: Path, *, where: Path | None = 
     needed = SMALL_FILES + sum(expected_bytes(cache, plan, number) for number in missing)
     if not (cache / PLAN_FILE).exists():
         needed += num_bytes(RAW, plan.head.head_rows, plan.head.hidden_size, plan.head.dtype)
+        needed += file_bytes(Choice.read(plan.settings.codec), plan.head.hidden_size)
     place = os.statvfs(folder)
     free = place.f_bavail * place.f_frsize
     if needed > free:

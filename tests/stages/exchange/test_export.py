@@ -133,6 +133,10 @@ def test_what_is_left_out_is_said(cache: Cache, tmp_path: Path) -> None:
     assert record["biased"].startswith("7 tokens of 97 a row; the others' probability, ")
     assert record["num_rows"] == len(every)
     assert record["cache"] == cache.plan.fingerprint.overall()
+    assert (record["codec"], record["codec_kl"]) == ("raw", None)
+    coded = make_cache(tmp_path / "coded", codec="int8")
+    record = json.loads((exported(coded, tmp_path / "of-coded", "top-k") / "export.json").read_text())
+    assert (record["codec"], record["codec_kl"]) == ("int8", coded.info()["codec_kl_mean"])
     whole = exported(cache, tmp_path / "whole", "top-k", top_k=VOCAB)
     assert json.loads((whole / "export.json").read_text())["left_out"] < 1e-6
 

@@ -18,7 +18,7 @@ from tests.stages.ranks import Recorder
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import QUARANTINE
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
-from kdpipe.manifests.fitted import CODEC_FILE, open_fitted, stored_as
+from kdpipe.manifests.fitted import CODEC_FILE, Choice, file_bytes, open_fitted, stored_as
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import read_run
 from kdpipe.manifests.shard import commit_path, shard_path
@@ -72,6 +72,8 @@ def test_a_cache_says_what_its_rows_lose_and_loses_that(coded: Cache, bench: Ben
     assert (info["codec_kl_mean"], info["codec_kl_p99"]) == (record.kl_mean, record.kl_p99)
     assert info["codec_share"] == record.share < 0.6
     assert not list((coded.path / "tmp").iterdir())
+    size = (coded.path / "teacher" / CODEC_FILE).stat().st_size
+    assert 0 <= size - file_bytes(Choice.read(coded.plan.settings.codec), coded.plan.head.hidden_size) < 8192
 
 
 def test_again_in_parts_and_after_a_loss_it_is_the_same_bytes(coded: Cache, bench: Bench, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import pytest
 from tests.conftest import Bench
 
 from kdpipe.manifests.errors import GateError
+from kdpipe.manifests.fitted import usual_share
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.stages.extract import ExtractSpec, forecast
 from kdpipe.stages.extract import probe as probing
+from kdpipe.stages.extract.forecast import fisher_of
 from kdpipe.stages.extract.probe import Drawn, probe
 
 
@@ -56,7 +58,10 @@ def test_a_probe_tells_what_each_codec_takes_and_loses(bench: Bench) -> None:
     assert losses[-1] <= 0.05
     measured = planned.measured({name: each["share_of_raw"] for name, each in found.items()}, spec)
     raw, fisher = (measured.bytes_per_codec[name] - 10 * planned.num_tokens for name in ("raw", "fisher"))
-    assert fisher == pytest.approx(shares[-1] * raw, abs=1)
+    assert fisher == pytest.approx(shares[-1] * raw + 8 * planned.hidden_size**2, abs=1)
+    before = planned.bytes_per_codec["fisher"] - 10 * planned.num_tokens
+    usual = usual_share(fisher_of(spec), planned.hidden_size, planned.dtype)
+    assert before == pytest.approx(usual * raw + 8 * planned.hidden_size**2, abs=1)
     assert measured.bytes_per_codec["raw"] == planned.bytes_per_codec["raw"]
     shortest = min(drawn.samples(), key=lambda sample: len(sample.token_ids))
     assert probe(spec, [shortest], Silent()).codecs == {}
