@@ -44,7 +44,8 @@ class PackedBatch:
     teacher_rows: of each teacher [R, E] as Teacher.carried_as says, valid until the next batch is made; or, of coded
         caches, what decoding.py makes them of
     teacher_places: of each teacher the rows of the batch that it has rows for, int64 [R_k]; () where every one has all
-    stale: rows whose next token an older student wrote, int64 [K], and its log-probability then, fp32 [K]; () for none
+    stale: rows whose next token an older student wrote, int64 [K], and its log-probability then, the bits of fp32,
+        int32 [K]; () for none
     aligned: of each teacher with another tokenizer three tensors: runs of the batch's rows and of its own that stand
         for the same text, each a first row and a number of rows, int64 [K, 2] twice, and the token that each of its
         rows predicts, int64 [P]; () where all have the student's
@@ -266,7 +267,8 @@ def _stale(texts: Sequence[SampleTokens], counts: np.ndarray) -> tuple[torch.Ten
     if not old:
         return ()
     rows = np.concatenate([first + np.arange(len(written)) for first, written in old])
-    return torch.from_numpy(rows), torch.from_numpy(np.concatenate([written for _, written in old]))
+    written = np.concatenate([written for _, written in old]).astype(np.float32, copy=False)
+    return torch.from_numpy(rows), torch.from_numpy(written.view(np.int32))  # a sharded student would round floats
 
 
 def _spread(values: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -315,7 +315,8 @@ class Student(torch.nn.Module):
             return measured(Side(hidden, self.head()), known, batch, shares, vocab_size)
         if self.importance is not None and batch.stale:
             size = vocab_size or len(student.head.weight)
-            rows, written = batch.stale
+            rows, bits = batch.stale
+            written = bits.view(torch.float32)
             weights = self.importance.weights(Side(hidden, self.head()), batch.next_tokens, rows, written, size)
         outs, losses, sums = [], [], []
         if crossing is not None:

@@ -13,6 +13,7 @@ from tests.conftest import Bench
 from tests.stages.live.test_serve import serving
 from tests.stages.ranks import Recorder
 from tests.stages.train.test_train import training_for
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kdpipe.manifests.errors import CacheError, ConfigError, TemporaryError
@@ -25,6 +26,7 @@ from kdpipe.stages.live.onpolicy import check_prompts, fed_by, find_onpolicy
 from kdpipe.stages.live.rollouts import of_student
 from kdpipe.stages.loss import Head, Side
 from kdpipe.stages.loss.cross.reference import reference_across
+from kdpipe.stages.loss.importance import Importance
 from kdpipe.stages.loss.spans import Spans
 from kdpipe.stages.ranks import joined
 from kdpipe.stages.train import Found, Training, train
@@ -282,6 +284,23 @@ def test_older_answers_are_weighed_by_what_the_student_thinks_of_them_now(bench:
     for name, parameter in student.named_parameters():
         error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-12)
         assert error < 1e-4, (name, error)
+
+
+def test_a_pass_in_bfloat16_weighs_by_the_log_probabilities_that_were_written(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, weigh = [], Importance.weights
+
+    def seen(self: Importance, student: Side, tokens: Tensor, rows: Tensor, written: Tensor, vocab_size: int) -> Tensor:
+        taken.extend(written.tolist())
+        return weigh(self, student, tokens, rows, written, vocab_size)
+
+    monkeypatch.setattr(Importance, "weights", seen)
+    training = training_for(bench, tmp_path, loss=REVERSE, max_steps=2, dtype="bfloat16")
+    trained(bench, training, run_file(overlap=1, importance_cap=2.0))
+    expected = [number for each in rollouts(tmp_path) if each["step"] == 1 for number in each["logprobs"]]
+    assert sorted(taken) == sorted(np.float32(expected).tolist())
+    assert taken
 
 
 def test_answers_of_the_weights_of_now_count_as_without_importance(bench: Bench, tmp_path: Path) -> None:
