@@ -21,7 +21,15 @@ from kdpipe.pipeline.options import Command, cache_argument, json_option
 from kdpipe.pipeline.output import show
 
 
-@click.group("cache", invoke_without_command=True)
+class WholeLines(click.Group):
+    """A group that says the whole first sentence of each command's help; the stock one cuts it off at a line."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, each.get_short_help_str(limit=1000)) for name, each in self.commands.items()])
+
+
+@click.group("cache", cls=WholeLines, invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Look at a cache, check or repair it, compare two, pack, code, derive, export or import one.

@@ -85,6 +85,12 @@ def test_every_command_teaches_its_use() -> None:
                     assert param.help, f"{name} {param.name}"
 
 
+def test_the_list_of_commands_says_whole_sentences(main: Main) -> None:
+    said = main("cache", "--help")[1].partition("Commands:")[2]
+    assert said.count("...") == 0
+    assert len(said.split()) > 100
+
+
 # What it refuses
 
 ROOT = Path(__file__).parents[2]
