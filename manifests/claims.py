@@ -20,6 +20,9 @@ from kdpipe.manifests.shard import commit_path
 CLAIM_S = 600.0
 """Longest silence of a writer at work; a shard takes seconds to minutes."""
 
+WRITING_S = 5.0
+"""Longest time for which a claim is empty; a power cut may leave it so."""
+
 MAX_CLAIM_BYTES = 1 << 12
 
 
@@ -39,16 +42,21 @@ class Claims:
         return self._folder / f"{number:06d}.json"
 
     def take(self, number: int) -> bool:
-        """Claim a shard; False where another writer is at work on it."""
-        if self.held_by_another(number):
-            return False
-        self._mine.add(number)
+        """Claim a shard; False where another writer is at work on it. Of several that claim at once one has it."""
         with contextlib.suppress(OSError):  # no room for advice: the work goes on
-            # No link is followed and no pipe waited for: a claim is found in a folder that others may have filled.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
-            with open(os.open(self.path(number), flags, 0o666), "w") as file:
-                file.write(json.dumps({"host": platform.node(), "pid": os.getpid()}))
+            try:
+                self._write(number, os.O_EXCL)
+            except FileExistsError:
+                if self.held_by_another(number):
+                    return False
+                # No link is followed and no pipe waited for: others may have filled the folder.
+                self._write(number, os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        self._mine.add(number)
         return True
+
+    def _write(self, number: int, flags: int) -> None:
+        with open(os.open(self.path(number), os.O_WRONLY | os.O_CREAT | flags, 0o666), "w") as file:
+            file.write(json.dumps({"host": platform.node(), "pid": os.getpid()}))
 
     def held_by_another(self, number: int) -> bool:
         """Whether a living claim of somebody else is on the shard."""
@@ -56,11 +64,13 @@ class Claims:
             return False
         try:
             age = time.time() + self._ahead - self.path(number).stat().st_mtime
-            holder = json.loads(read_small(self.path(number), MAX_CLAIM_BYTES))
+            text = read_small(self.path(number), MAX_CLAIM_BYTES)
+            holder = json.loads(text) if text else None
         except (OSError, ValueError, LayoutError):
             return False  # none, gone by now, or nothing that we wrote
+        longest = self._seconds if text else min(self._seconds, WRITING_S)
         # Of the future by more than clocks differ: nobody keeps it alive, and it would count for ever.
-        return -self._seconds < age < self._seconds and not _is_dead(holder)
+        return -longest < age < longest and not _is_dead(holder)
 
     def keep(self) -> None:
         """Say that this writer is alive; cheap enough for every sample."""

@@ -129,7 +129,7 @@ def _fill_free(
 def _batches(cache: Cache, engine: TeacherEngine, shelf: ShardShelf, todo: Sequence[int]) -> Iterator[list[Request]]:
     """The planned batches of every missing shard, made when the engine asks for them."""
     for number in todo:
-        if not commit_path(cache.path, number).exists() and shelf.open(number):
+        if shelf.open(number):
             yield from shard_requests(cache, number, engine.probe_every, shelf.place)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.claims import Claims
 from kdpipe.manifests.progress import Progress
-from kdpipe.manifests.shard import ShardWriter
+from kdpipe.manifests.shard import ShardWriter, commit_path
 from kdpipe.stages.models.head import Head
 from kdpipe.stages.teacher.engine import Ack, Request, RowTarget
 from kdpipe.stages.teacher.gate import check_identity
@@ -55,8 +55,11 @@ class ShardShelf:
         return f"shard {number}/{len(self._cache.plan.shards)}"
 
     def open(self, number: int) -> bool:
-        """Make place for a shard, unless another writer has claimed it."""
+        """Make place for a shard, unless another writer has claimed it, or has finished it by now."""
         if not self._claims.take(number):
+            return False
+        if commit_path(self._cache.path, number).exists():
+            self._claims.drop(number)
             return False
         samples, plan = self._cache.samples.shard(number), self._cache.plan
         self._open.append(

@@ -5,7 +5,9 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,9 +102,7 @@ def test_a_dead_process_of_this_machine_holds_nothing(cache: Path) -> None:
         assert claims.held_by_another(2) != free
 
 
-@pytest.mark.parametrize(
-    ("content", "counts"), [("", False), ("{", False), ("\0", False), ("[1]", True), ('{"host": 1}', True)]
-)
+@pytest.mark.parametrize(("content", "counts"), [("{", False), ("\0", False), ("[1]", True), ('{"host": 1}', True)])
 def test_a_claim_that_names_nobody_counts_by_its_age_and_what_is_no_claim_not_at_all(
     cache: Path, content: str, counts: bool
 ) -> None:
@@ -111,6 +111,30 @@ def test_a_claim_that_names_nobody_counts_by_its_age_and_what_is_no_claim_not_at
     assert claims.held_by_another(0) == counts
     backdate(claims.path(0), 200)
     assert claims.take(0)
+
+
+def test_an_empty_claim_is_being_written_and_after_a_moment_a_power_cut_has_left_it(cache: Path) -> None:
+    claims = Claims(cache, seconds=100.0)
+    claims.path(0).touch()
+    assert not claims.take(0)
+    backdate(claims.path(0), 6)
+    assert claims.take(0)
+
+
+def test_of_several_that_claim_at_once_one_has_the_shard(tmp_path: Path) -> None:
+    writers = [Claims(tmp_path) for _ in range(4)]
+    start = threading.Barrier(len(writers))
+
+    def taken(claims: Claims) -> list[bool]:
+        found = []
+        for number in range(200):
+            start.wait(30)
+            found.append(claims.take(number))
+        return found
+
+    with ThreadPoolExecutor(len(writers)) as pool:
+        found = list(pool.map(taken, writers))
+    assert [sum(took) for took in zip(*found, strict=True)] == [1] * 200
 
 
 def test_claims_of_committed_shards_are_swept_and_ones_own_when_it_closes(cache: Path) -> None:
