@@ -81,6 +81,12 @@ class Choice:
         return choice
 
     @property
+    def flags(self) -> str:
+        """The options that ask for it."""
+        asked = (("--codec", self.name), ("--codec-kl", self.kl), ("--codec-bytes", self.share))
+        return " ".join(f"{flag} {value}" for flag, value in asked if value is not None)
+
+    @property
     def is_fitted(self) -> bool:
         return self.name in FITTED and self.name not in CODECS
 

@@ -59,16 +59,7 @@ class _Parts:
     @classmethod
     def of(cls, rows: np.ndarray, head: Head, vocab_size: int, device: torch.device) -> "_Parts":
         """Raises ConfigError for too few rows, or too wide ones."""
-        if len(rows) < LEAST_ROWS:
-            raise ConfigError(
-                f"{len(rows)} rows are too few to fit it to, it takes {LEAST_ROWS}; store them raw", where="--codec"
-            )
-        widest = MOST_PLACES // (1 + rows.itemsize)
-        if rows.shape[1] > widest:
-            raise ConfigError(
-                f"rows of {rows.shape[1]:,} columns, at most {widest:,} are coded in {rows.dtype.name}; store them raw",
-                where="--codec",
-            )
+        require_fittable(len(rows), rows.shape[1], rows.dtype)
         fitted, tune, test = np.split(rows, [int(len(rows) * share) for share in (FIT, TUNE)])
         lens = Lens.of(head, vocab_size, device)
         return cls(fit=fitted, tune=tune, test=some(test, TEST_ROWS), lens=lens)
@@ -92,6 +83,19 @@ class _Parts:
 
     def doubles(self, rows: np.ndarray) -> Tensor:
         return as_tensor(np.ascontiguousarray(rows)).to(self.lens.weight.device).double()
+
+
+def require_fittable(num_rows: int, width: int, dtype: np.dtype) -> None:
+    """A codec can be fitted to so many rows. Raises ConfigError for too few of them, or too wide ones."""
+    if num_rows < LEAST_ROWS:
+        raise ConfigError(
+            f"{num_rows} rows are too few to fit it to, it takes {LEAST_ROWS}; store them raw", where="--codec"
+        )
+    widest = MOST_PLACES // (1 + dtype.itemsize)
+    if width > widest:
+        raise ConfigError(
+            f"rows of {width:,} columns, at most {widest:,} are coded in {dtype.name}; store them raw", where="--codec"
+        )
 
 
 def fit(

@@ -37,7 +37,8 @@ from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import ShardWriter
 from kdpipe.manifests.shard_table import SHARDS_FILE
-from kdpipe.stages.codec.fit import wanted_rows
+from kdpipe.manifests.tensorfile import DTYPES, TAGS
+from kdpipe.stages.codec.fit import require_fittable, wanted_rows
 from kdpipe.stages.extract.calibrate import chosen, fit_to
 from kdpipe.stages.extract.planning import require_room
 from kdpipe.stages.models.head import loaded_head
@@ -107,6 +108,8 @@ def _require_raw(source: Cache, choice: Choice) -> None:
             "the raw cache it was made of",
             where=source.path,
         )
+    first = read_plan(source.path, 0)
+    require_fittable(first.num_rows, first.head.hidden_size, DTYPES[TAGS[first.settings.dtype]])
     source.require_complete()
     source.samples.verify()
 

@@ -16,6 +16,8 @@ from kdpipe.manifests.fitted import Choice, choose, file_bytes, usual_share
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.sample import Sample, is_heldout, num_rows
 from kdpipe.manifests.specs import Dtype
+from kdpipe.manifests.tensorfile import DTYPES, TAGS
+from kdpipe.stages.codec.fit import require_fittable
 from kdpipe.stages.extract.reading import counts_of, read_samples
 from kdpipe.stages.extract.spec import ExtractSpec
 from kdpipe.stages.models.folder import ModelFolder
@@ -93,6 +95,8 @@ def forecast(spec: ExtractSpec, progress: Progress, *see: Callable[[Sample], Non
             total_rows += num_rows(sample.supervised, every=spec.rows == "all")
             content_id = np.frombuffer(sample.content_id, np.uint8)[None]
             num_heldout += int(is_heldout(content_id, spec.data_spec.heldout_fraction)[0])
+    if spec.codec_choice().is_fitted:
+        require_fittable(total_rows, info.hidden_size, DTYPES[TAGS[info.dtype]])
     overhead = num_tokens * TABLE_BYTES
     raw = num_bytes(RAW, total_rows, info.hidden_size, info.dtype)
     stored = {

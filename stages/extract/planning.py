@@ -4,6 +4,7 @@ An existing cache must have been made by the same teacher with the same settings
 """
 
 import os
+import shlex
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,8 @@ from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.shard import commit_path, expected_bytes
 from kdpipe.manifests.specs import MAX_SHARD_TOKENS
 from kdpipe.manifests.specs.teacher import CUDA_BATCH_TOKENS
+from kdpipe.manifests.tensorfile import DTYPES, TAGS
+from kdpipe.stages.codec.fit import require_fittable
 from kdpipe.stages.extract.inputs import Inputs
 from kdpipe.stages.extract.present import Present
 from kdpipe.stages.extract.reading import INCIDENTS, incident_notes, write_samples
@@ -45,16 +48,32 @@ SMALL_FILES = 16 << 20
 
 def require_same(plan: Plan, existing: Plan, cache: Path) -> None:
     """The cache there must be of the same teacher and settings. Raises CacheError naming the field and both values."""
+    if (sidecar := existing.head.sidecar) is not None:
+        raise CacheError(f"it has {sidecar.has}, no teacher adds to that; choose another --cache", where=cache)
     wanted, there = (_identity(each) for each in (plan, existing))
-    for name, value in wanted.items():
-        if there[name] != value:
-            changed = name.startswith(("fingerprint.", "head.", "vocabulary_digest"))
-            again = "put back the teacher's files as they were" if changed else extract_again(cache)
-            raise CacheError(
-                f"this cache was made with {name} = {there[name]!r}, this command asks for {value!r}; "
-                f"choose another --cache, or {again}",
-                where=cache,
-            )
+    other = [name for name, value in wanted.items() if there[name] != value]
+    for name in other:
+        if other == ["settings.codec"]:
+            way_out = _way_to_codec(plan, existing, cache)
+        elif name.startswith(("fingerprint.", "head.", "vocabulary_digest")):
+            way_out = "choose another --cache, or put back the teacher's files as they were"
+        else:
+            way_out = f"choose another --cache, or {extract_again(cache)}"
+        raise CacheError(
+            f"this cache was made with {name} = {there[name]!r}, this command asks for {wanted[name]!r}; {way_out}",
+            where=cache,
+        )
+
+
+def _way_to_codec(plan: Plan, existing: Plan, cache: Path) -> str:
+    """What to do where the cache differs in its codec alone."""
+    wanted, there = (Choice.read(each.settings.codec) for each in (plan, existing))
+    if there.name == "raw" and wanted.is_fitted:
+        return (
+            "choose another --cache, or code the rows that are there, without the teacher: kdpipe cache convert "
+            f"{shlex.quote(str(cache))} OUT {wanted.flags}"
+        )
+    return f"choose another --cache, or give {there.flags}"
 
 
 def _identity(plan: Plan) -> dict[str, object]:
@@ -128,6 +147,8 @@ def plan_cache(
                 require_room(present.plan, folder, cache)
             return present.plan, False
     if spec.keep_rows:
+        if present is None and spec.codec_choice().is_fitted:
+            require_fittable(plan.num_rows, plan.head.hidden_size, DTYPES[TAGS[plan.settings.dtype]])
         require_room(plan, folder, cache)
     return plan, True
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from tests.stages.codec.rows import DTYPES, HEADS, Drawn, drawn
@@ -10,7 +11,7 @@ from kdpipe.manifests.codec import as_stored
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.fisher import Fisher
 from kdpipe.manifests.fitted import Choice, Fitted, choose
-from kdpipe.stages.codec.fit import fit
+from kdpipe.stages.codec.fit import fit, require_fittable
 from kdpipe.stages.codec.metric import Lens
 from kdpipe.stages.rows import as_tensor
 
@@ -102,6 +103,10 @@ def test_padding_of_the_vocabulary_counts_for_nothing() -> None:
             "of their bytes at least; give them more|of their bytes rows lose",
         ),
         (lambda: fitted_to(drawn(num_rows=1540), "fisher kl=0.01"), "40 rows are too few.*store them raw"),
+        (
+            lambda: require_fittable(64, 21846, np.dtype("float16")),
+            "rows of 21,846 columns, at most 21,845 are coded in float16; store them raw",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_a_line(ask: Callable[[], object], message: str) -> None:

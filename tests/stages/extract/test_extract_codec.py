@@ -24,7 +24,7 @@ from kdpipe.manifests.run import read_run
 from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.manifests.specs import DataSpec, RunSpec, TrainSpec
 from kdpipe.stages.codec.metric import Lens
-from kdpipe.stages.extract import ExtractSpec, extract
+from kdpipe.stages.extract import ExtractSpec, extract, forecast
 from kdpipe.stages.extract.calibrate import chosen
 from kdpipe.stages.extract.recompute import recompute
 from kdpipe.stages.feed.dataset import of_caches
@@ -248,8 +248,13 @@ def test_another_bound_is_another_cache(coded: Cache, bench: Bench) -> None:
         extract(spec_of(bench, codec="fisher", codec_kl=0.03), coded.path, Silent())
 
 
-def test_a_plan_with_too_few_rows_for_a_codec_leaves_nothing(bench: Bench, tmp_path: Path) -> None:
+def test_a_plan_with_too_few_rows_for_a_codec_is_refused_before_the_teacher_starts(
+    bench: Bench, tmp_path: Path
+) -> None:
     few = write_chats(tmp_path / "few.jsonl", 2, longest=3)
-    with pytest.raises(ConfigError, match="rows are too few to fit it to"):
-        extract(spec_of(bench, codec="fisher", data=(few,)), tmp_path / "cache", Silent())
+    log, spec = Recorder(), spec_of(bench, codec="fisher", data=(few,))
+    for ask in (lambda: extract(spec, tmp_path / "cache", log), lambda: forecast(spec, log)):
+        with pytest.raises(ConfigError, match="rows are too few to fit it to"):
+            ask()
+    assert not [note for note in log.notes if note.startswith("starting")]
     assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]

@@ -64,6 +64,36 @@ def test_every_field_that_decides_the_rows_is_named_with_both_values(plan: Plan)
             require_same(plan.model_copy(update={name: value}), plan, Path("c"))
 
 
+WAYS_OUT = [
+    ("raw", "fisher kl=0.02", "rows that are there, .*: kdpipe cache convert 'a c' OUT --codec fisher --codec-kl 0.02"),
+    ("raw", "int8", "kdpipe cache convert 'a c' OUT --codec int8"),
+    ("fisher bytes=0.2", "raw", "or give --codec fisher --codec-bytes 0.2"),
+    ("int8", "fisher kl=0.01", "or give --codec int8"),
+    ("raw", "x", "or give --codec raw"),
+]
+
+
+@pytest.mark.parametrize(("there", "asked", "way_out"), WAYS_OUT)
+def test_where_the_codec_alone_is_another_the_way_out_is_named(
+    plan: Plan, there: str, asked: str, way_out: str
+) -> None:
+    existing, wanted = (
+        plan.model_copy(update={"settings": plan.settings.model_copy(update={"codec": codec})})
+        for codec in (there, asked)
+    )
+    with pytest.raises(CacheError, match=rf"{way_out}$"):
+        require_same(wanted, existing, Path("a c"))
+    elsewhere = wanted.model_copy(update={"heldout_fraction": 0.75})  # rows under another codec would not do then
+    with pytest.raises(CacheError, match=r"or run the same kdpipe extract again$"):
+        require_same(elsewhere, existing, Path("a c"))
+
+
+def test_no_teacher_adds_to_a_side_car(plan: Plan) -> None:
+    head = plan.head.model_copy(update={"architecture": "TopK", "hidden_size": 8})
+    with pytest.raises(CacheError, match=r"it has 4 tokens of a row, no teacher adds to that; choose another --cache"):
+        require_same(plan, plan.model_copy(update={"head": head}), Path("c"))
+
+
 def test_no_field_of_what_decides_the_rows_is_left_out(plan: Plan) -> None:
     free = {("fingerprint", "data")}  # it may be added
     for group in OTHER:
