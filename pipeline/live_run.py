@@ -15,6 +15,7 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.cores import given_cores
 from kdpipe.manifests.errors import ConfigError, KdpipeError
 from kdpipe.manifests.made_with import MadeWith
+from kdpipe.manifests.plan import PLAN_FILE, read_plan
 from kdpipe.manifests.ring import RingEnd, RingReader, make_ring
 from kdpipe.manifests.shard import DTYPES, TAGS
 from kdpipe.manifests.specs import RunFile
@@ -58,7 +59,10 @@ def shares(run: RunFile, student_device: str) -> tuple[Share, Share]:
 
 
 def planned(run: RunFile, folder: Path, command: str, *, keep_rows: bool, prompts: bool = False) -> Cache:
-    """The plan of the samples. prompts: records without an answer are samples too"""
+    """The plan of the samples. prompts: records without an answer are samples too
+
+    Raises ConfigError for a tee whose rows are coded.
+    """
     from kdpipe.stages.extract import ExtractSpec
     from kdpipe.stages.extract.staging import staged
 
@@ -66,7 +70,17 @@ def planned(run: RunFile, folder: Path, command: str, *, keep_rows: bool, prompt
     spec = replace(
         ExtractSpec.of(run), keep_rows=keep_rows, prompts=prompts, codec="raw", codec_kl=None, codec_bytes=None
     )
+    if keep_rows and (folder / PLAN_FILE).exists() and (codec := read_plan(folder).settings.codec) != "raw":
+        raise ConfigError(
+            f"{folder} has rows under the codec '{codec}', and rows are kept as they are here; name another folder",
+            where="--tee",
+        )
     with watch(command, EventLog(None)) as progress, staged(spec, folder, progress) as found:
+        if run.live.tee is not None and run.cache.codec != "raw":
+            progress.note(
+                f"{run.live.tee}: rows are kept as they are, not under cache.codec = '{run.cache.codec}'; kdpipe cache "
+                "convert codes them afterwards"
+            )
         return found.publish()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import ConfigError, IncompleteError
-from kdpipe.manifests.fitted import all_stored_as
+from kdpipe.manifests.fitted import all_stored_as, choose
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.provenance import digest_model, digest_tokenizer
@@ -192,10 +192,24 @@ def _cache_steps(
                 hint=extract_again(path),
             )
     assert own is not None, "it is what is missing"
+    _require_fine_enough(run, left)
     part = ("--part", "{part}") if parts > 1 else ()
     extract = Step(name=EXTRACT, argv=(*words_of("extract", config, sets), *part), needs=(), output=own, parts=parts)
     seal = Step(name=SEAL, argv=("cache", "verify", str(own), "--quick"), needs=(EXTRACT,), output=own)
     return [extract, seal]
+
+
+def _require_fine_enough(run: RunFile, left: list[Member]) -> None:
+    """What the cache's codec may lose is what its students take. Raises ConfigError, before the teacher runs."""
+    asked = choose(run.cache.codec, run.cache.codec_kl, run.cache.codec_bytes)
+    for member in left:
+        most = member.run.cache.max_codec_kl
+        if most is not None and asked.kl is not None and asked.kl > most:
+            raise ConfigError(
+                f"cache.max_codec_kl allows a loss of {most:g} nats, and the cache is to be made with cache.codec_kl = "
+                f"{asked.kl:g}; make one of them fit the other",
+                where=f"run {member.name}",
+            )
 
 
 def _member_step(

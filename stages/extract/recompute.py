@@ -37,6 +37,8 @@ from kdpipe.stages.teacher.gate import admit
 ROUNDING_KL = {"float32": 1e-4, "float16": 0.005, "bfloat16": 0.05}
 """Mean KL of a sample's rows, in nats, that another machine, batch or engine may make; measured in bfloat16 between
 SGLang and transformers: 0.0013. Another token's row is at several nats."""
+SHIFT_KL = {"float32": 2e-5, "float16": 0.001, "bfloat16": 0.01}
+"""The same of all rows that are looked at, of which none counts for much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +49,8 @@ class Recomputed:
     rows_equal: share of the rows that are the same bit for bit, as they would be stored now
     worst_sample: where the worst is; None where no two rows differ
     bound: what another machine or number of threads may change
+    shift, shift_bound: under a fitted codec the mean KL of all rows, as they would be stored now, to those stored, and
+        how large it may be; None for others
     """
 
     num_samples: int
@@ -55,6 +59,18 @@ class Recomputed:
     worst_distance: float
     worst_sample: int | None
     bound: float
+    shift: float | None
+    shift_bound: float | None
+
+    @property
+    def is_near(self) -> bool:
+        """Whether all of it is within its bounds."""
+        return self.worst_distance <= self.bound and not self.is_shifted
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether rows are not the teacher's, each by little."""
+        return self.shift is not None and self.shift_bound is not None and not self.shift <= self.shift_bound
 
 
 def recompute(
@@ -112,13 +128,15 @@ def _batches(cache: Cache, samples: Sequence[int], probe_every: int, shelf: Scra
 
 
 def _compared(cache: Cache, requests: Sequence[Request]) -> Recomputed:
-    equal, num_rows, worst = 0, 0, 0.0
+    equal, num_rows, worst, shift = 0, 0, 0.0, 0.0
     place: int | None = None
     codec, away = codec_of(cache.path, cache.plan), _Away(cache)
     for request in requests:
         stored, again = cache.stored_rows(request.sample), request.target.array
-        equal += int((row_distance(stored, as_stored(codec, again)) == 0.0).sum())
+        anew = as_stored(codec, again)
+        equal += int((row_distance(stored, anew) == 0.0).sum())
         num_rows += len(again)
+        shift += away.shift(stored, anew) * len(again)
         distance = away.of(stored, again)
         if not distance <= worst:
             worst, place = distance, request.sample
@@ -129,25 +147,50 @@ def _compared(cache: Cache, requests: Sequence[Request]) -> Recomputed:
         worst_distance=worst,
         worst_sample=place,
         bound=away.bound,
+        shift=None if away.shift_bound is None else shift / max(num_rows, 1),
+        shift_bound=away.shift_bound,
     )
 
 
 class _Away:
     """How far a sample's rows of now are from those stored: |a - b| / |a| of the worst row, or, under a fitted codec,
-    the mean KL of its rows. bound: what the codec loses at most, and what another machine or batch may change."""
+    the mean KL of its rows. bound: what the codec loses at most, and what another machine or batch may change.
+
+    shift is what only the latter changes: the mean KL from the rows of now as they would be stored to those stored.
+    """
 
     def __init__(self, cache: Cache) -> None:
         plan = cache.plan
         self.bound, self._lens = TOLERANCE[plan.settings.dtype], None
+        self.shift_bound: float | None = None
         if Choice.read(plan.settings.codec).is_fitted:
             device = torch.device("cpu")
             head = loaded_head(cache.head(), plan.head, device)
             self._lens = Lens.of(head, plan.head.vocab_size, device)
-            self.bound = 4 * open_fitted(cache.path, plan).record.kl_p99 + ROUNDING_KL[plan.settings.dtype]
+            record, dtype = open_fitted(cache.path, plan).record, plan.settings.dtype
+            self.bound = 4 * record.kl_p99 + ROUNDING_KL[dtype]
+            self.shift_bound = shifted(SHIFT_KL[dtype], record.kl_mean)
 
     def of(self, stored: np.ndarray, again: np.ndarray) -> float:
         if not len(again):
             return 0.0
         if self._lens is None:
             return float(row_distance(stored, again).max())
-        return self._lens.compare(*(as_tensor(np.array(rows)).float() for rows in (again, stored))).mean
+        return self._divergence(again, stored)
+
+    def shift(self, stored: np.ndarray, anew: np.ndarray) -> float:
+        return 0.0 if self._lens is None or not len(anew) else self._divergence(anew, stored)
+
+    def _divergence(self, *rows: np.ndarray) -> float:
+        assert self._lens is not None, "the codec is a fitted one"
+        return self._lens.compare(*(as_tensor(np.array(each)).float() for each in rows)).mean
+
+
+def shifted(rounding: float, lost: float) -> float:
+    """Mean KL from coded rows to those of an answer that is `rounding` away; lost: mean KL that the codec loses.
+
+    A number that is e away is rounded to the next step with probability e / step, so that its square is e * step in the
+    mean. With e^2 / 2 and step^2 / 24 summed over a row being `rounding` and `lost`, half of that is at most
+    sqrt(12 * rounding * lost).
+    """
+    return float(rounding + (12 * rounding * lost) ** 0.5)

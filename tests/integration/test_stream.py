@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.caches import make_cache
 from tests.conftest import Bench, Main
 from tests.integration.running import SETS, ended, started, steps_of, wait_for
 
@@ -145,8 +146,9 @@ def files_of(cache: Path) -> dict[str, bytes]:
 
 def test_what_passes_by_is_kept_as_the_cache_that_extract_makes(bench: Bench, offline: bytes, tmp_path: Path) -> None:
     """Killed once on the way: what was finished of the cache is used, and the teacher is not needed for the rest."""
-    output, cache = tmp_path / "out", tmp_path / "cache"
-    words = streaming(bench, output, "--tee", cache)
+    output, cache, config = tmp_path / "out", tmp_path / "cache", tmp_path / "run.toml"
+    config.write_text('[cache]\ncodec = "fisher"\n')
+    words = streaming(bench, output, "--tee", cache, "--config", config)
     process = started(*words)
     wait_for(lambda: steps_of(output) >= 4 or process.poll() is not None)
     process.kill()
@@ -157,10 +159,18 @@ def test_what_passes_by_is_kept_as_the_cache_that_extract_makes(bench: Bench, of
     assert files_of(cache) == files_of(bench.cache)
     assert "kdpipe eval" in err
     assert "shards of" not in err, "it is complete"
+    assert f"{cache}: rows are kept as they are, not under cache.codec = 'fisher'; kdpipe cache convert codes" in err
     code, _, err = ended(started(*streaming(bench, tmp_path / "second", "--tee", cache)))
     assert code == 0, err
     assert not teachers_of(tmp_path / "second")
     assert "rows differ" not in err, "no teacher was started"
+
+
+def test_rows_are_not_kept_among_coded_ones(bench: Bench, main: Main, tmp_path: Path) -> None:
+    coded = make_cache(tmp_path / "coded", codec="int8").path
+    code, _, err = main(*streaming(bench, tmp_path / "out", "--tee", coded))
+    assert code == 4
+    assert f"E-CONFIG --tee: {coded} has rows under the codec 'int8', and rows are kept as they are here" in err
 
 
 def test_a_teacher_that_is_still_being_loaded_goes_with_its_student() -> None:

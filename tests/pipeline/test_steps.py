@@ -158,6 +158,19 @@ def test_rows_that_nobody_here_can_make_are_missing(steps: Steps, removed: str) 
         steps(RUN.replace(removed, ""), Disk())
 
 
+@pytest.mark.parametrize(("asked", "allowed"), [("codec_kl = 0.02", 0.01), ("", 0.005)])
+def test_a_codec_that_the_students_would_refuse_is_refused_before_it_is_made(
+    steps: Steps, asked: str, allowed: float
+) -> None:
+    text = RUN.replace('path = "c"', f'path = "c"\ncodec = "fisher"\n{asked}\nmax_codec_kl = {allowed}')
+    with pytest.raises(
+        ConfigError, match=f"run lr-0.001: cache.max_codec_kl allows a loss of {allowed} nats, .*codec_kl"
+    ):
+        steps(text, disk=Disk())
+    assert len(steps(text)) == 2, "of a cache that is there its students look at what was measured"
+    assert len(steps(text.replace(f"max_codec_kl = {allowed}", "max_codec_kl = 0.02"), disk=Disk())) == 4
+
+
 def test_the_disk_says_which_students_and_caches_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run.toml").write_text(RUN)

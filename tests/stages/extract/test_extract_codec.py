@@ -1,6 +1,7 @@
 """Extraction with a codec: fitted before the first shard, one for all writers, what it loses on record."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -8,9 +9,9 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from tests.caches import verified
+from tests.caches import fill_shard, verified
 from tests.chats import write_chats
-from tests.conftest import Bench
+from tests.conftest import Bench, Main
 from tests.stages import deriving
 from tests.stages.extract.test_extract import files
 from tests.stages.ranks import Recorder
@@ -18,6 +19,7 @@ from tests.stages.ranks import Recorder
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import QUARANTINE
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
+from kdpipe.manifests.fisher import Fisher
 from kdpipe.manifests.fitted import CODEC_FILE, Choice, file_bytes, open_fitted, stored_as
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import read_run
@@ -146,6 +148,31 @@ def test_recomputed_rows_are_within_what_the_codec_loses(coded: Cache, bench: Be
     found = recompute(coded, bench.teacher, 5, Silent())
     assert found.rows_equal == 1.0
     assert 0 < found.worst_distance < found.bound < 1
+    assert found.shift == 0.0
+    assert found.is_near
+
+
+@pytest.mark.parametrize("coded", ["fisher"], indirect=True)
+def test_rows_that_are_each_off_by_no_more_than_a_sample_may_be_are_found_together(
+    coded: Cache, bench: Bench, main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of the numbers of every row are a step from where the codec puts them, and every checksum is right."""
+    path = shutil.copytree(coded.path, tmp_path / "cache")
+    steps = Fisher.steps
+    monkeypatch.setattr(
+        Fisher, "steps", lambda self, rows: steps(self, rows) + (np.arange(rows.shape[1]) < self.num_packed // 10)
+    )
+    for number in range(len(coded.plan.shards)):
+        for part in (commit_path(path, number), shard_path(path, number)):
+            part.unlink()
+        fill_shard(path, number, rows=lambda _, index: coded.shard(index).rows(0, coded.plan.shards[index].num_rows))
+    monkeypatch.undo()
+    assert verified(path, "deep") == [*range(len(coded.plan.shards))]
+    found = recompute(Cache.open(path), bench.teacher, 5, Silent())
+    assert found.worst_distance < found.bound
+    code, out, err = main("cache", "verify", path, "--recompute", 5, "--teacher", bench.teacher, "--json")
+    assert (code, json.loads(out)["ok"]) == (3, False)
+    assert f"rows are a mean KL of {found.shift:.1e} nats from what the teacher gives now under the same codec" in err
 
 
 def test_a_codec_that_was_lost_and_does_not_come_out_the_same_is_an_error(
