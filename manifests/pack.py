@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.durable import as_disk_error, hold_alone, open_regular, publish
+from kdpipe.manifests.durable import as_disk_error, hold_alone, make_folder, open_regular, publish
 from kdpipe.manifests.errors import ConfigError, CorruptError, SpaceError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.packed import (
@@ -107,7 +107,7 @@ def pack(cache: Cache, out: Path, progress: Progress, *, most_bytes: int) -> Pac
 @contextmanager
 def _part(out: Path) -> Iterator[BinaryIO]:
     """The file that becomes `out`, this process's own; it stays for the next try where something is in it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     path = out.with_name(f".{out.name}.pack")
     with open(path, "r+b", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as file:
         hold_alone(file.fileno(), out)

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.durable import as_disk_error, fsync_folder, fsync_tree, hold_alone
+from kdpipe.manifests.durable import as_disk_error, fsync_folder, fsync_tree, hold_alone, make_folder
 from kdpipe.manifests.errors import CheckFailed, ConfigError, CorruptError, IncompleteError, KdpipeError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.pack import require_room
@@ -40,7 +40,8 @@ def unpack(packed: Path, out: Path, progress: Progress, *, most_bytes: int) -> C
         scratch = out.absolute().with_name(f".{out.name}.unpack-{file.digest}")
         left = sum(size for name, size in file.files if not _is_there(scratch, name, size))
         require_room(out, left, most_bytes)
-        scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(scratch.parent)
+        scratch.mkdir(exist_ok=True)
         held = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, held)
         hold_alone(held, out)

@@ -24,25 +24,23 @@ from kdpipe.manifests.cache import HEAD_FILE, Cache, restore_teacher_files, teac
 from kdpipe.manifests.durable import (
     as_disk_error,
     canonical,
-    fsync_folder,
     fsync_tree,
     make_folder,
-    put_aside,
     scratch_folder,
     scratch_of,
     sweep,
 )
-from kdpipe.manifests.errors import CacheError, CheckFailed
+from kdpipe.manifests.errors import CacheError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.fitted import CODEC_FILE, loss_of
-from kdpipe.manifests.parts import missing_shards
+from kdpipe.manifests.parts import shards_to_make
 from kdpipe.manifests.places import nearest_folder, require_outside
 from kdpipe.manifests.plan import FOLDERS, PLAN_FILE, SAMPLES_FILE, EngineRecord, Plan, read_plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.provenance import digest_json
 from kdpipe.manifests.sample import Sample
 from kdpipe.manifests.samples import Samples, SamplesWriter
-from kdpipe.manifests.shard import ShardWriter, adopt, shard_path
+from kdpipe.manifests.shard import ShardWriter
 from kdpipe.manifests.shard_table import SHARDS_FILE, write_shards
 from kdpipe.manifests.sidecar import ARCHITECTURES, Kind, row_width
 from kdpipe.manifests.teacher import HeadRecord, require_derivable
@@ -110,7 +108,6 @@ def _stage(cache: Cache, out: Path, asked: Asked, device: torch.device, progress
             make_folder(parent)
             with suppress(OSError):  # another process may have been quicker
                 os.rename(scratch, out.absolute())
-            fsync_folder(parent)
             failpoint("derive:planned")
         _require_same(plan, out)
         restore_teacher_files(plan, scratch / "teacher", out)
@@ -228,7 +225,7 @@ def _fill(cache: Cache, made: Cache, maker: Maker, progress: Progress) -> None:
     for name in FOLDERS:
         (folder / name).mkdir(exist_ok=True)
     sweep((folder / "tmp").glob("*"))
-    todo = [number for number in missing_shards(plan, folder, None) if not _adopted(folder, plan, number)]
+    todo = shards_to_make(plan, folder, None, progress)
     progress.begin("cache derive", total=sum(plan.shards[number].num_rows for number in todo), unit="rows")
     samples, source = Samples(folder, plan), CheckedRows(cache)
     for number in todo:
@@ -242,15 +239,6 @@ def _fill(cache: Cache, made: Cache, maker: Maker, progress: Progress) -> None:
             writer.commit()
         failpoint("derive:shard")
     progress.end()
-
-
-def _adopted(folder: Path, plan: Plan, number: int) -> bool:
-    """Whether a shard lacked its commit record alone; one that is not what its header says is put aside."""
-    try:
-        return adopt(folder, plan, number)
-    except CheckFailed:
-        put_aside(folder, shard_path(folder, number))
-        return False
 
 
 def _summary(cache: Cache, made: Cache) -> Derived:

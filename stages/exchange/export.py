@@ -26,7 +26,7 @@ import torch
 from pydantic import JsonValue
 
 from kdpipe.manifests.cache import Cache
-from kdpipe.manifests.durable import disk_error, fsync_folder, fsync_tree
+from kdpipe.manifests.durable import disk_error, fsync_folder, fsync_tree, make_folder
 from kdpipe.manifests.errors import ConfigError
 from kdpipe.manifests.fitted import loss_of
 from kdpipe.manifests.places import require_outside
@@ -77,7 +77,8 @@ def export_cache(
         raise ConfigError("it is there already; name another folder", where=out)
     scratch = out.absolute().with_name(f".{out.name}.export-{os.getpid()}")
     try:
-        scratch.mkdir(parents=True)
+        make_folder(scratch.parent)
+        scratch.mkdir()
         found = _written(cache, scratch, top, columns=columns, files=files, progress=progress)
         record = _record(cache, found, columns=columns, top_k=top_k, vocab_size=top.vocab_size)
         (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")

@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kdpipe.manifests.cache import Cache, teacher_files
-from kdpipe.manifests.durable import disk_error, fsync_folder, fsync_tree
+from kdpipe.manifests.durable import disk_error, fsync_folder, fsync_tree, make_folder
 from kdpipe.manifests.errors import ConfigError, DataError, TeacherError
 from kdpipe.manifests.plan import FOLDERS, PLAN_FILE, SAMPLES_FILE, EngineRecord, Fingerprint, Plan, Settings
 from kdpipe.manifests.progress import Progress
@@ -67,6 +67,7 @@ def import_rows(
     folder = ModelFolder(tokenizer, TeacherError)
     scratch = cache.absolute().with_name(f".{cache.name}.import-{os.getpid()}")
     try:
+        make_folder(scratch.parent)
         for name in FOLDERS:
             (scratch / name).mkdir(parents=True)
         work = _Work(

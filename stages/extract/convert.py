@@ -21,7 +21,6 @@ import torch
 from kdpipe.manifests.cache import Cache, lost_teacher_files, restore_teacher_files, teacher_files
 from kdpipe.manifests.durable import (
     as_disk_error,
-    fsync_folder,
     fsync_tree,
     make_folder,
     scratch_folder,
@@ -29,8 +28,9 @@ from kdpipe.manifests.durable import (
     sweep,
 )
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError
+from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.fitted import CODEC_FILE, Choice, fitted_bytes, open_fitted
-from kdpipe.manifests.parts import missing_shards
+from kdpipe.manifests.parts import shards_to_make
 from kdpipe.manifests.places import nearest_folder, require_outside
 from kdpipe.manifests.plan import FOLDERS, PLAN_FILE, SAMPLES_FILE, Plan, plan_folder, read_plan
 from kdpipe.manifests.progress import Progress
@@ -75,16 +75,8 @@ def convert(source: Cache, out: Path, choice: Choice, progress: Progress) -> Con
         _begin(source, out, choice, progress)
     cache = Cache.open(out)
     _require_of(source, cache, choice)
-    _restore(source, cache, choice, progress)
-    progress.event("plan", digest=cache.plan.digest, num_shards=len(cache.plan.shards))
-    sweep((out / "tmp").glob("*"))
-    todo = missing_shards(cache.plan, out, None)
-    require_room(cache.plan, out, out, or_else=LESS)
-    progress.begin("convert", total=sum(cache.plan.shards[number].num_rows for number in todo), unit="rows")
-    for number in todo:
-        _code(source, cache, number)
-        progress.advance(cache.plan.shards[number].num_rows, f"shard {number + 1}/{len(cache.plan.shards)}")
-    progress.end()
+    with as_disk_error(out):
+        _fill(source, cache, choice, progress)
     record = open_fitted(out, cache.plan).record
     return Converted(
         codec=record.codec,
@@ -95,6 +87,23 @@ def convert(source: Cache, out: Path, choice: Choice, progress: Progress) -> Con
         same_top=record.same_top,
         shards=len(cache.plan.shards),
     )
+
+
+def _fill(source: Cache, cache: Cache, choice: Choice, progress: Progress) -> None:
+    """Make what OUT has not, or has lost."""
+    out, plan = cache.path, cache.plan
+    for name in FOLDERS:
+        (out / name).mkdir(exist_ok=True)  # a copy may lack what was empty
+    _restore(source, cache, choice, progress)
+    progress.event("plan", digest=plan.digest, num_shards=len(plan.shards))
+    sweep((out / "tmp").glob("*"))
+    todo = shards_to_make(plan, out, None, progress)
+    require_room(plan, out, out, or_else=LESS)
+    progress.begin("convert", total=sum(plan.shards[number].num_rows for number in todo), unit="rows")
+    for number in todo:
+        _code(source, cache, number)
+        progress.advance(plan.shards[number].num_rows, f"shard {number + 1}/{len(plan.shards)}")
+    progress.end()
 
 
 def _require_raw(source: Cache, choice: Choice) -> None:
@@ -145,7 +154,7 @@ def _begin(source: Cache, out: Path, choice: Choice, progress: Progress) -> None
         except OSError:
             if not (out / PLAN_FILE).exists():  # another process may have been quicker
                 raise
-        fsync_folder(parent)
+        failpoint("convert:planned")
 
 
 def _fitted(source: Cache, choice: Choice, progress: Progress) -> bytes:

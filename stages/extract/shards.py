@@ -14,14 +14,13 @@ import numpy as np
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.claims import Claims, sweep_claims
-from kdpipe.manifests.durable import QUARANTINE, put_aside
-from kdpipe.manifests.errors import CheckFailed, CorruptError
+from kdpipe.manifests.errors import CorruptError
 from kdpipe.manifests.made_with import repair
-from kdpipe.manifests.parts import missing_shards, shards_of
+from kdpipe.manifests.parts import missing_shards, shards_of, shards_to_make
 from kdpipe.manifests.plan import PLAN_FILE, EngineRecord, Plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.samples import Samples
-from kdpipe.manifests.shard import adopt, commit_path, planned_bytes, shard_path
+from kdpipe.manifests.shard import commit_path, planned_bytes, shard_path
 from kdpipe.stages.extract.calibrate import calibrate
 from kdpipe.stages.extract.requests import shard_requests
 from kdpipe.stages.extract.shelf import ShardShelf
@@ -49,11 +48,11 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
         if found.lacks_codec:
             engine = _started(found, spec, stack, progress)
             found = _with_codec(found, engine, progress)
-        todo = [
-            number for number in missing_shards(found.plan, found.cache, part) if not _adopted(found, number, progress)
-        ]
         if (found.cache / PLAN_FILE).exists():
+            todo = shards_to_make(found.plan, found.cache, part, progress)
             require_whole(found.plan, found.cache)
+        else:
+            todo = missing_shards(found.plan, found.cache, part)
         sweep_claims(found.cache)
         progress.event("plan", digest=found.plan.digest, num_shards=len(found.plan.shards), missing=todo)
         if not todo:
@@ -152,16 +151,6 @@ def try_out(engine: TeacherEngine, record: EngineRecord, head: Head, samples: Sa
         progress.note(f"canary: not compared with transformers, {canary.skipped}")
     elif record.name != "transformers":
         progress.note(f"canary: rows differ from transformers' own by {canary.row_error:.1e}")
-
-
-def _adopted(found: Staged, number: int, progress: Progress) -> bool:
-    """Whether a shard was only in want of its commit record; one that is not what its header says is put aside."""
-    try:
-        return (found.cache / PLAN_FILE).exists() and adopt(found.cache, found.plan, number)
-    except CheckFailed as err:
-        put_aside(found.cache, shard_path(found.cache, number))
-        progress.note(f"{err}; it is in {QUARANTINE}/ now and is made again")
-        return False
 
 
 def _nothing_to_do(plan: Plan, cache: Path, part: tuple[int, int] | None) -> str:

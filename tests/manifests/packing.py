@@ -16,9 +16,9 @@ from kdpipe.manifests.plan import read_plan
 PLENTY = 1 << 40
 
 
-def make_grown(folder: Path) -> Cache:
+def make_grown(folder: Path, codec: str = "raw") -> Cache:
     """A cache that grew, with a log, a file of no bytes and what nobody needs."""
-    make_cache(folder, num_samples=9)
+    make_cache(folder, num_samples=9, codec=codec)
     grow_plan(folder, make_samples(7, seed=5))
     for number in read_plan(folder).brought()[-1]:
         fill_shard(folder, number)

@@ -14,6 +14,7 @@ from tests.caches import grow_plan, make_cache, make_samples, verified
 from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.durable import QUARANTINE
 from kdpipe.manifests.errors import KdpipeError, LayoutError
+from kdpipe.manifests.fitted import CODEC_FILE
 from kdpipe.manifests.plan import FOLDERS, GROWN, PLAN_FILE
 from kdpipe.manifests.shard import commit_path, shard_path
 
@@ -69,9 +70,19 @@ CHANGES: list[Callable[[bytes, random.Random], bytes]] = [flip_bits, cut, splice
     "cases", [3_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(36000)])]
 )
 def test_what_is_not_ours_is_refused_in_a_moment(cases: int, tmp_path: Path) -> None:
-    folder = tmp_path / "c"
-    make_cache(folder, samples=make_samples(9), has_bias=True)
-    victims = [folder / PLAN_FILE, commit_path(folder, 0), shard_path(folder, 0), folder / "teacher" / HEAD_FILE]
+    make_cache(tmp_path / "c", samples=make_samples(9), has_bias=True)
+    refuse_rubbish(cases, tmp_path / "c", HEAD_FILE)
+
+
+@pytest.mark.parametrize("cases", [600, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_of_a_coded_cache_too(cases: int, tmp_path: Path) -> None:
+    """Where the size that a commit record gives says how many exceptions there are."""
+    make_cache(tmp_path / "c", samples=make_samples(9), codec="fisher kl=0.01")
+    refuse_rubbish(cases, tmp_path / "c", CODEC_FILE)
+
+
+def refuse_rubbish(cases: int, folder: Path, of_teacher: str) -> None:
+    victims = [folder / PLAN_FILE, commit_path(folder, 0), shard_path(folder, 0), folder / "teacher" / of_teacher]
     good, draw = {path: path.read_bytes() for path in victims}, random.Random(cases)
     for case in range(cases):
         victim, change = draw.choice(victims), draw.choice(CHANGES)

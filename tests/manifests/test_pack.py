@@ -3,9 +3,11 @@
 import fcntl
 from pathlib import Path
 
+import crc32c
 import pytest
 from tests.caches import fill_shard, make_cache, make_plan, make_samples
 from tests.conftest import Main
+from tests.faults.powercut import Place, PowerCut
 from tests.manifests.packing import PLENTY, killed_at, make_grown, tree
 
 from kdpipe.manifests import packed as module
@@ -13,7 +15,7 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import BusyError, ConfigError, CorruptError, IncompleteError, LayoutError, SpaceError
 from kdpipe.manifests.pack import pack
 from kdpipe.manifests.progress import Silent
-from kdpipe.manifests.shard import commit_path, shard_path
+from kdpipe.manifests.shard import blocks, commit_path, shard_path
 from kdpipe.manifests.unpack import unpack
 
 
@@ -58,9 +60,11 @@ def test_a_cache_that_grew_is_packed_with_its_logs_and_without_what_nobody_needs
     assert back.plan.generation == 1
 
 
+@pytest.mark.parametrize("codec", ["raw", "fisher kl=0.01"])
 def test_a_packing_that_was_killed_anywhere_goes_on_to_the_same_file(
-    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cache = make_grown(tmp_path / "cache", codec)
     monkeypatch.setattr(module, "BLOCK_BYTES", 2000)
     pack(cache, tmp_path / "right", Silent(), most_bytes=PLENTY)
     out, part = tmp_path / "out", tmp_path / ".out.pack"
@@ -78,6 +82,21 @@ def test_a_packing_that_was_killed_anywhere_goes_on_to_the_same_file(
         assert out.read_bytes() == (tmp_path / "right").read_bytes()
         assert not part.exists()
         out.rename(part)
+
+
+@pytest.mark.parametrize("codec", ["raw", "fisher kl=0.01"])
+@pytest.mark.parametrize(
+    "skipped", [None, ("make_folder", "live"), ("pack", "new"), ("publish", "new")], ids=lambda place: str(place)
+)
+def test_a_packed_file_survives_a_cut_by_each_of_its_flushes(skipped: Place | None, codec: str, tmp_path: Path) -> None:
+    """Whoever packs removes the cache."""
+    cache = make_grown(tmp_path / "cache", codec)
+    (tmp_path / "live").mkdir()
+    with PowerCut(tmp_path / "live", skip=[] if skipped is None else [skipped]) as disk:
+        pack(cache, tmp_path / "live" / "new" / "out", Silent(), most_bytes=PLENTY)
+        disk.restore(tmp_path / "left")
+    left, packed = tmp_path / "left" / "new" / "out", tmp_path / "live" / "new" / "out"
+    assert (left.exists() and left.read_bytes() == packed.read_bytes()) == (skipped is None)
 
 
 def test_what_was_packed_before_is_not_packed_again(
@@ -128,9 +147,11 @@ def test_files_of_nobody_go_along_and_links_are_named(cache: Cache, tmp_path: Pa
 
 
 def test_a_damaged_cache_is_refused_and_nothing_has_the_name(cache: Cache, tmp_path: Path) -> None:
-    path = shard_path(cache.path, 2)
+    path, layout = shard_path(cache.path, 2), cache.shard(2).layout
     data = bytearray(path.read_bytes())
-    data[-50] ^= 1
+    data[layout.body + 1] ^= 8
+    crcs = layout.tensors["crc32c"].view(data)  # the block agrees with its checksum, the shard not with its digest
+    crcs[:] = [crc32c.crc32c(bytes(data[begin:end])) for begin, end in blocks(layout)]
     path.write_bytes(data)
     with pytest.raises(CorruptError, match=r"000002.safetensors"):
         pack(cache, tmp_path / "out", Silent(), most_bytes=PLENTY)

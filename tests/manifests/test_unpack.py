@@ -2,9 +2,11 @@
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from tests.faults.powercut import Place, PowerCut
 from tests.manifests.packing import PLENTY, killed_at, make_grown, tree
 
 from kdpipe.manifests import packed as module
@@ -15,9 +17,17 @@ from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.unpack import unpack
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return make_grown(tmp_path / "cache")
+@pytest.fixture(params=["raw", "fisher kl=0.01"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Cache:
+    return make_grown(tmp_path / "cache", request.param)
+
+
+FLUSHES: list[Place] = [
+    ("make_folder", "live"),
+    ("fsync_tree", "folders"),
+    ("unpack", "new"),
+]
+"""Of an unpacking into a folder that is new as well, less those that stand for each other: of the files' bytes."""
 
 
 @pytest.fixture
@@ -40,6 +50,32 @@ def test_an_unpacking_that_was_killed_anywhere_goes_on(cache: Cache, packed: Pat
     unpack(packed, back, Silent(), most_bytes=PLENTY)
     assert tree(back) == tree(cache.path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "cache", "out"]
+
+
+@pytest.mark.parametrize("skipped", [None, *FLUSHES], ids=str)
+def test_a_cut_leaves_none_or_all_of_it(
+    skipped: Place | None, cache: Cache, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every flush, and at the end; without any one flush a cache that was unpacked is not all there then."""
+    back, cuts = tmp_path / "live" / "new" / "back", []
+    back.parent.parent.mkdir()
+
+    def cut(disk: PowerCut) -> None:
+        cuts.append(tmp_path / f"cut{len(cuts)}")
+        disk.restore(cuts[-1])
+
+    with PowerCut(tmp_path / "live", skip=[] if skipped is None else [skipped], after_flush=cut) as disk:
+        unpack(packed, back, Silent(), most_bytes=PLENTY)
+        disk.restore(tmp_path / "left")
+    there = tmp_path / "left" / "new" / "back"
+    assert (there.exists() and tree(there) == tree(cache.path)) == (skipped is None)
+    assert len(cuts) > 8
+    for left in cuts[::3] if skipped is None else ():
+        if not (left / "new" / "back").exists():
+            unpack(packed, left / "new" / "back", Silent(), most_bytes=PLENTY)
+        assert tree(left / "new" / "back") == tree(cache.path)
+        assert [path.name for path in (left / "new").iterdir()] == ["back"]
+        shutil.rmtree(left)
 
 
 def test_a_flipped_bit_is_named_and_no_cache_has_the_name(packed: Path, tmp_path: Path) -> None:

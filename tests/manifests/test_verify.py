@@ -28,6 +28,14 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "c"
 
 
+@pytest.fixture
+def coded(tmp_path: Path) -> Path:
+    """One whose rows have exceptions."""
+    opened = make_cache(tmp_path / "coded", codec="fisher kl=0.01")
+    assert opened.shard(1).layout.tensors["exception_places"].shape[0] > 2
+    return opened.path
+
+
 def flip(path: Path, at: int, bit: int = 1) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= bit
@@ -238,14 +246,24 @@ def test_garbage_is_what_was_put_aside_and_what_nobody_holds(cache: Path, monkey
     assert all(path.read_bytes() == data for path, data in before.items() if path != shard_path(cache, 1))
 
 
-@pytest.mark.parametrize(("bits", "bursts"), [(1500, 300), pytest.param(10_000, 1000, marks=SOAK)])
-def test_flipped_bits_and_bursts_are_all_found_and_located(bits: int, bursts: int, cache: Path) -> None:
-    """Every bit of header, tables and checksums, and random ones of the rows: the damaged shard and no other."""
+@pytest.mark.parametrize(
+    ("of", "bits", "bursts"),
+    [
+        ("cache", 1500, 300),
+        ("coded", 150, 50),
+        pytest.param("cache", 10_000, 1000, marks=SOAK),
+        pytest.param("coded", 10_000, 1000, marks=SOAK),
+    ],
+)
+def test_flipped_bits_and_bursts_are_all_found_and_located(
+    of: str, bits: int, bursts: int, request: pytest.FixtureRequest
+) -> None:
+    """Every bit of header, tables, exceptions and checksums, random ones of rows: the damaged shard and no other."""
+    cache = request.getfixturevalue(of)
     path, draw = shard_path(cache, 1), random.Random(bits)
     good, layout = path.read_bytes(), Cache.open(cache).shard(1).layout
     text_ends = good.index(b"}}", 8) + 2
-    hidden = layout.tensors["hidden"]
-    rows = range(hidden.begin, layout.tensors["row_offsets"].begin)
+    rows = range(layout.body, layout.tensors["row_offsets"].begin)
     places = [*range(text_ends), *range(rows.stop, len(good))]
     flips = [[(at, 1 << bit)] for at in places for bit in range(8)]
     if len(flips) > 20 * bits:

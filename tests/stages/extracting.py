@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,14 @@ from tests.models import make_model, make_tokenizer
 from kdpipe.manifests import claims, durable, failpoints
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import KdpipeError
+from kdpipe.manifests.fitted import Choice
 from kdpipe.manifests.progress import Progress, Silent
 from kdpipe.manifests.specs import DataSpec
 from kdpipe.stages.extract import ExtractSpec, extract, planning, shards
+from kdpipe.stages.extract.convert import convert
 
 SHARD_TOKENS = 150
+FISHER = Choice("fisher", kl=0.05)
 
 
 def small_spec(folder: Path) -> ExtractSpec:
@@ -56,6 +61,27 @@ def extract_small(
         extract(spec, cache, progress or Committed(told), part=part)
 
 
+def coded_spec(spec: ExtractSpec) -> ExtractSpec:
+    """The same with a codec, which is fitted before the first shard."""
+    return dataclasses.replace(spec, codec=FISHER.name, codec_kl=FISHER.kl)
+
+
+def convert_small(source: Path, cache: Path, kill: str = "", progress: Progress | None = None) -> None:
+    """Convert what was extracted to what extracting with the codec makes; die at the failpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "MOMENT_S", 0.0)
+        torch.set_num_threads(1)
+        failpoints.arm(kill)
+        convert(Cache.open(source), cache, FISHER, progress or Silent())
+
+
+def require_exceptions(cache: Path) -> None:
+    """A coded cache is only a case of its own where rows of several shards have exceptions."""
+    opened = Cache.open(cache)
+    tensors = [opened.shard(number).layout.tensors for number in opened.committed()]
+    assert sum(each["exception_places"].shape[0] > 0 for each in tensors) > 2
+
+
 class Committed(Silent):
     """Writes down which shards were committed."""
 
@@ -85,8 +111,8 @@ def committed_are_whole(cache: Path) -> int:
     return len(opened.committed())
 
 
-def extract_failing(spec: ExtractSpec, cache: Path, nth: int, number: int, told: Path) -> None:
-    """Extract while the n-th system call on the cache's folder fails with this errno, 0: writes half.
+def work_failing(work: Callable[[Any, Path], None], of: object, cache: Path, nth: int, number: int, told: Path) -> None:
+    """work(of, cache) while the n-th system call on the cache's folder fails with this errno, 0: writes half.
 
     `told` gets how many calls there were and the error, if one was raised that is for a person; any other is a bug.
     """
@@ -94,7 +120,7 @@ def extract_failing(spec: ExtractSpec, cache: Path, nth: int, number: int, told:
     library.failing_arm(str(cache.parent).encode(), nth, number, int(not number))
     error = ""
     try:
-        extract_small(spec, cache)
+        work(of, cache)
     except KdpipeError as err:
         error = str(err)
     count = library.failing_count()

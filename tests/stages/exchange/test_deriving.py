@@ -16,6 +16,7 @@ import pytest
 import torch
 from tests.caches import fill_shard, grow_plan, make_cache, make_samples
 from tests.conftest import Apart, Bench, Main
+from tests.faults.powercut import Place, PowerCut
 from tests.manifests.packing import PLENTY, tree
 from tests.stages.deriving import K, asked, derive_until, derived
 from tests.stages.ranks import Recorder, first_gradients
@@ -107,8 +108,23 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_others(whole: Ca
     assert (other[0].rows != Cache.open(tmp_path / "a-sampled")[0].rows).any()
 
 
+@pytest.fixture
+def coded(tmp_path: Path) -> Cache:
+    """A cache of coded rows that grew."""
+    folder = tmp_path / "coded"
+    make_cache(folder, has_bias=True, codec="fisher kl=0.01")
+    grow_plan(folder, make_samples(6, seed=9))
+    for number in read_plan(folder).brought()[-1]:
+        fill_shard(folder, number)
+    return Cache.open(folder)
+
+
 @pytest.mark.usefixtures("one_thread")
-def test_one_that_was_killed_anywhere_goes_on_to_the_same_bytes(whole: Cache, apart: Apart, tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", ["whole", "coded"])
+def test_one_that_was_killed_anywhere_goes_on_to_the_same_bytes(
+    of: str, request: pytest.FixtureRequest, apart: Apart, tmp_path: Path
+) -> None:
+    whole = request.getfixturevalue(of)
     right = derived(whole.path, tmp_path / "right", "logprob")
     out = tmp_path / "out"
     for place in ("derive:planned", "shards:published#2", "derive:shard"):
@@ -120,6 +136,41 @@ def test_one_that_was_killed_anywhere_goes_on_to_the_same_bytes(whole: Cache, ap
     assert tree(made.path) == tree(right.path)
     assert {name: (out / "shards" / name).stat().st_ino for name in inodes} == inodes
     assert derived(whole.path, out, "logprob").complete  # nothing is left to do
+
+
+FLUSHES: list[Place] = [
+    ("make_folder", "live"),
+    ("fsync_tree", "files"),
+    ("fsync_tree", "folders"),
+    ("_flush_name", "new"),
+    ("write_once", "tmp"),
+    ("ScratchFile.flush", "tmp"),
+    ("publish", "shards"),
+    ("publish", "commits"),
+]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("place", [None, *FLUSHES], ids=str)
+def test_one_that_was_cut_from_power_goes_on_and_every_flush_is_needed(
+    place: Place | None, coded: Cache, tmp_path: Path
+) -> None:
+    live, cuts = tmp_path / "live", []
+    live.mkdir()
+
+    def cut(disk: PowerCut) -> None:
+        cuts.append(tmp_path / f"cut{len(cuts)}")
+        disk.restore(cuts[-1])
+
+    with PowerCut(live, skip=[] if place is None else [place], after_flush=cut if place is None else None) as disk:
+        made = derived(coded.path, live / "new" / "out", "logprob")
+        disk.restore(tmp_path / "left")
+    assert set(disk.places) == set(FLUSHES)
+    there = tmp_path / "left" / "new" / "out"
+    assert (there.exists() and tree(there) == tree(made.path)) == (place is None)
+    for left in cuts:
+        assert tree(derived(coded.path, left / "new" / "out", "logprob").path) == tree(made.path), left.name
+        shutil.rmtree(left)
 
 
 def test_a_damaged_cache_is_refused_before_a_row_of_it_is_used(whole: Cache, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import read_run
 from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.manifests.specs import DataSpec, RunSpec, TrainSpec
+from kdpipe.stages.codec.fit import wanted_rows
 from kdpipe.stages.codec.metric import Lens
 from kdpipe.stages.extract import ExtractSpec, extract, forecast
 from kdpipe.stages.extract.calibrate import chosen
@@ -268,6 +269,13 @@ def test_a_codec_is_fitted_to_samples_in_no_order_of_the_data(bench: Bench) -> N
     assert some == whole[: len(some)]
     rows = samples.column("num_rows")
     assert rows[some].sum() >= 200 > rows[some[:-1]].sum()
+
+
+def test_of_a_cache_of_every_row_all_are_what_the_codec_is_fitted_to(bench: Bench, tmp_path: Path) -> None:
+    cache = extract(spec_of(bench, codec="int8", rows="all"), tmp_path / "cache", Silent())
+    record, num_rows = open_fitted(cache.path, cache.plan).record, cache.samples.column("num_rows")
+    wanted = chosen(cache.samples, wanted_rows(cache.plan.head.hidden_size))
+    assert record.fit_rows + record.test_rows == num_rows[wanted].sum()
 
 
 def test_another_bound_is_another_cache(coded: Cache, bench: Bench) -> None:

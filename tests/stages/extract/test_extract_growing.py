@@ -12,7 +12,7 @@ from tests.caches import verified
 from tests.chats import write_chats
 from tests.conftest import Apart, Main
 from tests.faults.powercut import LostError, PowerCut
-from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
+from tests.stages.extracting import coded_spec, committed_are_whole, extract_small, files, small_spec
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import CacheError, CheckFailed, CorruptError, KdpipeError, TemporaryError
@@ -151,6 +151,29 @@ def test_killed_while_growing(
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
 
+@pytest.fixture(scope="module")
+def coded(spec: ExtractSpec, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A cache of coded rows, to copy, and the same grown."""
+    folder = tmp_path_factory.mktemp("coded")
+    extract_small(coded_spec(spec), folder / "small")
+    shutil.copytree(folder / "small", folder / "grown")
+    extract_small(coded_spec(of_data(spec, "data", "more")), folder / "grown")
+    return folder / "small", folder / "grown"
+
+
+@pytest.mark.parametrize("place", ["plan:flushed", "plan:renamed", "shard:digested#2", "commits:published#2"])
+def test_killed_while_a_coded_cache_grows(
+    place: str, spec: ExtractSpec, coded: tuple[Path, Path], apart: Apart, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(coded[0], tmp_path / "a" / "cache")
+    more = coded_spec(of_data(spec, "data", "more"))
+    assert apart(extract_small, more, cache, place) == -signal.SIGKILL
+    committed_are_whole(cache)
+    assert apart(extract_small, more, cache) == 0
+    assert files(cache) == files(coded[1])
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+
 def test_an_unfinished_cache_grows_and_both_are_finished(
     spec: ExtractSpec, grown: Path, apart: Apart, tmp_path: Path
 ) -> None:
@@ -269,7 +292,19 @@ FLUSHES = [("fsync_tree", "files"), ("fsync_tree", "folders"), ("Staged.publish"
 
 
 def test_no_cut_loses_what_is_added(spec: ExtractSpec, small: Path, grown: Path, tmp_path: Path) -> None:
-    cache, more = shutil.copytree(small, tmp_path / "live" / "cache"), of_data(spec, "data", "more")
+    lose_nothing(of_data(spec, "data", "more"), small, grown, tmp_path)
+
+
+@pytest.mark.slow
+def test_no_cut_loses_what_is_added_to_a_coded_cache(
+    spec: ExtractSpec, coded: tuple[Path, Path], tmp_path: Path
+) -> None:
+    lose_nothing(coded_spec(of_data(spec, "data", "more")), *coded, tmp_path)
+
+
+def lose_nothing(more: ExtractSpec, small: Path, grown: Path, tmp_path: Path) -> None:
+    """A cut at every flush of growing from one to the other."""
+    cache = shutil.copytree(small, tmp_path / "live" / "cache")
     left = []
 
     def cut(disk: PowerCut) -> None:

@@ -1,6 +1,5 @@
 """Extraction killed anywhere: no torn file counts, and the next run ends with the very bytes of one never killed."""
 
-import dataclasses
 import os
 import random
 import signal
@@ -9,9 +8,17 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import Apart
-from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
+from tests.stages.extracting import (
+    coded_spec,
+    committed_are_whole,
+    extract_small,
+    files,
+    require_exceptions,
+    small_spec,
+)
 
 from kdpipe.manifests.cache import HEAD_FILE
+from kdpipe.manifests.fitted import CODEC_FILE
 from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.stages.extract import ExtractSpec
@@ -68,9 +75,10 @@ def coded(
     spec: ExtractSpec, apart: Apart, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ExtractSpec, dict[str, bytes]]:
     """The same with a codec, which is fitted before the first shard; and the files that it makes."""
-    changed = dataclasses.replace(spec, codec="fisher", codec_kl=0.05)
+    changed = coded_spec(spec)
     cache = tmp_path_factory.mktemp("coded") / "cache"
     assert apart(extract_small, changed, cache) == 0
+    require_exceptions(cache)
     return changed, files(cache)
 
 
@@ -83,6 +91,18 @@ def test_a_coded_cache_killed_at_every_failpoint(
     cache = tmp_path / "a" / "cache"
     assert apart(extract_small, coded[0], cache, place) == -signal.SIGKILL
     assert_goes_on(coded[0], cache, apart, coded[1])
+
+
+@pytest.mark.parametrize("place", [f"teacher:{name}" for name in ("written", "linked", "published")])
+def test_killed_while_a_lost_codec_is_fitted_again(
+    place: str, coded: tuple[ExtractSpec, dict[str, bytes]], apart: Apart, tmp_path: Path
+) -> None:
+    cache = tmp_path / "a" / "cache"
+    assert apart(extract_small, coded[0], cache) == 0
+    (cache / "teacher" / CODEC_FILE).unlink()
+    assert apart(extract_small, coded[0], cache, place) == -signal.SIGKILL
+    assert apart(extract_small, coded[0], cache) == 0
+    assert files(cache) == coded[1]
 
 
 @pytest.mark.slow
@@ -152,11 +172,21 @@ def test_a_kill_loses_one_shard_at_most(
         assert committed_are_whole(cache) == done
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "a pipe"])
+@pytest.mark.parametrize(
+    ("how", "codec"), [*((how, "raw") for how in ("cut", "flipped", "empty", "a pipe")), ("flipped", "fisher")]
+)
 def test_a_shard_without_commit_that_is_not_whole_is_put_aside_and_made_again(
-    how: str, spec: ExtractSpec, apart: Apart, whole: dict[str, bytes], tmp_path: Path
+    how: str,
+    codec: str,
+    spec: ExtractSpec,
+    apart: Apart,
+    whole: dict[str, bytes],
+    coded: tuple[ExtractSpec, dict[str, bytes]],
+    tmp_path: Path,
 ) -> None:
     cache = tmp_path / "cache"
+    if codec != "raw":
+        spec, whole = coded
     assert apart(extract_small, spec, cache) == 0
     commit_path(cache, 1).unlink()
     shard = shard_path(cache, 1)

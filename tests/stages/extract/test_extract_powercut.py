@@ -3,14 +3,22 @@
 Every flush of the protocol is needed: without any one of them a cut would lose something, and this test would fail.
 """
 
-import dataclasses
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
+from tests.conftest import Apart
 from tests.faults.powercut import LostError, Place, PowerCut
-from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
+from tests.stages.extracting import (
+    coded_spec,
+    committed_are_whole,
+    extract_small,
+    files,
+    require_exceptions,
+    small_spec,
+)
 
 from kdpipe.manifests.cache import HEAD_FILE, Cache
 from kdpipe.manifests.errors import KdpipeError
@@ -40,7 +48,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ExtractSpec:
 @pytest.fixture(scope="module")
 def coded(spec: ExtractSpec) -> ExtractSpec:
     """The same with a codec that is fitted before the first shard."""
-    return dataclasses.replace(spec, codec="fisher", codec_kl=0.05)
+    return coded_spec(spec)
 
 
 class Promises:
@@ -78,6 +86,7 @@ def test_no_cut_loses_a_coded_shard_its_codec_or_the_way_on(
     coded: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lose_nothing(coded, tmp_path, monkeypatch)
+    require_exceptions(tmp_path / "whole" / "cache")
 
 
 def test_no_cut_loses_a_committed_shard_or_the_way_on(
@@ -130,6 +139,19 @@ def test_a_shard_adopted_after_a_kill_survives_a_cut(spec: ExtractSpec, tmp_path
     assert committed_are_whole(tmp_path / "left" / "cache") == committed_are_whole(cache)
 
 
+def test_a_plan_put_in_place_before_a_kill_survives_a_cut(spec: ExtractSpec, apart: Apart, tmp_path: Path) -> None:
+    """The kill came after the cache had its name and before that was on the disk; the next run fills it."""
+    cache = tmp_path / "live" / "cache"
+    cache.parent.mkdir()
+    assert apart(extract_small, spec, cache, "plan:renamed") == -signal.SIGKILL
+    staged = cache.rename(tmp_path / "staged")
+    with PowerCut(tmp_path) as disk:
+        staged.rename(cache)
+        extract_small(spec, cache)
+        disk.restore(tmp_path / "left")
+    assert committed_are_whole(tmp_path / "left" / "live" / "cache") == committed_are_whole(cache)
+
+
 @pytest.mark.parametrize("skipped", [None, ("publish", "teacher")])
 def test_a_codec_fitted_again_survives_a_cut(skipped: Place | None, coded: ExtractSpec, tmp_path: Path) -> None:
     cache = tmp_path / "live" / "cache"
@@ -157,21 +179,33 @@ def test_what_is_made_again_of_the_teachers_survives_a_cut(
     assert (files(tmp_path / "left" / "cache") == whole) == (skipped is None)
 
 
-@pytest.mark.parametrize("place", [("fsync_tree", "files"), ("ScratchFile.flush", "tmp")], ids="-".join)
+CODED_FLUSHES: list[list[Place]] = [
+    *([place] for place in FLUSHES if place != ("Staged.publish", "new")),
+    # Its plan is in place before it looks which shards are missing.
+    [("Staged.publish", "new"), ("_flush_name", "new")],
+]
+
+
+@pytest.mark.parametrize("places", CODED_FLUSHES, ids=str)
 def test_every_flush_is_needed_by_a_coded_cache_too(
-    place: Place, coded: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    places: list[Place], coded: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    test_every_flush_is_needed(place, coded, tmp_path, monkeypatch)
+    lose_something(places, coded, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("place", FLUSHES, ids="-".join)
 def test_every_flush_is_needed(
     place: Place, spec: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lose_something([place], spec, tmp_path, monkeypatch)
+
+
+def lose_something(places: list[Place], spec: ExtractSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extraction without these flushes, cut after every commit."""
     (tmp_path / "live").mkdir()
 
     def extract_and_check() -> None:
-        with PowerCut(tmp_path / "live", skip=[place]) as disk:
+        with PowerCut(tmp_path / "live", skip=places) as disk:
             promises = Promises(monkeypatch, disk, tmp_path / "now")
             extract_small(spec, tmp_path / "live" / "new" / "cache")
             promises.check()

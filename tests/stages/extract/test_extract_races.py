@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.caches import make_cache
 from tests.conftest import Apart
-from tests.stages.extracting import committed_are_whole, extract_small, files, small_spec
+from tests.stages.extracting import coded_spec, committed_are_whole, extract_small, files, small_spec
 
 from kdpipe.manifests.claims import Claims
 from kdpipe.manifests.durable import QUARANTINE
@@ -40,6 +40,17 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ExtractSpec:
 def test_writers_that_race_are_killed_and_stopped_make_one_tree(
     races: int, spec: ExtractSpec, apart: Apart, tmp_path: Path
 ) -> None:
+    make_one_tree(races, spec, apart, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_writers_that_each_fit_a_codec_make_one_tree(spec: ExtractSpec, apart: Apart, tmp_path: Path) -> None:
+    make_one_tree(30, coded_spec(spec), apart, tmp_path)
+
+
+def make_one_tree(races: int, spec: ExtractSpec, apart: Apart, tmp_path: Path) -> None:
+    """Some writers at once, one of them killed and two stopped for longer than a claim lives."""
     assert apart(extract_small, spec, tmp_path / "whole" / "cache") == 0
     whole, draw = files(tmp_path / "whole" / "cache"), random.Random(races)
     context = multiprocessing.get_context("forkserver")
