@@ -92,3 +92,24 @@ def test_a_row_of_zeros_and_no_row_at_all(name: str) -> None:
     codec = codec_of(found, name)
     assert np.isfinite(as_stored(codec, np.zeros((2, 37), found.rows.dtype)).astype(np.float32)).all()
     assert as_stored(codec, found.rows[:0]).shape == (0, 37)
+
+
+def test_a_row_that_is_the_mean_of_all_is_that_again() -> None:
+    codec = codec_of(drawn(dtype="float32"), "int8")
+    mean = codec.arrays["mean"][None]
+    with np.errstate(invalid="raise"):  # nothing is divided by 0
+        assert np.array_equal(as_stored(codec, mean), mean)
+
+
+def test_components_that_take_no_room_have_the_one_step_that_is_theirs() -> None:
+    """Which need not be 0: here rows are counted from another point than the mean."""
+    found = drawn(dtype="float32")
+    codec, rows = codec_of(found, "fisher kl=0.05"), found.rows[:50]
+    assert isinstance(codec, Fisher)
+    rest = slice(codec.num_packed, None)
+    arrays = {name: array.copy() for name, array in codec.arrays.items()}
+    assert len(arrays["lowest"][rest]) > 5
+    arrays["lowest"][rest] += 40
+    arrays["mean"] -= 40 * arrays["synthesis"][rest].sum(0)
+    off, wanted = (np.abs(as_stored(each, rows) - rows).mean() for each in (Fisher(arrays), codec))
+    assert off == pytest.approx(wanted, rel=0.02)

@@ -9,11 +9,12 @@ from tests.caches import fill_shard, fit_codec, make_cache, make_plan, make_samp
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.codec import as_stored
-from kdpipe.manifests.errors import CorruptError, IncompleteError, KdpipeError, LayoutError
+from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError, KdpipeError, LayoutError
 from kdpipe.manifests.fitted import CODEC_FILE, Choice, open_fitted, read_fitted
 from kdpipe.manifests.plan import read_plan
 from kdpipe.manifests.shard import Shard, adopt, commit_path, planned_bytes, shard_layout, shard_path, sized_layout
 from kdpipe.manifests.specs import Io
+from kdpipe.manifests.tensorfile import parse
 from kdpipe.manifests.verify import examine, repair
 
 CODECS = ["int8", "fisher kl=0.01"]
@@ -84,20 +85,78 @@ def test_rows_are_encoded_in_pieces_and_twice_with_the_same_bytes(
     Shard(folder, read_plan(folder), 0).verify(None)
 
 
-def test_every_damaged_byte_of_a_coded_shard_is_found(tmp_path: Path) -> None:
+REGIONS = [
+    "header",
+    "padding",
+    "packed",
+    "num_exceptions",
+    "row_offsets",
+    "token_offsets",
+    "token_ids",
+    "supervised",
+    "sample_ids",
+    "exception_places",
+    "exception_differences",
+    "crc32c",
+]
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("region", REGIONS)
+def test_a_flipped_bit_in_any_part_of_a_coded_shard_is_found_by_verify_and_by_whoever_reads(
+    region: str, io: Io, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shard is of many blocks, and the first, a middle and the last byte of the part are tried."""
+    monkeypatch.setattr("kdpipe.manifests.shard.BLOCK", 256)
     cache = make_cache(tmp_path / "c", codec="fisher kl=0.01")
     path, layout = shard_path(cache.path, 0), cache.shard(0).layout
+    assert [*layout.tensors] == REGIONS[2:]
+    assert len(cache.shard(0).good) > 8
     good = path.read_bytes()
-    assert layout.tensors["exception_places"].shape[0] > 2
-    for tensor in layout.tensors.values():
-        path.write_bytes(good[: tensor.begin] + bytes([good[tensor.begin] ^ 2]) + good[tensor.begin + 1 :])
-        with pytest.raises(CorruptError):
-            Shard(cache.path, cache.plan, 0).verify(None)
-        path.write_bytes(good)
+    text_ends = good.index(b"}}", 8) + 2
+    begin, end = {"header": (0, text_ends), "padding": (text_ends, layout.body)}.get(region) or (
+        layout.tensors[region].begin,
+        layout.tensors[region].end,
+    )
+    assert end - begin > 2
+    for at in (begin, (begin + end) // 2, end - 1):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
+        (found,) = [finding for finding in examine(Cache.open(cache.path, io=io)) if finding.error]
+        assert (found.part, found.error.where if found.error else None) == (0, str(path))
+        with pytest.raises(CheckFailed) as caught:
+            [view.rows for view in Cache.open(cache.path, io=io)]
+        assert caught.value.where == str(path)
+    path.write_bytes(good)
+    assert verified(cache.path, io=io) == [*range(len(cache.plan.shards))]
+
+
+def test_a_coded_shard_of_another_size_is_not_read(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", codec="fisher kl=0.01")
+    path = shard_path(cache.path, 0)
+    good = path.read_bytes()
     for size in (len(good) - 3, len(good) + 3, len(good) - 1):
         path.write_bytes(good[:size].ljust(size, b"\0"))
         with pytest.raises(LayoutError):
             Cache.open(cache.path)[0]
+
+
+def test_a_flipped_bit_anywhere_in_a_codec_is_found_by_verify_and_by_whoever_reads(tmp_path: Path) -> None:
+    """Each array of it, its record, the header's padding."""
+    cache = make_cache(tmp_path / "c", codec="fisher kl=0.01")
+    path = cache.teacher_folder / CODEC_FILE
+    good = path.read_bytes()
+    layout, _ = parse(memoryview(good), path)
+    places = [0, 9, good.index(b"kl_mean"), layout.body - 1]
+    places += [at for tensor in layout.tensors.values() for at in (tensor.begin, tensor.end - 1)]
+    for at in places:
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
+        found = [finding for finding in examine(Cache.open(cache.path), "quick") if finding.damaged]
+        assert [(each.part, each.error.where if each.error else None) for each in found] == [("tokenizer", str(path))]
+        with pytest.raises(CorruptError) as caught:
+            Cache.open(cache.path)[0]
+        assert caught.value.where == str(path)
+    path.write_bytes(good)
+    assert len(Cache.open(cache.path)[0].rows)
 
 
 def test_a_cache_whose_codec_is_lost_or_damaged_is_not_read(tmp_path: Path) -> None:

@@ -52,7 +52,22 @@ def test_rows_of_every_dtype_come_back_in_it(dtype: str) -> None:
         assert fitted.record.dtype == dtype
 
 
-@pytest.mark.parametrize(("width", "share"), [(96, 0.2), (96, 0.35), (48, 0.25), (48, 0.22)])
+@pytest.mark.parametrize("codec", ["fisher kl=0.01", "fisher bytes=0.3", "int8"])
+def test_what_the_record_says_was_measured_on_the_last_rows(codec: str) -> None:
+    """To which neither the basis nor the levels were fitted."""
+    found = drawn()
+    fitted = fitted_to(found, codec)
+    record, rows = fitted.record, found.rows[:-1500]
+    test = rows[int(0.85 * len(rows)) :]
+    assert (record.fit_rows, record.test_rows) == (len(rows) - len(test), len(test))
+    lens = Lens.of(found.head, found.vocab_size, CPU)
+    loss = lens.compare(*(as_tensor(each).float() for each in (test, as_stored(fitted.codec, test))))
+    right = [loss.mean, float(loss.kl.quantile(0.99)), float(loss.same_top.double().mean())]
+    assert [record.kl_mean, record.kl_p99, record.same_top] == pytest.approx(right, rel=1e-5)
+    assert record.share == sum(part.nbytes for part in fitted.codec.encode(test).values()) / test.nbytes
+
+
+@pytest.mark.parametrize(("width", "share"), [(96, 0.2), (96, 0.35), (96, 0.4), (48, 0.25), (48, 0.22), (48, 0.5)])
 def test_the_bytes_asked_for_are_used_and_not_exceeded(width: int, share: float) -> None:
     """But for a word of each row, which is 4 bytes."""
     found = drawn(width=width)

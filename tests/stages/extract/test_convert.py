@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import crc32c
+import numpy as np
 import pytest
 from tests.caches import fill_shard, grow_plan, make_cache, make_plan, make_samples, verified
 from tests.conftest import Bench
@@ -15,11 +17,12 @@ from tests.stages.extract.test_extract_codec import spec_of
 from tests.stages.ranks import Recorder
 
 from kdpipe.manifests import durable
-from kdpipe.manifests.cache import Cache
+from kdpipe.manifests.cache import HEAD_FILE, Cache, teacher_files, write_head
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError, IncompleteError, KdpipeError, SpaceError
 from kdpipe.manifests.fitted import CODEC_FILE, Choice
+from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.progress import Silent
-from kdpipe.manifests.shard import commit_path, shard_path
+from kdpipe.manifests.shard import blocks, commit_path, shard_path
 from kdpipe.pipeline.cli import main
 from kdpipe.stages.extract import extract, planning
 from kdpipe.stages.extract.convert import convert
@@ -118,9 +121,11 @@ def of_a_folder_that_is_there(folder: Path) -> KdpipeError:
 
 def of_damaged(folder: Path) -> KdpipeError:
     raw = make_cache(folder / "c", num_samples=80)
-    path = shard_path(raw.path, 1)
+    path, layout = shard_path(raw.path, 1), raw.shard(1).layout
     data = bytearray(path.read_bytes())
-    data[-2000] ^= 1
+    data[layout.body + 1] ^= 8
+    crcs = layout.tensors["crc32c"].view(data)  # the block agrees with its checksum, the shard not with its digest
+    crcs[:] = [crc32c.crc32c(bytes(data[begin:end])) for begin, end in blocks(layout)]
     path.write_bytes(data)
     with pytest.raises(CorruptError) as caught:
         convert(Cache.open(raw.path), folder / "out", FISHER, Silent())
@@ -172,6 +177,22 @@ def to_raw(folder: Path) -> KdpipeError:
 def test_what_cannot_be_converted_is_refused_by_name(refused: Callable[[Path], KdpipeError], tmp_path: Path) -> None:
     assert refused(tmp_path).where
     assert not [path for path in tmp_path.iterdir() if path.name not in ("c", "out")], "scratch is left"
+
+
+def test_padding_of_the_teachers_vocabulary_counts_for_nothing(tmp_path: Path) -> None:
+    losses = []
+    for name, padding in (("small", 0.0), ("large", 9.0)):
+        plan = make_plan(tmp_path / name, make_samples(80))
+        weight = np.array(Cache.open(tmp_path / name).head().weight)
+        weight[plan.head.vocab_size :] = padding
+        (tmp_path / name / "teacher" / HEAD_FILE).unlink()
+        write_head(tmp_path / name / "teacher", weight, None, dtype=plan.head.dtype)
+        plan = plan.changed(teacher_files=teacher_files(tmp_path / name / "teacher"))
+        (tmp_path / name / PLAN_FILE).write_bytes(plan.to_bytes())
+        for number in range(len(plan.shards)):
+            fill_shard(tmp_path / name, number)
+        losses.append(convert(Cache.open(tmp_path / name), tmp_path / f"{name} out", Choice("int8"), Silent()).kl_mean)
+    assert losses[0] == losses[1]
 
 
 def test_the_command_says_what_came_of_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
