@@ -27,7 +27,7 @@ from kdpipe.manifests.access import most_mappings, open_bytes
 from kdpipe.manifests.durable import make_folder, open_regular, publish
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.fitted import Choice, open_fitted, require_known
-from kdpipe.manifests.made_with import extract_again, last_extraction, repair
+from kdpipe.manifests.made_with import extract_again, last_extraction, repair, repairable
 from kdpipe.manifests.plan import GROWN, Plan, read_plan
 from kdpipe.manifests.provenance import digest_stream
 from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
@@ -177,7 +177,8 @@ class Cache:
         """The teacher's lm_head. Raises LayoutError or CorruptError where the file is damaged."""
         path = self.teacher_folder / HEAD_FILE
         try:
-            descriptor = open_regular(path)
+            with repairable(self.path):
+                descriptor = open_regular(path)
         except FileNotFoundError:
             raise IncompleteError("the teacher's head is missing", where=path, hint=extract_again(self.path)) from None
         size = os.fstat(descriptor).st_size
@@ -205,12 +206,16 @@ class Cache:
     def check_teacher_files(self) -> None:
         """Look at what lies beside the head: tokenizer, chat template, the head's record.
 
-        Raises IncompleteError where a file is missing, CorruptError where one is not what was written.
+        Raises IncompleteError where a file is missing, LayoutError where something else is in its place, CorruptError
+        where one is not what was written.
         """
-        found = teacher_files(self.teacher_folder, but=HEAD_FILE)
+        with repairable(self.path):
+            found = teacher_files(self.teacher_folder, but=HEAD_FILE)
         for name, planned in sorted(self.plan.teacher_files.items()):
             actual, where = found.get(name), self.teacher_folder / name
             if actual is None and name != HEAD_FILE:
+                if os.path.lexists(where):
+                    raise LayoutError("not a regular file", where=where, hint=repair(self.path))
                 raise IncompleteError("it is missing", where=where, hint=extract_again(self.path))
             if actual is not None and actual != planned:
                 raise CorruptError(f"xxh3-128 {actual}, PLAN.json says {planned}", where=where, hint=repair(self.path))

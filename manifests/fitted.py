@@ -24,7 +24,7 @@ from kdpipe.manifests.durable import canonical, open_regular
 from kdpipe.manifests.errors import CacheError, ConfigError, CorruptError, IncompleteError, LayoutError
 from kdpipe.manifests.fisher import Fisher
 from kdpipe.manifests.int8 import Int8
-from kdpipe.manifests.made_with import extract_again, repair
+from kdpipe.manifests.made_with import extract_again, repair, repairable
 from kdpipe.manifests.nearest import nearest
 from kdpipe.manifests.plan import Plan
 from kdpipe.manifests.prepared import Prepared
@@ -164,7 +164,9 @@ def fitted_bytes(fitted: Fitted) -> bytes:
 
 def read_fitted(path: Path, *, digest: str) -> Fitted:
     """The codec in a file of this xxh3-128. Raises FileNotFoundError, CorruptError, LayoutError."""
-    with open(open_regular(path), "rb") as file:
+    with repairable(path.parent.parent):
+        descriptor = open_regular(path)
+    with open(descriptor, "rb") as file:
         data = file.read()
     if (found := xxhash.xxh3_128_hexdigest(data)) != digest:
         raise CorruptError(f"xxh3-128 {found}, PLAN.json says {digest}", where=path, hint=repair(path.parent.parent))

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -76,6 +77,15 @@ def extract_again(cache: Path) -> str:
 def repair(cache: Path) -> str:
     """What to do where a part of a cache is damaged that an extraction can make again."""
     return f"put it aside with: kdpipe cache repair {shlex.quote(str(cache))} ; then {extract_again(cache)}"
+
+
+@contextmanager
+def repairable(cache: Path) -> Iterator[None]:
+    """Of a file that an extraction can make again: what lies in its place and is none is told with the way out."""
+    try:
+        yield
+    except LayoutError as err:
+        raise LayoutError(err.fact, where=err.where, hint=repair(cache)) from None
 
 
 def _extractions(cache: Path) -> Iterator[MadeWith]:

@@ -1,5 +1,6 @@
 """Verify finds and names every damage there is; repair puts it aside and nothing else; gc removes what no one needs."""
 
+import os
 import random
 import re
 import shutil
@@ -13,8 +14,9 @@ from tests.caches import fill_shard, grow_plan, make_cache, make_samples, random
 from kdpipe.manifests import durable
 from kdpipe.manifests import samples as samples_module
 from kdpipe.manifests.cache import HEAD_FILE, Cache
-from kdpipe.manifests.durable import hold
-from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError
+from kdpipe.manifests.durable import QUARANTINE, hold
+from kdpipe.manifests.errors import CheckFailed, CorruptError, IncompleteError, LayoutError
+from kdpipe.manifests.fitted import CODEC_FILE
 from kdpipe.manifests.plan import PLAN_FILE, SAMPLES_FILE, Plan, plan_folder, read_plan
 from kdpipe.manifests.shard import BLOCK, commit_path, shard_path
 from kdpipe.manifests.verify import Level, check, collect_garbage, examine, put_aside, repair
@@ -119,6 +121,40 @@ def test_a_file_beside_the_head_that_changed_is_found_and_put_aside(
     assert not path.exists()
     (finding,) = [each for each in examine(Cache.open(cache), "quick") if each.error]
     assert isinstance(finding.error, IncompleteError)
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    (path / "in it").mkdir(parents=True)
+
+
+def as_link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def as_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("name", [HEAD_FILE, CODEC_FILE, "head.json"])
+@pytest.mark.parametrize("becomes", [as_folder, as_link, as_pipe])
+def test_what_is_no_file_in_the_place_of_one_of_the_teachers_is_told_with_the_way_out(
+    becomes: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
+    cache = make_cache(tmp_path / "a cache", num_samples=80, codec="int8")
+    place = cache.teacher_folder / name
+    becomes(place)
+    looks = {HEAD_FILE: cache.head, CODEC_FILE: cache.info, "head.json": cache.check_teacher_files}
+    for look in (looks[name], *([] if name == HEAD_FILE else [cache.check_teacher_files])):
+        with pytest.raises(
+            LayoutError, match=r"not a regular file.*; put it aside with: kdpipe cache repair '.*cache'"
+        ):
+            look()
+    assert len(repair(cache)) == 1
+    assert not os.path.lexists(place)
+    assert os.path.lexists(cache.path / QUARANTINE / name)
 
 
 def test_files_nobody_wrote_beside_the_head_are_left_alone(cache: Path) -> None:
