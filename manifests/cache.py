@@ -15,7 +15,7 @@ import os
 import shlex
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -32,7 +32,7 @@ from kdpipe.manifests.plan import GROWN, Plan, read_plan
 from kdpipe.manifests.provenance import digest_stream
 from kdpipe.manifests.sample import SampleView, is_heldout, row_positions
 from kdpipe.manifests.samples import Samples
-from kdpipe.manifests.shard import Shard, commit_path, read_commit
+from kdpipe.manifests.shard import Commit, Shard, commit_path, read_commit, row_share
 from kdpipe.manifests.specs import Io
 from kdpipe.manifests.tensorfile import TAGS, Layout, lay_out, parse
 
@@ -236,16 +236,15 @@ class Cache:
 
     def info(self) -> dict[str, object]:
         """What `kdpipe cache info --json` prints. Raises LayoutError where a commit record is not of this plan."""
-        plan, committed = self.plan, self.committed()
-        for number in committed:
-            read_commit(self.path, plan, number)
+        plan = self.plan
+        committed = {number: read_commit(self.path, plan, number) for number in self.committed()}
         return {
             "num_samples": plan.num_samples,
             "num_tokens": plan.num_tokens,
             "num_rows": plan.num_rows,
             "hidden_size": plan.head.hidden_size,
             "vocab_size": plan.head.vocab_size,
-            **self._codec_info(),
+            **self._codec_info(committed),
             "dtype": plan.settings.dtype,
             "num_bytes": self.num_bytes(),
             "shards": len(plan.shards),
@@ -263,18 +262,20 @@ class Cache:
             "made_with": self._made_with(),
         }
 
-    def _codec_info(self) -> dict[str, object]:
-        """Its codec, and of one that is fitted what a row takes and loses."""
+    def _codec_info(self, committed: Mapping[int, Commit]) -> dict[str, object]:
+        """Its codec, and of one that is fitted what rows take in these shards, and lose as it was measured."""
         choice = Choice.read(self.plan.settings.codec)
         if not choice.is_fitted:
             return {"codec": choice.name}
         record = open_fitted(self.path, self.plan).record
         return {
             "codec": choice.name,
-            "codec_share": record.share,
+            "codec_share": row_share(self.plan, committed) if committed else record.share,
             "codec_kl_mean": record.kl_mean,
             "codec_kl_p99": record.kl_p99,
             "codec_same_top": record.same_top,
+            "codec_fit_rows": record.fit_rows,
+            "codec_test_rows": record.test_rows,
         }
 
     def _sidecar(self) -> dict[str, object]:

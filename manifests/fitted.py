@@ -129,7 +129,7 @@ class CodecRecord(Record):
     fit_rows: int
     """Rows that it was fitted to."""
     test_rows: int
-    """Rows of other samples, on which the loss was measured."""
+    """Other rows, on which the loss was measured."""
     kl_mean: float
     """KL in nats between the teacher's distribution and that of a stored row, over those."""
     kl_p99: float
@@ -145,6 +145,11 @@ class Fitted:
 
     codec: FittedCodec
     record: CodecRecord
+
+    @property
+    def is_of_few(self) -> bool:
+        """Whether it was fitted to fewer rows than they have columns: in some directions it has seen none."""
+        return self.record.fit_rows < len(self.codec.arrays["mean"])
 
 
 def fitted_bytes(fitted: Fitted) -> bytes:

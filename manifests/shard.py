@@ -12,7 +12,7 @@ Format: FORMAT.md section 4.
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import crc32c
@@ -130,6 +130,15 @@ def expected_bytes(folder: Path, plan: Plan, index: int) -> int:
     raw = num_bytes(RAW, plan.shards[index].num_rows, plan.head.hidden_size, plan.settings.dtype)
     whole = shard_layout(plan, index, NO_DIGEST, codec=RAW).num_bytes
     return whole - int(raw * (1 - expected_share(folder, plan)))
+
+
+def row_share(plan: Plan, commits: Mapping[int, Commit]) -> float:
+    """Bytes that the rows of some committed shards take over those of raw ones."""
+    raw, spared = 0, 0
+    for index, commit in commits.items():
+        raw += num_bytes(RAW, plan.shards[index].num_rows, plan.head.hidden_size, plan.settings.dtype)
+        spared += shard_layout(plan, index, NO_DIGEST, codec=RAW).num_bytes - commit.num_bytes
+    return 1 - spared / max(raw, 1)
 
 
 def blocks(layout: Layout) -> Iterator[tuple[int, int]]:

@@ -53,7 +53,7 @@ def calibrate(plan: Plan, samples: Samples, head: Head, engine: TeacherEngine, p
 def fit_to(plan: Plan, rows: np.ndarray, head: Head, progress: Progress, started: float) -> Fitted:
     """The codec that a plan asks for, fitted to rows in the order of `chosen`. started: when that began"""
     choice = Choice.read(plan.settings.codec)
-    progress.note(f"fitting {choice} to {len(rows):,} rows")
+    progress.note(f"fitting {choice}, and measuring it, on {len(rows):,} rows")
     fitted = fit(
         choice,
         rows,
@@ -66,9 +66,19 @@ def fit_to(plan: Plan, rows: np.ndarray, head: Head, progress: Progress, started
     progress.event("codec", **record.model_dump(), seconds=seconds)
     progress.note(
         f"{choice}: {record.share:.3f} of the bytes, mean KL {record.kl_mean:.2g}, 99th percentile "
-        f"{record.kl_p99:.2g}, on {record.test_rows:,} other rows; {seconds:.0f} s"
+        f"{record.kl_p99:.2g}, on {record.test_rows:,} rows it was not fitted to; {seconds:.0f} s"
     )
+    if fitted.is_of_few:
+        progress.note(few_rows(fitted))
     return fitted
+
+
+def few_rows(fitted: Fitted) -> str:
+    """What to expect of samples that come later."""
+    return (
+        f"the codec was fitted to {fitted.record.fit_rows:,} rows, which is few: those of samples that are added may "
+        "take more and lose more than it says; kdpipe cache verify --recompute 20 measures that"
+    )
 
 
 def chosen(samples: Samples, num_rows: int) -> list[int]:

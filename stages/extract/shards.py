@@ -15,13 +15,14 @@ import numpy as np
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.claims import Claims, sweep_claims
 from kdpipe.manifests.errors import CorruptError
+from kdpipe.manifests.fitted import Choice, open_fitted
 from kdpipe.manifests.made_with import repair
 from kdpipe.manifests.parts import missing_shards, shards_of, shards_to_make
 from kdpipe.manifests.plan import PLAN_FILE, EngineRecord, Plan
 from kdpipe.manifests.progress import Progress
 from kdpipe.manifests.samples import Samples
 from kdpipe.manifests.shard import commit_path, planned_bytes, shard_path
-from kdpipe.stages.extract.calibrate import calibrate
+from kdpipe.stages.extract.calibrate import calibrate, few_rows
 from kdpipe.stages.extract.requests import shard_requests
 from kdpipe.stages.extract.shelf import ShardShelf
 from kdpipe.stages.extract.spec import ExtractSpec
@@ -60,8 +61,17 @@ def extract(spec: ExtractSpec, cache: Path, progress: Progress, part: tuple[int,
             return found.publish()
         engine = engine or _started(found, spec, stack, progress)
         opened = found.publish()
+        _note_few(opened, progress)
         fill(opened, engine, found.head, progress, todo)
         return opened
+
+
+def _note_few(cache: Cache, progress: Progress) -> None:
+    """A cache that grows keeps the codec that was fitted to its first samples."""
+    if cache.plan.generation and Choice.read(cache.plan.settings.codec).is_fitted:
+        fitted = open_fitted(cache.path, cache.plan)
+        if fitted.is_of_few:
+            progress.note(few_rows(fitted))
 
 
 def _with_codec(found: Staged, engine: TeacherEngine, progress: Progress) -> Staged:

@@ -69,14 +69,33 @@ def lost(cache: Cache, exact: Cache) -> float:
 def test_a_cache_says_what_its_rows_lose_and_loses_that(coded: Cache, bench: Bench) -> None:
     assert verified(coded.path, "deep") == [*range(len(coded.plan.shards))]
     record, info = open_fitted(coded.path, coded.plan).record, coded.info()
-    found = lost(coded, Cache.open(bench.cache))
+    exact = Cache.open(bench.cache)
+    found = lost(coded, exact)
     assert 0.5 * record.kl_mean < found < 1.5 * record.kl_mean
     assert info["codec"] == coded.plan.settings.codec.split()[0]
     assert (info["codec_kl_mean"], info["codec_kl_p99"]) == (record.kl_mean, record.kl_p99)
-    assert info["codec_share"] == record.share < 0.6
+    assert (info["codec_fit_rows"], info["codec_test_rows"]) == (record.fit_rows, record.test_rows)
+    shards = [coded.shard(number) for number in range(len(coded.plan.shards))]
+    taken = sum(part.nbytes for shard in shards for part in shard.parts(0, shard.num_rows).values())
+    assert info["codec_share"] == pytest.approx(taken / sum(view.rows.nbytes for view in exact))
+    assert record.share < 0.6
     assert not list((coded.path / "tmp").iterdir())
     size = (coded.path / "teacher" / CODEC_FILE).stat().st_size
     assert 0 <= size - file_bytes(Choice.read(coded.plan.settings.codec), coded.plan.head.hidden_size) < 8192
+
+
+def test_a_codec_of_few_rows_says_so_and_again_when_its_cache_grows(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, path = spec_of(bench, **CODECS["fisher"]), tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr("kdpipe.stages.codec.fit.FIT", 0.005)
+        patch.setattr("kdpipe.stages.codec.fit.TUNE", 0.01)
+        extract(spec, path, first := Recorder())
+    write_chats(more := tmp_path / "more.jsonl", 12, seed=7)
+    extract(dataclasses.replace(spec, data=(more,), grow=True), path, second := Recorder())
+    for log in (first, second):
+        assert sum("rows, which is few: those of samples that are added may" in note for note in log.notes) == 1
 
 
 def test_again_in_parts_and_after_a_loss_it_is_the_same_bytes(coded: Cache, bench: Bench, tmp_path: Path) -> None:
