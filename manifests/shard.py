@@ -43,7 +43,7 @@ from kdpipe.manifests.record import Record, first_problem
 from kdpipe.manifests.sample import ID_BYTES, SampleView
 from kdpipe.manifests.scratch_file import ScratchFile
 from kdpipe.manifests.specs import Io
-from kdpipe.manifests.tensorfile import DTYPES, TAGS, Layout, lay_out
+from kdpipe.manifests.tensorfile import DTYPES, TAGS, Layout, lay_out, parse
 
 BLOCK = 1 << 20
 NO_DIGEST = "0" * 32
@@ -93,14 +93,19 @@ def shard_layout(plan: Plan, index: int, digest: str, *, codec: Codec | None = N
             *(() if ragged is None else ((name, tag, (num_ragged,)) for name, tag in ragged.tensors)),
             ("crc32c", "U32", (num_blocks,)),
         ],
-        {
-            "format": "kdpipe-shard",
-            "version": "1",
-            "plan": plan.digest_in(index),
-            "shard": str(index),
-            "xxh3_128": digest,
-        },
+        _metadata(plan, index, digest),
     )
+
+
+def _metadata(plan: Plan, index: int, digest: str) -> dict[str, str]:
+    """Of a shard's header."""
+    return {
+        "format": "kdpipe-shard",
+        "version": "1",
+        "plan": plan.digest_in(index),
+        "shard": str(index),
+        "xxh3_128": digest,
+    }
 
 
 def sized_layout(plan: Plan, index: int, digest: str, codec: Codec, size: int) -> Layout:
@@ -320,6 +325,25 @@ def adopt(folder: Path, plan: Plan, index: int) -> bool:
     fsync_folder(path.parent)  # the kill may have come before the name was on the disk
     write_once(commit_path(folder, index), canonical(record.model_dump()), scratch_folder=folder / "tmp")
     return True
+
+
+def check_without_codec(folder: Path, plan: Plan, index: int, io: Io, *, whole: bool) -> None:
+    """Size and header of a committed shard, and where `whole` every byte, though the codec of its rows is missing.
+
+    Raises CorruptError, LayoutError.
+    """
+    path, commit = shard_path(folder, index), read_commit(folder, plan, index)
+    data = open_bytes(path, commit.num_bytes, io).read(0, commit.num_bytes)
+    try:
+        layout, metadata = parse(data.data, path)
+    except LayoutError as err:
+        raise CorruptError(err.fact, where=path, hint=repair(folder)) from None
+    expected = _metadata(plan, index, commit.digest)
+    tensors = [(each.name, each.dtype, each.shape) for each in layout.tensors.values()]
+    if metadata != expected or lay_out(tensors, expected).header != layout.header:
+        raise CorruptError("header differs from what the commit record says", where=path, hint=repair(folder))
+    if whole and (digest := xxhash.xxh3_128_hexdigest(data[layout.body :].data)) != commit.digest:
+        raise CorruptError(f"digest {digest}, the commit record says {commit.digest}", where=path, hint=repair(folder))
 
 
 class Shard:

@@ -25,7 +25,15 @@ from kdpipe.manifests.fitted import codec_of
 from kdpipe.manifests.made_with import extract_again
 from kdpipe.manifests.plan import PLAN_FILE, plan_folder
 from kdpipe.manifests.sample import row_positions
-from kdpipe.manifests.shard import MAX_COMMIT_BYTES, Commit, Shard, blocks, commit_path, shard_path
+from kdpipe.manifests.shard import (
+    MAX_COMMIT_BYTES,
+    Commit,
+    Shard,
+    blocks,
+    check_without_codec,
+    commit_path,
+    shard_path,
+)
 
 Level = Literal["quick", "full", "deep"]
 FINITE_ROWS = 1024
@@ -51,7 +59,7 @@ def examine(cache: Cache, level: Level = "full") -> Iterator[Finding]:
     """Look at samples.arrow, the head, the tokenizer and every shard; a finding for each, whatever the others are.
 
     The plan is named where it is what changed: then all that follows may be said to be damaged and is not. Without its
-    codec, which is with the tokenizer, no shard is looked at.
+    codec, which is with the tokenizer, the bytes of a shard are looked at, and not what they say.
     """
     if (changed := _error(lambda: _check_plan(cache))) is not None:
         yield Finding(part="plan", error=changed)
@@ -106,10 +114,14 @@ def _check_shard(cache: Cache, number: int, level: Level, against_samples: bool)
         # linked, not committed: a writer is at work or was killed; extract settles it
         raise IncompleteError("not extracted yet", where=shard_path(cache.path, number), hint=extract_again(cache.path))
     if (codec := _error(lambda: codec_of(cache.path, cache.plan))) is not None:
-        # The codec is what is damaged: what it stored is not put aside for that.
-        raise IncompleteError(
-            f"not looked at, for want of the codec: {codec.fact}", where=shard_path(cache.path, number)
-        )
+        # The codec is what is damaged: what it stored is put aside for damage of its own alone.
+        check_without_codec(cache.path, cache.plan, number, cache.io, whole=level != "quick")
+        if level == "deep":
+            raise IncompleteError(
+                f"its numbers were not looked at, for want of the codec: {codec.fact}",
+                where=shard_path(cache.path, number),
+            )
+        return
     shard = Shard(cache.path, cache.plan, number, cache.io)  # size, header, tables
     if level == "quick":
         begin, end = next(blocks(shard.layout))

@@ -178,14 +178,42 @@ def test_repair_puts_a_damaged_codec_aside_and_no_shard(tmp_path: Path) -> None:
     path = cache.teacher_folder / CODEC_FILE
     good = path.read_bytes()
     path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
-    found = {finding.part: finding for finding in examine(Cache.open(cache.path))}
-    assert [part for part, finding in found.items() if finding.damaged] == ["tokenizer"]
-    assert "not looked at, for want of the codec" in str(found[0].error)
+    for level in ("quick", "full", "deep"):
+        found = {finding.part: finding for finding in examine(Cache.open(cache.path), level)}
+        assert [part for part, finding in found.items() if finding.damaged] == ["tokenizer"]
+        assert (found[0].error is None) == (level != "deep")
+    assert "its numbers were not looked at, for want of the codec" in str(found[0].error)
     (put_aside,) = repair(Cache.open(cache.path))
     assert put_aside.part == "tokenizer"
     assert [each.name for each in (cache.path / "quarantine").iterdir()] == [CODEC_FILE]
     path.write_bytes(good)
     assert verified(cache.path, "deep") == [*range(len(cache.plan.shards))]
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_damage_of_shards_is_told_beside_that_of_the_codec_and_repaired_with_it(lost: bool, tmp_path: Path) -> None:
+    """In every part of a shard, and of its commit record."""
+    cache = make_cache(tmp_path / "c", codec="fisher kl=0.01")
+    path, shard = cache.teacher_folder / CODEC_FILE, shard_path(cache.path, 1)
+    codec, good = path.read_bytes(), shard.read_bytes()
+    layout = parse(memoryview(good), shard)[0]
+    if lost:
+        path.unlink()
+    else:
+        path.write_bytes(codec[:-9] + bytes([codec[-9] ^ 1]) + codec[-8:])
+    places = [0, 9, good.index(b"kdpipe-shard"), good.index(b'"shape"') + 10, layout.body - 1]
+    places += [
+        at for tensor in layout.tensors.values() if tensor.end > tensor.begin for at in (tensor.begin, tensor.end - 1)
+    ]
+    for data in [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in places] + [good[:-1], good + b"x", b""]:
+        shard.write_bytes(data)
+        assert 1 in [finding.part for finding in examine(Cache.open(cache.path)) if finding.damaged]
+    repair(Cache.open(cache.path))
+    assert not shard.exists()
+    path.write_bytes(codec)
+    left = {finding.part: finding.error for finding in examine(Cache.open(cache.path), "deep")}
+    assert {part for part, error in left.items() if error is not None} == {1}
+    assert isinstance(left[1], IncompleteError)
 
 
 @pytest.mark.parametrize("cases", [120, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])

@@ -25,6 +25,7 @@ from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.run import read_run
 from kdpipe.manifests.shard import commit_path, shard_path
 from kdpipe.manifests.specs import DataSpec, RunSpec, TrainSpec
+from kdpipe.manifests.verify import repair
 from kdpipe.stages.codec.fit import wanted_rows
 from kdpipe.stages.codec.metric import Lens
 from kdpipe.stages.extract import ExtractSpec, extract, forecast
@@ -114,6 +115,20 @@ def test_again_in_parts_and_after_a_loss_it_is_the_same_bytes(coded: Cache, benc
     (path / "teacher" / CODEC_FILE).unlink()
     extract(spec, path, Silent())
     assert files(path) == files(coded.path)
+
+
+def test_a_damaged_codec_and_a_damaged_shard_are_made_again_after_one_repair(
+    coded: Cache, bench: Bench, tmp_path: Path
+) -> None:
+    path = shutil.copytree(coded.path, tmp_path / "cache")
+    for part in (path / "teacher" / CODEC_FILE, shard_path(path, 1)):
+        data = bytearray(part.read_bytes())
+        data[-9] ^= 1
+        part.write_bytes(data)
+    assert {finding.part for finding in repair(Cache.open(path))} == {"tokenizer", 1}
+    extract(spec_of(bench, **CODECS[coded.plan.settings.codec.split()[0]]), path, Silent())
+    assert verified(path, "deep") == [*range(len(coded.plan.shards))]
+    assert {**files(coded.path), **files(path)} == files(path)
 
 
 class Slower(Recorder):
