@@ -31,6 +31,7 @@ from kdpipe.manifests.packed import (
     cuts_of,
     end_note,
     in_order,
+    is_packed,
     note,
 )
 from kdpipe.manifests.places import require_outside
@@ -57,24 +58,26 @@ class Packed:
 
 
 def pack(cache: Cache, out: Path, progress: Progress, *, most_bytes: int) -> Packed:
-    """Write a complete cache into a file that is not there.
+    """Write a complete cache into a file that is not there, unless what is there is that already.
 
     most_bytes: that its disk takes
     Raises ConfigError, IncompleteError, CorruptError where the cache is damaged, SpaceError, BusyError.
     """
     cache.require_complete()
     require_outside(out, option="OUT")
+    files = _files(cache)
+    total = sum(size for _, size, _ in files)
+    # By the digest what was begun before a shard was made again is not gone on with.
+    head = note({KEY: VERSION, "cache": cache.digest(), "files": [[name, size] for name, size, _ in files]})
     if os.path.lexists(out):
-        raise ConfigError("it is there already; name another file", where=out)
+        _require_same(out, head)
+        progress.note(f"{out} is there already; kdpipe cache verify {out} looks at every byte of it")
+        return _packed(len(files), total, os.path.getsize(out))
     for finding in examine(cache, "full"):
         if isinstance(finding.part, int):
             break  # shards are checked when their turn comes
         if finding.error is not None:
             raise finding.error
-    files = _files(cache)
-    total = sum(size for _, size, _ in files)
-    # By the digest what was begun before a shard was made again is not gone on with.
-    head = note({KEY: VERSION, "cache": cache.digest(), "files": [[name, size] for name, size, _ in files]})
     with as_disk_error(out), _part(out) as file:
         begun = _begun(Path(file.name), head, files)
         ratio = _ratio(files)
@@ -101,7 +104,23 @@ def pack(cache: Cache, out: Path, progress: Progress, *, most_bytes: int) -> Pac
         if not publish(Path(file.name), out):
             raise ConfigError("it is there by now; name another file", where=out)
     progress.end()
-    return Packed(num_files=len(files), num_bytes=total, packed_bytes=packed_bytes, ratio=packed_bytes / max(total, 1))
+    return _packed(len(files), total, packed_bytes)
+
+
+def _packed(num_files: int, num_bytes: int, packed_bytes: int) -> Packed:
+    ratio = packed_bytes / max(num_bytes, 1)
+    return Packed(num_files=num_files, num_bytes=num_bytes, packed_bytes=packed_bytes, ratio=ratio)
+
+
+def _require_same(out: Path, head: bytes) -> None:
+    """What is there is a whole packed file of the same cache. Raises ConfigError, CorruptError for half of one."""
+    if is_packed(out):
+        with open(out, "rb") as file:
+            same = file.read(len(head)) == head
+        if same:
+            PackedFile(out).close()
+            return
+    raise ConfigError("it is there already; name another file", where=out)
 
 
 @contextmanager

@@ -162,6 +162,7 @@ class PackedFile:
 
     files: their names in the cache and their sizes
     digest: of the first note, which no file of another cache has
+    cache: digest of the cache, as Cache.digest
     Raises LayoutError for another version's file, CorruptError for one that is damaged.
     """
 
@@ -174,6 +175,7 @@ class PackedFile:
             if found.get(KEY) != VERSION:
                 raise LayoutError(f"of version {found.get(KEY)}, this kdpipe reads version {VERSION}", where=path)
             self.files: Sequence[tuple[str, int]] = _names(found.get("files"), path)
+            self.cache = found.get("cache")
             self._first = self._file.tell()
             self.digest = xxhash.xxh3_64_hexdigest(os.pread(self._file.fileno(), self._first, 0))
             if whole:
@@ -186,6 +188,9 @@ class PackedFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._file.close()
 
     def blocks(self) -> Iterator[Block]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.durable import as_disk_error, fsync_folder, fsync_tree, hold_alone, make_folder
-from kdpipe.manifests.errors import CheckFailed, ConfigError, CorruptError, IncompleteError, KdpipeError
+from kdpipe.manifests.errors import CacheError, CheckFailed, ConfigError, CorruptError, IncompleteError, KdpipeError
 from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.pack import require_room
 from kdpipe.manifests.packed import DAMAGED, PackedFile, in_order, is_packed
@@ -26,15 +26,15 @@ from kdpipe.manifests.verify import examine
 
 
 def unpack(packed: Path, out: Path, progress: Progress, *, most_bytes: int) -> Cache:
-    """The cache that a packed file holds, in a folder that is not there; open.
+    """The cache that a packed file holds, in a folder that is not there, unless it is there already; open.
 
     most_bytes: that its disk takes
     Raises ConfigError, CorruptError where the file is damaged, SpaceError, BusyError.
     """
     require_outside(out, option="CACHE")
-    if os.path.lexists(out):
-        raise ConfigError("it is there already; name another folder", where=out)
     with ExitStack() as stack:
+        if os.path.lexists(out):
+            return _there_already(packed, out, progress)
         file = stack.enter_context(open_packed(packed))
         stack.enter_context(as_disk_error(out))
         scratch = out.absolute().with_name(f".{out.name}.unpack-{file.digest}")
@@ -55,6 +55,22 @@ def unpack(packed: Path, out: Path, progress: Progress, *, most_bytes: int) -> C
         os.rename(scratch, out.absolute())
         fsync_folder(out.absolute().parent)
     return Cache.open(out)
+
+
+def _there_already(packed: Path, out: Path, progress: Progress) -> Cache:
+    """The cache in OUT, looked at as one that was unpacked is. Raises ConfigError where it is another."""
+    try:
+        cache = Cache.open(out)
+        cache.require_complete()
+        with open_packed(packed) as file:
+            same = cache.digest() == file.cache and all(_is_there(out, name, size) for name, size in file.files)
+    except (CacheError, CheckFailed, IncompleteError):
+        same = False
+    if not same:
+        raise ConfigError("it is there already; name another folder", where=out)
+    progress.note(f"{out} is there already")
+    _require_whole(cache, progress)
+    return cache
 
 
 def open_packed(path: Path) -> PackedFile:
@@ -99,17 +115,22 @@ def _require_good(scratch: Path, out: Path, progress: Progress) -> None:
     try:
         cache = Cache.open(scratch)
         cache.require_complete()
-        progress.begin("verify", total=len(cache.plan.shards), unit="shards")
-        for finding in examine(cache, "full"):
-            if finding.error is not None:
-                raise finding.error
-            progress.advance(int(isinstance(finding.part, int)))
-        progress.end()
+        _require_whole(cache, progress)
     except (CheckFailed, IncompleteError) as err:
         shutil.rmtree(scratch, ignore_errors=True)
         raise CorruptError(
             f"what was unpacked is not what the cache records: {err.without_hint()}", where=out
         ) from None
+
+
+def _require_whole(cache: Cache, progress: Progress) -> None:
+    """Every byte is what the cache records. Raises the first error found."""
+    progress.begin("verify", total=len(cache.plan.shards), unit="shards")
+    for finding in examine(cache, "full"):
+        if finding.error is not None:
+            raise finding.error
+        progress.advance(int(isinstance(finding.part, int)))
+    progress.end()
 
 
 def check_packed(path: Path, progress: Progress) -> list[KdpipeError]:

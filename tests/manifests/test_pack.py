@@ -169,6 +169,22 @@ def test_a_cache_that_lacks_shards_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
+def test_what_is_packed_already_is_left_as_it_is_and_said(cache: Cache, tmp_path: Path) -> None:
+    """As after a kill between its name and the end of the command."""
+    first = pack(cache, tmp_path / "out", Silent(), most_bytes=PLENTY)
+    good, told = (tmp_path / "out").read_bytes(), Told()
+    assert pack(cache, tmp_path / "out", told, most_bytes=0) == first
+    assert told.notes[0].startswith(f"{tmp_path / 'out'} is there already; kdpipe cache verify ")
+    assert (tmp_path / "out").read_bytes() == good
+    (tmp_path / "out").write_bytes(good[:-9])
+    with pytest.raises(CorruptError, match="its last note is missing"):
+        pack(cache, tmp_path / "out", Silent(), most_bytes=PLENTY)
+    other = make_cache(tmp_path / "other", num_samples=5)
+    pack(other, tmp_path / "of-other", Silent(), most_bytes=PLENTY)
+    with pytest.raises(ConfigError, match="it is there already; name another file"):
+        pack(cache, tmp_path / "of-other", Silent(), most_bytes=PLENTY)
+
+
 def test_a_place_that_is_taken_full_or_in_the_cache_is_refused(cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     with pytest.raises(ConfigError, match="it is there already; name another file"):

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.caches import make_cache
 from tests.faults.powercut import Place, PowerCut
 from tests.manifests.packing import PLENTY, killed_at, make_grown, tree
 
@@ -14,6 +15,7 @@ from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import BusyError, ConfigError, CorruptError, SpaceError
 from kdpipe.manifests.pack import pack
 from kdpipe.manifests.progress import Silent
+from kdpipe.manifests.shard import shard_path
 from kdpipe.manifests.unpack import unpack
 
 
@@ -110,9 +112,29 @@ def test_what_was_written_wrong_is_found_and_removed(
     unpack(packed, tmp_path / "back", Silent(), most_bytes=PLENTY)
 
 
-def test_a_place_that_is_taken_or_full_and_no_packed_file_are_refused(packed: Path, tmp_path: Path) -> None:
+def test_what_is_unpacked_already_is_looked_at_and_left_as_it_is(packed: Path, tmp_path: Path) -> None:
+    """As after a kill between its name and the end of the command."""
+    back = unpack(packed, tmp_path / "back", Silent(), most_bytes=PLENTY)
+    assert unpack(packed, tmp_path / "back", Silent(), most_bytes=0).digest() == back.digest()
+    shard = shard_path(back.path, 1)
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CorruptError) as caught:
+        unpack(packed, tmp_path / "back", Silent(), most_bytes=PLENTY)
+    assert caught.value.where == str(shard)
+    shard.unlink()
     with pytest.raises(ConfigError, match="it is there already; name another folder"):
-        unpack(packed, tmp_path / "cache", Silent(), most_bytes=PLENTY)
+        unpack(packed, tmp_path / "back", Silent(), most_bytes=PLENTY)
+
+
+def test_a_place_that_is_taken_or_full_and_no_packed_file_are_refused(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    other = make_cache(tmp_path / "other", num_samples=5)
+    for taken in (tmp_path / "empty", tmp_path / "file", other.path):
+        with pytest.raises(ConfigError, match="it is there already; name another folder"):
+            unpack(packed, taken, Silent(), most_bytes=PLENTY)
     with pytest.raises(ConfigError, match="not a packed cache: no file that kdpipe cache pack has written"):
         unpack(tmp_path / "cache", tmp_path / "back", Silent(), most_bytes=PLENTY)
     with pytest.raises(ConfigError, match="lies in the cache"):
