@@ -2,10 +2,9 @@
 
 Which samples is a function of what the plan's first samples are, so that the same plan has the same codec again; their
 order, by the digests of their texts, says nothing of them. Rows pass the gate as those of a shard do.
-Cost: those samples a second time, and the fit (stages/codec/fit.py); nothing is written but a scratch file.
+Cost: those samples a second time, and the fit (stages/codec/fit.py); their rows lie in a scratch file meanwhile.
 """
 
-import tempfile
 import time
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 
 from kdpipe.manifests.cache import HEAD_FILE
+from kdpipe.manifests.durable import scratch_folder
+from kdpipe.manifests.failpoints import failpoint
 from kdpipe.manifests.fitted import Choice, Fitted
 from kdpipe.manifests.plan import Plan
 from kdpipe.manifests.progress import Progress
@@ -27,15 +28,22 @@ from kdpipe.stages.teacher.engine import TeacherEngine
 from kdpipe.stages.teacher.gate import admit
 
 
-def calibrate(plan: Plan, samples: Samples, head: Head, engine: TeacherEngine, progress: Progress) -> Fitted:
-    """The codec that a plan asks for; samples: those of the plan. Raises ConfigError, and as teach."""
+def calibrate(
+    plan: Plan, samples: Samples, head: Head, engine: TeacherEngine, progress: Progress, *, scratch: Path
+) -> Fitted:
+    """The codec that a plan asks for.
+
+    samples: those of the plan; scratch: a folder for the teacher's rows, which the next run sweeps
+    Raises ConfigError, and as teach.
+    """
     started = time.perf_counter()
     width = plan.head.hidden_size
     texts = [samples.tokens(index) for index in chosen(samples, wanted_rows(width))]
     progress.begin("calibrate", total=sum(len(text.token_ids) for text in texts), unit="tokens")
-    with tempfile.NamedTemporaryFile(prefix="kdpipe-calibrate-") as file:
+    with scratch_folder(scratch, "calibrate") as folder:
+        (folder / "rows").touch()
         dtype = DTYPES[TAGS[plan.settings.dtype]]
-        shelf = ScratchShelf(Path(file.name), width, dtype, doing="calibration")
+        shelf = ScratchShelf(folder / "rows", width, dtype, doing="calibration")
         batches = text_batches(
             texts,
             shelf.place,
@@ -45,8 +53,9 @@ def calibrate(plan: Plan, samples: Samples, head: Head, engine: TeacherEngine, p
             vocab_size=plan.head.vocab_size,
         )
         teach(engine, batches, shelf, admit, progress)
+        failpoint("codec:taught")
         progress.end()
-        rows = np.fromfile(file.name, dtype, shelf.num_rows * width).reshape(-1, width)
+        rows = np.fromfile(folder / "rows", dtype, shelf.num_rows * width).reshape(-1, width)
     return fit_to(plan, rows, head, progress, started)
 
 

@@ -78,7 +78,8 @@ def _with_codec(found: Staged, engine: TeacherEngine, progress: Progress) -> Sta
     """Fitted and in the cache: of writers that begin at once each may fit one, and what counts is the first one's."""
     found = found.as_published()
     if found.lacks_codec:
-        found = found.with_codec(calibrate(found.plan, found.first_samples(), found.head, engine, progress))
+        samples, scratch = found.first_samples(), found.scratch
+        found = found.with_codec(calibrate(found.plan, samples, found.head, engine, progress, scratch=scratch))
         found.publish()
     return found.as_published()
 

@@ -98,6 +98,11 @@ class Staged:
             return False
         return CODEC_FILE not in self.plan.teacher_files or not (self.cache / "teacher" / CODEC_FILE).exists()
 
+    @property
+    def scratch(self) -> Path:
+        """Where work in progress lies, which the next run sweeps."""
+        return (self.cache if self.folder is None or self.plan.generation else self.folder) / "tmp"
+
     def first_samples(self) -> Samples:
         """Those of the cache's first plan, to which its codec is fitted."""
         if self.folder is None or self.plan.generation:

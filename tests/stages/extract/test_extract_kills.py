@@ -67,7 +67,7 @@ def assert_goes_on(spec: ExtractSpec, cache: Path, apart: Apart, whole: dict[str
     assert [path.name for path in cache.parent.iterdir()] == [cache.name], "something is left beside the cache"
 
 
-CODED = ["codec:flushed", "shard:digested#3"]
+CODED = ["codec:taught", "codec:flushed", "shard:digested#3"]
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +90,11 @@ def test_a_coded_cache_killed_at_every_failpoint(
 ) -> None:
     cache = tmp_path / "a" / "cache"
     assert apart(extract_small, coded[0], cache, place) == -signal.SIGKILL
+    assert len([*tmp_path.rglob("rows")]) == (place == "codec:taught"), "the rows that it is fitted to lie elsewhere"
     assert_goes_on(coded[0], cache, apart, coded[1])
 
 
-@pytest.mark.parametrize("place", [f"teacher:{name}" for name in ("written", "linked", "published")])
+@pytest.mark.parametrize("place", ["codec:taught", *(f"teacher:{name}" for name in ("written", "linked", "published"))])
 def test_killed_while_a_lost_codec_is_fitted_again(
     place: str, coded: tuple[ExtractSpec, dict[str, bytes]], apart: Apart, tmp_path: Path
 ) -> None:
