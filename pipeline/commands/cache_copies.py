@@ -94,8 +94,8 @@ def convert_cache(
 ) -> None:
     """Code the rows of a raw CACHE into OUT, at a half to a fifth of the bytes; no teacher runs.
 
-    CACHE is verified on the way and left as it is. Run again after an interruption it goes on. OUT is a cache like any
-    other: it says what its codec loses (kdpipe cache info), and grows with kdpipe extract.
+    CACHE is verified on the way and left as it is. Run again after an interruption, or when CACHE has grown, it goes
+    on. OUT is a cache like any other: it says what its codec loses (kdpipe cache info), and grows with kdpipe extract.
 
     \b
     kdpipe cache convert CACHE CACHE-fisher --codec fisher --codec-kl 0.01

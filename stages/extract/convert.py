@@ -3,7 +3,7 @@
     source, verified shard by shard -> codec fitted to some of its rows -> the same samples in OUT, shard by shard
 
 What it makes is the cache that extracting with the codec makes, where the teacher gives the same rows again. Run again
-after an interruption it goes on: plans, codec and finished shards are kept.
+after an interruption, or when the source has grown, it goes on: plans, codec and finished shards are kept.
 Invariant: OUT appears with its plans, samples, codec and teacher's files in it, or not at all; each shard's source is
 verified, every byte, before it is coded. Cost: the source is read once, and some of its rows for the fit.
 """
@@ -73,9 +73,8 @@ def convert(source: Cache, out: Path, choice: Choice, progress: Progress) -> Con
             raise CacheError("it exists and is not a cache; choose another name or remove it", where=out)
         require_outside(out, option="OUT")
         _begin(source, out, choice, progress)
-    cache = Cache.open(out)
-    _require_of(source, cache, choice)
     with as_disk_error(out):
+        cache = _grown(source, Cache.open(out), choice, progress)
         _fill(source, cache, choice, progress)
     record = open_fitted(out, cache.plan).record
     return Converted(
@@ -141,11 +140,7 @@ def _begin(source: Cache, out: Path, choice: Choice, progress: Progress) -> None
         files = teacher_files(scratch / "teacher")
         files = {name: digest for name, digest in files.items() if name in {*first.teacher_files, CODEC_FILE}}
         for plan in _plans(source, str(choice), files[CODEC_FILE]):
-            place, there = (plan_folder(each, plan.generation) for each in (scratch, source.path))
-            place.mkdir(parents=True, exist_ok=True)
-            (place / PLAN_FILE).write_bytes(plan.to_bytes())
-            for name in (SAMPLES_FILE, SHARDS_FILE):
-                shutil.copyfile(there / name, place / name)
+            _write_plan(source, plan, plan_folder(scratch, plan.generation))
         require_room(plan, scratch, scratch, where=out, or_else=LESS)
         fsync_tree(scratch)
         make_folder(parent)
@@ -198,18 +193,42 @@ def _plans(source: Cache, codec: str, digest: str) -> Iterator[Plan]:
         yield plan
 
 
-def _require_of(source: Cache, cache: Cache, choice: Choice) -> None:
-    """OUT is what this source becomes under this codec, so far. Raises CacheError."""
+def _write_plan(source: Cache, plan: Plan, place: Path) -> None:
+    """A plan, and the tables that it has in the source."""
+    place.mkdir(parents=True, exist_ok=True)
+    (place / PLAN_FILE).write_bytes(plan.to_bytes())
+    for name in (SAMPLES_FILE, SHARDS_FILE):
+        shutil.copyfile(plan_folder(source.path, plan.generation) / name, place / name)
+
+
+def _grown(source: Cache, cache: Cache, choice: Choice, progress: Progress) -> Cache:
+    """OUT with all plans that its source has by now. Raises CacheError where it is not of this source and codec."""
     there = cache.plan.settings.codec
     if there != str(choice):
         raise CacheError(
             f"its codec is '{there}', this command asks for '{choice}'; choose another OUT", where=cache.path
         )
-    *_, wanted = _plans(source, there, cache.plan.teacher_files.get(CODEC_FILE, ""))
-    if wanted.to_bytes() != cache.plan.to_bytes():
-        raise CacheError(
-            f"it is not made of {source.path}, or of what that was before it grew; choose another OUT", where=cache.path
+    plans = [*_plans(source, there, cache.plan.teacher_files.get(CODEC_FILE, ""))]
+    if (known := cache.plan.generation + 1) > len(plans) or plans[known - 1].to_bytes() != cache.plan.to_bytes():
+        raise CacheError(f"it is not made of {source.path}; choose another OUT", where=cache.path)
+    for plan in plans[known:]:
+        (cache.path / "tmp").mkdir(exist_ok=True)
+        place = plan_folder(cache.path, plan.generation)
+        with scratch_folder(cache.path / "tmp", "plan") as scratch:
+            _write_plan(source, plan, scratch)
+            fsync_tree(scratch)
+            place.parent.mkdir(exist_ok=True)
+            try:
+                os.rename(scratch, place)
+            except OSError:
+                if not (place / PLAN_FILE).exists():  # another process may have been quicker
+                    raise
+        failpoint("convert:grown")
+    if plans[known:]:
+        progress.note(
+            f"{source.path} has grown since: {len(plans) - known} more plans, under the codec of {cache.path}"
         )
+    return Cache.open(cache.path)
 
 
 def _code(source: Cache, cache: Cache, number: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tests.caches import fill_shard, grow_plan, make_cache, make_plan, make_samples, verified
 from tests.conftest import Bench
+from tests.manifests.packing import killed_at
 from tests.stages.extract.test_extract import files
 from tests.stages.extract.test_extract_codec import spec_of
 from tests.stages.ranks import Recorder
@@ -79,15 +80,39 @@ def test_a_cache_that_grew_is_converted_with_all_its_plans(tmp_path: Path) -> No
     assert out.fingerprints() == Cache.open(raw.path).fingerprints()
 
 
-def of_grown(folder: Path) -> KdpipeError:
-    """Converted, and then grown: its source is no longer what OUT was made of."""
-    raw = make_cache(folder / "c", num_samples=80)
-    convert(raw, folder / "out", FISHER, Silent())
-    grow_plan(raw.path, make_samples(3, seed=9))
+def grow(raw: Cache, count: int, seed: int) -> Cache:
+    """The cache with more samples, extracted."""
+    grow_plan(raw.path, make_samples(count, seed=seed))
     for number in range(len(raw.plan.shards), len(Cache.open(raw.path).plan.shards)):
         fill_shard(raw.path, number)
-    with pytest.raises(CacheError, match=r"it is not made of .*c, or of what that was before it grew") as caught:
-        convert(Cache.open(raw.path), folder / "out", FISHER, Silent())
+    return Cache.open(raw.path)
+
+
+@pytest.mark.parametrize("place", ["", "convert:grown", "shards:linked"])
+def test_when_its_source_has_grown_it_goes_on_to_what_is_made_of_that_at_once(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice, and killed on the way."""
+    monkeypatch.setattr(durable, "MOMENT_S", 0.0)
+    raw = make_cache(tmp_path / "c", num_samples=80)
+    convert(raw, tmp_path / "out", FISHER, Silent())
+    first = files(tmp_path / "out")
+    raw = grow(grow(raw, 20, 9), 7, 11)
+    if place:
+        assert killed_at(place, lambda: convert(raw, tmp_path / "out", FISHER, Silent()))
+    convert(raw, tmp_path / "out", FISHER, told := Recorder())
+    assert any("has grown since" in note for note in told.notes) == (place != "shards:linked")
+    convert(raw, tmp_path / "once", FISHER, Silent())
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+    assert first.items() <= files(tmp_path / "out").items()
+    assert verified(tmp_path / "out", "deep") == [*range(len(raw.plan.shards))]
+
+
+def of_another_source(folder: Path) -> KdpipeError:
+    """Of the same teacher, with a sample more."""
+    convert(make_cache(folder.with_name("other"), num_samples=81), folder / "out", FISHER, Silent())
+    with pytest.raises(CacheError, match=r"it is not made of .*c; choose another OUT") as caught:
+        convert(make_cache(folder / "c", num_samples=80), folder / "out", FISHER, Silent())
     return caught.value
 
 
@@ -172,7 +197,16 @@ def to_raw(folder: Path) -> KdpipeError:
 
 @pytest.mark.parametrize(
     "refused",
-    [of_grown, of_coded, of_another_codec, of_unfinished, of_a_folder_that_is_there, of_damaged, of_no_rows, to_raw],
+    [
+        of_another_source,
+        of_coded,
+        of_another_codec,
+        of_unfinished,
+        of_a_folder_that_is_there,
+        of_damaged,
+        of_no_rows,
+        to_raw,
+    ],
 )
 def test_what_cannot_be_converted_is_refused_by_name(refused: Callable[[Path], KdpipeError], tmp_path: Path) -> None:
     assert refused(tmp_path).where
