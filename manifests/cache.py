@@ -26,7 +26,7 @@ import xxhash
 from kdpipe.manifests.access import most_mappings, open_bytes
 from kdpipe.manifests.durable import make_folder, open_regular, publish
 from kdpipe.manifests.errors import CorruptError, IncompleteError, LayoutError
-from kdpipe.manifests.fitted import Choice, open_fitted, require_known
+from kdpipe.manifests.fitted import Choice, loss_of, open_fitted, require_known, source_codec
 from kdpipe.manifests.made_with import extract_again, last_extraction, repair, repairable
 from kdpipe.manifests.plan import GROWN, Plan, read_plan
 from kdpipe.manifests.provenance import digest_stream
@@ -287,6 +287,8 @@ class Cache:
         if sidecar.kind == "topk":
             how = "imported" if engine.name == "import" else "derived"
             told["biased"] = f"{how}: {sidecar.has} alone"
+        if (source := source_codec(self.plan)) is not None:
+            told |= {"source_codec": source, "source_codec_kl_mean": loss_of(self.path, self.plan)}
         return told
 
     def _made_with(self) -> dict[str, object] | None:

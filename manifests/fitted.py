@@ -258,6 +258,11 @@ def require_kl(cache: Path, plan: Plan, most: float | None) -> None:
         )
 
 
+def source_codec(plan: Plan) -> str | None:
+    """Of a side-car the codec of the cache that it was derived from; None of one that was imported."""
+    return plan.engine.arguments.get("codec")
+
+
 def loss_of(cache: Path, plan: Plan) -> float | None:
     """The mean KL in nats that its codec loses, or that of the cache it was derived from; None: not measured."""
     if plan.head.sidecar is not None:

@@ -157,9 +157,14 @@ def _verdict(cache: Path, damage: Sequence[KdpipeError], findings: Sequence[Find
 
 
 def in_words(found: dict[str, Any]) -> dict[str, object]:
-    """A comparison for a person: how many rows of how many are equal, and of raw rows no shift."""
+    """A comparison for a person: how many rows of how many are equal, of coded ones what is compared."""
     equal, total = round(found["rows_equal"] * found["num_rows"]), found["num_rows"]
     words: dict[str, object] = {"rows_equal": f"{equal:,} of {total:,} bit for bit"}
+    if found.get("shift") is not None:
+        words["rows_equal"] = f"{words['rows_equal']}, once the codec has stored them"
+        whose = "mean KL in nats of a sample's rows, as they are stored, from the teacher's own"
+        words["worst_distance"] = f"{found['worst_distance']:.2g}: {whose}"
+        words |= {name: f"{found[name]:.2g}" for name in ("bound", "shift", "shift_bound")}
     return {name: value for name, value in found.items() if value is not None or "shift" not in name} | words
 
 

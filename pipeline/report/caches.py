@@ -11,7 +11,7 @@ from typing import Any
 
 from kdpipe.manifests.cache import Cache
 from kdpipe.manifests.errors import KdpipeError
-from kdpipe.manifests.fitted import Choice, open_fitted
+from kdpipe.manifests.fitted import Choice, loss_of, open_fitted, source_codec
 from kdpipe.manifests.made_with import LOG_NAME, RUNS, MadeWith, last_extraction
 
 
@@ -99,8 +99,14 @@ def _info(cache: Cache) -> CacheInfo:
 
 
 def _codec(cache: Cache) -> dict[str, str]:
-    """What it is and, of one that is fitted, what it takes and loses."""
-    told = {"codec": cache.plan.settings.codec}
+    """What it is and, of one that is fitted, what it takes and loses; of a side-car what that is."""
+    sidecar, told = cache.plan.head.sidecar, {"codec": cache.plan.settings.codec}
+    if sidecar is not None:
+        told = {"side-car": sidecar.has, "serves": sidecar.serves, "bias": sidecar.bias}
+        source, lost = source_codec(cache.plan), loss_of(cache.path, cache.plan)
+        if source is not None:
+            told["codec of its cache"] = source + ("" if lost is None else f", mean KL {lost:.2g} nats")
+        return told
     if not Choice.read(told["codec"]).is_fitted:
         return told
     record = open_fitted(cache.path, cache.plan).record

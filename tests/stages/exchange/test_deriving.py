@@ -31,6 +31,7 @@ from kdpipe.manifests.shard import blocks, shard_path
 from kdpipe.manifests.sidecar import ARCHITECTURES, Kind, Sidecar
 from kdpipe.manifests.specs import LossSpec, RunSpec, TrainSpec
 from kdpipe.manifests.unpack import unpack
+from kdpipe.pipeline.report.caches import read_cache
 from kdpipe.stages.draws import uniform
 from kdpipe.stages.evaluate import evaluate_student
 from kdpipe.stages.exchange import Asked, derive
@@ -219,6 +220,12 @@ def test_of_a_coded_cache_the_rows_are_read_as_they_are_decoded_and_it_is_packed
         np.testing.assert_allclose(made[index].rows[:, 0], right, atol=1e-5)
     loss = open_fitted(coded, cache.plan).record.kl_mean
     assert made.plan.engine.arguments["codec_kl"] == repr(loss)
+    info, told = made.info(), read_cache(made.path).info
+    assert (info["source_codec"], info["source_codec_kl_mean"]) == (cache.plan.settings.codec, loss)
+    assert told is not None
+    assert told.codec["codec of its cache"] == f"{cache.plan.settings.codec}, mean KL {loss:.2g} nats"
+    assert told.codec["bias"] == info["bias"]
+    assert "codec" not in told.codec
     require_kl(made.path, made.plan, loss)
     said = r"the codec 'fisher bytes=0.3' of the cache it was made of loses a mean KL of .*allow more, or derive from"
     with pytest.raises(CacheError, match=said):
