@@ -250,7 +250,10 @@ def require_kl(cache: Path, plan: Plan, most: float | None) -> None:
     if found is None:
         raise CacheError(f"what {whose} loses was not measured; leave --max-codec-kl out", where=cache)
     if found > most:
-        again = "derive from a finer cache" if is_derived else f"extract with --codec fisher --codec-kl {most:g}"
+        finer = f"with --codec fisher --codec-kl {most:g}" if most else "raw"
+        again = "derive from a finer cache" if is_derived else f"extract {finer}"
+        if most and not is_derived:
+            again += ", or kdpipe cache convert a raw cache so,"
         raise CacheError(
             f"{whose} loses a mean KL of {found:.2g} nats, --max-codec-kl allows {most:g}; allow more, or {again} into "
             "another folder",

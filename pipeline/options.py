@@ -218,6 +218,10 @@ class Finite(click.FloatRange):
     """A number in a range; `nan` and `inf`, which compare as nobody expects, are in none."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            float(value)
+        except ValueError:
+            self.fail(f"'{value}' is not a number", param, ctx)
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"'{value}' is not a number", param, ctx)

@@ -35,9 +35,9 @@ class CacheSpec(Spec):
     0.01 when neither this nor codec_bytes is given; two engines' bfloat16 rows of one teacher differ by 0.001."""
     codec_bytes: Annotated[float | None, Field(gt=0.0, lt=1.0), Flag(takes="SHARE")] = None
     """What fisher may take, in place of codec_kl: bytes of a stored row over those of a raw one."""
-    max_codec_kl: Annotated[float | None, Field(gt=0.0), Flag(takes="NATS")] = None
+    max_codec_kl: Annotated[float | None, Field(ge=0.0), Flag(takes="NATS")] = None
     """Refuse a cache whose codec loses more than this, in nats: the mean KL divergence that was measured when it was
-    made. Any cache is taken when not given."""
+    made. 0 takes raw rows alone. Any cache is taken when not given."""
     shard_tokens: Annotated[int, Field(ge=1, le=MAX_SHARD_TOKENS)] = SHARD_TOKENS
     """Tokens a shard holds at most, and so the teacher's work that a kill can lose; more for a very large cache."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -88,6 +88,9 @@ def _next_command(training: Training, found: Found, record: RunRecord) -> str:
     measure = ["kdpipe", "eval", "--student", str(training.output), "--cache"]
     if not found.dataset.teachers:
         return f"measure it against a teacher with its tokenizer, on a cache: {shlex.join([*measure, 'CACHE'])}"
+    if any(teacher.record.sidecar is not None for teacher in found.dataset.teachers):
+        words = [*measure, "CACHE", *(["--data", "DATA"] if found.crossing is not None else [])]
+        return f"a side-car does not say how far it is; measure it on a whole cache of its teacher: {shlex.join(words)}"
     if not found.rows_are_kept:
         words = [*measure, "CACHE", *(["--data", "DATA"] if found.crossing is not None else [])]
         return f"no rows were kept; measure it on a cache of its teacher: {shlex.join(words)}"

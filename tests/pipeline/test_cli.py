@@ -197,6 +197,10 @@ REFUSED = {
         ["extract", *DATA, "--cache", "c", "--engine-timeout", "nan"],
         "'nan': expected a finite number",
     ),
+    "a bound that is a word": (
+        ["cache", "convert", "c", "d", "--codec", "fisher", "--codec-kl", "little"],
+        "'--codec-kl': 'little' is not a number",
+    ),
     "a tolerance that is none": (["cache", "compare", "c", "d", "--tolerance", "inf"], "'inf' is not a number"),
     "an engine's argument that is none": (["extract", *DATA, "--cache", "c", "--engine-arg", "x"], "not NAME=VALUE"),
     "a digest that is too short": (["train", *RUN, "--trust-remote-code", "abc123"], "12 to 64 hexadecimal digits"),

@@ -311,6 +311,7 @@ def test_a_run_says_what_it_trains_on_and_measures_no_divergence(
 ) -> None:
     recorder, sidecar = Recorder(), asked(kind).sidecar
     found = train(training_of(bench, sidecars[kind].path, tmp_path / "out", **SERVED[kind]), recorder)
+    assert any("measure it on a whole cache of its teacher: kdpipe eval" in note for note in recorder.notes)
     assert any(f"has {sidecar.has}: a loss on it is {sidecar.bias}" in note for note in recorder.notes)
     assert "heldout_ce" in found
     assert "heldout_kl" not in found

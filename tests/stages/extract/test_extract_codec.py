@@ -276,7 +276,11 @@ def test_a_coarser_codec_than_is_allowed_is_refused_by_name(coded: Cache, bench:
     with pytest.raises(CacheError, match=r"its codec '.*' loses a mean KL of .* nats, --max-codec-kl allows") as caught:
         find(training)
     assert caught.value.where == str(coded.path)
+    assert "or kdpipe cache convert a raw cache so, into another folder" in str(caught.value)
     find(dataclasses.replace(training, caches=(coded.path,), max_codec_kl=found))
+    with pytest.raises(CacheError, match=r"--max-codec-kl allows 0; allow more, or extract raw into another folder"):
+        find(dataclasses.replace(training, max_codec_kl=0.0))
+    find(dataclasses.replace(training, caches=(bench.cache,), max_codec_kl=0.0))
 
 
 def test_a_student_of_raw_rows_is_not_taken_for_one_of_coded_rows(coded: Cache, bench: Bench, tmp_path: Path) -> None:
