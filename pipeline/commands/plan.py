@@ -9,7 +9,7 @@ from kdpipe.pipeline.costs import From, Rate
 from kdpipe.pipeline.forecast import count_parameters
 from kdpipe.pipeline.options import Finite, RunCommand, json_option
 from kdpipe.pipeline.outlook import Epochs, outlook_of, students_of
-from kdpipe.pipeline.output import results_only, show
+from kdpipe.pipeline.output import results_only, show, table
 from kdpipe.pipeline.progress import EventLog, watch
 
 
@@ -75,4 +75,9 @@ def command(run: RunFile, probed: int | None, given_rate: float | None, as_json:
     rate = None if given is None else Rate(tokens_per_second=given, came=came)
     outlook = outlook_of(run, found, params, rate, epochs)
     figures = outlook.figures(whole=as_json)
-    show(figures if measured is None else {**figures, "probe": dataclasses.asdict(measured)}, as_json=as_json)
+    record = None if measured is None else dataclasses.asdict(measured)
+    codecs = {} if record is None or as_json else record.pop("codecs")
+    show(figures if record is None else {**figures, "probe": record}, as_json=as_json)
+    if codecs:
+        rows = ({"codec": name} | {key: f"{value:.3g}" for key, value in each.items()} for name, each in codecs.items())
+        click.echo("\n" + table([*rows]))

@@ -121,6 +121,14 @@ def test_a_probe_runs_the_teacher_for_real(main: Main, plan: Path) -> None:
     )
 
 
+def test_a_probe_shows_a_table_of_codecs(main: Main, plan: Path) -> None:
+    table = main("plan", "--config", plan, "--probe", 12)[1].partition("\n\n")[2].splitlines()
+    assert " ".join(table[0].split()) == "codec share of raw kl mean kl p99 same top"
+    assert table[1].startswith("int8 ")
+    assert [line[: line.index("=")] for line in table[2:]] == ["fisher kl"] * len(table[2:])
+    assert len(table) > 3
+
+
 def test_two_rates_are_refused(main: Main, plan: Path) -> None:
     code, _, err = main("plan", "--config", plan, "--probe", 5, "--teacher-tokens-per-second", 9)
     assert (code, err.count("\n")) == (4, 1)
