@@ -204,10 +204,10 @@ def _require_fine_enough(run: RunFile, left: list[Member]) -> None:
     asked = choose(run.cache.codec, run.cache.codec_kl, run.cache.codec_bytes)
     for member in left:
         most = member.run.cache.max_codec_kl
-        if most is not None and asked.kl is not None and asked.kl > most:
+        if most is not None and asked.is_fitted and (most == 0 or (asked.kl or 0.0) > most):
             raise ConfigError(
-                f"cache.max_codec_kl allows a loss of {most:g} nats, and the cache is to be made with cache.codec_kl = "
-                f"{asked.kl:g}; make one of them fit the other",
+                f"cache.max_codec_kl allows a loss of {most:g} nats, and the cache is to be made under '{asked}' "
+                "(cache.codec, codec_kl); make one of them fit the other",
                 where=f"run {member.name}",
             )
 

@@ -158,7 +158,9 @@ def test_rows_that_nobody_here_can_make_are_missing(steps: Steps, removed: str) 
         steps(RUN.replace(removed, ""), Disk())
 
 
-@pytest.mark.parametrize(("asked", "allowed"), [("codec_kl = 0.02", 0.01), ("", 0.005)])
+@pytest.mark.parametrize(
+    ("asked", "allowed"), [("codec_kl = 0.02", 0.01), ("", 0.005), ("codec_bytes = 0.4", 0), ("codec_kl = 1e-6", 0)]
+)
 def test_a_codec_that_the_students_would_refuse_is_refused_before_it_is_made(
     steps: Steps, asked: str, allowed: float
 ) -> None:
