@@ -24,6 +24,7 @@ from kdpipe.manifests.fitted import CODEC_FILE, Choice
 from kdpipe.manifests.plan import PLAN_FILE
 from kdpipe.manifests.progress import Silent
 from kdpipe.manifests.shard import blocks, commit_path, shard_path
+from kdpipe.manifests.verify import repair
 from kdpipe.pipeline.cli import main
 from kdpipe.stages.extract import extract, planning
 from kdpipe.stages.extract.convert import convert
@@ -64,6 +65,21 @@ def test_what_a_converted_cache_lost_of_its_teacher_is_made_again(
         convert(raw, tmp_path / "out", FISHER, Silent())
     assert not (teacher / CODEC_FILE).exists()
     assert not list((tmp_path / "out" / "tmp").iterdir())
+
+
+def test_a_damaged_codec_and_damaged_shards_are_made_again_after_one_repair(tmp_path: Path) -> None:
+    raw = make_cache(tmp_path / "raw", num_samples=80)
+    out = tmp_path / "out"
+    convert(raw, out, FISHER, Silent())
+    whole = files(out)
+    for part in (out / "teacher" / CODEC_FILE, shard_path(out, 1), shard_path(out, 3)):
+        data = bytearray(part.read_bytes())
+        data[-9] ^= 1
+        part.write_bytes(data)
+    assert {finding.part for finding in repair(Cache.open(out))} == {"tokenizer", 1, 3}
+    convert(raw, out, FISHER, Silent())
+    assert verified(out, "deep") == [*range(len(raw.plan.shards))]
+    assert {**files(out), **whole} == files(out)
 
 
 def test_a_cache_that_grew_is_converted_with_all_its_plans(tmp_path: Path) -> None:
