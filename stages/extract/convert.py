@@ -144,11 +144,7 @@ def _begin(source: Cache, out: Path, choice: Choice, progress: Progress) -> None
         require_room(plan, scratch, scratch, where=out, or_else=LESS)
         fsync_tree(scratch)
         make_folder(parent)
-        try:
-            os.rename(scratch, out)
-        except OSError:
-            if not (out / PLAN_FILE).exists():  # another process may have been quicker
-                raise
+        _put_in_place(scratch, out)
         failpoint("convert:planned")
 
 
@@ -201,6 +197,15 @@ def _write_plan(source: Cache, plan: Plan, place: Path) -> None:
         shutil.copyfile(plan_folder(source.path, plan.generation) / name, place / name)
 
 
+def _put_in_place(scratch: Path, place: Path) -> None:
+    """Give a folder with a plan its name, unless another process was quicker."""
+    try:
+        os.rename(scratch, place)
+    except OSError:
+        if not (place / PLAN_FILE).exists():
+            raise
+
+
 def _grown(source: Cache, cache: Cache, choice: Choice, progress: Progress) -> Cache:
     """OUT with all plans that its source has by now. Raises CacheError where it is not of this source and codec."""
     there = cache.plan.settings.codec
@@ -218,16 +223,10 @@ def _grown(source: Cache, cache: Cache, choice: Choice, progress: Progress) -> C
             _write_plan(source, plan, scratch)
             fsync_tree(scratch)
             place.parent.mkdir(exist_ok=True)
-            try:
-                os.rename(scratch, place)
-            except OSError:
-                if not (place / PLAN_FILE).exists():  # another process may have been quicker
-                    raise
+            _put_in_place(scratch, place)
         failpoint("convert:grown")
     if plans[known:]:
-        progress.note(
-            f"{source.path} has grown since: {len(plans) - known} more plans, under the codec of {cache.path}"
-        )
+        progress.note(f"{source.path} has grown since: what is new is added, under the codec that is there")
     return Cache.open(cache.path)
 
 

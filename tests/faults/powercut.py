@@ -17,6 +17,17 @@ from types import TracebackType
 
 Place = tuple[str, str]
 """Function that asked for a flush, and the folder it flushed or flushed a file in: "publish", "shards"."""
+FLUSHES_OF_A_COPY: list[Place] = [
+    ("make_folder", "live"),
+    ("fsync_tree", "files"),
+    ("fsync_tree", "folders"),
+    ("_flush_name", "new"),
+    ("write_once", "tmp"),
+    ("ScratchFile.flush", "tmp"),
+    ("publish", "shards"),
+    ("publish", "commits"),
+]
+"""Every flush while a cache is made of another one, by convert or derive, in a parent folder that is new as well."""
 
 
 class LostError(Exception):
@@ -99,3 +110,13 @@ class PowerCut:
         target.mkdir()
         for name, child in self.names.get(inode, {}).items():
             self._restore(child, target / name)
+
+
+def left_after_a_rename(cache: Path, folder: Path, go_on: Callable[[Path], object]) -> Path:
+    """The cache after a power cut, where a kill came between its name and the flush of that, and go_on ran before."""
+    staged = cache.rename(folder / "staged")
+    with PowerCut(folder) as disk:
+        staged.rename(cache)
+        go_on(cache)
+        disk.restore(folder / "left")
+    return folder / "left" / cache.relative_to(folder)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tests.caches import fill_shard, grow_plan, make_cache, make_samples
 from tests.conftest import Apart, Bench, Main
-from tests.faults.powercut import Place, PowerCut
+from tests.faults.powercut import FLUSHES_OF_A_COPY, Place, PowerCut
 from tests.manifests.packing import PLENTY, tree
 from tests.stages.deriving import K, asked, derive_until, derived
 from tests.stages.ranks import Recorder, first_gradients
@@ -139,20 +139,8 @@ def test_one_that_was_killed_anywhere_goes_on_to_the_same_bytes(
     assert derived(whole.path, out, "logprob").complete  # nothing is left to do
 
 
-FLUSHES: list[Place] = [
-    ("make_folder", "live"),
-    ("fsync_tree", "files"),
-    ("fsync_tree", "folders"),
-    ("_flush_name", "new"),
-    ("write_once", "tmp"),
-    ("ScratchFile.flush", "tmp"),
-    ("publish", "shards"),
-    ("publish", "commits"),
-]
-
-
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("place", [None, *FLUSHES], ids=str)
+@pytest.mark.parametrize("place", [None, *FLUSHES_OF_A_COPY], ids=str)
 def test_one_that_was_cut_from_power_goes_on_and_every_flush_is_needed(
     place: Place | None, coded: Cache, tmp_path: Path
 ) -> None:
@@ -166,7 +154,7 @@ def test_one_that_was_cut_from_power_goes_on_and_every_flush_is_needed(
     with PowerCut(live, skip=[] if place is None else [place], after_flush=cut if place is None else None) as disk:
         made = derived(coded.path, live / "new" / "out", "logprob")
         disk.restore(tmp_path / "left")
-    assert set(disk.places) == set(FLUSHES)
+    assert set(disk.places) == set(FLUSHES_OF_A_COPY)
     there = tmp_path / "left" / "new" / "out"
     assert (there.exists() and tree(there) == tree(made.path)) == (place is None)
     for left in cuts:

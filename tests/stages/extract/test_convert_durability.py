@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import Apart
-from tests.faults.powercut import LostError, Place, PowerCut
+from tests.faults.powercut import FLUSHES_OF_A_COPY, LostError, Place, PowerCut, left_after_a_rename
 from tests.stages.extracting import (
     coded_spec,
     committed_are_whole,
@@ -39,17 +39,6 @@ FAILPOINTS = [
         for nth in ("", "#3")
     ),
 ]
-FLUSHES: list[Place] = [
-    ("make_folder", "live"),
-    ("fsync_tree", "files"),
-    ("fsync_tree", "folders"),
-    ("_flush_name", "new"),
-    ("write_once", "tmp"),
-    ("ScratchFile.flush", "tmp"),
-    ("publish", "shards"),
-    ("publish", "commits"),
-]
-"""Every flush of a conversion into a cache whose parent folder is new as well."""
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +178,7 @@ def test_no_cut_loses_a_committed_shard_or_the_way_on(raw: Path, whole: dict[str
         shutil.rmtree(left)
 
 
-@pytest.mark.parametrize("place", [None, *FLUSHES], ids=str)
+@pytest.mark.parametrize("place", [None, *FLUSHES_OF_A_COPY], ids=str)
 def test_every_flush_is_needed(place: Place | None, raw: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "live").mkdir()
 
@@ -197,7 +186,7 @@ def test_every_flush_is_needed(place: Place | None, raw: Path, whole: dict[str, 
         with PowerCut(tmp_path / "live", skip=[] if place is None else [place]) as disk:
             convert_small(raw, tmp_path / "live" / "new" / "cache")
             disk.restore(tmp_path / "left")
-        assert set(disk.places) == set(FLUSHES)
+        assert set(disk.places) == set(FLUSHES_OF_A_COPY)
         if not (cache := tmp_path / "left" / "new" / "cache").exists():
             raise LostError("the cache")
         Cache.open(cache).check_teacher_files()
@@ -218,9 +207,4 @@ def test_what_a_killed_conversion_put_in_place_survives_a_cut_after_the_next(
     cache = tmp_path / "live" / "cache"
     cache.parent.mkdir()
     assert apart(convert_small, raw, cache, "convert:planned") == -signal.SIGKILL
-    staged = cache.rename(tmp_path / "staged")
-    with PowerCut(tmp_path) as disk:
-        staged.rename(cache)
-        convert_small(raw, cache)
-        disk.restore(tmp_path / "left")
-    assert files(tmp_path / "left" / "live" / "cache") == whole
+    assert files(left_after_a_rename(cache, tmp_path, lambda named: convert_small(raw, named))) == whole

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import Apart
-from tests.faults.powercut import LostError, Place, PowerCut
+from tests.faults.powercut import LostError, Place, PowerCut, left_after_a_rename
 from tests.stages.extracting import (
     coded_spec,
     committed_are_whole,
@@ -144,12 +144,8 @@ def test_a_plan_put_in_place_before_a_kill_survives_a_cut(spec: ExtractSpec, apa
     cache = tmp_path / "live" / "cache"
     cache.parent.mkdir()
     assert apart(extract_small, spec, cache, "plan:renamed") == -signal.SIGKILL
-    staged = cache.rename(tmp_path / "staged")
-    with PowerCut(tmp_path) as disk:
-        staged.rename(cache)
-        extract_small(spec, cache)
-        disk.restore(tmp_path / "left")
-    assert committed_are_whole(tmp_path / "left" / "live" / "cache") == committed_are_whole(cache)
+    left = left_after_a_rename(cache, tmp_path, lambda named: extract_small(spec, named))
+    assert committed_are_whole(left) == committed_are_whole(cache)
 
 
 @pytest.mark.parametrize("skipped", [None, ("publish", "teacher")])
